@@ -1,0 +1,300 @@
+"""The GPT: a stack of blocks, each attention then an MLP, that predicts every next token of a text.
+
+Read it from top to bottom: the small parts first (norms, MLPs, positions, attention), then the
+block, then the model. The parts that differ between architectures are chosen by name, from one
+mapping per slot: NORMS, MLPS, POSITIONS.
+
+Letters in the shape comments: B batch, T time (positions in the window), C channels (n_embd), V
+vocabulary, H heads, D head size (C / H), F hidden width of the MLP (n_inner).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import GPTConfig
+
+# --- norms: the same job, LayerNorm also subtracts the mean (Ba et al. 2016; Zhang and Sennrich
+# 2019)
+
+NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
+    "layernorm": lambda config, size: nn.LayerNorm(size, eps=1e-5, bias=config.bias),
+    "rmsnorm": lambda config, size: nn.RMSNorm(size, eps=1e-6),
+}
+
+
+# --- MLPs: widen, bend, narrow again
+
+
+def residual_projection(n_in: int, n_out: int, bias: bool) -> nn.Linear:
+    """A linear layer whose output is added to the residual stream; `init_weights` starts it
+    smaller."""
+    layer = nn.Linear(n_in, n_out, bias=bias)
+    layer.writes_residual = True
+    return layer
+
+
+class MLP(nn.Module):
+    """proj(activation(fc(x))), the Transformer's own (Vaswani et al. 2017)."""
+
+    def __init__(self, config: GPTConfig, activation: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
+        self.activation = activation
+        self.proj = residual_projection(config.n_inner, config.n_embd, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.fc(x))  # (B, T, F)
+        return self.proj(x)  # (B, T, C)
+
+
+class SwiGLU(nn.Module):
+    """proj(silu(gate(x)) * up(x)): one half opens and closes the other (Shazeer 2020)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.fc = nn.Linear(
+            config.n_embd, 2 * config.n_inner, bias=config.bias
+        )  # gate and up, in one product
+        self.proj = residual_projection(config.n_inner, config.n_embd, config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.fc(x).chunk(2, dim=-1)  # 2 x (B, T, F)
+        return self.proj(F.silu(gate) * up)  # (B, T, C)
+
+
+MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "gelu": lambda config: MLP(config, lambda x: F.gelu(x, approximate="tanh")),  # as in GPT-2
+    "relu": lambda config: MLP(config, F.relu),
+    "silu": lambda config: MLP(config, F.silu),
+    "relu2": lambda config: MLP(config, lambda x: F.relu(x).square()),  # So et al. 2021
+    "swiglu": SwiGLU,
+}
+
+
+# --- positions: each takes the token embeddings (B, T, C) and returns them with whatever it adds,
+# and the rotation --- (cos, sin) that attention applies to its queries and keys, or None
+
+
+class LearnedPositions(nn.Module):
+    """One trained vector per position, added to the token's (GPT-2)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.table = nn.Embedding(config.block_size, config.n_embd)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x + self.table.weight[: x.size(1)], None  # (B, T, C) + (T, C)
+
+
+class SinusoidalPositions(nn.Module):
+    """sin(t / 10000^(2i/C)) in channel 2i, the cosine in 2i + 1, added to the token's vector times
+    sqrt(C) (Vaswani et al. 2017, sections 3.4 and 3.5)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        angle = rotation_angles(config.block_size, config.n_embd)  # (T, C/2)
+        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(
+            1
+        )  # (T, C): sin, cos, sin, cos, ...
+        self.register_buffer("table", table, persistent=False)
+        self.scale = math.sqrt(config.n_embd)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return x * self.scale + self.table[: x.size(1)], None  # (B, T, C) + (T, C)
+
+
+class RotaryPositions(nn.Module):
+    """Adds nothing: queries and keys are turned by an angle that grows with the position, so that
+    their product depends on how far apart they stand, not on where (RoPE, Su et al. 2021)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        angle = rotation_angles(config.block_size, config.n_embd // config.n_head)  # (T, D/2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return x, (self.cos[: x.size(1)], self.sin[: x.size(1)])
+
+
+def rotation_angles(length: int, size: int) -> Tensor:
+    """t / 10000^(2i/size) for every position t and pair of channels i: fast clocks first, slow ones
+    last, (T, size/2)."""
+    frequency = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    return torch.outer(torch.arange(length), frequency)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by the angles of cos and sin (T,
+    D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+POSITIONS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "learned": LearnedPositions,
+    "sinusoidal": SinusoidalPositions,
+    "rope": RotaryPositions,
+}
+
+
+# --- attention
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Causal attention as the formula has it, softmax(q k^T / sqrt(D)) v; q, k, v are (B, H, T, D).
+
+    The same result as `scaled_dot_product_attention`, slower and in more memory, for reading and
+    for pictures. Returns the output (B, H, T, D) and the attention weights (B, H, T, T), whose rows
+    sum to 1 (before dropout).
+    """
+    T = q.size(-2)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)  # (B, H, T, T)
+    return F.dropout(weights, dropout) @ v, weights
+
+
+class Attention(nn.Module):
+    """Each position looks back at itself and those before it, in H heads (Vaswani et al. 2017)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = residual_projection(config.n_embd, config.n_embd, config.bias)
+        # Normed queries and keys keep the scores small at any learning rate (Henry et al. 2020).
+        self.q_norm = (
+            NORMS[config.norm](config, config.n_embd // config.n_head)
+            if config.qk_norm
+            else nn.Identity()
+        )
+        self.k_norm = (
+            NORMS[config.norm](config, config.n_embd // config.n_head)
+            if config.qk_norm
+            else nn.Identity()
+        )
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, maps: list[Tensor] | None = None
+    ) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())  # angles deserve float32
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        dropout = self.dropout if self.training else 0.0
+        if maps is None:
+            y = fused_attention(q, k, v, dropout)  # (B, H, T, D)
+        else:
+            y, weights = plain_attention(q, k, v, dropout)
+            maps.append(weights)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.proj(y)
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """`plain_attention` in one kernel, which does not write the (T, T) weights to memory
+    (FlashAttention, Dao et al. 2022); q, k, v are (B, H, T, D)."""
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and torch.is_autocast_enabled("cpu") and q.size(-2) <= 256:
+        # On a CPU the kernel is slow in bfloat16, and with short windows even in float32: a
+        # training step of the laptop preset takes 0.8 of the time with the plain formula.
+        return plain_attention(q, k, v, dropout)[0]
+    dtype = torch.float32 if on_cpu else v.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+
+# --- the model
+
+
+class Block(nn.Module):
+    """Attention mixes positions, the MLP works on each alone; both add to the residual stream x
+    (pre-norm)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.norm1 = NORMS[config.norm](config, config.n_embd)
+        self.attn = Attention(config)
+        self.norm2 = NORMS[config.norm](config, config.n_embd)
+        self.mlp = MLPS[config.mlp](config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, maps: list[Tensor] | None = None
+    ) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x), rotation, maps))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+
+class GPT(nn.Module):
+    """Token ids in, a score for every possible next token out."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.tok = nn.Embedding(config.vocab_size, config.n_embd)
+        self.pos = POSITIONS[config.pos](config)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = NORMS[config.norm](config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if (
+            config.tie_weights
+        ):  # a token is written and read with the same vector (Press and Wolf 2017)
+            self.head.weight = self.tok.weight
+        self.apply(self.init_weights)
+
+    def init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02) weights and zero biases, as GPT-2.
+
+        The 2 n_layer projections that write to the residual stream start smaller by 1/sqrt(2
+        n_layer), so that the stream's variance does not grow with the depth (Radford et al. 2019).
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = 0.02
+            if getattr(module, "writes_residual", False):
+                std /= math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, maps: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores and, where the right answers are known, how wrong they are.
+
+        idx (B, T) are token ids, T at most block_size. Returns the logits (B, T, V) and the mean
+        cross-entropy in nats against targets (B, T), None without them; targets of -100 do not
+        count. Give an empty list as `maps` to have each layer append its attention weights (B, H,
+        T, T) to it, by the slower `plain_attention`.
+        """
+        if idx.size(1) > self.config.block_size:
+            raise ValueError(
+                f"{idx.size(1)} tokens do not fit the window of {self.config.block_size}"
+            )
+        x, rotation = self.pos(self.tok(idx))  # (B, T, C)
+        x = self.drop(x)
+        for block in self.blocks:
+            x = block(x, rotation, maps)
+        logits = self.head(self.norm(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100
+        )
+
+    def num_params(self) -> int:
+        """Numbers that training changes; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())

@@ -1,0 +1,12 @@
+"""The examples in the docstrings."""
+
+import doctest
+import importlib
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "utils", "corpora", "generate", "train"])
+def test_docstring_examples(name: str):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0

@@ -1,0 +1,264 @@
+"""The model against formulas worked by hand and against torch's own modules."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from torch import nn
+
+import model as parts
+from config import ARCHS, GPTConfig
+from model import GPT, MLPS, NORMS, POSITIONS, Attention, Block
+
+
+def causal_mask(n: int) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
+def config(**settings: object) -> GPTConfig:
+    defaults = {"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    return GPTConfig(**{**defaults, **settings})
+
+
+# --- parts
+
+
+def test_rmsnorm_is_x_over_root_mean_square():
+    norm = NORMS["rmsnorm"](config(), 2)
+    out = norm(torch.tensor([[3.0, 4.0]]))  # root mean square: sqrt((9 + 16) / 2)
+    assert torch.allclose(out, torch.tensor([[3.0, 4.0]]) / math.sqrt(12.5), atol=1e-6)
+
+
+def test_layernorm_subtracts_mean_and_divides_by_deviation():
+    norm = NORMS["layernorm"](config(bias=True), 4)
+    out = norm(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))  # mean 2.5, variance 1.25
+    expected = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]) / math.sqrt(1.25)
+    assert torch.allclose(out, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("relu", [0.0, 0.0, 2.0]),
+        ("relu2", [0.0, 0.0, 4.0]),
+        ("silu", [-1 / (1 + math.e), 0.0, 2 / (1 + math.exp(-2))]),
+        # 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), Hendrycks and Gimpel 2016
+        ("gelu", [-0.158808, 0.0, 1.954598]),
+    ],
+)
+def test_activations_by_hand(name: str, expected: list[float]):
+    mlp = MLPS[name](config())
+    assert torch.allclose(mlp.activation(torch.tensor([-1.0, 0.0, 2.0])), torch.tensor(expected))
+
+
+def test_swiglu_gates_the_second_half_with_silu_of_the_first():
+    mlp = MLPS["swiglu"](config(n_embd=2, n_head=1, n_inner=1))
+    mlp.fc.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # gate = x0, up = x1
+    mlp.proj.weight.data = torch.tensor([[1.0], [10.0]])
+    silu_2 = 2 / (1 + math.exp(-2))
+    assert torch.allclose(mlp(torch.tensor([2.0, 3.0])), torch.tensor([1.0, 10.0]) * silu_2 * 3)
+
+
+def test_swiglu_has_about_as_many_weights_as_the_other_mlps():
+    sizes = {
+        name: sum(
+            p.numel() for p in MLPS[name](config(n_embd=384, n_head=6, mlp=name)).parameters()
+        )
+        for name in ("gelu", "swiglu")
+    }
+    assert sizes["gelu"] == sizes["swiglu"] == 2 * 384 * 4 * 384
+
+
+def test_sinusoidal_positions_follow_the_paper():
+    pos = POSITIONS["sinusoidal"](config(n_embd=4, n_head=1))
+    out, rotation = pos(torch.zeros(1, 3, 4))
+    t = 2  # PE(t, 2i) = sin(t / 10000^(2i/C)), PE(t, 2i+1) = cos of the same
+    expected = [math.sin(t), math.cos(t), math.sin(t / 100), math.cos(t / 100)]
+    assert torch.allclose(out[0, t], torch.tensor(expected)) and rotation is None
+    out, _ = pos(torch.ones(1, 1, 4))  # section 3.4: embeddings times sqrt(C)
+    assert torch.allclose(out[0, 0], torch.tensor([2.0, 3.0, 2.0, 3.0]))
+
+
+def test_rope_turns_by_one_radian_a_position_in_the_fastest_pair():
+    _, (cos, sin) = POSITIONS["rope"](config(n_embd=4, n_head=1))(torch.zeros(1, 3, 4))
+    x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 3, 4)  # pairs (0, 2) and (1, 3)
+    expected = [math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]  # 1 and 1/100 a position
+    assert torch.allclose(parts.rotate(x, cos, sin)[0, 0, 2], torch.tensor(expected))
+
+
+def test_rope_scores_depend_on_distance_only():
+    _, (cos, sin) = POSITIONS["rope"](config(block_size=12))(torch.zeros(1, 12, 16))
+    q, k = torch.randn(2, 8)
+    rotated_q = parts.rotate(q.expand(1, 1, 12, 8), cos, sin)[0, 0]
+    rotated_k = parts.rotate(k.expand(1, 1, 12, 8), cos, sin)[0, 0]
+    scores = rotated_q @ rotated_k.T
+    for distance in range(12):
+        diagonal = scores.diagonal(-distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)
+    assert not torch.allclose(scores[5, 5], scores[5, 0], atol=1e-3)
+
+
+def test_attention_equals_torch_multihead_attention():
+    torch.manual_seed(0)
+    ours = Attention(config(n_head=4, bias=True, qk_norm=False, norm="layernorm"))
+    theirs = nn.MultiheadAttention(16, 4, batch_first=True)
+    theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
+    theirs.out_proj.load_state_dict(ours.proj.state_dict())
+    x = torch.randn(3, 7, 16)
+    expected, weights = theirs(x, x, x, attn_mask=causal_mask(7), average_attn_weights=False)
+    maps: list[torch.Tensor] = []
+    assert torch.allclose(ours(x, None), expected, atol=1e-6)
+    assert torch.allclose(ours(x, None, maps), expected, atol=1e-6)
+    assert torch.allclose(maps[0], weights, atol=1e-6)
+
+
+def test_block_equals_torch_transformer_layer():
+    torch.manual_seed(0)
+    ours = Block(config(norm="layernorm", mlp="relu", pos="learned", qk_norm=False, bias=True))
+    theirs = nn.TransformerEncoderLayer(
+        16, 2, 64, dropout=0.0, activation="relu", norm_first=True, batch_first=True
+    )
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.3)
+    attn = theirs.self_attn
+    attn.in_proj_weight.data = ours.attn.qkv.weight.data
+    attn.in_proj_bias.data = ours.attn.qkv.bias.data
+    attn.out_proj.load_state_dict(ours.attn.proj.state_dict())
+    for mine, other in (
+        (ours.norm1, theirs.norm1),
+        (ours.norm2, theirs.norm2),
+        (ours.mlp.fc, theirs.linear1),
+        (ours.mlp.proj, theirs.linear2),
+    ):
+        other.load_state_dict(mine.state_dict())
+    x = torch.randn(3, 7, 16)
+    expected = theirs(x, src_mask=causal_mask(7), is_causal=True)
+    assert torch.allclose(ours(x, None), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_fused_attention_equals_plain_attention(arch: str):
+    model = make_model(**ARCHS[arch], n_layer=3)
+    idx = torch.randint(11, (2, 12))
+    maps: list[torch.Tensor] = []
+    plain, _ = model(idx, maps=maps)
+    assert torch.allclose(model(idx)[0], plain, atol=1e-4)
+    assert [m.shape for m in maps] == [(2, 2, 12, 12)] * 3
+    assert all(torch.allclose(m.sum(-1), torch.ones(2, 2, 12)) for m in maps)
+    assert all(m[..., causal_mask(12)].eq(0).all() for m in maps)
+
+
+# --- the whole
+
+
+COMBINATIONS = list(
+    itertools.product(NORMS, MLPS, POSITIONS, (True, False), (True, False), (True, False))
+)
+
+
+@pytest.mark.parametrize(("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias"), COMBINATIONS)
+def test_a_future_token_changes_no_earlier_logit(norm, mlp, pos, qk_norm, tie_weights, bias):
+    model = make_model(
+        norm=norm, mlp=mlp, pos=pos, qk_norm=qk_norm, tie_weights=tie_weights, bias=bias
+    )
+    idx = torch.randint(11, (1, 12))
+    changed = idx.clone()
+    changed[0, 7] = (idx[0, 7] + 1) % 11
+    with torch.no_grad():
+        before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7], after[:, 7])
+    assert not torch.allclose(before[:, 8:], after[:, 8:])  # but later ones see it
+
+
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_order_of_earlier_tokens_matters(pos: str):
+    model = make_model(pos=pos, n_layer=1)
+    one, other = model(torch.tensor([[1, 2, 3]]))[0], model(torch.tensor([[2, 1, 3]]))[0]
+    assert not torch.allclose(one[:, -1], other[:, -1], atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_initial_loss_is_near_ln_v(arch: str):
+    torch.manual_seed(0)
+    model = GPT(config(vocab_size=500, n_embd=64, n_layer=4, **ARCHS[arch]))
+    idx = torch.randint(500, (8, 12))
+    assert abs(model(idx, torch.randint(500, (8, 12)))[1].item() - math.log(500)) < 0.1
+
+
+def test_initial_spread_of_every_parameter():
+    torch.manual_seed(0)
+    model = GPT(config(vocab_size=300, n_embd=256, n_layer=8, n_head=4, **ARCHS["gpt2"]))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            expected = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            assert p.eq(expected).all(), name
+        else:
+            # GPT-2: 0.02, and over sqrt(2 x 8 layers) = 4 where the residual stream is written
+            std = 0.02 / 4 if name.endswith("proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(p.mean().item()) < 0.05 * std, name
+
+
+def test_gpt2_has_as_many_parameters_as_published():
+    with torch.device("meta"):
+        model = GPT(
+            GPTConfig(50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, **ARCHS["gpt2"])
+        )
+    assert model.num_params() == 124_439_808  # Hugging Face's count of `gpt2`
+
+
+def test_loss_is_the_mean_cross_entropy_of_counted_targets():
+    model = make_model()
+    idx = torch.randint(11, (2, 6))
+    targets = torch.tensor([[1, -100, 2, -100, -100, 3], [-100] * 5 + [0]])
+    logits, loss = model(idx, targets)
+    picked = logits.log_softmax(-1)
+    by_hand = -(picked[0, 0, 1] + picked[0, 2, 2] + picked[0, 5, 3] + picked[1, 5, 0]) / 4
+    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-5)
+
+
+def test_tied_weights_are_one_tensor():
+    tied, untied = make_model(tie_weights=True), make_model(tie_weights=False)
+    assert tied.head.weight is tied.tok.weight
+    assert untied.num_params() - tied.num_params() == 11 * 16
+
+
+def test_a_window_longer_than_block_size_is_refused():
+    with pytest.raises(ValueError, match="13 tokens do not fit the window of 12"):
+        make_model()(torch.zeros(1, 13, dtype=torch.long))
+
+
+def test_dropout_acts_in_training_only():
+    model = make_model(dropout=0.5)
+    idx = torch.randint(11, (1, 12))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+    maps: list[torch.Tensor] = []
+    assert not torch.equal(model(idx, maps=maps)[0], model(idx, maps=maps)[0])
+
+
+def test_compiled_forward_and_gradients_equal_eager():
+    model = make_model()
+    idx = torch.randint(11, (2, 12))
+    compiled = torch.compile(model, backend="aot_eager")
+    results = []
+    for forward in (model, compiled):
+        model.zero_grad()
+        _, loss = forward(idx, idx)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+def test_autocast_stays_close_to_float32():
+    model = make_model(n_embd=64)
+    idx = torch.randint(11, (2, 12))
+    expected = model(idx)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(idx)[0].float()
+    assert F.cosine_similarity(out.flatten(), expected.flatten(), dim=0) > 0.99

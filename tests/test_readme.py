@@ -1,0 +1,79 @@
+"""The README's commands work as they stand, in its order, at a size that takes seconds."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN, make_text
+
+import generate
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """The lines of the README's shell blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def run_command(line: str) -> None:
+    """Run a python command of the README, at a tiny size; a shell loop in a shell."""
+    if line.startswith("for "):
+        script = line.replace("python ", f"{sys.executable} {ROOT}/").replace(
+            "--num_samples", "--max_new_tokens 5 --num_samples"
+        )
+        subprocess.run(["bash", "-c", script], check=True)
+        return
+    program, *words = shlex.split(line)[1:]
+    if program == "train.py":
+        resumed = "--resume" in words
+        tiny = ["--max_steps=80"] if resumed else [*TINY_RUN, "--max_steps=60", "--eval_every=30"]
+        status = train.main([*words, *tiny])
+        assert status == (1 if "--overfit_batch" in words else 0)  # 60 steps are too few for that
+    elif program == "generate.py":
+        assert generate.main([*words, "--max_new_tokens=5"]) == 0
+    else:
+        assert program == "-m", f"no test for {line}"
+
+
+def test_the_commands_work_in_their_order(workplace: Path):
+    (workplace / "my.txt").write_text(make_text(), encoding="utf-8")
+    lines = [line for line in commands() if line.startswith(("python ", "for "))]
+    assert len(lines) > 10
+    for line in lines:
+        run_command(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python train.py --lr-max 1e-4 --warmup 50 --tag lr_conservative",
+        "python train.py --batch_size 32 --max_iters 5000 --d_model 512 --n_layers 8",
+    ],
+)
+def test_settings_from_other_code_bases_work(workplace: Path, line: str):
+    words = shlex.split(line)[2:]
+    tiny = [w for w in TINY_RUN if not w.startswith("--max_steps")]
+    wanted = ["--max_steps=60"] if "--warmup" in words else ["--max_steps=20"]
+    assert train.main([*words, *tiny, *wanted]) == 0
+
+
+def test_the_test_command_is_what_ci_runs():
+    assert "python -m pytest" in commands()
+    assert "\npython -m pytest\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_files_named_exist():
+    for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / name).exists(), name
+    tree = re.search(r"## The files.*?```\n(.*?)```", README, re.S)[1]
+    for name in re.findall(r"^(\S+\.(?:py|txt))", tree, re.M):
+        assert (ROOT / name).exists(), name
+    assert not os.path.isabs(tree.split()[0])

@@ -1,0 +1,383 @@
+"""The training step, the schedule, and runs that are stopped, broken, killed and resumed."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, make_model, make_text
+
+import train
+import utils
+from config import ARCHS, TrainConfig, UserError
+from tokenizer import CharTokenizer
+from train import Trainer, get_lr
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_trainer(model=None, device: str = "cpu", **settings: object) -> Trainer:
+    """A trainer of a small model on random tokens."""
+    defaults = {"batch_size": 4, "max_steps": 20, "compile": False, "precision": "float32"}
+    config = TrainConfig(**{**defaults, **settings})
+    ids = np.random.default_rng(0).integers(11, size=500)
+    corpus = utils.split_ids(ids, 11, 12, {"name": "random"})
+    tokenizer = CharTokenizer.train("abcdefghijk")
+    return Trainer(model or make_model(), tokenizer, corpus, config, torch.device(device))
+
+
+def final_state(run_dir: str | Path = "checkpoints") -> dict:
+    return utils.read_checkpoint(Path(run_dir, "latest.pt"))
+
+
+def assert_same_run(one: dict, other: dict) -> None:
+    """Equal to the last bit: weights, optimizer, random numbers, and all that was measured."""
+    timings = {"tokens_per_second", "ms_per_step", "seconds"}
+    logs = [
+        [{k: v for k, v in record.items() if k not in timings} for record in state["log"]]
+        for state in (one, other)
+    ]
+    assert logs[0] == logs[1]
+    assert one["step"] == other["step"]
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
+    for i, moments in one["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, other["optimizer"]["state"][i][name]), name
+    assert torch.equal(one["rng"]["cpu"], other["rng"]["cpu"])
+
+
+# --- schedule and optimizer
+
+
+def test_learning_rate_at_named_steps():
+    config = TrainConfig(lr_max=8e-4, lr_min=2e-4, warmup_steps=100, max_steps=1100)
+    for step, expected in {
+        0: 0.0,
+        25: 2e-4,
+        100: 8e-4,
+        350: 5e-4 + 3e-4 * math.cos(math.pi / 4),
+        600: 5e-4,
+        1100: 2e-4,
+        5000: 2e-4,
+    }.items():
+        assert get_lr(step, config) == pytest.approx(expected), step
+    assert get_lr(0, TrainConfig(warmup_steps=0, lr_max=1.0)) == 1.0
+
+
+def test_only_matrices_decay():
+    model = make_model(**ARCHS["gpt2"])
+    decayed, kept = train.configure_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
+    assert decayed["betas"] == kept["betas"] == (0.9, 0.95)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in kept["params"]} == {
+        name for name in names.values() if "norm" in name or name.endswith("bias")
+    }
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+# --- the step
+
+
+def test_a_step_does_its_ten_parts_in_order(monkeypatch):
+    trainer = make_trainer(grad_accum=2)
+    done: list[str] = []
+
+    def note(name: str, function):
+        return lambda *args, **kwargs: (done.append(name), function(*args, **kwargs))[1]
+
+    class Batch:
+        def __init__(self, tensor):
+            self.to = note("move", lambda device, **_: tensor)
+
+    get_batch = trainer.get_batch
+    trainer.optimizer.zero_grad = note("zero", trainer.optimizer.zero_grad)
+    trainer.get_batch = note("batch", lambda part: [Batch(t) for t in get_batch(part)])
+    trainer.model.forward = note("forward and loss", trainer.model.forward)
+    backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.Tensor, "backward", note("backward", backward))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note("clip", clip))
+    monkeypatch.setattr(train, "get_lr", note("rate", get_lr))
+    trainer.optimizer.step = note("step", trainer.optimizer.step)
+    trainer.scaler.update = note("count was still 0", lambda: None if trainer.step == 0 else 1 / 0)
+    trainer.train_step()
+    once = ["batch", "move", "move", "forward and loss", "backward"]
+    rates = ["rate"] * len(trainer.optimizer.param_groups)
+    assert done == ["zero", *once, *once, "clip", *rates, "step", "count was still 0"]
+    assert trainer.step == 1
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(monkeypatch):
+    def halves(ids, block_size, batch_size, seed, step, part=0):
+        starts = np.arange(8) * 7
+        return utils.windows(ids, starts[part * batch_size :][:batch_size], block_size)
+
+    monkeypatch.setattr(utils, "get_batch", halves)
+    results = []
+    for settings in ({"batch_size": 8}, {"batch_size": 4, "grad_accum": 2}):
+        trainer = make_trainer(**settings, warmup_steps=0)
+        loss, norm = trainer.train_step()
+        results.append([loss, norm, *trainer.model.state_dict().values()])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm():
+    trainer = make_trainer(grad_clip=0.01, warmup_steps=0)
+    _, norm = trainer.train_step()
+    clipped = math.sqrt(sum(p.grad.square().sum() for p in trainer.model.parameters()))
+    assert norm > 0.02 and clipped == pytest.approx(0.01, rel=1e-3)
+    trainer.config.grad_clip = 0.0
+    _, norm = trainer.train_step()
+    free = math.sqrt(sum(p.grad.square().sum() for p in trainer.model.parameters()))
+    assert free == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_the_rate_of_each_step_is_the_schedules():
+    trainer = make_trainer(lr_max=1e-2, warmup_steps=4)
+    for step in range(6):
+        trainer.train_step()
+        assert trainer.optimizer.param_groups[0]["lr"] == get_lr(step, trainer.config)
+
+
+def test_evaluation_covers_the_split_and_keeps_the_mode():
+    trainer = make_trainer(make_model(dropout=0.5))
+    ids = trainer.corpus.val_ids.astype(int)  # 50 tokens: four windows of 12, and one target more
+    total = 0.0
+    trainer.model.eval()
+    for first in (0, 12, 24, 36, 48):
+        y = torch.from_numpy(ids[first + 1 : first + 13])
+        logits, _ = trainer.model(torch.from_numpy(ids[first : first + len(y)])[None])
+        total += torch.nn.functional.cross_entropy(logits[0], y, reduction="sum").item()
+    trainer.model.train()
+    assert trainer.evaluate(trainer.corpus.val_ids, None) == pytest.approx(total / 49, rel=1e-5)
+    assert trainer.model.training
+    trainer.model.eval()
+    trainer.evaluate(trainer.corpus.val_ids, 2)
+    assert not trainer.model.training
+
+
+def test_float16_goes_on_after_an_overflow():
+    trainer = make_trainer(precision="float16", warmup_steps=0)
+    assert trainer.scaler.is_enabled()
+    trainer.scaler.scale(torch.zeros(()))  # it sets itself up at its first use
+    trainer.scaler.update(2.0**40)  # overflows
+    before = [p.clone() for p in trainer.model.parameters()]
+    _, norm = trainer.train_step()
+    assert not math.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert trainer.scaler.get_scale() < 2.0**40
+
+
+# --- runs
+
+
+def test_a_run_leaves_its_files(workplace, capsys):
+    assert train.main([*TINY_RUN, "--save_every=10", "--tag=a"]) == 0
+    run = workplace / "checkpoints" / "a"
+    assert {file.name for file in run.iterdir()} == {
+        *("latest.pt", "best.pt", "ckpt_00010.pt", "ckpt_00020.pt", "log.jsonl"),
+        *("loss_log.json", "loss_curve.png", "samples.txt"),
+    }
+    start, *records, final = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    raw = (workplace / "data" / "input.txt").read_bytes()
+    assert start["corpus"]["name"] == "input.txt" and start["corpus"]["bytes"] == len(raw)
+    assert final_state(run)["corpus"] == start["corpus"]
+    assert [record["step"] for record in records] == [0, 5, 10, 15, 20]
+    assert records[0]["val"] == pytest.approx(math.log(start["vocab_size"]), abs=0.2)
+    assert all(r["ppl"] == pytest.approx(math.exp(r["val"])) for r in records)
+    summary = json.loads((run / "loss_log.json").read_text())
+    assert summary["log"] == records and summary["final"] == final["final"]
+    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "samples.txt").read_text().count("--- step") == 5
+    out = capsys.readouterr().out
+    line = r"step 20 \| train \d\.\d{4} \| val \d\.\d{4} \| ppl \d+\.\d\d \| lr \d\.\d\de[+-]\d\d"
+    assert re.search(line + r" \| grad \d+\.\d\d \| \d+\.\dk tok/s \| \d+\.\d ms/step", out)
+    assert f"ln({start['vocab_size']}) = {math.log(start['vocab_size']):.4f}" in out
+    assert "verdict: " in out
+
+
+def test_training_learns(workplace):
+    train.main([*TINY_RUN, "--max_steps=200", "--eval_every=100", "--lr_max=1e-2"])
+    log = final_state()["log"]
+    assert log[-1]["val"] < 0.6 * log[0]["val"]
+
+
+def test_one_batch_can_be_overfitted(workplace, capsys):
+    flags = [*TINY_RUN, "--overfit_batch", "--n_embd=64", "--block_size=64", "--lr_max=1e-2"]
+    assert train.main([*flags, "--max_steps=500"]) == 0
+    assert "one batch overfitted" in capsys.readouterr().out
+    assert train.main([*flags, "--max_steps=2"]) == 1
+    assert not Path("checkpoints").exists()
+
+
+def test_patience_stops_a_run_that_gets_no_better(workplace, monkeypatch):
+    losses = iter([3.0, 3.0, 2.0, 2.0, 2.5, 2.5, 2.6, 2.6, 2.7])  # train and val, each evaluation
+    monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(losses))
+    train.main([*TINY_RUN, "--patience=2"])
+    assert final_state()["step"] == 15
+    assert utils.read_checkpoint(Path("checkpoints/best.pt"))["step"] == 5
+
+
+def test_a_run_is_never_overwritten_silently(workplace):
+    train.main(TINY_RUN)
+    before = (workplace / "checkpoints" / "latest.pt").read_bytes()
+    with pytest.raises(UserError, match=r"--resume it, --overwrite it, or give this one a --tag"):
+        train.main(TINY_RUN)
+    assert (workplace / "checkpoints" / "latest.pt").read_bytes() == before
+    assert train.main([*TINY_RUN, "--tag=other"]) == 0
+    assert train.main([*TINY_RUN, "--overwrite", "--max_steps=5"]) == 0
+    assert final_state()["step"] == 5
+
+
+def test_a_finished_run_can_be_prolonged(workplace):
+    train.main(TINY_RUN)
+    assert train.main(["--resume", "--device=cpu", "--max_steps=30"]) == 0
+    assert [record["step"] for record in final_state()["log"]] == [0, 5, 10, 15, 20, 25, 30]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--n_layer=3"], "n_layer is 1 in the run to resume"),
+        (["--seed=5", "--arch=gpt2"], "seed is 1337.*arch is ''"),
+        (["--tag=nothing"], "no checkpoint checkpoints/nothing/latest.pt"),
+        (["--overwrite"], "give one of them"),
+    ],
+)
+def test_resuming_refuses_what_does_not_fit(workplace, flags, message):
+    train.main(TINY_RUN)
+    with pytest.raises(UserError, match=message):
+        train.main(["--resume", "--device=cpu", *flags])
+
+
+def test_resuming_on_another_text_is_refused(workplace):
+    train.main(TINY_RUN)
+    Path("data/input.txt").write_text(make_text(401))
+    with pytest.raises(UserError, match="it has changed"):
+        train.main(["--resume", "--device=cpu"])
+
+
+def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
+    train_step = Trainer.train_step
+
+    def break_at_8(self):
+        loss, norm = train_step(self)
+        return (loss * math.nan, norm) if self.step == 8 else (loss, norm)
+
+    monkeypatch.setattr(Trainer, "train_step", break_at_8)
+    with pytest.raises(UserError, match=r"diverged at step 8 \(loss nan.*best\.pt and latest\.pt"):
+        train.main(TINY_RUN)
+    assert final_state()["step"] == 5
+    assert all(torch.isfinite(tensor).all() for tensor in final_state()["model"].values())
+
+
+def test_all_problems_are_reported_together_and_nothing_is_written(workplace):
+    with pytest.raises(UserError) as error:
+        train.main("--device=cuda:99 --n_embd=30 --n_head=4 --lr_min=1 --foo".split())
+    for words in ("cuda:99", "not divisible", "lr_min 1 is above lr_max", "unknown flag --foo"):
+        assert words in str(error.value)
+    assert not Path("checkpoints").exists()
+
+
+# --- stopped, killed, resumed
+
+LONGER_RUN = [*TINY_RUN, "--dropout=0.2", "--max_steps=400", "--eval_every=50"]
+
+
+def start_run(*flags: str) -> subprocess.Popen:
+    """A training run in a process of its own, in the current folder."""
+    command = [sys.executable, str(ROOT / "train.py"), *LONGER_RUN, *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_bit_for_bit(workplace, number):
+    process = start_run("--tag=stopped")
+    log = Path("checkpoints/stopped/log.jsonl")
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= 4, process)  # at step 100
+    process.send_signal(number)
+    status = process.wait(timeout=60)
+    assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    stopped_at = final_state("checkpoints/stopped")["step"]
+    assert 50 <= stopped_at < 400
+    assert train.main(["--resume", "--tag=stopped", "--device=cpu"]) == 0
+    assert train.main([*LONGER_RUN, "--tag=whole"]) == 0
+    assert_same_run(final_state("checkpoints/stopped"), final_state("checkpoints/whole"))
+    texts = [Path("checkpoints", tag, "samples.txt").read_text() for tag in ("stopped", "whole")]
+    assert texts[0].split("--- step 400")[1] == texts[1].split("--- step 400")[1]
+
+
+def test_killed_while_a_checkpoint_is_written_leaves_a_whole_one(workplace, monkeypatch):
+    """The process dies between any two calls of a save: what stands at latest.pt must load."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*args: object) -> None:
+        raise Killed
+
+    train.main([*TINY_RUN, "--max_steps=5"])
+    for function in ("fsync", "replace"):
+        monkeypatch.setattr(utils.os, function, kill)
+        with pytest.raises(Killed):
+            train.main(["--resume", "--device=cpu", "--max_steps=10"])
+        monkeypatch.undo()
+        monkeypatch.chdir(workplace)
+        assert final_state()["step"] == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_gpu_run_learns_and_resumes(workplace, precision):
+    flags = [*TINY_RUN, "--device=cuda", f"--precision={precision}", "--max_steps=100"]
+    assert train.main(flags) == 0
+    assert train.main(["--resume", "--max_steps=200"]) == 0
+    log = final_state()["log"]
+    assert log[-1]["val"] < 0.8 * log[0]["val"]
+
+
+@pytest.mark.gpu
+def test_compiled_training_on_a_gpu(workplace):
+    assert train.main([*TINY_RUN, "--device=cuda", "--compile"]) == 0
+
+
+def test_two_runs_of_one_seed_are_equal(workplace):
+    for tag in ("one", "two"):
+        train.main([*TINY_RUN, "--dropout=0.1", f"--tag={tag}"])
+    assert_same_run(final_state("checkpoints/one"), final_state("checkpoints/two"))
+    train.main([*TINY_RUN, "--dropout=0.1", "--tag=three", "--seed=5"])
+    with pytest.raises(AssertionError):
+        assert_same_run(final_state("checkpoints/one"), final_state("checkpoints/three"))
+
+
+def test_no_full_disk_is_silent(workplace, monkeypatch):
+    train.main([*TINY_RUN, "--max_steps=5"])
+
+    def full(path: object) -> object:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(utils.os, "replace", lambda *_: full(None))
+    with pytest.raises(UserError, match="No space left"):
+        train.main(["--resume", "--device=cpu", "--max_steps=10"])
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert final_state()["step"] == 5

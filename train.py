@@ -1,0 +1,489 @@
+"""Train a GPT on a text.
+
+    python train.py                            TinyShakespeare, with what this machine has
+    python train.py --data my.txt --tag mine   a text of your own, into checkpoints/mine/
+    python train.py --resume                   go on where a stopped run stood
+
+A run's folder, checkpoints/ or checkpoints/TAG/, holds latest.pt and best.pt, log.jsonl (a line an
+evaluation), loss_log.json (at the end), loss_curve.png and samples.txt. Next: python generate.py
+"""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+from tqdm import tqdm
+
+import tokenizer as tokenizers
+import utils
+from config import (
+    GPTConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+    parse_flags,
+    preset_table,
+    raise_problems,
+    run,
+    train_settings,
+)
+from corpora import find_corpus
+from generate import sample_text
+from model import GPT
+from plots import draw_curve, verdict
+
+# --- the pieces of a training step
+
+
+def get_lr(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step: linear from 0 to lr_max over warmup_steps, then half a cosine
+    down to lr_min at max_steps (Loshchilov and Hutter 2017), flat after.
+
+    >>> config = TrainConfig(lr_max=1.0, lr_min=0.0, warmup_steps=10, max_steps=110)
+    >>> [round(get_lr(step, config), 3) for step in (0, 5, 10, 60, 110, 200)]
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+    if step < config.warmup_steps:
+        return config.lr_max * step / config.warmup_steps
+    if step >= config.max_steps:
+        return config.lr_min
+    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)  # 0 to 1
+    return config.lr_min + (config.lr_max - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019) whose decay shrinks matrices only, no biases or gains."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr_max, betas=(0.9, 0.95), fused=True)
+
+
+class Trainer:
+    """Trains a model on a corpus and keeps the files of its run."""
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: tokenizers.CharTokenizer,
+        corpus: utils.Corpus,
+        config: TrainConfig,
+        device: torch.device,
+    ):
+        self.model = model.to(device).train()
+        if config.compile:  # the blocks are alike: compiled once for all, in a third less time
+            for block in model.blocks:
+                block.compile()
+        self.tokenizer, self.corpus, self.config, self.device = tokenizer, corpus, config, device
+        self.optimizer = configure_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+        self.run_dir = Path(config.out_dir, config.tag)
+        self.step = 0  # optimizer steps done
+        self.log: list[dict[str, Any]] = []  # a record an evaluation
+        self.unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
+        self.grad_norm: float | None = None
+        self.seconds_before = 0.0  # of the same run, in earlier processes
+        self.started = time.perf_counter()
+        self.restart_clock()
+
+    def train_step(self) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Returns the mean loss of its batches and the norm of the gradient
+        before clipping, both () and on the device."""
+        config = self.config
+        self.optimizer.zero_grad()  # 1
+        mean_loss = torch.zeros((), device=self.device)
+        for part in range(config.grad_accum):
+            x, y = self.get_batch(part)  # 2, both (B, T)
+            x, y = (t.to(self.device, non_blocking=True) for t in (x, y))  # 3
+            with utils.autocast(self.device, config.precision):
+                _, loss = self.model(x, y)  # 4 and 5
+            loss = loss / config.grad_accum
+            self.scaler.scale(loss).backward()  # 6
+            mean_loss += loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)  # 7
+        for group in self.optimizer.param_groups:
+            group["lr"] = get_lr(self.step, config)  # 8
+        self.scaler.step(self.optimizer)  # 9
+        self.scaler.update()
+        self.step += 1  # 10
+        return mean_loss, norm
+
+    def get_batch(self, part: int) -> tuple[Tensor, Tensor]:
+        """The part-th batch of this step, x and y (B, T); under overfit_batch always the first."""
+        step = 0 if self.config.overfit_batch else self.step
+        ids, T = self.corpus.train_ids, self.model.config.block_size
+        return utils.get_batch(ids, T, self.config.batch_size, self.config.seed, step, part)
+
+    @contextlib.contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Without dropout, gradients, or compilation, which would compile for every new shape."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+        self.model.train(was_training)
+
+    def evaluate(self, ids: np.ndarray, n_windows: int | None) -> float:
+        """The mean loss, in nats a token, over so many evenly spaced windows of a split, or over
+        all of it (None). The mode that the model was in is put back."""
+        starts = utils.even_starts(len(ids), self.model.config.block_size, n_windows)
+        total, count = 0.0, 0
+        for first in range(0, len(starts), self.config.batch_size):
+            batch = starts[first : first + self.config.batch_size]
+            x, y = utils.windows(ids, batch, self.model.config.block_size)
+            with self.eval_mode(), utils.autocast(self.device, self.config.precision):
+                _, loss = self.model(x.to(self.device), y.to(self.device))
+            scored = int((y != -100).sum())
+            total, count = total + loss.item() * scored, count + scored
+        return total / count
+
+    def train(self) -> int:
+        """Train until max_steps, or out of patience, or a signal. Returns the exit status: 0, or
+        130 or 143 for SIGINT and SIGTERM, after which `--resume` goes on."""
+        config = self.config
+        bar = tqdm(total=config.max_steps, unit="step", leave=False, disable=None)
+        with bar, StopSignal() as stop:
+            if self.step == 0:
+                self.report()
+            bar.update(self.step)
+            first = self.step + 1
+            while self.step < config.max_steps and not self.out_of_patience() and not stop.number:
+                self.unchecked.append((self.step + 1, *self.train_step()))
+                if self.step == first:  # it may have compiled: not for the clock
+                    self.check_finite()
+                    self.restart_clock()
+                if self.step % 10 == 0:  # reading a loss makes a GPU wait
+                    bar.set_postfix_str(f"loss {self.check_finite():.4f}", refresh=False)
+                if self.step % config.eval_every == 0 or self.step == config.max_steps:
+                    self.report()
+                if config.save_every and self.step % config.save_every == 0:
+                    self.save(f"ckpt_{self.step:05d}.pt")
+                bar.update()
+        if not stop.number:
+            return 0
+        self.save("latest.pt")
+        print(f"stopped and saved at step {self.step}; --resume goes on from here")
+        return 128 + stop.number
+
+    def best(self) -> dict[str, Any]:
+        """The record with the lowest validation loss."""
+        return min(self.log, key=lambda record: record["val"])
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations all brought nothing better."""
+        since_best = len(self.log) - 1 - self.log.index(self.best())
+        return 0 < self.config.patience <= since_best
+
+    def check_finite(self) -> float:
+        """The last loss. Raises UserError for the first step, of those not yet checked, whose loss
+        or gradient was infinite or no number; no checkpoint is written without this check."""
+        loss = math.nan
+        for step, loss_, norm in self.unchecked:
+            loss, self.grad_norm = loss_.item(), norm.item()
+            # An overflowing float16 gradient is the scaler's business: it skips the step.
+            if not math.isfinite(loss + (0.0 if self.scaler.is_enabled() else self.grad_norm)):
+                self.diverged(step, f"loss {loss}, gradient norm {self.grad_norm}")
+        self.unchecked.clear()
+        return loss
+
+    def diverged(self, step: int, what: str) -> None:
+        """Stop a run whose numbers have become useless."""
+        kept = [name for name in ("best.pt", "latest.pt") if (self.run_dir / name).exists()]
+        where = f"; {' and '.join(kept)} in {self.run_dir} are from before" if kept else ""
+        raise UserError(f"diverged at step {step} ({what}){where}: try a lower --lr_max")
+
+    # --- the files of the run
+
+    def restart_clock(self) -> None:
+        """Time the steps from here on, leaving out what came before."""
+        self.clock, self.clock_step = time.perf_counter(), self.step
+
+    def report(self) -> None:
+        """Evaluate, print the status line, and write the log, a sample, the curve, checkpoints."""
+        self.check_finite()
+        self.log.append(self.measure())
+        tqdm.write(status_line(self.log[-1]))
+        self.write_sample()
+        self.write_log()
+        title = f"{self.corpus.info['name']}, {self.model.num_params() / 1e6:.2f} M parameters"
+        draw_curve(self.log, self.run_dir / "loss_curve.png", title)
+        if self.log[-1] is self.best():
+            self.save("best.pt")
+        self.save("latest.pt")  # last: who resumes from it finds all else at least as new
+        self.restart_clock()
+
+    def measure(self) -> dict[str, Any]:
+        """The record of an evaluation now: losses on both splits, and how the last steps went."""
+        config, steps = self.config, self.step - self.clock_step
+        seconds_per_step = (time.perf_counter() - self.clock) / steps if steps else None
+        tokens = config.batch_size * config.grad_accum * self.model.config.block_size
+        splits = (self.corpus.train_ids, self.corpus.val_ids)
+        train, val = (self.evaluate(ids, config.eval_windows) for ids in splits)
+        if not math.isfinite(train + val):
+            self.diverged(self.step, f"train loss {train}, validation loss {val}")
+        return {
+            "step": self.step,
+            "train": train,
+            "val": val,
+            "ppl": math.exp(val),
+            "lr": get_lr(self.step, config),
+            "grad_norm": self.grad_norm,
+            "tokens_per_second": tokens / seconds_per_step if steps else None,
+            "ms_per_step": 1000 * seconds_per_step if steps else None,
+            "seconds": self.seconds_before + time.perf_counter() - self.started,
+        }
+
+    def write_sample(self) -> None:
+        """Add a sample of the model's text to samples.txt, and show its first lines."""
+        if not self.config.sample_tokens:
+            return
+        settings = SampleConfig(max_new_tokens=self.config.sample_tokens)
+        with self.eval_mode():
+            text = sample_text(self.model, self.tokenizer, settings)[0].strip("\n")
+        with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- step {self.step}\n{text}\n\n")
+        for line in [line for line in text.splitlines() if line][:4]:
+            tqdm.write(f"    {line}")
+
+    def write_log(self) -> None:
+        """Write log.jsonl: a line that says what is trained, then a line an evaluation."""
+        start = {"corpus": self.corpus.info} | asdict(self.model.config) | asdict(self.config)
+        with utils.atomic_write(self.run_dir / "log.jsonl") as file:
+            for record in (start, *self.log):
+                file.write((json.dumps(record) + "\n").encode())
+
+    def save(self, name: str) -> None:
+        """Write a checkpoint with all that an exact continuation needs."""
+        self.check_finite()
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        config = replace(self.config, resume=False, overwrite=False)
+        state = {
+            "gpt_config": asdict(self.model.config),
+            "train_config": asdict(config),
+            "tokenizer": self.tokenizer.to_dict(),
+            "corpus": self.corpus.info,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng,
+            "step": self.step,
+            "log": self.log,
+        }
+        utils.save_checkpoint(self.run_dir / name, state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up where a checkpoint stands, so that what follows is what would have followed."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        self.step, self.log = state["step"], state["log"]
+        self.seconds_before = self.log[-1]["seconds"]
+        self.restart_clock()
+
+    def finish(self) -> None:
+        """Score the best checkpoint over the whole validation split, judge the run, and say so."""
+        best = self.best()
+        if best["step"] != self.step:
+            state = utils.read_checkpoint(self.run_dir / "best.pt")
+            self.model.load_state_dict(state["model"])
+        loss = self.evaluate(self.corpus.val_ids, None)
+        words = verdict(self.log, self.model.config.vocab_size)
+        final = {"step": best["step"], "val": loss, "ppl": math.exp(loss), "verdict": words}
+        seconds = self.log[-1]["seconds"]
+        summary = {"corpus": self.corpus.info, "log": self.log, "seconds": seconds, "final": final}
+        with utils.atomic_write(self.run_dir / "loss_log.json") as file:
+            file.write(json.dumps(summary, indent=1).encode())
+        with open(self.run_dir / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"final": final}) + "\n")
+        print(
+            f"done in {seconds:.0f} s: best at step {best['step']}, validation loss {loss:.4f} "
+            f"(perplexity {final['ppl']:.2f}) over the whole split\n"
+            f"verdict: {words}\n"
+            f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}"
+        )
+
+
+# --- around the training
+
+
+class StopSignal:
+    """While it stands, a first SIGINT (Ctrl-C) or SIGTERM is only noted, in `number`; a second one
+    stops the program at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.number = 0
+        self.handlers = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler."""
+        self.number = number
+        tqdm.write("stopping after this step; again to stop at once, without saving")
+        for s in self.handlers:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __exit__(self, *exception: object) -> None:
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+
+
+def status_line(record: dict[str, Any]) -> str:
+    """The record of an evaluation, for people."""
+    words = [
+        f"step {record['step']}",
+        f"train {record['train']:.4f}",
+        f"val {record['val']:.4f}",
+        f"ppl {record['ppl']:.2f}",
+        f"lr {record['lr']:.2e}",
+    ]
+    if record["ms_per_step"]:
+        words += [
+            f"grad {record['grad_norm']:.2f}",
+            f"{record['tokens_per_second'] / 1000:.1f}k tok/s",
+            f"{record['ms_per_step']:.1f} ms/step",
+        ]
+    return " | ".join(words)
+
+
+def overfit_batch(trainer: Trainer) -> int:
+    """Train on one batch until its loss is under 0.01, the sanity check that the pieces fit.
+    Writes no files. Returns the exit status: 0 if it got there within max_steps, else 1."""
+    with tqdm(total=trainer.config.max_steps, unit="step", leave=False, disable=None) as bar:
+        while trainer.step < trainer.config.max_steps:
+            loss = trainer.train_step()[0].item()
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            if loss < 0.01:
+                print(f"one batch overfitted: loss {loss:.4f} at step {trainer.step}; it all fits")
+                return 0
+    print(f"one batch could not be overfitted: loss {loss:.4f} after {trainer.step} steps")
+    return 1
+
+
+def run_problems(config: TrainConfig) -> list[str]:
+    """What stands in the way of a run in its folder."""
+    run_dir = Path(config.out_dir, config.tag)
+    exists = (run_dir / "latest.pt").exists()
+    if exists and not (config.resume or config.overwrite or config.overfit_batch):
+        return [f"{run_dir}/ holds a run: --resume it, --overwrite it, or give this one a --tag"]
+    return []
+
+
+def resumed_flags(flags: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint with the flags that were given over them. Raises UserError for
+    a flag that would make it another model."""
+    saved = state["gpt_config"] | state["train_config"]
+    fixed = {"preset", "arch", "tokenizer", "seed", *state["gpt_config"]} - {"dropout"}
+    raise_problems(
+        [
+            f"--{name} is {saved[name]!r} in the run to resume: leave it out, or start another run"
+            for name in flags
+            if name in fixed and flags[name] != saved[name]
+        ]
+    )
+    return saved | flags
+
+
+def clear_run(run_dir: Path) -> None:
+    """Remove the files of an earlier run."""
+    logs = ("log.jsonl", "loss_log.json", "loss_curve.png", "samples.txt")
+    for name in ("best.pt", "latest.pt", "ckpt_*.pt", *logs):
+        for file in run_dir.glob(name):
+            file.unlink()
+
+
+def describe(trainer: Trainer, why_precision: str) -> None:
+    """Say what will be trained, on what, with what; before anything slow begins."""
+    model, config, corpus = trainer.model, trainer.config, trainer.corpus
+    gpt, n_params = model.config, model.num_params()
+    memory = utils.memory_estimate(gpt, n_params, config.batch_size, config.precision)
+    parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
+    compiled = "compiled, which takes its time at the first step" if config.compile else "eager"
+    threads = f" ({torch.get_num_threads()} threads)" if trainer.device.type == "cpu" else ""
+    print(
+        f"machine: {trainer.device}{threads}, {config.precision} ({why_precision}), {compiled}\n"
+        f"corpus: {corpus.info['name']}, {corpus.info['bytes']:,} bytes; {len(corpus.train_ids):,} "
+        f"tokens to train on, {len(corpus.val_ids):,} to validate on, {gpt.vocab_size} kinds\n"
+        f"model: {gpt.n_layer} layers, {gpt.n_head} heads, {gpt.n_embd} channels, window "
+        f"{gpt.block_size}; {gpt.norm}, {gpt.mlp}, {gpt.pos}; {n_params:,} parameters\n"
+        f"memory: about {sum(memory.values()) / 1e6:,.0f} MB ({parts})\n"
+        f"run: preset {config.preset}, {config.max_steps} steps of {config.batch_size} x "
+        f"{config.grad_accum} windows, learning rate {config.lr_max:g} to {config.lr_min:g}\n"
+        f"guessing at random would give a loss of ln({gpt.vocab_size}) = "
+        f"{math.log(gpt.vocab_size):.4f}",
+        flush=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    doc = f"{__doc__}\n{preset_table()}"
+    flags, problems = parse_flags(argv, doc, TrainConfig, GPTConfig)
+    run_dir = Path(flags.get("out_dir", "checkpoints"), flags.get("tag", ""))
+    state = utils.read_checkpoint(run_dir / "latest.pt") if flags.get("resume") else None
+    if state:
+        flags = resumed_flags(flags, state) | {"out_dir": str(run_dir), "tag": ""}
+    problems += utils.device_problems(flags.get("device", "auto"))
+    device = utils.pick_device("cpu" if problems else flags.get("device", "auto"))
+    gpt_config, config = train_settings(flags, device.type)
+    raise_problems(problems + gpt_config.problems() + config.problems() + run_problems(config))
+
+    path, name = find_corpus(config.data)
+    text, file_info = utils.read_text(path)
+    info = {"name": name} | file_info
+    if state and state["corpus"]["sha256"] != info["sha256"]:
+        raise UserError(f"{path} is not the text that the run was trained on: it has changed")
+    if state:
+        tokenizer = tokenizers.from_dict(state["tokenizer"])
+    else:
+        tokenizer = tokenizers.CharTokenizer.train(text)
+    corpus = utils.split_ids(
+        tokenizer.encode(text), tokenizer.vocab_size, gpt_config.block_size, info
+    )
+
+    config.precision, why_precision = utils.pick_precision(config.precision, device)
+    if config.compile is None:  # nobody insists: where it fails, go on without
+        torch._dynamo.config.suppress_errors = True
+    config.compile = utils.pick_compile(config.compile, device)
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        utils.keep_freed_memory()
+    torch.manual_seed(config.seed)
+    model = GPT(replace(gpt_config, vocab_size=tokenizer.vocab_size))
+    trainer = Trainer(model, tokenizer, corpus, config, device)
+    describe(trainer, why_precision)
+    if config.overfit_batch:
+        return overfit_batch(trainer)
+    if state:
+        trainer.restore(state)
+        print(f"resuming at step {trainer.step}")
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        clear_run(run_dir)
+    status = trainer.train()
+    if status == 0:
+        trainer.finish()
+    return status
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,332 @@
+"""What training and sampling share: a text as batches of windows, device and precision,
+checkpoints, the run's log."""
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import pickle
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import tokenizer as tokenizers
+from config import GPTConfig, UserError, from_dict, raise_problems
+from model import GPT
+
+# --- files
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when it is complete and on the disk, and
+    not before.
+
+    Killed at any moment, what stands at `path` is the old file or the new one, whole. Raises
+    UserError where it cannot be written (a full disk, say); the old file is then still there.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where a write fails
+        reason = (
+            "the disk is full"
+            if shutil.disk_usage(path.parent).free < 1 << 20
+            else str(error).split("\n")[0]
+        )
+        raise UserError(
+            f"{path} could not be written ({reason}); what stood there before is whole"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# --- corpus: text -> ids -> batches
+
+
+@dataclass
+class Corpus:
+    """A tokenized text, split: the first nine tenths to train on, the last tenth to validate on."""
+
+    train_ids: np.ndarray  # (tokens,), the smallest integer type that holds the vocabulary
+    val_ids: np.ndarray
+    info: dict[str, Any]  # name, bytes, sha256: which text it was
+
+
+def read_text(path: Path) -> tuple[str, dict[str, Any]]:
+    """A file's text, with line ends as \\n, and what identifies the file. Raises UserError unless
+    it is UTF-8 text."""
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}): convert it"
+        ) from None
+    if not text:
+        raise UserError(f"{path} is empty: there is nothing to learn from")
+    return text, {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def split_ids(ids: np.ndarray, vocab_size: int, block_size: int, info: dict[str, Any]) -> Corpus:
+    """Split a token stream 90/10, in its order. Raises UserError where a part is too short for one
+    window."""
+    ids = ids.astype(np.min_scalar_type(vocab_size - 1))
+    n_train = len(ids) * 9 // 10
+    n_val = len(ids) - n_train
+    if min(n_train, n_val) <= block_size:
+        raise UserError(
+            f"the corpus is too short: of its {len(ids)} tokens {n_val} are to validate on, and a "
+            f"window takes {block_size + 1}; take a longer text or a smaller --block_size"
+        )
+    return Corpus(ids[:n_train], ids[n_train:], info)
+
+
+def windows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    """The windows of a stream that begin at `starts` (B,), in one indexed read.
+
+    Returns x and y, both (B, T) int64: y[b, t] is the token after x[b, t]. Past the end of the
+    stream x is 0 and y is -100, which the loss leaves out.
+
+    >>> x, y = windows(np.array([5, 6, 7, 8]), np.array([0, 2]), block_size=2)
+    >>> x.tolist(), y.tolist()
+    ([[5, 6], [7, 8]], [[6, 7], [8, -100]])
+    """
+    at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
+    tokens = torch.from_numpy(ids[np.minimum(at, len(ids) - 1)].astype(np.int64))
+    past_end = torch.from_numpy(at >= len(ids))
+    return tokens[:, :-1].masked_fill(past_end[:, :-1], 0), tokens[:, 1:].masked_fill(
+        past_end[:, 1:], -100
+    )
+
+
+def get_batch(
+    ids: np.ndarray, block_size: int, batch_size: int, seed: int, step: int, part: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The random windows of one step, x and y (B, T): a pure function of (seed, step, part), so
+    nothing needs storing to resume. `part` numbers the batches of one step: those of gradient
+    accumulation, over all processes.
+    """
+    starts = np.random.default_rng((seed, step, part)).integers(
+        len(ids) - block_size, size=batch_size
+    )
+    return windows(ids, starts, block_size)
+
+
+def even_starts(n_ids: int, block_size: int, n_windows: int | None = None) -> np.ndarray:
+    """Where the windows of an evaluation begin: n_windows evenly spaced ones, the same each time.
+
+    None, or more than there are, stands for one behind the other over the whole stream, so that
+    each token but the first is predicted exactly once.
+    """
+    every = np.arange(0, n_ids - 1, block_size)
+    if n_windows is None or n_windows >= len(every):
+        return every
+    return np.linspace(0, n_ids - 1 - block_size, n_windows).astype(np.int64)
+
+
+# --- machine: device and precision
+
+
+def device_problems(name: str) -> list[str]:
+    """What is wrong with a device name on this machine: a sentence, or nothing."""
+    try:
+        pick_device(name)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError for one
+    that is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind in there if there[kind]))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: use cpu, cuda, cuda:1 or mps") from None
+    if not there.get(device.type) or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        have = ", ".join(kind for kind in there if there[kind])
+        raise UserError(
+            f"device {name!r} is not on this machine (it has {have}): use --device auto"
+        )
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """The precision of the matrix products and why: `auto` is the fastest that trains well on the
+    device."""
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        return (
+            ("bfloat16", "this GPU has it")
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else ("float16", "")
+        )
+    if device.type == "cpu":
+        ratio = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
+        if ratio > 1.5:  # less does not pay for the conversions around each product
+            return (
+                "bfloat16",
+                f"its matrix products are {ratio:.1f} times as fast as float32's here",
+            )
+        return "float32", f"bfloat16's matrix products are {ratio:.1f} times as fast here"
+    return "float32", ""
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory of freed tensors for the next ones. Else Linux takes it
+    back and clears it again, every step, and training on a CPU takes a quarter longer."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        m_mmap_max, m_trim_threshold = -4, -1  # from malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def matmul_seconds(dtype: torch.dtype) -> float:
+    """The time of a product of two 512 x 512 matrices on the CPU, the best of several."""
+    a = torch.ones(512, 512, dtype=dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which matrix products run in the given precision."""
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+def pick_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to use torch.compile: as asked, else on CUDA, and on a CPU where there is a C++
+    compiler to use."""
+    if wanted is not None:
+        return wanted
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    return device.type == "cuda" or (
+        device.type == "cpu" and compiler is not None and os.name == "posix"
+    )
+
+
+def memory_estimate(
+    config: GPTConfig, n_params: int, batch_size: int, precision: str
+) -> dict[str, int]:
+    """Bytes that training takes, in parts: weights, gradients, AdamW's two averages, activations
+    kept for the backward.
+
+    The activations are counted from the formulas of model.py: about 10 C + 3 F numbers a block and
+    token, and the logits twice, once as they are and once in float32.
+    """
+    width = 4 if precision == "float32" else 2
+    tokens = batch_size * config.block_size
+    a_token = config.n_layer * (
+        10 * config.n_embd + 3 * config.n_inner
+    ) * width + config.vocab_size * (width + 8)
+    weights = 4 * n_params
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "activations": tokens * a_token,
+    }
+
+
+# --- checkpoints
+
+CHECKPOINT_KEYS = {
+    "gpt_config",
+    "train_config",
+    "tokenizer",
+    "corpus",
+    "model",
+    "optimizer",
+    "scaler",
+    "rng",
+    "step",
+    "log",
+}
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all: plain dicts, lists, numbers, strings and tensors
+    only."""
+    assert state.keys() == CHECKPOINT_KEYS
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU. It is read as data only: a file from a stranger cannot
+    run code.
+
+    Raises UserError for a file that is missing, damaged, or no checkpoint of this program.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: train one with `python train.py`")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are refused below anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        unsafe = isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error)
+        reason = "it holds code, which is never run" if unsafe else "it is damaged or no checkpoint"
+        raise UserError(f"{path} was refused: {reason}") from None
+    if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
+        raise UserError(f"{path} was refused: it is not a checkpoint of this program")
+    return state
+
+
+def load_checkpoint(
+    path: Path, device: torch.device
+) -> tuple[GPT, tokenizers.CharTokenizer, dict[str, Any]]:
+    """The model, on the device and in eval mode, its tokenizer, and all else that the checkpoint
+    holds."""
+    state = read_checkpoint(path)
+    try:
+        config = from_dict(GPTConfig, state["gpt_config"])
+        raise_problems(config.problems())
+        model = GPT(config)
+        model.load_state_dict(state["model"])
+        tokenizer = tokenizers.from_dict(state["tokenizer"])
+    except (UserError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} was refused: its parts do not fit together ({str(error).splitlines()[0]})"
+        ) from None
+    return model.to(device).eval(), tokenizer, state
+
+
+def newest_checkpoint(out_dir: Path) -> Path:
+    """best.pt, else latest.pt, of the run in out_dir, or a folder in it, that was written last."""
+    names = ("best.pt", "latest.pt")
+    files = [file for name in names for file in (*out_dir.glob(name), *out_dir.glob(f"*/{name}"))]
+    if not files:
+        raise UserError(f"there is no checkpoint in {out_dir}/: train one with `python train.py`")
+    run_dir = max(files, key=lambda file: file.stat().st_mtime).parent
+    return next(run_dir / name for name in names if (run_dir / name).exists())
