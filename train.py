@@ -461,8 +461,6 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     config.precision, why_precision = utils.pick_precision(config.precision, device)
-    if config.compile is None:  # nobody insists: where it fails, go on without
-        torch._dynamo.config.suppress_errors = True
     config.compile = utils.pick_compile(config.compile, device)
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu":

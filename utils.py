@@ -225,14 +225,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def pick_compile(wanted: bool | None, device: torch.device) -> bool:
-    """Whether to use torch.compile: as asked, else on CUDA, and on a CPU where there is a C++
-    compiler to use."""
-    if wanted is not None:
-        return wanted
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    return device.type == "cuda" or (
-        device.type == "cpu" and compiler is not None and os.name == "posix"
-    )
+    """Whether to use torch.compile: as asked, else where compiling something small works (on a CPU
+    it takes a C++ compiler)."""
+    if wanted is not None or device.type == "mps":
+        return bool(wanted)
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # of whatever kind: it only means that there is no compiling here
+        print(f"not compiling: {str(error).splitlines()[0]}")
+        return False
+    return True
 
 
 def memory_estimate(

@@ -128,6 +128,17 @@ def test_precision_on_a_cpu_is_what_is_faster_here(monkeypatch, seconds: float, 
     assert utils.pick_precision("float16", torch.device("cpu"))[0] == "float16"
 
 
+def test_without_a_compiler_nothing_is_compiled(monkeypatch, capsys):
+    def fail(function: object) -> None:
+        raise RuntimeError("no C++ compiler\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert utils.pick_compile(None, torch.device("cpu")) is False
+    assert capsys.readouterr().out == "not compiling: no C++ compiler\n"
+    assert utils.pick_compile(True, torch.device("cpu")) is True
+    assert utils.pick_compile(None, torch.device("mps")) is False
+
+
 def test_memory_estimate_counts_weights_by_hand():
     model = make_model()
     estimate = utils.memory_estimate(model.config, 1000, batch_size=2, precision="float32")
