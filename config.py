@@ -61,7 +61,8 @@ class GPTConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, a sentence each."""
-        if found := limit_problems(self):
+        found = limit_problems(self)
+        if self.n_embd < 1 or self.n_head < 1:
             return found
         head_size, rest = divmod(self.n_embd, self.n_head)
         if rest:
@@ -308,7 +309,7 @@ def unknown_flags(words: list[str], parser: argparse.ArgumentParser) -> list[str
     for i, word in enumerate(words):
         if word.startswith("-"):
             flag = word.split("=")[0]
-            near = difflib.get_close_matches(flag, flags, n=1)
+            near = difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)
             problems.append(f"unknown flag {flag}" + "".join(f": did you mean {n}?" for n in near))
         elif i == 0 or not words[i - 1].startswith("-"):  # else it was the unknown flag's value
             problems.append(f"unexpected argument {word!r}")

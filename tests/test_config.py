@@ -122,7 +122,7 @@ def test_all_mistakes_are_reported_in_one_line():
     problems = read("--n_layr 3 --n_embd 100 --n_head 3 --dropout 2 --max_steps many --top")[2]
     with pytest.raises(UserError) as error:
         raise_problems([problems])
-    for words in ("n_layr", "dropout must be below 1", "'many'", "--top"):
+    for words in ("n_layr", "not divisible", "dropout must be below 1", "'many'", "--top"):
         assert words in str(error.value)
     assert "\n" not in str(error.value)
 
