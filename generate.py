@@ -4,6 +4,7 @@ python generate.py                           500 characters from the newest run'
 python generate.py checkpoints/best.pt --prompt "ROMEO:" --temperature 0.9 --top_k 50 --seed 42
 """
 
+import codecs
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from config import SampleConfig, from_dict, parse_flags, raise_problems, run
 from model import GPT
-from tokenizer import CharTokenizer
+from tokenizer import END_OF_TEXT, Tokenizer
 from utils import (
     atomic_write,
     device_problems,
@@ -82,21 +83,24 @@ def generate(model: GPT, prompt: Tensor, config: SampleConfig) -> Iterator[Tenso
         yield next_ids
 
 
-def encode_prompt(tokenizer: CharTokenizer, text: str) -> Tensor:
+def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
     """The ids of a prompt (T,), without what the tokenizer does not know, which a warning names.
 
-    A newline stands for an empty prompt; where that is unknown too, the first token there is.
+    For an empty prompt stands <|endoftext|>, with which documents begin; where there is none, a
+    newline, or the first token there is.
     """
     if unknown := tokenizer.unknown(text):
         names = " ".join(map(repr, unknown))
         print(f"warning: the model does not know {names}; left out of the prompt", file=sys.stderr)
         text = "".join(c for c in text if c not in unknown)
-    if not text and not tokenizer.unknown("\n"):
+    if not text and not tokenizer.specials and not tokenizer.unknown("\n"):
         text = "\n"
-    return torch.from_numpy(tokenizer.encode(text)) if text else torch.zeros(1, dtype=torch.long)
+    if not text:
+        return torch.tensor([tokenizer.specials.get(END_OF_TEXT, 0)])
+    return torch.from_numpy(tokenizer.encode(text))
 
 
-def sample_text(model: GPT, tokenizer: CharTokenizer, config: SampleConfig) -> list[str]:
+def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[str]:
     """The prompt's continuations as texts, num_samples of them, each with the prompt before it."""
     prompt = encode_prompt(tokenizer, config.prompt).to(next(model.parameters()).device)
     steps = generate(model, prompt, config)
@@ -105,13 +109,15 @@ def sample_text(model: GPT, tokenizer: CharTokenizer, config: SampleConfig) -> l
     return [tokenizer.decode([*prompt.tolist(), *row]) for row in new_ids.tolist()]
 
 
-def stream_text(model: GPT, tokenizer: CharTokenizer, config: SampleConfig) -> None:
-    """Write one continuation to stdout, each token as soon as it is sampled."""
+def stream_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Write one continuation to stdout, each token as soon as it is sampled, but whole characters
+    only: a token may end in the midst of one."""
     prompt = encode_prompt(tokenizer, config.prompt).to(next(model.parameters()).device)
-    print(tokenizer.decode(prompt.tolist()), end="", flush=True)
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    print(utf8.decode(tokenizer.decode_bytes(prompt.tolist())), end="", flush=True)
     for next_ids in generate(model, prompt, config):
-        print(tokenizer.decode(next_ids.tolist()), end="", flush=True)
-    print()
+        print(utf8.decode(tokenizer.decode_bytes(next_ids.tolist())), end="", flush=True)
+    print(utf8.decode(b"", final=True))
 
 
 def header(config: SampleConfig, state: dict[str, Any]) -> str:

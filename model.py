@@ -146,17 +146,31 @@ POSITIONS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 # --- attention
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Causal attention as the formula has it, softmax(q k^T / sqrt(D)) v; q, k, v are (B, H, T, D).
+def causal_mask(T: int, device: torch.device) -> Tensor:
+    """Who may look at whom: [t, s] is true where s is not after t, (T, T)."""
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
+
+
+def document_mask(docs: Tensor) -> Tensor:
+    """`causal_mask` for windows that hold several documents, whose numbers are docs (B, T): nobody
+    looks into another document, (B, 1, T, T)."""
+    same = docs[:, :, None] == docs[:, None, :]  # (B, T, T)
+    return (same & causal_mask(docs.size(1), docs.device))[:, None]
+
+
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention as the formula has it, softmax(q k^T / sqrt(D)) v; q, k, v are (B, H, T, D), the
+    mask is the causal one unless another is given.
 
     The same result as `scaled_dot_product_attention`, slower and in more memory, for reading and
     for pictures. Returns the output (B, H, T, D) and the attention weights (B, H, T, T), whose rows
     sum to 1 (before dropout).
     """
-    T = q.size(-2)
+    mask = causal_mask(q.size(-2), q.device) if mask is None else mask
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)  # (B, H, T, T)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)  # (B, H, T, T)
     return F.dropout(weights, dropout) @ v, weights
 
 
@@ -182,7 +196,11 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, maps: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
     ) -> Tensor:
         B, T, C = x.shape
         q, k, v = (
@@ -194,26 +212,28 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         dropout = self.dropout if self.training else 0.0
         if maps is None:
-            y = fused_attention(q, k, v, dropout)  # (B, H, T, D)
+            y = fused_attention(q, k, v, dropout, mask)  # (B, H, T, D)
         else:
-            y, weights = plain_attention(q, k, v, dropout)
+            y, weights = plain_attention(q, k, v, dropout, mask)
             maps.append(weights)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.proj(y)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
+) -> Tensor:
     """`plain_attention` in one kernel, which does not write the (T, T) weights to memory
     (FlashAttention, Dao et al. 2022); q, k, v are (B, H, T, D)."""
     on_cpu = q.device.type == "cpu"
     if on_cpu and torch.is_autocast_enabled("cpu") and q.size(-2) <= 256:
         # On a CPU the kernel is slow in bfloat16, and with short windows even in float32: a
         # training step of the laptop preset takes 0.8 of the time with the plain formula.
-        return plain_attention(q, k, v, dropout)[0]
+        return plain_attention(q, k, v, dropout, mask)[0]
     dtype = torch.float32 if on_cpu else v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
 
 
 # --- the model
@@ -232,9 +252,13 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor] | None, maps: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), rotation, maps))
+        x = x + self.drop(self.attn(self.norm1(x), rotation, mask, maps))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -271,14 +295,19 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, maps: list[Tensor] | None = None
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        docs: Tensor | None = None,
+        maps: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Scores and, where the right answers are known, how wrong they are.
 
         idx (B, T) are token ids, T at most block_size. Returns the logits (B, T, V) and the mean
         cross-entropy in nats against targets (B, T), None without them; targets of -100 do not
-        count. Give an empty list as `maps` to have each layer append its attention weights (B, H,
-        T, T) to it, by the slower `plain_attention`.
+        count. With docs, the number of each token's document (B, T), tokens attend to their own
+        document only. Give an empty list as `maps` to have each layer append its attention weights
+        (B, H, T, T) to it, by the slower `plain_attention`.
         """
         if idx.size(1) > self.config.block_size:
             raise ValueError(
@@ -286,8 +315,9 @@ class GPT(nn.Module):
             )
         x, rotation = self.pos(self.tok(idx))  # (B, T, C)
         x = self.drop(x)
+        mask = None if docs is None else document_mask(docs)
         for block in self.blocks:
-            x = block(x, rotation, maps)
+            x = block(x, rotation, mask, maps)
         logits = self.head(self.norm(x))  # (B, T, V)
         if targets is None:
             return logits, None

@@ -2,6 +2,7 @@
 
     python train.py                            TinyShakespeare, with what this machine has
     python train.py --data my.txt --tag mine   a text of your own, into checkpoints/mine/
+    python train.py --data my.txt --tokenizer bpe --vocab_size 2000    in words, not characters
     python train.py --resume                   go on where a stopped run stood
 
 A run's folder, checkpoints/ or checkpoints/TAG/, holds latest.pt and best.pt, log.jsonl (a line an
@@ -38,7 +39,7 @@ from config import (
     run,
     train_settings,
 )
-from corpora import find_corpus
+from corpora import load_corpus
 from generate import sample_text
 from model import GPT
 from plots import draw_curve, verdict
@@ -78,7 +79,7 @@ class Trainer:
     def __init__(
         self,
         model: GPT,
-        tokenizer: tokenizers.CharTokenizer,
+        tokenizer: tokenizers.Tokenizer,
         corpus: utils.Corpus,
         config: TrainConfig,
         device: torch.device,
@@ -109,7 +110,7 @@ class Trainer:
             x, y = self.get_batch(part)  # 2, both (B, T)
             x, y = (t.to(self.device, non_blocking=True) for t in (x, y))  # 3
             with utils.autocast(self.device, config.precision):
-                _, loss = self.model(x, y)  # 4 and 5
+                _, loss = self.model(x, y, self.document_numbers(x))  # 4 and 5
             loss = loss / config.grad_accum
             self.scaler.scale(loss).backward()  # 6
             mean_loss += loss.detach()
@@ -125,8 +126,12 @@ class Trainer:
     def get_batch(self, part: int) -> tuple[Tensor, Tensor]:
         """The part-th batch of this step, x and y (B, T); under overfit_batch always the first."""
         step = 0 if self.config.overfit_batch else self.step
-        ids, T = self.corpus.train_ids, self.model.config.block_size
-        return utils.get_batch(ids, T, self.config.batch_size, self.config.seed, step, part)
+        ids, T, docs = self.corpus.train_ids, self.model.config.block_size, self.corpus.train_docs
+        return utils.get_batch(ids, T, self.config.batch_size, self.config.seed, step, part, docs)
+
+    def document_numbers(self, x: Tensor) -> Tensor | None:
+        """Under doc_mask, the number of each token's document in its window, (B, T)."""
+        return (x == self.corpus.separator).cumsum(dim=1) if self.config.doc_mask else None
 
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
@@ -145,8 +150,9 @@ class Trainer:
         for first in range(0, len(starts), self.config.batch_size):
             batch = starts[first : first + self.config.batch_size]
             x, y = utils.windows(ids, batch, self.model.config.block_size)
+            x, y = x.to(self.device), y.to(self.device)
             with self.eval_mode(), utils.autocast(self.device, self.config.precision):
-                _, loss = self.model(x.to(self.device), y.to(self.device))
+                _, loss = self.model(x, y, self.document_numbers(x))
             scored = int((y != -100).sum())
             total, count = total + loss.item() * scored, count + scored
         return total / count
@@ -240,6 +246,7 @@ class Trainer:
             "train": train,
             "val": val,
             "ppl": math.exp(val),
+            "bpb": utils.bits_per_byte(val, self.corpus.bytes_per_token),
             "lr": get_lr(self.step, config),
             "grad_norm": self.grad_norm,
             "tokens_per_second": tokens / seconds_per_step if steps else None,
@@ -307,7 +314,9 @@ class Trainer:
             self.model.load_state_dict(state["model"])
         loss = self.evaluate(self.corpus.val_ids, None)
         words = verdict(self.log, self.model.config.vocab_size)
-        final = {"step": best["step"], "val": loss, "ppl": math.exp(loss), "verdict": words}
+        bpb = utils.bits_per_byte(loss, self.corpus.bytes_per_token)
+        final = {"step": best["step"], "val": loss, "ppl": math.exp(loss), "bpb": bpb}
+        final["verdict"] = words
         seconds = self.log[-1]["seconds"]
         summary = {"corpus": self.corpus.info, "log": self.log, "seconds": seconds, "final": final}
         with utils.atomic_write(self.run_dir / "loss_log.json") as file:
@@ -316,7 +325,7 @@ class Trainer:
             file.write(json.dumps({"final": final}) + "\n")
         print(
             f"done in {seconds:.0f} s: best at step {best['step']}, validation loss {loss:.4f} "
-            f"(perplexity {final['ppl']:.2f}) over the whole split\n"
+            f"(perplexity {final['ppl']:.2f}, {bpb:.4f} bits per byte) over the whole split\n"
             f"verdict: {words}\n"
             f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}"
         )
@@ -353,6 +362,7 @@ def status_line(record: dict[str, Any]) -> str:
         f"train {record['train']:.4f}",
         f"val {record['val']:.4f}",
         f"ppl {record['ppl']:.2f}",
+        f"bpb {record['bpb']:.3f}",
         f"lr {record['lr']:.2e}",
     ]
     if record["ms_per_step"]:
@@ -385,6 +395,15 @@ def run_problems(config: TrainConfig) -> list[str]:
     exists = (run_dir / "latest.pt").exists()
     if exists and not (config.resume or config.overwrite or config.overfit_batch):
         return [f"{run_dir}/ holds a run: --resume it, --overwrite it, or give this one a --tag"]
+    return []
+
+
+def tokenizer_problems(flags: dict[str, Any], config: TrainConfig) -> list[str]:
+    """What speaks against the flags of the tokenizer."""
+    if Path(config.data).is_dir() and flags.keys() & {"tokenizer", "vocab_size"}:
+        return [f"{config.data} has its tokenizer already: leave out --tokenizer and --vocab_size"]
+    if flags.get("vocab_size") and config.tokenizer != "bpe":
+        return ["--vocab_size is for --tokenizer bpe; other vocabularies have the size they have"]
     return []
 
 
@@ -422,7 +441,8 @@ def describe(trainer: Trainer, why_precision: str) -> None:
     print(
         f"machine: {trainer.device}{threads}, {config.precision} ({why_precision}), {compiled}\n"
         f"corpus: {corpus.info['name']}, {corpus.info['bytes']:,} bytes; {len(corpus.train_ids):,} "
-        f"tokens to train on, {len(corpus.val_ids):,} to validate on, {gpt.vocab_size} kinds\n"
+        f"tokens to train on, {len(corpus.val_ids):,} to validate on, {gpt.vocab_size} kinds, "
+        f"{corpus.bytes_per_token:.2f} bytes each\n"
         f"model: {gpt.n_layer} layers, {gpt.n_head} heads, {gpt.n_embd} channels, window "
         f"{gpt.block_size}; {gpt.norm}, {gpt.mlp}, {gpt.pos}; {n_params:,} parameters\n"
         f"memory: about {sum(memory.values()) / 1e6:,.0f} MB ({parts})\n"
@@ -445,20 +465,17 @@ def main(argv: list[str] | None = None) -> int:
     problems += utils.device_problems(flags.get("device", "auto"))
     device = utils.pick_device("cpu" if problems else flags.get("device", "auto"))
     gpt_config, config = train_settings(flags, device.type)
-    raise_problems(problems + gpt_config.problems() + config.problems() + run_problems(config))
+    problems += gpt_config.problems() + config.problems() + run_problems(config)
+    raise_problems(problems + (tokenizer_problems(flags, config) if not state else []))
 
-    path, name = find_corpus(config.data)
-    text, file_info = utils.read_text(path)
-    info = {"name": name} | file_info
-    if state and state["corpus"]["sha256"] != info["sha256"]:
-        raise UserError(f"{path} is not the text that the run was trained on: it has changed")
-    if state:
-        tokenizer = tokenizers.from_dict(state["tokenizer"])
-    else:
-        tokenizer = tokenizers.CharTokenizer.train(text)
-    corpus = utils.split_ids(
-        tokenizer.encode(text), tokenizer.vocab_size, gpt_config.block_size, info
+    tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
+    tokenizer, corpus = load_corpus(
+        config.data, config.tokenizer, gpt_config.vocab_size, gpt_config.block_size, tokenizer
     )
+    if state and state["corpus"]["sha256"] != corpus.info["sha256"]:
+        raise UserError(f"{config.data} is not what the run was trained on: it has changed")
+    if config.doc_mask and corpus.separator is None:
+        raise UserError(f"{config.data} is one document: --doc_mask is for corpora of several")
 
     config.precision, why_precision = utils.pick_precision(config.precision, device)
     config.compile = utils.pick_compile(config.compile, device)

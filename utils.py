@@ -4,6 +4,7 @@ checkpoints, the run's log."""
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -59,11 +60,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 @dataclass
 class Corpus:
-    """A tokenized text, split: the first nine tenths to train on, the last tenth to validate on."""
+    """A tokenized text, split: nine tenths to train on, one tenth to validate on."""
 
     train_ids: np.ndarray  # (tokens,), the smallest integer type that holds the vocabulary
     val_ids: np.ndarray
-    info: dict[str, Any]  # name, bytes, sha256: which text it was
+    info: dict[str, Any]  # name, bytes, sha256: which text it was; documents in it
+    train_bytes: int  # of the text in UTF-8
+    val_bytes: int
+    train_docs: np.ndarray | None = None  # (documents,), where each begins in train_ids
+    separator: int | None = None  # the token that begins a document, where there are several
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the validation text."""
+        return self.val_bytes / len(self.val_ids)
 
 
 def read_text(path: Path) -> tuple[str, dict[str, Any]]:
@@ -83,18 +93,23 @@ def read_text(path: Path) -> tuple[str, dict[str, Any]]:
     return text, {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
 
 
-def split_ids(ids: np.ndarray, vocab_size: int, block_size: int, info: dict[str, Any]) -> Corpus:
-    """Split a token stream 90/10, in its order. Raises UserError where a part is too short for one
-    window."""
-    ids = ids.astype(np.min_scalar_type(vocab_size - 1))
-    n_train = len(ids) * 9 // 10
-    n_val = len(ids) - n_train
+def check_length(corpus: Corpus, block_size: int) -> None:
+    """Raise UserError where a split is too short for one window."""
+    n_train, n_val = len(corpus.train_ids), len(corpus.val_ids)
     if min(n_train, n_val) <= block_size:
         raise UserError(
-            f"the corpus is too short: of its {len(ids)} tokens {n_val} are to validate on, and a "
+            f"the corpus is too short: {n_train} tokens to train and {n_val} to validate on, and a "
             f"window takes {block_size + 1}; take a longer text or a smaller --block_size"
         )
-    return Corpus(ids[:n_train], ids[n_train:], info)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """A loss in nats a token as bits a byte of text, which compares between tokenizers.
+
+    >>> bits_per_byte(math.log(4), bytes_per_token=4)  # two bits for each four bytes
+    0.5
+    """
+    return loss / math.log(2) / bytes_per_token
 
 
 def windows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
@@ -116,16 +131,40 @@ def windows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tenso
 
 
 def get_batch(
-    ids: np.ndarray, block_size: int, batch_size: int, seed: int, step: int, part: int = 0
+    ids: np.ndarray,
+    block_size: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+    part: int = 0,
+    docs: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The random windows of one step, x and y (B, T): a pure function of (seed, step, part), so
     nothing needs storing to resume. `part` numbers the batches of one step: those of gradient
-    accumulation, over all processes.
+    accumulation, over all processes. With `docs`, the sorted beginnings of the documents, windows
+    keep to them as `fit_documents` says.
     """
     starts = np.random.default_rng((seed, step, part)).integers(
         len(ids) - block_size, size=batch_size
     )
+    if docs is not None:
+        starts = fit_documents(starts, docs, len(ids), block_size)
     return windows(ids, starts, block_size)
+
+
+def fit_documents(starts: np.ndarray, docs: np.ndarray, n_ids: int, block_size: int) -> np.ndarray:
+    """Window starts (B,) so that no window runs over the end of a document longer than itself: one
+    that would begins at its document's beginning instead. So does one in a short document, which
+    goes on with the documents that follow.
+
+    >>> fit_documents(np.array([1, 7, 11]), docs=np.array([0, 10]), n_ids=13, block_size=4)
+    array([ 1,  0, 10])
+    """
+    document = np.searchsorted(docs, starts, side="right") - 1  # (B,)
+    last = document + 1 == len(docs)
+    ends = np.where(last, n_ids, docs[np.minimum(document + 1, len(docs) - 1)])
+    # y reaches one token further than x: the next document's separator, which ends this one.
+    return np.where(starts + block_size > ends, docs[document], starts)
 
 
 def even_starts(n_ids: int, block_size: int, n_windows: int | None = None) -> np.ndarray:
@@ -307,7 +346,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_checkpoint(
     path: Path, device: torch.device
-) -> tuple[GPT, tokenizers.CharTokenizer, dict[str, Any]]:
+) -> tuple[GPT, tokenizers.Tokenizer, dict[str, Any]]:
     """The model, on the device and in eval mode, its tokenizer, and all else that the checkpoint
     holds."""
     state = read_checkpoint(path)

@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "utils", "corpora", "generate", "train"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer", "utils", "tracks", "corpora", "prepare", "generate", "train"]
+)
 def test_docstring_examples(name: str):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0 and result.failed == 0

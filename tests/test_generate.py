@@ -102,11 +102,11 @@ def test_a_longer_text_begins_with_the_shorter():
 
 
 def test_unknown_characters_are_dropped_with_a_warning(capsys):
-    tokenizer = CharTokenizer.train("ab\n")
+    tokenizer = CharTokenizer.train(["ab\n"])
     assert generate.encode_prompt(tokenizer, "aéb").tolist() == [1, 2]
     assert "'é'" in capsys.readouterr().err
     assert generate.encode_prompt(tokenizer, "é").tolist() == [0]  # a newline
-    assert generate.encode_prompt(CharTokenizer.train("ab"), "").tolist() == [0]
+    assert generate.encode_prompt(CharTokenizer.train(["ab"]), "").tolist() == [0]
 
 
 # --- the command line

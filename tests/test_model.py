@@ -111,7 +111,7 @@ def test_attention_equals_torch_multihead_attention():
     expected, weights = theirs(x, x, x, attn_mask=causal_mask(7), average_attn_weights=False)
     maps: list[torch.Tensor] = []
     assert torch.allclose(ours(x, None), expected, atol=1e-6)
-    assert torch.allclose(ours(x, None, maps), expected, atol=1e-6)
+    assert torch.allclose(ours(x, None, maps=maps), expected, atol=1e-6)
     assert torch.allclose(maps[0], weights, atol=1e-6)
 
 
@@ -262,3 +262,32 @@ def test_autocast_stays_close_to_float32():
     with torch.autocast("cpu", torch.bfloat16):
         out = model(idx)[0].float()
     assert F.cosine_similarity(out.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("pos", ["rope", "learned"])
+def test_packed_documents_do_not_see_each_other(pos: str):
+    model = make_model(pos=pos)
+    docs = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]])
+    idx = torch.randint(11, (1, 8))
+    logits, _ = model(idx, docs=docs)
+    other = idx.clone()
+    other[0, :3] = (other[0, :3] + 1) % 11
+    changed, _ = model(other, docs=docs)
+    assert torch.allclose(changed[0, 3:], logits[0, 3:], atol=1e-6)
+    assert not torch.allclose(model(other)[0][0, 3:], model(idx)[0][0, 3:], atol=1e-2)
+
+
+def test_a_packed_document_is_scored_as_if_it_stood_alone():
+    model = make_model()  # its rotary positions see distances only
+    idx = torch.randint(11, (2, 9))
+    packed, _ = model(idx, docs=torch.tensor([[0] * 4 + [1] * 5] * 2))
+    alone = torch.cat([model(idx[:, :4])[0], model(idx[:, 4:])[0]], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+
+def test_the_fused_and_the_plain_attention_agree_under_a_document_mask():
+    model, docs = make_model(), torch.tensor([[0, 0, 1, 1, 1, 2]])
+    idx = torch.randint(11, (1, 6))
+    maps: list[torch.Tensor] = []
+    assert torch.allclose(model(idx, docs=docs)[0], model(idx, docs=docs, maps=maps)[0], atol=1e-5)
+    assert maps[0][0, 0, 5].tolist() == [0, 0, 0, 0, 0, 1]

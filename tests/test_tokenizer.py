@@ -1,15 +1,23 @@
-"""Text to ids and back."""
+"""Text to ids and back: characters, byte pairs, tiktoken's encodings."""
+
+import json
+import time
+from collections import Counter
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError
-from tokenizer import CharTokenizer, from_dict
+import tokenizer as tokenizers
+from config import ENCODINGS, UserError
+from tokenizer import END_OF_TEXT, QA_SPECIALS, BPETokenizer, CharTokenizer, from_dict
+
+# --- characters
 
 
 def test_ids_follow_the_sorted_characters():
-    tokenizer = CharTokenizer.train("hello, wörld\n")
+    tokenizer = CharTokenizer.train(["hello, wörld\n"])
     assert tokenizer.chars == sorted(set("hello, wörld\n"))
     assert tokenizer.encode("\n ,").tolist() == [0, 1, 2]
     assert tokenizer.vocab_size == 11
@@ -17,23 +25,211 @@ def test_ids_follow_the_sorted_characters():
 
 @given(st.text(min_size=1))
 def test_decode_undoes_encode(text: str):
-    tokenizer = CharTokenizer.train(text)
+    tokenizer = CharTokenizer.train([text])
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(st.text(min_size=1), st.text())
 def test_a_tokenizer_survives_its_dict(text: str, other: str):
-    tokenizer = CharTokenizer.train(text)
+    tokenizer = CharTokenizer.train([text], ["<BOS>"])
     copy = from_dict(tokenizer.to_dict())
     assert copy.encode(text).tolist() == tokenizer.encode(text).tolist()
     assert copy.unknown(other) == sorted(set(other) - set(text))
+    assert copy.specials == {"<BOS>": 0}
 
 
 def test_unknown_characters_are_named():
     with pytest.raises(UserError, match="'z', 'ü'"):
-        CharTokenizer.train("abc").encode("abzcü")
+        CharTokenizer.train(["abc"]).encode("abzcü")
+
+
+def test_special_tokens_come_first_and_unknown_characters_become_one_of_them():
+    tokenizer = CharTokenizer.train(["ab"], QA_SPECIALS)
+    assert tokenizer.specials == {"<PAD>": 0, "<UNK>": 1, "<BOS>": 2, "<EOS>": 3}
+    assert tokenizer.encode("azb").tolist() == [4, 1, 5]
+    assert tokenizer.decode([2, 4, 3]) == "<BOS>a<EOS>"
 
 
 def test_an_unknown_kind_is_refused():
     with pytest.raises(UserError, match="'magic'"):
         from_dict({"kind": "magic"})
+
+
+# --- byte pairs: training
+
+
+def naive_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """The definition: count all pairs anew for every merge."""
+    words = [([bytes([b]) for b in piece.encode()], n) for piece, n in counts.items()]
+    known = {bytes([b]) for b in range(256)}
+    merges = []
+    while len(merges) < n_merges:
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
+        for word, n in words:
+            for pair in pairwise(word):
+                pairs[pair] += n
+        if not pairs:
+            break
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        for word, _ in words:
+            i = 0
+            while i + 1 < len(word):
+                if (word[i], word[i + 1]) == (left, right):
+                    word[i : i + 2] = [left + right]
+                i += 1
+        if left + right not in known:
+            known.add(left + right)
+            merges.append((left, right))
+    return merges
+
+
+@settings(max_examples=300)
+@given(st.lists(st.text(alphabet="abé \n", max_size=30), max_size=8), st.integers(1, 60))
+def test_merges_equal_those_of_counting_everything_anew(texts: list[str], n_merges: int):
+    counts = tokenizers.count_pieces(texts)
+    assert tokenizers.learn_merges(counts, n_merges) == naive_merges(counts, n_merges)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from("the then other there mother loth ether".split()), min_size=50))
+def test_merges_equal_those_of_counting_everything_anew_on_words(words: list[str]):
+    counts = tokenizers.count_pieces([" ".join(words)])
+    assert tokenizers.learn_merges(counts, 100) == naive_merges(counts, 100)
+
+
+def test_merges_of_the_worked_example_of_sennrich_et_al_2016():
+    # The paper's toy vocabulary: low 5, lower 2, newest 6, widest 3. Its first three merges, e+s,
+    # es+t and (with its end-of-word mark left out) l+o, hold here but for the ties.
+    counts = Counter({"low": 5, "lower": 2, "newest": 6, "widest": 3})
+    merges = tokenizers.learn_merges(counts, 4)
+    assert merges == [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow")]
+
+
+def test_pieces_are_those_of_gpt2():
+    counts = tokenizers.count_pieces(["I'll pay  £30, they've said:\n\n ok"])
+    pieces = ["I", "'ll", " pay", " ", " £", "30", ",", " they", "'ve", " said", ":", "\n\n", " ok"]
+    assert counts == Counter(pieces)
+
+
+# --- byte pairs: text to ids
+
+
+LESSON = "the cat sat on the mat, and that cat's 42 hats — naïve, 日本語 — lay there too.\n" * 3
+
+
+def make_bpe(vocab_size: int = 330, first: tuple[str, ...] = ()) -> BPETokenizer:
+    return BPETokenizer.train(tokenizers.count_pieces([LESSON]), vocab_size, first)
+
+
+BPE = make_bpe()
+
+
+def test_special_tokens_have_the_ids_that_were_asked_for():
+    tokenizer = make_bpe(300, QA_SPECIALS)
+    assert [tokenizer.specials[text] for text in QA_SPECIALS] == [0, 1, 2, 3]
+    assert tokenizer.specials[END_OF_TEXT] == 299 and tokenizer.vocab_size == 300
+    assert tokenizer.encode("\x00\xff"[0]).tolist() == [4]  # the bytes follow
+    assert tokenizer.decode([2, *tokenizer.encode("cat").tolist(), 3]) == "<BOS>cat<EOS>"
+
+
+def test_too_little_text_gives_a_smaller_vocabulary():
+    tokenizer = BPETokenizer.train(Counter({"ab": 1}), 1000)
+    assert tokenizer.vocab_size == 258  # the bytes, ab, the end of text
+    assert tokenizer.encode("ab").tolist() == [256]
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused():
+    with pytest.raises(UserError, match="at least 257"):
+        make_bpe(100)
+
+
+words_and_anything = st.text() | st.text(alphabet="the catsonm,42 '\n—ï日本")
+
+
+@given(words_and_anything)
+def test_byte_pairs_are_lossless(text: str):
+    assert BPE.decode(BPE.encode(text).tolist()) == text
+
+
+@given(words_and_anything)
+def test_the_compiled_encoder_equals_the_plain_one(text: str):
+    assert BPE.encode(text).tolist() == BPE.encode_plain(text)
+
+
+@given(st.lists(st.integers(0, 400)))
+def test_any_ids_decode_without_a_crash(ids: list[int]):
+    assert isinstance(BPE.decode(ids), str)
+
+
+def test_invalid_bytes_decode_to_the_replacement_character():
+    assert BPE.decode([0xE6, 0x97, ord("a")]) == "\ufffda"
+
+
+@given(words_and_anything)
+def test_text_that_reads_like_a_special_token_stays_text(text: str):
+    ids = BPE.encode(text + END_OF_TEXT)
+    assert BPE.specials[END_OF_TEXT] not in ids
+    assert BPE.decode(ids.tolist()) == text + END_OF_TEXT
+
+
+@given(st.text(alphabet="ab1' .\n", max_size=200), st.integers(5, 40))
+def test_a_text_in_parts_tokenizes_as_the_whole_does(text: str, size: int):
+    found = list(tokenizers.parts(text, size))
+    assert "".join(found) == text and all(len(part) <= size for part in found)
+    if all(part[0] == " " for part in found[1:]):
+        ids = [i for part in found for i in BPE.encode_plain(part)]
+        assert ids == BPE.encode_plain(text)
+
+
+@pytest.mark.parametrize("text", ["a" * 50_000, " " * 2_000_000, "\n" * 100_000, "é" * 40_000])
+def test_monotonous_texts_are_encoded(text: str):
+    assert BPE.decode(BPE.encode(text).tolist()) == text
+
+
+def test_a_byte_pair_tokenizer_survives_json():
+    copy = from_dict(json.loads(tokenizers.to_json(BPE)))
+    assert copy.to_dict() == BPE.to_dict()
+    assert copy.encode(LESSON).tolist() == BPE.encode(LESSON).tolist()
+    assert '"Ġthe": ' in tokenizers.to_json(BPE).decode()  # and people can read it
+
+
+# --- tiktoken's encodings
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> BPETokenizer:
+    try:
+        return tokenizers.from_tiktoken("gpt2", seconds=5)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_gpt2_ids_are_the_published_ones(gpt2: BPETokenizer):
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert gpt2.specials == {END_OF_TEXT: 50256} and gpt2.vocab_size == 50257
+
+
+def test_gpt2_survives_its_dict_and_equals_tiktoken(gpt2: BPETokenizer):
+    import tiktoken
+
+    copy = from_dict(gpt2.to_dict())
+    theirs = tiktoken.get_encoding("gpt2").encode_ordinary(LESSON)
+    assert copy.encode(LESSON).tolist() == theirs == copy.encode_plain(LESSON)
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_a_silent_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", lambda name: time.sleep(3))
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=f"encoding {name} could not be downloaded .nothing came"):
+        tokenizers.from_tiktoken(name, seconds=0.1)
+    assert time.perf_counter() - began < 1
+
+
+def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
+    def refuse(name: str) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", refuse)
+    with pytest.raises(UserError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
+        tokenizers.from_tiktoken("gpt2")

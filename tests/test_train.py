@@ -29,8 +29,8 @@ def make_trainer(model=None, device: str = "cpu", **settings: object) -> Trainer
     defaults = {"batch_size": 4, "max_steps": 20, "compile": False, "precision": "float32"}
     config = TrainConfig(**{**defaults, **settings})
     ids = np.random.default_rng(0).integers(11, size=500)
-    corpus = utils.split_ids(ids, 11, 12, {"name": "random"})
-    tokenizer = CharTokenizer.train("abcdefghijk")
+    corpus = utils.Corpus(ids[:450], ids[450:], {"name": "random"}, 450, 50)
+    tokenizer = CharTokenizer.train(["abcdefghijk"])
     return Trainer(model or make_model(), tokenizer, corpus, config, torch.device(device))
 
 
@@ -117,7 +117,7 @@ def test_a_step_does_its_ten_parts_in_order(monkeypatch):
 
 
 def test_two_accumulated_batches_are_one_of_twice_the_size(monkeypatch):
-    def halves(ids, block_size, batch_size, seed, step, part=0):
+    def halves(ids, block_size, batch_size, seed, step, part=0, docs=None):
         starts = np.arange(8) * 7
         return utils.windows(ids, starts[part * batch_size :][:batch_size], block_size)
 
@@ -200,7 +200,8 @@ def test_a_run_leaves_its_files(workplace, capsys):
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "samples.txt").read_text().count("--- step") == 5
     out = capsys.readouterr().out
-    line = r"step 20 \| train \d\.\d{4} \| val \d\.\d{4} \| ppl \d+\.\d\d \| lr \d\.\d\de[+-]\d\d"
+    line = r"step 20 \| train \d\.\d{4} \| val \d\.\d{4} \| ppl \d+\.\d\d \| bpb \d\.\d{3} \| "
+    line += r"lr \d\.\d\de[+-]\d\d"
     assert re.search(line + r" \| grad \d+\.\d\d \| \d+\.\dk tok/s \| \d+\.\d ms/step", out)
     assert f"ln({start['vocab_size']}) = {math.log(start['vocab_size']):.4f}" in out
     assert "verdict: " in out
@@ -381,3 +382,44 @@ def test_no_full_disk_is_silent(workplace, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
     assert final_state()["step"] == 5
+
+
+# --- tokenizers and documents
+
+
+def test_byte_pairs_are_trained_and_travel_in_the_checkpoint(workplace, capsys):
+    assert train.main([*TINY_RUN, "--tokenizer=bpe", "--vocab_size=300"]) == 0
+    assert "300 kinds" in capsys.readouterr().out
+    tokenizer = utils.load_checkpoint(Path("checkpoints/best.pt"), torch.device("cpu"))[1]
+    assert tokenizer.decode(tokenizer.encode("the quick 狐").tolist()) == "the quick 狐"
+    (record,) = final_state()["log"][-1:]
+    text = Path("data/input.txt").read_text()
+    val = text[len(text) * 9 // 10 :]
+    bits = record["val"] / math.log(2) * len(tokenizer.encode(val)) / len(val.encode())
+    assert record["bpb"] == pytest.approx(bits)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vocab_size=300"], "vocab_size is for --tokenizer bpe"),
+        (["--tokenizer=bpe", "--vocab_size=99"], "at least 257"),
+        (["--tokenizer=words"], "tokenizer must be one of char, bpe, gpt2"),
+        (["--doc_mask"], "is one document: --doc_mask is for corpora of several"),
+    ],
+)
+def test_mistakes_about_tokens_are_found_first(workplace, flags, message):
+    with pytest.raises(UserError, match=message):
+        train.main([*TINY_RUN, *flags])
+    assert not Path("checkpoints").exists()
+
+
+def test_a_document_mask_reaches_the_model():
+    trainer = make_trainer(doc_mask=True)
+    trainer.corpus.separator = 3
+    x = torch.tensor([[3, 1, 2, 3, 5], [1, 3, 3, 4, 0]])
+    assert trainer.document_numbers(x).tolist() == [[1, 1, 1, 2, 2], [0, 1, 2, 2, 2]]
+    seen = []
+    trainer.model.register_forward_pre_hook(lambda model, args: seen.append(args[2]))
+    trainer.train_step()
+    assert seen[0].max() > 1

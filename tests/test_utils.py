@@ -1,6 +1,7 @@
 """Batches, windows, devices, checkpoints."""
 
 import errno
+import math
 import os
 import pickle
 import zipfile
@@ -22,7 +23,7 @@ def make_state(model: GPT) -> dict:
     empty = {"train_config": {}, "optimizer": {}, "scaler": {}, "rng": {}, "log": []}
     return empty | {
         "gpt_config": vars(model.config),
-        "tokenizer": CharTokenizer.train("abcdefghijk").to_dict(),
+        "tokenizer": CharTokenizer.train(["abcdefghijk"]).to_dict(),
         "corpus": {"name": "test"},
         "model": model.state_dict(),
         "step": 7,
@@ -69,12 +70,26 @@ def test_some_even_windows_span_the_split():
     assert starts[0] == 0 and starts[-1] == 1000 - 9 and len(starts) == 5
 
 
-def test_a_split_is_nine_to_one_in_order_and_small_on_disk():
-    corpus = utils.split_ids(np.arange(200, dtype=np.int64), 200, 8, {})
-    assert corpus.train_ids.tolist() == list(range(180))
-    assert corpus.val_ids.tolist() == list(range(180, 200))
-    assert corpus.train_ids.dtype == np.uint8
-    assert utils.split_ids(np.arange(200), 300, 8, {}).train_ids.dtype == np.uint16
+def test_no_window_runs_over_the_end_of_a_longer_document():
+    docs = np.array([0, 40, 43, 45])  # of 40, 3, 2 and 55 tokens
+    starts = utils.fit_documents(np.arange(92), docs, 100, block_size=8)
+    begins = dict(enumerate(starts.tolist()))
+    assert [begins[i] for i in range(33)] == list(range(33))  # windows inside the first document
+    assert {begins[i] for i in range(33, 40)} == {0}
+    assert {begins[i] for i in range(40, 43)} == {40} and {begins[i] for i in (43, 44)} == {43}
+    assert [begins[i] for i in range(45, 92)] == list(range(45, 92))
+
+
+def test_batches_of_documents_begin_where_they_should():
+    ids, docs = np.arange(100), np.array([0, 50, 53])
+    x, _ = utils.get_batch(ids, 8, 200, seed=1, step=2, docs=docs)
+    first = set(x[:, 0].tolist())
+    assert {0, 50} <= first and not first & {*range(43, 50), 51, 52}
+
+
+def test_bits_per_byte_of_a_coin_flip_for_each_byte_is_one():
+    assert utils.bits_per_byte(math.log(2), 1.0) == pytest.approx(1)
+    assert utils.bits_per_byte(math.log(2), 4.0) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +112,9 @@ def test_text_is_read_with_plain_line_ends_and_without_a_byte_order_mark(tmp_pat
 
 
 def test_a_corpus_shorter_than_a_window_is_refused():
-    with pytest.raises(UserError, match="50 tokens 5 are to validate on, and a window takes 9"):
-        utils.split_ids(np.zeros(50, dtype=int), 2, 8, {})
+    corpus = utils.Corpus(np.zeros(45), np.zeros(5), {}, 45, 5)
+    with pytest.raises(UserError, match="45 tokens to train and 5 to validate on, and a window"):
+        utils.check_length(corpus, 8)
 
 
 # --- machine

@@ -1,0 +1,86 @@
+"""evaluate.py: whole splits scored, side by side."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, make_model, make_text
+
+import evaluate
+import train
+import utils
+from config import UserError
+from evaluate import EvaluateConfig
+
+
+def corpus_of(ids: np.ndarray, **settings: object) -> utils.Corpus:
+    return utils.Corpus(ids[:300], ids[300:], {"name": "random"}, 300, len(ids) - 300, **settings)
+
+
+def test_a_split_is_scored_to_its_last_token():
+    model, ids = make_model(), np.random.default_rng(0).integers(11, size=401)
+    row = evaluate.score(model, corpus_of(ids), EvaluateConfig(precision="float32"), False)
+    val = torch.from_numpy(ids[300:])
+    losses, right = [], 0
+    for start in range(0, 100, 12):  # window for window, by hand
+        x, y = val[start : start + 12], val[start + 1 : start + 13]
+        probs = model(x[None, : len(y)])[0][0].softmax(dim=-1)
+        losses += (-probs[range(len(y)), y].log()).tolist()
+        right += int((probs.argmax(dim=-1) == y).sum())
+    assert row["tokens"] == 100 == len(losses)
+    assert row["loss"] == pytest.approx(sum(losses) / 100, abs=1e-5)
+    assert row["top1"] == right / 100
+
+
+def test_a_document_mask_changes_the_score():
+    model, ids = make_model(), np.random.default_rng(0).integers(11, size=401)
+    config = EvaluateConfig(precision="float32")
+    corpus = corpus_of(ids, separator=3)
+    assert evaluate.score(model, corpus, config, True) != pytest.approx(
+        evaluate.score(model, corpus, config, False)["loss"]
+    )
+
+
+def test_the_table_has_a_row_for_each_checkpoint(workplace, capsys):
+    for tag, tokenizer in (("a", "char"), ("b", "bpe")):
+        size = ["--vocab_size=300"] * (tokenizer == "bpe")
+        assert train.main([*TINY_RUN, f"--tag={tag}", f"--tokenizer={tokenizer}", *size]) == 0
+    final = [json.loads(Path("checkpoints", t, "loss_log.json").read_text())["final"] for t in "ab"]
+    capsys.readouterr()
+    assert evaluate.main(["checkpoints/a/best.pt", "checkpoints/b/best.pt"]) == 0
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert tuple(title.split()) == evaluate.COLUMNS and len(rows) == 2
+    for row, expected in zip(rows, final, strict=True):
+        name, _, _, split, tokens, loss, ppl, bpb, _, _ = row.split()
+        assert name.endswith("best.pt") and split == "val"
+        assert int(tokens.replace(",", "")) > 200
+        assert float(loss) == pytest.approx(expected["val"], abs=2e-3)
+        assert float(ppl) == pytest.approx(math.exp(expected["val"]), abs=0.2)
+        assert float(bpb) == pytest.approx(expected["bpb"], abs=3e-3)
+
+
+def test_another_text_can_be_scored_with_a_models_tokenizer(workplace, capsys):
+    assert train.main(TINY_RUN) == 0
+    (workplace / "other.txt").write_text(make_text(99))
+    assert evaluate.main(["--data=other.txt", "--split=train"]) == 0
+    assert "train" in capsys.readouterr().out
+    (workplace / "foreign.txt").write_text("日本語 " * 300)
+    with pytest.raises(UserError, match=r"not among the .* characters known"):
+        evaluate.main(["--data=foreign.txt"])
+
+
+def test_mistakes_are_found(workplace):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        evaluate.main([])
+    with pytest.raises(UserError, match=r"split must be one of val, train.*; batch_size must be"):
+        evaluate.main(["--split=test", "--batch_size=0"])
+    assert train.main(TINY_RUN) == 0
+    with pytest.raises(UserError, match=r"there is no checkpoint nowhere\.pt"):
+        evaluate.main(["checkpoints/best.pt", "nowhere.pt"])
+    with open("data/input.txt", "a") as file:
+        file.write("more")
+    with pytest.raises(UserError, match=r"not what checkpoints/best.pt was trained on"):
+        evaluate.main([])
