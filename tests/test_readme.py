@@ -1,5 +1,6 @@
 """The README's commands work as they stand, in its order, at a size that takes seconds."""
 
+import json
 import os
 import re
 import shlex
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import TINY_RUN, make_text
 
+import evaluate
 import generate
+import prepare
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -39,12 +42,16 @@ def run_command(line: str) -> None:
         assert status == (1 if "--overfit_batch" in words else 0)  # 60 steps are too few for that
     elif program == "generate.py":
         assert generate.main([*words, "--max_new_tokens=5"]) == 0
+    elif program in ("prepare.py", "evaluate.py"):
+        assert {"prepare.py": prepare, "evaluate.py": evaluate}[program].main(words) == 0
     else:
         assert program == "-m", f"no test for {line}"
 
 
 def test_the_commands_work_in_their_order(workplace: Path):
     (workplace / "my.txt").write_text(make_text(), encoding="utf-8")
+    scenes = (json.dumps({"text": f"scene {i}\n{make_text(10)}"}) for i in range(30))
+    (workplace / "data" / "plays.jsonl").write_text("\n".join(scenes))
     lines = [line for line in commands() if line.startswith(("python ", "for "))]
     assert len(lines) > 10
     for line in lines:
