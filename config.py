@@ -276,7 +276,7 @@ def parse_flags(
     for i in reversed(range(len(words))):  # argparse would stop at a missing value; note it instead
         if words[i] in valued and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words.insert(i + 1, MISSING)
-    namespace, unknown = parser.parse_known_args(words)
+    namespace, unknown = parser.parse_known_intermixed_args(words)
     values, problems = {}, []
     for name, text in vars(namespace).items():
         try:
@@ -304,7 +304,8 @@ def convert(f: Field, text: str) -> Any:
     kind = kind_of(f)
     words = {int: "a whole number", float: "a number", str: "text"}[kind]
     if text == MISSING:
-        raise ValueError(f"--{f.name} needs {words} after it")
+        hint = f" (one that begins with - as --{f.name}=TEXT)" if kind is str else ""
+        raise ValueError(f"--{f.name} needs {words} after it{hint}")
     try:
         return kind(text)
     except ValueError:
@@ -330,7 +331,7 @@ def build_parser(
 ) -> tuple[argparse.ArgumentParser, dict[str, Field]]:
     """A parser with one flag per setting and its aliases, and the fields by name."""
     parser = argparse.ArgumentParser(
-        usage="python %(prog)s [flags]",
+        usage=f"python %(prog)s [flags]{positional_names(classes)}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -353,6 +354,16 @@ def build_parser(
         if f.metadata.get("positional"):
             group.add_argument(f.name, nargs="?", help=argparse.SUPPRESS)
     return parser, known
+
+
+def positional_names(classes: tuple[type, ...]) -> str:
+    """What may stand on the command line without a flag, for the usage line."""
+    return "".join(
+        f" [{f.name.upper()} ...]"
+        for cls in classes
+        for f in fields(cls)
+        if typing.get_origin(f.type) is tuple
+    )
 
 
 def help_text(f: Field) -> str:

@@ -6,9 +6,7 @@ documents go to one split or the other as wholes, drawn by number. In the token 
 document begins with <|endoftext|>, a question/answer record with <BOS>.
 """
 
-import codecs
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,20 +19,19 @@ from config import ENCODINGS, UserError
 from qa import encode_record, read_records, record_text
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
 from tracks import TRACKS, fetch, known_name
-from utils import Corpus, check_length, read_text
+from utils import BLOCK_SIZE, Corpus, read_text, text_blocks, whole_characters
 
-BLOCK_SIZE = 1 << 20  # bytes read at once
 IN_MEMORY = 1 << 28  # bytes: a larger corpus is for prepare.py
 SPLIT_SEED = 1337
 
 
 def load_corpus(
-    data: str, kind: str, vocab_size: int, block_size: int, tokenizer: Tokenizer | None = None
+    data: str, kind: str, vocab_size: int, tokenizer: Tokenizer | None = None
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus that `data` names, and its tokenizer: the one given, or one of that kind (char,
     bpe with vocab_size, a tiktoken encoding), trained where it has to be.
 
-    Raises UserError for a corpus that is not there, not readable, too large or too short.
+    Raises UserError for a corpus that is not there, not readable or too large.
     """
     path = find_corpus(data)
     if path.is_dir():
@@ -44,26 +41,34 @@ def load_corpus(
             f"{path} has {path.stat().st_size / 1e6:,.0f} MB: run `python prepare.py {path} --name "
             "NAME` once, then give --data data/NAME"
         )
-    elif path.suffix == ".json":
+    elif path.suffix.lower() == ".json":
         tokenizer, corpus = load_records(path, kind, vocab_size, tokenizer)
     else:
         tokenizer, corpus = load_texts(path, kind, vocab_size, tokenizer)
-    check_length(corpus, block_size)
     return tokenizer, corpus
 
 
 def find_corpus(data: str) -> Path:
     """The file or folder of a corpus; a named one is fetched if it is not there."""
-    if data == "tinystories" and not Path(data).exists():
-        if not Path("data/tinystories").is_dir():
+    path = Path(data)
+    if data == "tinystories" and not path.exists():
+        path = Path("data/tinystories")
+        if not path.is_dir():
             raise UserError(
                 "tinystories has 2 GB: run `python prepare.py tinystories` once, which fetches it"
             )
-        return Path("data/tinystories")
-    path = fetch(data)["all"] if data in TRACKS else Path(data)
+    elif data in TRACKS and not path.exists():
+        path = fetch(data)["all"]
     if not path.exists():
         raise UserError(f"there is no {path}: give --data a file, a prepared folder, or a name")
     return path
+
+
+def is_dataset(data: str) -> bool:
+    """Whether `data` names a folder, which prepare.py should have made."""
+    if data == "tinystories" and not Path(data).exists():
+        return Path("data/tinystories").is_dir()
+    return Path(data).is_dir()
 
 
 def load_texts(
@@ -72,8 +77,8 @@ def load_texts(
     """The corpus of a file: one text, or a .jsonl file's documents."""
     info: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     info = {"name": known_name(path, info["sha256"])} | info
-    if path.suffix != ".jsonl":
-        text = read_text(path)[0]
+    if path.suffix.lower() != ".jsonl":
+        text = read_text(path)
         train, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
         tokenizer = tokenizer or make_tokenizer(kind, vocab_size, [train], [val])
         ids = [smallest_ints(tokenizer.encode(part), tokenizer) for part in (train, val)]
@@ -121,7 +126,7 @@ def join(
 
 def n_bytes(texts: list[str]) -> int:
     """The length of texts in UTF-8."""
-    return sum(len(text.encode("utf-8", "replace")) for text in texts)
+    return sum(len(text.encode()) for text in texts)
 
 
 def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, Corpus]:
@@ -222,7 +227,7 @@ def documents(
     UserError for a file that cannot be read, with the place.
     """
     blocks = text_blocks(path, bad_bytes, watch)
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         yield from cut(blocks, separator, part_size)
         return
     for number, (line, _) in enumerate(cut(blocks, "\n"), 1):
@@ -230,40 +235,17 @@ def documents(
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: no JSON ({error})") from None
-        text = record.get(text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            keys = ", ".join(record) if isinstance(record, dict) else "no fields at all"
+        fields = record if isinstance(record, dict) else {}
+        texts = {name: text for name, text in fields.items() if isinstance(text, str)}
+        if text_field not in texts:
+            names = ", ".join(texts) or "in no field"
             raise UserError(
-                f"{path}, line {number}: no text in {text_field!r} (it has {keys}): give "
-                "--text_field the name of the field"
+                f"{path}, line {number}: no text in {text_field!r} (there is text in: {names}): "
+                "give --text_field the name of the field"
             )
-        yield from cut([text], "", part_size)
-
-
-def text_blocks(path: Path, bad_bytes: str, watch: Callable[[bytes], None]) -> Iterator[str]:
-    """A file's text in blocks, with line ends as \\n."""
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")(bad_bytes)
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    n_read = 0
-    try:
-        with open(path, "rb") as file:
-            while raw := file.read(BLOCK_SIZE):
-                n_read += len(raw)
-                watch(raw)
-                if (at := raw.find(b"\0")) >= 0:
-                    at += n_read - len(raw)
-                    raise UserError(f"{path} is a binary file (byte {at} is 0): leave it out")
-                yield decoder.decode(raw)
-            yield decoder.decode(b"", final=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        at = n_read - len(error.object) + error.start
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x}): convert it"
-        ) from None
+        yield from cut([whole_characters(texts[text_field])], "", part_size)
 
 
 def cut(

@@ -83,9 +83,8 @@ def evaluate(path: Path, config: EvaluateConfig, device: torch.device) -> dict[s
     """The row of a checkpoint's table. Raises UserError where its corpus is gone or changed."""
     model, tokenizer, state = utils.load_checkpoint(path, device)
     trained = state["train_config"]
-    block_size = model.config.block_size
     data = config.data or trained["data"]
-    tokenizer, corpus = load_corpus(data, trained["tokenizer"], 0, block_size, tokenizer)
+    tokenizer, corpus = load_corpus(data, trained["tokenizer"], 0, tokenizer)
     if not config.data and corpus.info["sha256"] != state["corpus"]["sha256"]:
         raise UserError(f"{data} is not what {path} was trained on: name a corpus with --data")
     doc_mask = bool(trained.get("doc_mask")) and corpus.separator is not None
@@ -93,6 +92,8 @@ def evaluate(path: Path, config: EvaluateConfig, device: torch.device) -> dict[s
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     n_bytes = corpus.val_bytes if config.split == "val" else corpus.train_bytes
     row["bpb"] = utils.bits_per_byte(row["loss"], n_bytes / len(ids))
+    if (ids == tokenizer.specials.get("<UNK>", -1)).any():
+        row["bpb"] = math.nan  # what is unknown has bytes, but nobody could have predicted them
     return {"checkpoint": str(path), "parameters": model.num_params(), "split": config.split} | row
 
 
@@ -134,7 +135,13 @@ def main(argv: list[str] | None = None) -> int:
     for path in paths:  # before the slow part
         utils.read_checkpoint(path)
     config.precision, _ = utils.pick_precision(config.precision, device)
-    print(table([evaluate(path, config, device) for path in paths]))
+    rows = []
+    try:
+        for path in paths:
+            rows.append(evaluate(path, config, device))
+    finally:  # what was scored is shown, also before an error
+        if rows:
+            print(table(rows))
     return 0
 
 

@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, state = load_checkpoint(Path(config.checkpoint), device)
     first_lines = header(config, state)
     if config.prompt_file:
-        config.prompt, _ = read_text(Path(config.prompt_file))
+        config.prompt = read_text(Path(config.prompt_file))
 
     if config.stream is None:
         config.stream = config.num_samples == 1 and not config.output_file and sys.stdout.isatty()

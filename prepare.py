@@ -50,10 +50,17 @@ from config import (
     setting,
     train_settings,
 )
-from corpora import documents, draw, is_validation, make_tokenizer, open_dataset
+from corpora import (
+    documents,
+    draw,
+    is_validation,
+    make_tokenizer,
+    open_dataset,
+)
 from model import GPT
 from tokenizer import END_OF_TEXT, Tokenizer
 from tracks import TRACKS, fetch
+from utils import whole_characters
 
 PART_SIZE = 1 << 22  # characters: a longer document is handled in parts of about this size
 BATCH_SIZE = 1 << 20  # characters that a worker gets at once
@@ -90,7 +97,9 @@ class PrepareConfig:
     whitespace: bool = setting(False, "drop spaces at line ends, and all but one empty line")
     min_chars: int = setting(0, "drop shorter documents", low=0)
     max_chars: int = setting(0, "drop longer documents; 0: none", low=0)
-    dedup: bool = setting(False, "drop documents that are equal to an earlier one")
+    dedup: bool = setting(
+        False, "drop documents equal to an earlier one (not those above 4 M characters)"
+    )
     bad_bytes: str = setting("stop", "where text is not UTF-8", choices=("stop", "replace"))
     stats: bool = setting(False, "print lengths, and what window and preset fit", group="other")
     workers: int = setting(0, "processes; 0: one a core", low=0)
@@ -100,8 +109,15 @@ class PrepareConfig:
         found = limit_problems(self)
         if 0 < self.max_chars < self.min_chars:
             found.append(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
-        if not re.fullmatch(r"[\w.-]*", self.name) or self.name in (".", ".."):
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
             found.append(f"name {self.name!r} must be a plain name: the set is data/NAME")
+        if self.max_chars > PART_SIZE:
+            found.append(f"max_chars must be at most {PART_SIZE}, not {self.max_chars}")
+        found += [
+            f"{s} holds records: give it to train.py as it is"
+            for s in self.sources
+            if s.lower().endswith(".json")
+        ]
         try:
             re.compile(self.drop_lines)
         except re.error as error:
@@ -227,7 +243,7 @@ def encode_batch(
     for part in batch:
         text = clean(part, config, removed)
         if text is not None:
-            raw = text.encode("utf-8", "replace")
+            raw = text.encode()
             digest = hashlib.blake2b(raw, digest_size=16).digest() if part.whole else None
             ids = tokenizer.encode(text).astype(dtype)
             counts = len(text), len(raw)
@@ -288,10 +304,12 @@ def find_sources(config: PrepareConfig) -> list[tuple[Path, str]]:
             found += [(file, "" if split == "all" else split) for split, file in files.items()]
         elif path.is_dir():
             files = [f for f in sorted(path.rglob("*")) if f.is_file()]
-            shown = [f for f in files if not any(part.startswith(".") for part in f.parts[1:])]
-            binary = [f for f in shown if is_binary(f)]
+            hidden = re.compile(r"(^|[/\\])\.")
+            shown = [f for f in files if not hidden.search(str(f.relative_to(path)))]
+            binary = {f for f in shown if is_binary(f)}
             if binary:
-                names = ", ".join(f.name for f in binary[:3]) + ", ..." * (len(binary) > 3)
+                names = ", ".join(sorted(f.name for f in binary)[:3])
+                names += ", ..." * (len(binary) > 3)
                 print(f"{source}: {len(binary)} binary files left out ({names})")
             if len(binary) == len(shown):
                 raise UserError(f"there is no text file in the folder {source}")
@@ -310,7 +328,8 @@ def is_binary(path: Path) -> bool:
     """Whether a file begins as no text does. Raises UserError where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return b"\0" in file.read(8192)
+            start = file.read(8192)
+            return b"\0" in start and not start.startswith((b"\xff\xfe", b"\xfe\xff"))  # UTF-16
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -348,8 +367,13 @@ class Reader:
                     drawn = is_validation(number, config.val_share, config.seed)
                     own_split = split or ("val" if drawn else "train")
                     yield Part(number, text, first, first and ends, own_split)
-                    number, first = number + ends, ends
-                record = {"path": str(path), "bytes": n_bytes, "sha256": digest.hexdigest()}
+                    blank = first and ends and not text.strip()  # does not count as a document
+                    number, first = number + (ends and not blank), ends
+                record = {
+                    "path": whole_characters(str(path)),
+                    "bytes": n_bytes,
+                    "sha256": digest.hexdigest(),
+                }
                 self.read.append(record)
 
     def batches(self, title: str, share: float = 1.0) -> Iterator[list[Part]]:
@@ -384,7 +408,10 @@ def learn_tokenizer(config: PrepareConfig, reader: Reader, workers: int) -> Toke
     for found in bounded_map(functools.partial(learn_batch, config), wanted, workers):
         counts.update(found)
     if not counts:
-        raise UserError("no text is left to learn from: the sources are empty, or cleaned away")
+        raise UserError(
+            "no text is left to learn from: the sources are empty, or cleaned away, or all drawn "
+            "for validation (then try another --seed)"
+        )
     if chars:
         return tokenizers.CharTokenizer(sorted(counts), (END_OF_TEXT,))
     return tokenizers.BPETokenizer.train(counts, config.vocab_size)
@@ -446,7 +473,9 @@ class Writer:
         for key, count in moved.items():
             train[key] -= count
             val[key] += count
-        if not n_documents:
+        if n_documents:
+            print(f"few documents: the last one, {moved['tokens']:,} tokens, is to validate on")
+        else:
             print("the corpus is one document: its last tenth is to validate on")
 
 
@@ -569,33 +598,52 @@ def suggest_block_size(length: int) -> int:
     return min(max(64, 1 << (length - 1).bit_length()), 1024)
 
 
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put a folder in the place of another, which is there until the new one is."""
+    old = new.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     flags, problems = parse_flags(argv, __doc__, PrepareConfig)
     config = from_dict(PrepareConfig, flags)
+    if config.sources and not config.name:
+        config.name = re.sub(r"[^\w.-]", "_", Path(config.sources[0]).resolve().stem)
     problems += config.problems()
     if not config.sources and not (config.stats and config.name):
         problems.append("give files, folders, or the name of a corpus (see --help)")
     raise_problems(problems)
-    config.name = config.name or Path(config.sources[0]).stem
     folder = Path("data", config.name)
     if not config.sources:
         print(statistics(folder))
         return 0
+    if folder.exists() and not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder} is there, but no data set: give the set another --name")
     if folder.exists() and not config.overwrite:
         raise UserError(f"{folder}/ exists: --overwrite it, or give the set another --name")
+    if any(
+        folder.resolve() in (p := Path(s).resolve()).parents or p == folder.resolve()
+        for s in config.sources
+    ):
+        raise UserError(f"{folder}/ is a source itself: give the set another --name")
     part = folder.with_name(f".{config.name}.part")  # a run that was killed may have left one
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         manifest = make_set(config, part)
-        (part / "manifest.json").write_text(
-            json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.rename(folder)
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        (part / "manifest.json").write_bytes(text.encode("utf-8", "replace"))
+        replace_folder(part, folder)
     except OSError as error:
         raise UserError(f"{folder}/ could not be written: {error.strerror or error}") from None
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from config import UserError, raise_problems
 from tokenizer import Tokenizer
+from utils import whole_characters
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -23,7 +24,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         records = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON in UTF-8: {error}") from None
     if not isinstance(records, list) or not records:
         raise UserError(f"{path} must hold a list of records with a question and an answer each")
@@ -31,7 +32,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if len(problems) > 5:
         problems = [*problems[:5], f"and {len(problems) - 5} more"]
     raise_problems([f"{path}: " + ", ".join(problems)] if problems else [])
-    return records
+    texts = ("question", "answer")
+    return [record | {key: whole_characters(record[key]) for key in texts} for record in records]
 
 
 def record_problems(record: Any) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import regex  # the standard library's re with Unicode classes such as \p{L}; tiktoken brings it
 import tiktoken
+from tqdm import tqdm
 
 from config import UserError
 
@@ -56,7 +57,8 @@ class CharTokenizer:
         """The ids of a text's characters, (len(text),) int64. An unknown character becomes <UNK>;
         raises UserError where there is no such token."""
         if unknown := self.unknown(text):
-            raise UserError(f"not among the {len(self.chars)} characters known: {unknown}")
+            names = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
+            raise UserError(f"not among the {len(self.chars)} characters known: {names}")
         points = code_points(text)
         ids = np.searchsorted(self.points, points)
         if "<UNK>" in self.specials:
@@ -138,6 +140,7 @@ def learn_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes
     heap = [entry(pair) for pair in pair_counts]
     heapq.heapify(heap)
     merges: list[tuple[bytes, bytes]] = []
+    bar = tqdm(total=n_merges, desc="merging", unit="token", leave=False, disable=None)
     while heap and len(merges) < n_merges:
         count, *_, pair = heapq.heappop(heap)
         if pair_counts[pair] != -count:  # other merges have taken some of them
@@ -150,6 +153,7 @@ def learn_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes
             tokens.append(merged)
             keys.append(merged.translate(turned).decode("latin-1") + "\u0100")
             merges.append((tokens[pair[0]], tokens[pair[1]]))
+            bar.update()
         new = ids[merged]
         changed = set()
         for i in where.pop(pair):
@@ -165,6 +169,7 @@ def learn_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes
                     changed.add(other)
         for other in changed:
             heapq.heappush(heap, entry(other))
+    bar.close()
     return merges
 
 

@@ -39,7 +39,7 @@ from config import (
     run,
     train_settings,
 )
-from corpora import load_corpus
+from corpora import is_dataset, load_corpus
 from generate import sample_text
 from model import GPT
 from plots import draw_curve, verdict
@@ -258,7 +258,8 @@ class Trainer:
         """Add a sample of the model's text to samples.txt, and show its first lines."""
         if not self.config.sample_tokens:
             return
-        settings = SampleConfig(max_new_tokens=self.config.sample_tokens)
+        prompt = "" if self.tokenizer.unknown("\n") else "\n"
+        settings = SampleConfig(prompt=prompt, max_new_tokens=self.config.sample_tokens)
         with self.eval_mode():
             text = sample_text(self.model, self.tokenizer, settings)[0].strip("\n")
         with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
@@ -400,7 +401,7 @@ def run_problems(config: TrainConfig) -> list[str]:
 
 def tokenizer_problems(flags: dict[str, Any], config: TrainConfig) -> list[str]:
     """What speaks against the flags of the tokenizer."""
-    if Path(config.data).is_dir() and flags.keys() & {"tokenizer", "vocab_size"}:
+    if is_dataset(config.data) and flags.keys() & {"tokenizer", "vocab_size"}:
         return [f"{config.data} has its tokenizer already: leave out --tokenizer and --vocab_size"]
     if flags.get("vocab_size") and config.tokenizer != "bpe":
         return ["--vocab_size is for --tokenizer bpe; other vocabularies have the size they have"]
@@ -411,6 +412,8 @@ def resumed_flags(flags: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
     """The settings of a checkpoint with the flags that were given over them. Raises UserError for
     a flag that would make it another model."""
     saved = state["gpt_config"] | state["train_config"]
+    if flags.get("vocab_size", 0) > saved["vocab_size"]:  # the text had fewer to learn
+        flags = flags | {"vocab_size": saved["vocab_size"]}
     fixed = {"preset", "arch", "tokenizer", "seed", *state["gpt_config"]} - {"dropout"}
     raise_problems(
         [
@@ -469,9 +472,10 @@ def main(argv: list[str] | None = None) -> int:
     raise_problems(problems + (tokenizer_problems(flags, config) if not state else []))
 
     tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
-    tokenizer, corpus = load_corpus(
-        config.data, config.tokenizer, gpt_config.vocab_size, gpt_config.block_size, tokenizer
-    )
+    tokenizer, corpus = load_corpus(config.data, config.tokenizer, gpt_config.vocab_size, tokenizer)
+    if is_dataset(config.data):
+        config.tokenizer = tokenizer.to_dict()["kind"]
+    utils.check_length(corpus, gpt_config.block_size)
     if state and state["corpus"]["sha256"] != corpus.info["sha256"]:
         raise UserError(f"{config.data} is not what the run was trained on: it has changed")
     if config.doc_mask and corpus.separator is None:

@@ -1,9 +1,10 @@
 """What training and sampling share: a text as batches of windows, device and precision,
 checkpoints, the run's log."""
 
+import codecs
 import contextlib
 import ctypes
-import hashlib
+import io
 import math
 import os
 import pickle
@@ -11,7 +12,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +58,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 # --- corpus: text -> ids -> batches
 
+BLOCK_SIZE = 1 << 20  # bytes read at once
+
 
 @dataclass
 class Corpus:
@@ -76,21 +79,46 @@ class Corpus:
         return self.val_bytes / len(self.val_ids)
 
 
-def read_text(path: Path) -> tuple[str, dict[str, Any]]:
-    """A file's text, with line ends as \\n, and what identifies the file. Raises UserError unless
-    it is UTF-8 text."""
+def read_text(path: Path) -> str:
+    """A file's text, with line ends as \\n. Raises UserError unless it is UTF-8 text."""
+    text = "".join(text_blocks(path))
+    if not text:
+        raise UserError(f"{path} is empty: there is nothing to learn from")
+    return text
+
+
+def text_blocks(
+    path: Path, bad_bytes: str = "strict", watch: Callable[[bytes], None] = lambda raw: None
+) -> Iterator[str]:
+    """A file's text in blocks, with line ends as \\n. `watch` is given each block of bytes. Raises
+    UserError unless it is UTF-8 text; with bad_bytes="replace" other bytes become U+FFFD."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")(bad_bytes)
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    n_read = 0
     try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        with open(path, "rb") as file:
+            while raw := file.read(BLOCK_SIZE):
+                if not n_read and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise UserError(f"{path} is UTF-16 text: convert it to UTF-8")
+                n_read += len(raw)
+                watch(raw)
+                if (at := raw.find(b"\0")) >= 0:
+                    at += n_read - len(raw)
+                    raise UserError(f"{path} is a binary file (byte {at} is 0): leave it out")
+                yield decoder.decode(raw)
+            yield decoder.decode(b"", final=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
+        at = n_read - len(error.object) + error.start
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{raw[error.start]:02x}): convert it"
+            f"{path} is not UTF-8 text (byte {at} is 0x{error.object[error.start]:02x}): convert it"
         ) from None
-    if not text:
-        raise UserError(f"{path} is empty: there is nothing to learn from")
-    return text, {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+
+
+def whole_characters(text: str) -> str:
+    """The text with halves of characters, which JSON can hold, as question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def check_length(corpus: Corpus, block_size: int) -> None:
@@ -144,27 +172,30 @@ def get_batch(
     accumulation, over all processes. With `docs`, the sorted beginnings of the documents, windows
     keep to them as `fit_documents` says.
     """
-    starts = np.random.default_rng((seed, step, part)).integers(
-        len(ids) - block_size, size=batch_size
-    )
+    n_starts = len(ids) - block_size if docs is None else len(ids)
+    starts = np.random.default_rng((seed, step, part)).integers(n_starts, size=batch_size)
     if docs is not None:
         starts = fit_documents(starts, docs, len(ids), block_size)
     return windows(ids, starts, block_size)
 
 
 def fit_documents(starts: np.ndarray, docs: np.ndarray, n_ids: int, block_size: int) -> np.ndarray:
-    """Window starts (B,) so that no window runs over the end of a document longer than itself: one
-    that would begins at its document's beginning instead. So does one in a short document, which
-    goes on with the documents that follow.
+    """Window starts (B,) so that no window runs over the end of a document longer than itself: of
+    those that would, one half (the odd ones) begin at the document's beginning instead, the others
+    end at its end, so that neither is rare. A window in a short document begins at its beginning,
+    and goes on with the documents that follow; one that stands among long ones is seen less often.
 
-    >>> fit_documents(np.array([1, 7, 11]), docs=np.array([0, 10]), n_ids=13, block_size=4)
-    array([ 1,  0, 10])
+    >>> fit_documents(np.array([1, 7, 8, 11]), docs=np.array([0, 10]), n_ids=13, block_size=4)
+    array([ 1,  0,  6, 10])
     """
     document = np.searchsorted(docs, starts, side="right") - 1  # (B,)
+    begins = docs[document]
     last = document + 1 == len(docs)
     ends = np.where(last, n_ids, docs[np.minimum(document + 1, len(docs) - 1)])
-    # y reaches one token further than x: the next document's separator, which ends this one.
-    return np.where(starts + block_size > ends, docs[document], starts)
+    # y reaches one token further than x: the separator of the next document, which ends this one.
+    over = starts + block_size > ends
+    at_end = np.where(starts % 2 == 0, np.maximum(ends - block_size, begins), begins)
+    return np.where(over, at_end, starts)
 
 
 def even_starts(n_ids: int, block_size: int, n_windows: int | None = None) -> np.ndarray:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import corpora
+import utils
 from config import UserError
 from tokenizer import END_OF_TEXT, CharTokenizer
 
@@ -33,7 +34,7 @@ def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
 def test_one_text_is_split_at_nine_tenths_whatever_the_tokenizer(tmp_path, kind, vocab_size):
     text = make_text()
     (tmp_path / "text.txt").write_text(text)
-    tokenizer, corpus = corpora.load_corpus(str(tmp_path / "text.txt"), kind, vocab_size, 8)
+    tokenizer, corpus = corpora.load_corpus(str(tmp_path / "text.txt"), kind, vocab_size)
     n = len(text) * 9 // 10
     assert tokenizer.decode(corpus.train_ids.tolist()) == text[:n]
     assert tokenizer.decode(corpus.val_ids.tolist()) == text[n:]
@@ -45,7 +46,7 @@ def test_one_text_is_split_at_nine_tenths_whatever_the_tokenizer(tmp_path, kind,
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_documents_are_whole_in_one_split_and_begin_with_end_of_text(tmp_path, kind):
     path = write_jsonl(tmp_path / "stories.jsonl")
-    tokenizer, corpus = corpora.load_corpus(str(path), kind, 300, 8)
+    tokenizer, corpus = corpora.load_corpus(str(path), kind, 300)
     splits = [tokenizer.decode(ids.tolist()) for ids in (corpus.train_ids, corpus.val_ids)]
     found = [text.split(END_OF_TEXT)[1:] for text in splits]
     assert sorted(found[0] + found[1]) == sorted(STORIES) and all(found)
@@ -60,7 +61,7 @@ def test_records_become_a_corpus_between_bos_and_eos(tmp_path, kind):
         {"question": f"What is {i}?", "answer": f"One more than {i - 1}."} for i in range(30)
     ]
     (tmp_path / "qa.json").write_text(json.dumps(records))
-    tokenizer, corpus = corpora.load_corpus(str(tmp_path / "qa.json"), kind, 300, 8)
+    tokenizer, corpus = corpora.load_corpus(str(tmp_path / "qa.json"), kind, 300)
     text = tokenizer.decode(corpus.train_ids.tolist())
     assert text.startswith("<BOS>Question: What is 0?\nAnswer: One more than -1.<EOS><BOS>")
     assert corpus.separator == 2 and tokenizer.specials["<PAD>"] == 0
@@ -90,21 +91,28 @@ def test_two_documents_are_one_to_train_and_one_to_validate_on():
 )
 def test_a_corpus_that_is_not_there_is_an_error(workplace, data, message):
     with pytest.raises(UserError, match=message):
-        corpora.load_corpus(data, "char", 0, 8)
+        corpora.load_corpus(data, "char", 0)
+
+
+@pytest.mark.parametrize("name", ["plays", "tinystories", "shakespeare"])
+def test_a_file_goes_before_a_name(workplace, monkeypatch, name):
+    monkeypatch.setattr(corpora, "fetch", lambda name: 1 / 0)
+    (workplace / name).write_text("of my own")
+    assert corpora.find_corpus(name) == Path(name)
 
 
 def test_a_large_text_is_for_prepare(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "IN_MEMORY", 100)
     (tmp_path / "large.txt").write_text("a" * 101)
     with pytest.raises(UserError, match=r"run `python prepare\.py .*large\.txt"):
-        corpora.load_corpus(str(tmp_path / "large.txt"), "char", 0, 8)
+        corpora.load_corpus(str(tmp_path / "large.txt"), "char", 0)
 
 
 def test_a_tokenizer_without_a_separator_cannot_take_documents(tmp_path):
     path = write_jsonl(tmp_path / "stories.jsonl")
     tokenizer = CharTokenizer.train(STORIES)
     with pytest.raises(UserError, match=r"no <.endoftext.> to begin"):
-        corpora.load_corpus(str(path), "char", 0, 8, tokenizer)
+        corpora.load_corpus(str(path), "char", 0, tokenizer)
 
 
 # --- files to documents
@@ -129,7 +137,7 @@ def test_cutting_does_not_depend_on_the_blocks(text: str, size: int):
 
 
 def test_characters_are_whole_over_the_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "BLOCK_SIZE", 5)
+    monkeypatch.setattr(utils, "BLOCK_SIZE", 5)
     (tmp_path / "text.txt").write_bytes("日本語\r\nnaïve".encode())
     assert read(tmp_path / "text.txt") == [("日本語\nnaïve", True)]
 
@@ -143,7 +151,7 @@ def test_characters_are_whole_over_the_blocks(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_not_text_is_refused_with_its_place(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(corpora, "BLOCK_SIZE", 4)
+    monkeypatch.setattr(utils, "BLOCK_SIZE", 4)
     (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "text.txt")
@@ -159,13 +167,20 @@ def test_jsonl_records_are_documents(tmp_path):
     assert read(path, text_field="body") == [("one\nline", True), ("two \u2028 three", True)]
 
 
+def test_half_characters_in_json_become_question_marks(tmp_path):
+    (tmp_path / "posts.JSONL").write_text('{"text": "a \\ud83d b"}')
+    assert read(tmp_path / "posts.JSONL") == [("a ? b", True)]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"title": "b"}', "line 2: no text in 'text' .it has title.*--text_field"),
+        ('{"title": "b"}', "line 2: no text in 'text' .there is text in: title.*--text_field"),
         ('{"text": 5}', "line 2: no text in 'text'"),
-        ("[1]", "line 2: no text .* no fields at all"),
+        ("[1]", "line 2: no text .* in no field"),
         ('{"text": "b"', "line 2: no JSON"),
+        ('{"n": ' + "9" * 5000 + "}", "line 2: no JSON"),
+        ("[" * 100_000, "line 2: no JSON"),
     ],
 )
 def test_a_bad_jsonl_line_is_named(tmp_path, line, message):

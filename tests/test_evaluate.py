@@ -84,3 +84,16 @@ def test_mistakes_are_found(workplace):
         file.write("more")
     with pytest.raises(UserError, match=r"not what checkpoints/best.pt was trained on"):
         evaluate.main([])
+
+
+def test_rows_are_shown_before_an_error_and_unknown_characters_have_no_bits(workplace, capsys):
+    records = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(20)]
+    (workplace / "qa.json").write_text(json.dumps(records))
+    assert train.main([*TINY_RUN, "--data=qa.json", "--tag=qa"]) == 0
+    assert train.main([*TINY_RUN, "--tag=text"]) == 0
+    (workplace / "other.txt").write_text("日本語 " * 300)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"characters known: '日', '本', '語'"):
+        evaluate.main(["checkpoints/qa/best.pt", "checkpoints/text/best.pt", "--data=other.txt"])
+    row = capsys.readouterr().out.splitlines()[1]
+    assert row.startswith("checkpoints/qa") and " nan " in row

@@ -62,7 +62,7 @@ def test_every_document_is_whole_in_one_split(workplace, tokenizer):
 def test_train_and_prepare_draw_the_same_documents_for_validation(workplace):
     path = write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
-    tokenizer, corpus = corpora.load_corpus(str(path), "bpe", 300, 8)
+    tokenizer, corpus = corpora.load_corpus(str(path), "bpe", 300)
     prepared, _ = corpora.open_dataset(Path("data/set"))
     assert prepared.to_dict() == tokenizer.to_dict()
     assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1:] == texts("val")
@@ -209,10 +209,12 @@ def faults(workplace: Path) -> None:
         (["mixed"], r"b.txt is not UTF-8 text \(byte 11 is 0xff\)"),
         (["hollow"], "no text file in the folder hollow"),
         (["nowhere.txt"], r"there is no nowhere.txt"),
-        (["posts.jsonl"], "line 1: no text in 'text' .it has n, body"),
+        (["posts.jsonl"], "line 1: no text in 'text' .there is text in: body"),
         (["mixed/a.txt", "--min_chars=9999"], "no text is left"),
         (["mixed/a.txt", "--drop_lines=(", "--min_chars=9", "--max_chars=5"], "regular.*|below"),
         (["mixed/a.txt", "--vocab_size=5"], "vocab_size must be at least 258"),
+        (["qa.json"], "qa.json holds records: give it to train.py"),
+        (["mixed/a.txt", "--max_chars=9999999"], "max_chars must be at most 4194304"),
         ([], "give files, folders, or the name of a corpus"),
     ],
 )
@@ -241,6 +243,65 @@ def test_a_set_that_exists_is_overwritten_only_where_asked_for(workplace):
     assert Path("data/set/manifest.json").read_bytes() == before
     make("stories.jsonl", "--overwrite", "--dedup")
     assert sorted(os.listdir("data")) == ["input.txt", "set"]
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("data/letters", "is there, but no data set"),
+        (".", None),
+        ("data", "name 'data' must|data/data"),
+    ],
+)
+def test_nothing_but_a_data_set_is_ever_replaced(workplace, source, message, overwrite):
+    (workplace / "data" / "letters").mkdir()
+    (workplace / "data" / "letters" / "a.txt").write_text("dear " * 100)
+    if message and "letters" in source:
+        with pytest.raises(UserError, match=message):
+            prepare.main([source, "--vocab_size=300", *overwrite])
+    else:  # named after the folder: nothing is in the way
+        assert prepare.main([source, "--vocab_size=300", *overwrite]) == 0
+    assert Path("data/letters/a.txt").exists() and Path("data/input.txt").exists()
+
+
+def test_a_set_is_no_source_of_itself(workplace):
+    write_jsonl(workplace / "stories.jsonl")
+    make("stories.jsonl")
+    with pytest.raises(UserError, match="is a source itself"):
+        make("data/set/tokenizer.json.txt", "--overwrite")
+
+
+def test_a_stop_while_sets_change_places_keeps_the_old_one(workplace, monkeypatch):
+    write_jsonl(workplace / "stories.jsonl")
+    make("stories.jsonl")
+    before = Path("data/set/manifest.json").read_bytes()
+    rename = Path.rename
+
+    def stop(path: Path, target: Path) -> None:
+        if path.name.endswith(".part"):
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make("stories.jsonl", "--overwrite", "--dedup")
+    assert Path("data/set/manifest.json").read_bytes() == before
+    assert sorted(os.listdir("data")) == ["input.txt", "set"]
+
+
+def test_blank_documents_do_not_change_the_split(workplace):
+    path = write_jsonl(workplace / "stories.jsonl", ["", *STORIES[:20], " \n", *STORIES[20:]])
+    assert make("stories.jsonl")["removed"]["empty"]["count"] == 2
+    tokenizer, corpus = corpora.load_corpus(str(path), "bpe", 300)
+    assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1:] == texts("val")
+
+
+def test_sources_and_flags_come_in_any_order(workplace):
+    for name in "ab":
+        (workplace / f"{name}.txt").write_text(f"text of {name} " * 50)
+    assert prepare.main(["a.txt", "--name", "set", "b.txt", "--vocab_size=300"]) == 0
+    assert len(all_texts()) == 2
 
 
 def start_long_run(workplace: Path) -> subprocess.Popen:

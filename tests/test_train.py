@@ -399,6 +399,13 @@ def test_byte_pairs_are_trained_and_travel_in_the_checkpoint(workplace, capsys):
     assert record["bpb"] == pytest.approx(bits)
 
 
+def test_a_text_with_fewer_pairs_than_asked_for_resumes_with_the_same_flags(workplace):
+    flags = ["--tokenizer=bpe", "--vocab_size=5000"]
+    assert train.main([*TINY_RUN, *flags]) == 0
+    assert final_state()["gpt_config"]["vocab_size"] < 5000
+    assert train.main(["--resume", "--max_steps=25", *flags]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -72,19 +72,30 @@ def test_some_even_windows_span_the_split():
 
 def test_no_window_runs_over_the_end_of_a_longer_document():
     docs = np.array([0, 40, 43, 45])  # of 40, 3, 2 and 55 tokens
-    starts = utils.fit_documents(np.arange(92), docs, 100, block_size=8)
-    begins = dict(enumerate(starts.tolist()))
-    assert [begins[i] for i in range(33)] == list(range(33))  # windows inside the first document
-    assert {begins[i] for i in range(33, 40)} == {0}
-    assert {begins[i] for i in range(40, 43)} == {40} and {begins[i] for i in (43, 44)} == {43}
-    assert [begins[i] for i in range(45, 92)] == list(range(45, 92))
+    starts = utils.fit_documents(np.arange(100), docs, 100, block_size=8).tolist()
+    assert starts[:33] == list(range(33))  # windows inside the first document
+    assert starts[33:40] == [0, 32, 0, 32, 0, 32, 0]  # at its beginning or its end
+    assert starts[40:45] == [40, 40, 40, 43, 43]
+    assert starts[45:93] == list(range(45, 93)) and set(starts[93:]) == {45, 92}
+
+
+@pytest.mark.parametrize("lengths", [[300] * 5, [100] * 40, [1000, 10], [5, 600, 3, 3]])
+def test_every_token_of_every_document_is_learned(lengths: list[int]):
+    docs, n = np.cumsum([0, *lengths[:-1]]), sum(lengths)
+    starts = utils.fit_documents(np.arange(n), docs, n, block_size=256)
+    _, y = utils.windows(np.arange(n), starts, 256)
+    counts = np.bincount(y[y >= 0].numpy(), minlength=n)
+    assert (counts[1:] > 0).all()
+    if len(set(lengths)) == 1:  # equal documents are seen about equally often
+        inside = [counts[d + 1 : d + n // len(docs)].mean() for d in docs]
+        assert min(inside[1:]) > 0.5 * max(inside)
 
 
 def test_batches_of_documents_begin_where_they_should():
     ids, docs = np.arange(100), np.array([0, 50, 53])
     x, _ = utils.get_batch(ids, 8, 200, seed=1, step=2, docs=docs)
     first = set(x[:, 0].tolist())
-    assert {0, 50} <= first and not first & {*range(43, 50), 51, 52}
+    assert {0, 42, 50, 53, 92} <= first and not first & {*range(43, 50), 51, 52, *range(93, 100)}
 
 
 def test_bits_per_byte_of_a_coin_flip_for_each_byte_is_one():
@@ -97,7 +108,9 @@ def test_bits_per_byte_of_a_coin_flip_for_each_byte_is_one():
     [
         (b"", "is empty"),
         (b"good \xff bad", r"not UTF-8 text \(byte 5 is 0xff\)"),
-        (b"\x00\x01\x80", "not UTF-8"),
+        (b"\x00\x01\x80", r"binary file \(byte 0 is 0\)"),
+        (b"\xff\xfea\x00", "is UTF-16 text"),
+        (b"\xef\xbb\xbf good \xff", r"not UTF-8 text \(byte 9 is 0xff\)"),
     ],
 )
 def test_a_useless_file_is_refused(tmp_path: Path, content: bytes, message: str):
@@ -108,7 +121,7 @@ def test_a_useless_file_is_refused(tmp_path: Path, content: bytes, message: str)
 
 def test_text_is_read_with_plain_line_ends_and_without_a_byte_order_mark(tmp_path: Path):
     (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
-    assert utils.read_text(tmp_path / "text")[0] == "a\nb\n"
+    assert utils.read_text(tmp_path / "text") == "a\nb\n"
 
 
 def test_a_corpus_shorter_than_a_window_is_refused():
