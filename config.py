@@ -46,6 +46,10 @@ class GPTConfig:
     n_layer: int = setting(6, "blocks", low=1)
     n_head: int = setting(0, "attention heads; 0: n_embd // 64", low=0)
     n_embd: int = setting(384, "channels", low=1)
+    n_kv_head: int = setting(
+        0, "heads of keys and values, shared by the query heads; 0: n_head", low=0
+    )
+    head_size: int = setting(0, "channels of a head; 0: n_embd / n_head", low=0)
     n_inner: int = setting(0, "hidden width of the MLP; 0: 4 n_embd, for swiglu 8/3", low=0)
     dropout: float = setting(0.0, "share of activations dropped in training", low=0, below=1)
     norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model: parts")
@@ -54,10 +58,15 @@ class GPTConfig:
     qk_norm: bool = setting(True, "norm queries and keys")
     tie_weights: bool = setting(True, "one matrix for token embeddings and output")
     bias: bool = setting(False, "biases in linear layers and layernorms")
+    norm_eps: float = setting(0.0, "added to variances; 0: 1e-5, for rmsnorm 1e-6", low=0)
+    rope_theta: float = setting(1e4, "slowest turn of rope, in positions / 2 pi", above=0)
 
     def __post_init__(self) -> None:
         if not self.n_head:
             self.n_head = max(1, self.n_embd // 64)
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        self.norm_eps = self.norm_eps or (1e-6 if self.norm == "rmsnorm" else 1e-5)
         if not self.n_inner:  # 2 x 4 C and 3 x 8/3 C are as many weights; hardware likes 32s
             width = 8 / 3 if self.mlp == "swiglu" else 4
             self.n_inner = math.ceil(width * self.n_embd / 32) * 32
@@ -67,11 +76,12 @@ class GPTConfig:
         found = limit_problems(self)
         if self.n_embd < 1 or self.n_head < 1:
             return found
-        head_size, rest = divmod(self.n_embd, self.n_head)
-        if rest:
+        if self.head_size == self.n_embd // self.n_head and self.n_embd % self.n_head:
             found.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        elif self.pos == "rope" and head_size % 2:
-            found.append(f"rope needs an even head size, and n_embd / n_head is {head_size}")
+        elif self.pos == "rope" and self.head_size % 2:
+            found.append(f"rope needs an even head size, and n_embd / n_head is {self.head_size}")
+        if self.n_head % self.n_kv_head:
+            found.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.pos == "sinusoidal" and self.n_embd % 2:
             found.append(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
         return found
@@ -152,10 +162,24 @@ class SampleConfig:
     temperature: float = setting(0.8, "lower: likelier tokens oftener; 0: the likeliest", low=0)
     top_k: int = setting(0, "choose among the k likeliest tokens; 0: all", low=0)
     top_p: float = setting(1.0, "choose among the likeliest, to this total", above=0, high=1)
+    min_p: float = setting(0.0, "no token below this share of the likeliest's", low=0, below=1)
+    repetition_penalty: float = setting(1.0, "above 1: tokens in the text get rarer", above=0)
+    beams: int = setting(0, "beam search with so many, instead of sampling; 0: none", low=0)
+    stop: str = setting("", "end a text before this string, or one of several: 'A|B'")
     seed: int = setting(1337, "sample i of a seed is always the same text", low=0)
+    chat: bool = setting(False, "talk with the model", group="ways to look")
+    show_probs: bool = setting(False, "show the five likeliest tokens at each step")
+    sweep: str = setting("", "compare settings: 'temperature=0.5,0.8,1.1 top_k=20,40'")
     stream: bool | None = setting(None, "write as it comes; default: one sample, to a terminal")
     output_file: str = setting("", "file to write to, with the command that writes it again")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    device: str = setting(
+        "auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is", group="machine"
+    )
+    precision: str = setting(
+        "float32", "of the weights; lower is faster", choices=(*PRECISIONS[1:], "int8")
+    )
+    compile: bool = setting(False, "torch.compile: half a minute first, then faster")
+    cache: bool = setting(True, "keep keys and values; off: compute all anew for each token")
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, a sentence each."""
@@ -199,6 +223,7 @@ ALIASES: dict[str, str] = {
     "warmup": "warmup_steps",
     "learning_rate": "lr_max",
     "max_tokens": "max_new_tokens",
+    "from": "source",
 }
 
 

@@ -5,7 +5,8 @@ block, then the model. The parts that differ between architectures are chosen by
 mapping per slot: NORMS, MLPS, POSITIONS.
 
 Letters in the shape comments: B batch, T time (positions in the window), C channels (n_embd), V
-vocabulary, H heads, D head size (C / H), F hidden width of the MLP (n_inner).
+vocabulary, H heads, K heads of keys and values (n_kv_head), D head size, F hidden width of the MLP
+(n_inner), S positions that are looked at: T, and before them those in the cache.
 """
 
 import math
@@ -22,8 +23,8 @@ from config import GPTConfig
 # 2019)
 
 NORMS: dict[str, Callable[[GPTConfig, int], nn.Module]] = {
-    "layernorm": lambda config, size: nn.LayerNorm(size, eps=1e-5, bias=config.bias),
-    "rmsnorm": lambda config, size: nn.RMSNorm(size, eps=1e-6),
+    "layernorm": lambda config, size: nn.LayerNorm(size, config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda config, size: nn.RMSNorm(size, config.norm_eps),
 }
 
 
@@ -76,8 +77,9 @@ MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 }
 
 
-# --- positions: each takes the token embeddings (B, T, C) and returns them with whatever it adds,
-# and the rotation --- (cos, sin) that attention applies to its queries and keys, or None
+# --- positions: each takes the token embeddings (B, T, C), the first of them at position `start`,
+# and returns them with whatever it adds, and the rotation --- (cos, sin) that attention applies to
+# its queries and keys, or None
 
 
 class LearnedPositions(nn.Module):
@@ -87,8 +89,8 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.table = nn.Embedding(config.block_size, config.n_embd)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x + self.table.weight[: x.size(1)], None  # (B, T, C) + (T, C)
+    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, None]:
+        return x + self.table.weight[start : start + x.size(1)], None  # (B, T, C) + (T, C)
 
 
 class SinusoidalPositions(nn.Module):
@@ -104,8 +106,8 @@ class SinusoidalPositions(nn.Module):
         self.register_buffer("table", table, persistent=False)
         self.scale = math.sqrt(config.n_embd)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return x * self.scale + self.table[: x.size(1)], None  # (B, T, C) + (T, C)
+    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, None]:
+        return x * self.scale + self.table[start : start + x.size(1)], None  # (B, T, C) + (T, C)
 
 
 class RotaryPositions(nn.Module):
@@ -114,18 +116,19 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        angle = rotation_angles(config.block_size, config.n_embd // config.n_head)  # (T, D/2)
+        angle = rotation_angles(config.block_size, config.head_size, config.rope_theta)  # (T, D/2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        return x, (self.cos[: x.size(1)], self.sin[: x.size(1)])
+    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        end = start + x.size(1)
+        return x, (self.cos[start:end], self.sin[start:end])
 
 
-def rotation_angles(length: int, size: int) -> Tensor:
-    """t / 10000^(2i/size) for every position t and pair of channels i: fast clocks first, slow ones
+def rotation_angles(length: int, size: int, theta: float = 10000.0) -> Tensor:
+    """t / theta^(2i/size) for every position t and pair of channels i: fast clocks first, slow ones
     last, (T, size/2)."""
-    frequency = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    frequency = theta ** (-torch.arange(0, size, 2) / size)
     return torch.outer(torch.arange(length), frequency)
 
 
@@ -146,94 +149,135 @@ POSITIONS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 # --- attention
 
 
-def causal_mask(T: int, device: torch.device) -> Tensor:
-    """Who may look at whom: [t, s] is true where s is not after t, (T, T)."""
-    return torch.ones(T, T, dtype=torch.bool, device=device).tril()
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """Whom the last T of S positions may look at, themselves and those before: true or false,
+    (T, S)."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
 def document_mask(docs: Tensor) -> Tensor:
     """`causal_mask` for windows that hold several documents, whose numbers are docs (B, T): nobody
     looks into another document, (B, 1, T, T)."""
     same = docs[:, :, None] == docs[:, None, :]  # (B, T, T)
-    return (same & causal_mask(docs.size(1), docs.device))[:, None]
+    return (same & causal_mask(docs.size(1), docs.size(1), docs.device))[:, None]
 
 
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention as the formula has it, softmax(q k^T / sqrt(D)) v; q, k, v are (B, H, T, D), the
-    mask is the causal one unless another is given.
+    """Attention as the formula has it, softmax(q k^T / sqrt(D)) v; q is (B, H, T, D), k and v are
+    (B, H, S, D), the mask is the causal one unless another is given.
 
     The same result as `scaled_dot_product_attention`, slower and in more memory, for reading and
-    for pictures. Returns the output (B, H, T, D) and the attention weights (B, H, T, T), whose rows
+    for pictures. Returns the output (B, H, T, D) and the attention weights (B, H, T, S), whose rows
     sum to 1 (before dropout).
     """
-    mask = causal_mask(q.size(-2), q.device) if mask is None else mask
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)  # (B, H, T, T)
+    T, S = q.size(-2), k.size(-2)
+    mask = causal_mask(T, S, q.device) if mask is None else mask
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)  # (B, H, T, S)
     return F.dropout(weights, dropout) @ v, weights
 
 
-class Attention(nn.Module):
-    """Each position looks back at itself and those before it, in H heads (Vaswani et al. 2017)."""
+class KVCache:
+    """The keys and values of the tokens that a model has seen, of every layer, so that the next
+    token need not compute them again.
 
-    def __init__(self, config: GPTConfig):
+    Room for `size` tokens is taken at once, (B, K, size, D) a layer; `length` of it is filled.
+    `model(idx, cache=cache)` looks at what is there and adds the tokens of idx; past the end it
+    raises ValueError.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        shape = (batch_size, config.n_kv_head, config.block_size, config.head_size)
+        self.size, self.length = config.block_size, 0
+        self.layers = [
+            tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            for _ in range(config.n_layer)
+        ]
+
+    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (B, K, T, D) of a layer; all so far are (B, K, S, D)."""
+        keys, values = self.layers[layer]
+        end = self.length + k.size(2)
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Make the batch of these of its rows, as beam search does."""
+        self.layers = [tuple(t[rows] for t in layer) for layer in self.layers]
+
+
+class Attention(nn.Module):
+    """Each position looks back at itself and those before it, in H heads (Vaswani et al. 2017).
+    With fewer heads of keys and values, several query heads share one (Ainslie et al. 2023)."""
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = residual_projection(config.n_embd, config.n_embd, config.bias)
+        self.layer = layer
+        self.head_size, self.dropout = config.head_size, config.dropout
+        self.widths = [n * config.head_size for n in (config.n_head, *[config.n_kv_head] * 2)]
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.proj = residual_projection(self.widths[0], config.n_embd, config.bias)
         # Normed queries and keys keep the scores small at any learning rate (Henry et al. 2020).
-        self.q_norm = (
-            NORMS[config.norm](config, config.n_embd // config.n_head)
-            if config.qk_norm
-            else nn.Identity()
-        )
-        self.k_norm = (
-            NORMS[config.norm](config, config.n_embd // config.n_head)
-            if config.qk_norm
-            else nn.Identity()
-        )
+        norm = NORMS[config.norm] if config.qk_norm else lambda config, size: nn.Identity()
+        self.q_norm, self.k_norm = (norm(config, config.head_size) for _ in range(2))
 
     def forward(
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Tensor | None = None,
+        cache: KVCache | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q, k, v = (
-            part.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, T, C) -> (B, H, T, D)
-            for part in self.qkv(x).chunk(3, dim=-1)
+            part.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, T, ...) -> (B, H or K, T, D)
+            for part in self.qkv(x).split(self.widths, dim=-1)
         )
         q, k = self.q_norm(q.float()), self.k_norm(k.float())  # angles deserve float32
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.add(self.layer, k, v)  # (B, K, S, D)
+        if k.size(1) < q.size(1):
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
         dropout = self.dropout if self.training else 0.0
         if maps is None:
             y = fused_attention(q, k, v, dropout, mask)  # (B, H, T, D)
         else:
             y, weights = plain_attention(q, k, v, dropout, mask)
             maps.append(weights)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, -1)  # heads side by side again
         return self.proj(y)
 
 
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
 ) -> Tensor:
-    """`plain_attention` in one kernel, which does not write the (T, T) weights to memory
-    (FlashAttention, Dao et al. 2022); q, k, v are (B, H, T, D)."""
+    """`plain_attention` in one kernel, which does not write the (T, S) weights to memory
+    (FlashAttention, Dao et al. 2022)."""
+    T, S = q.size(-2), k.size(-2)
     on_cpu = q.device.type == "cpu"
-    if on_cpu and torch.is_autocast_enabled("cpu") and q.size(-2) <= 256:
+    if on_cpu and torch.is_autocast_enabled("cpu") and 1 < T == S <= 256:
         # On a CPU the kernel is slow in bfloat16, and with short windows even in float32: a
         # training step of the laptop preset takes 0.8 of the time with the plain formula.
         return plain_attention(q, k, v, dropout, mask)[0]
+    if mask is None and 1 < T < S:
+        mask = causal_mask(T, S, q.device)
     dtype = torch.float32 if on_cpu else v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        causal = mask is None and 1 < T == S
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
 
 # --- the model
@@ -243,10 +287,10 @@ class Block(nn.Module):
     """Attention mixes positions, the MLP works on each alone; both add to the residual stream x
     (pre-norm)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.norm1 = NORMS[config.norm](config, config.n_embd)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.norm2 = NORMS[config.norm](config, config.n_embd)
         self.mlp = MLPS[config.mlp](config)
         self.drop = nn.Dropout(config.dropout)
@@ -256,9 +300,10 @@ class Block(nn.Module):
         x: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
         mask: Tensor | None = None,
+        cache: KVCache | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
-        x = x + self.drop(self.attn(self.norm1(x), rotation, mask, maps))
+        x = x + self.drop(self.attn(self.norm1(x), rotation, mask, cache, maps))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -271,7 +316,7 @@ class GPT(nn.Module):
         self.tok = nn.Embedding(config.vocab_size, config.n_embd)
         self.pos = POSITIONS[config.pos](config)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = NORMS[config.norm](config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if (
@@ -299,6 +344,7 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         docs: Tensor | None = None,
+        cache: KVCache | None = None,
         maps: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Scores and, where the right answers are known, how wrong they are.
@@ -306,18 +352,23 @@ class GPT(nn.Module):
         idx (B, T) are token ids, T at most block_size. Returns the logits (B, T, V) and the mean
         cross-entropy in nats against targets (B, T), None without them; targets of -100 do not
         count. With docs, the number of each token's document (B, T), tokens attend to their own
-        document only. Give an empty list as `maps` to have each layer append its attention weights
-        (B, H, T, T) to it, by the slower `plain_attention`.
+        document only. With a cache, idx goes on after the tokens in it and is added to it, and the
+        logits are those of the last position alone, (B, 1, V). Give an empty list as `maps` to have
+        each layer append its attention weights (B, H, T, S) to it, by the slower `plain_attention`.
         """
-        if idx.size(1) > self.config.block_size:
+        start = cache.length if cache else 0
+        if start + idx.size(1) > self.config.block_size:
             raise ValueError(
-                f"{idx.size(1)} tokens do not fit the window of {self.config.block_size}"
+                f"{start + idx.size(1)} tokens do not fit the window of {self.config.block_size}"
             )
-        x, rotation = self.pos(self.tok(idx))  # (B, T, C)
+        x, rotation = self.pos(self.tok(idx), start)  # (B, T, C)
         x = self.drop(x)
         mask = None if docs is None else document_mask(docs)
         for block in self.blocks:
-            x = block(x, rotation, mask, maps)
+            x = block(x, rotation, mask, cache, maps)
+        if cache:
+            cache.length += idx.size(1)
+            x = x[:, -1:]  # (B, 1, C)
         logits = self.head(self.norm(x))  # (B, T, V)
         if targets is None:
             return logits, None

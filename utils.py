@@ -291,7 +291,9 @@ def matmul_seconds(dtype: torch.dtype) -> float:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which matrix products run in the given precision."""
-    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+    if precision not in ("bfloat16", "float16"):
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, getattr(torch, precision))
 
 
 def pick_compile(wanted: bool | None, device: torch.device) -> bool:

@@ -1,18 +1,26 @@
 """Sampling, on distributions worked by hand and on small models."""
 
+import itertools
+import math
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_RUN, make_model
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
 
 import generate
+import play
 import train
 from config import ARCHS, SampleConfig, UserError
 from generate import sample_logits
-from tokenizer import CharTokenizer
+from model import KVCache
+from tokenizer import BPETokenizer, CharTokenizer
 
 
 def shares(probs: list[float], **settings: float) -> list[float]:
@@ -64,7 +72,8 @@ def test_each_row_of_a_batch_is_drawn_alone():
     logits = torch.randn(5, 9)
     uniform = torch.rand(5)
     together = sample_logits(logits, uniform, top_k=5, top_p=0.9)
-    alone = [sample_logits(logits[i : i + 1], uniform[i : i + 1], 1.0, 5, 0.9) for i in range(5)]
+    rows = zip(logits[:, None], uniform[:, None], strict=True)
+    alone = [sample_logits(row, u, top_k=5, top_p=0.9) for row, u in rows]
     assert together.tolist() == torch.cat(alone).tolist()
 
 
@@ -72,11 +81,178 @@ def test_each_row_of_a_batch_is_drawn_alone():
 def test_generation_is_the_model_fed_its_own_text(arch: str):
     model = make_model(**ARCHS[arch])
     config = SampleConfig(max_new_tokens=30, temperature=0)  # runs past the window of 12
-    ids = [1, 2, 3]
+    ids, seen = [1, 2, 3], [1, 2, 3]
     for _ in range(30):
-        ids.append(model(torch.tensor([ids[-12:]]))[0][0, -1].argmax().item())
+        seen = seen if len(seen) <= 12 else seen[-6:]  # then from the last half window
+        ids.append(model(torch.tensor([seen]))[0][0, -1].argmax().item())
+        seen = [*seen, ids[-1]]
     generated = generate.generate(model, torch.tensor([1, 2, 3]), config)
-    assert [step.item() for step in generated] == ids[3:]
+    assert [step.ids.item() for step in generated] == ids[3:]
+
+
+COMBINATIONS = [*ARCHS.values(), {"pos": "sinusoidal"}, {"n_head": 4, "n_kv_head": 2}]
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS)
+@pytest.mark.parametrize("n_prompt", [1, 5, 12, 13, 40])
+def test_cached_generation_matches_uncached(settings: dict, n_prompt: int):
+    model = make_model(**settings)
+    prompt = torch.randint(11, (n_prompt,))
+    runs = []
+    for cache in (True, False):
+        config = SampleConfig(max_new_tokens=30, num_samples=3, cache=cache)
+        runs.append(list(generate.generate(model, prompt, config)))
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.allclose(one.logits, other.logits, atol=1e-4)
+
+
+def test_a_cache_that_is_full_raises():
+    model = make_model()
+    cache = KVCache(model.config, 1)
+    generate.prefill(model, torch.zeros(1, 12, dtype=torch.long), cache)
+    with pytest.raises(ValueError, match="13 tokens do not fit the window of 12"):
+        generate.decode(model, torch.zeros(1, dtype=torch.long), cache)
+
+
+def test_a_cache_can_be_filled_in_pieces():
+    model, idx = make_model(), torch.randint(11, (2, 12))
+    cache = KVCache(model.config, 2)
+    for start, end in ((0, 3), (3, 4), (4, 9), (9, 12)):
+        logits = model(idx[:, start:end], cache=cache)[0]
+        assert torch.allclose(logits[:, -1], model(idx[:, :end])[0][:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_changes_the_logits_a_little(precision: str):
+    model, idx = make_model(n_embd=64, n_head=2), torch.randint(11, (1, 12))
+    exact = model(idx)[0]
+    generate.lower_precision(model, precision)
+    with torch.autocast("cpu", getattr(torch, precision)):
+        close = model(idx)[0]
+    assert not torch.equal(close, exact)
+    assert (close - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_int8_weights_are_within_half_a_step_of_the_weights():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(32, 7), torch.randn(2, 3, 32)
+    low = generate.Int8Linear(linear)
+    assert low.weight.dtype == torch.int8
+    steps = low.scale.float()[:, None]
+    assert ((low.weight * steps - linear.weight).abs() <= steps / 2 + 1e-7).all()
+    assert torch.allclose(steps[:, 0], linear.weight.abs().amax(dim=1) / 126, rtol=0.01)
+    expected = x @ (low.weight * steps).T + linear.bias
+    assert torch.allclose(low(x), expected, atol=0.02)  # bfloat16 has 8 bits
+    model, idx = make_model(n_embd=64, n_head=2), torch.randint(11, (1, 12))
+    exact = model(idx)[0]
+    generate.lower_precision(model, "int8")
+    assert 0 < (model(idx)[0] - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_compiled_generation_equals_eager():
+    model, prompt = make_model(), torch.tensor([1, 2, 3])
+    config = SampleConfig(max_new_tokens=25, temperature=0)
+    eager = [step.ids.item() for step in generate.generate(model, prompt, config)]
+    model.compile(dynamic=True)
+    assert [step.ids.item() for step in generate.generate(model, prompt, config)] == eager
+
+
+# --- decoding
+
+
+def test_min_p_drops_what_is_unlikely():
+    probs, ids = generate.adjust_logits(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), min_p=0.4)
+    assert ids[0, :2].tolist() == [0, 1]
+    assert probs[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])  # 0.2 is the threshold
+
+
+def test_repetition_is_penalized_as_in_the_paper():
+    logits = torch.tensor([[2.0, -1.0, 3.0, 0.5]])
+    text = torch.tensor([[0, 1, 0]])
+    penalized = generate.penalize_repetition(logits, text, 1.25)
+    assert penalized[0].tolist() == pytest.approx([1.6, -1.25, 3.0, 0.5])
+
+
+def test_each_text_of_a_batch_ends_on_its_own():
+    model, prompt = make_model(), torch.tensor([1])
+    config = SampleConfig(max_new_tokens=60, num_samples=4, temperature=1.0)
+    free = torch.stack([step.ids for step in generate.generate(model, prompt, config)], 1).tolist()
+    ended = torch.stack([s.ids for s in generate.generate(model, prompt, config, [7])], 1).tolist()
+    for one, other in zip(free, ended, strict=True):
+        n = one.index(7) + 1
+        assert other[:n] == one[:n] and set(other[n:]) <= {-1}
+    assert len(ended[0]) == max(row.index(7) + 1 for row in free) < 60
+
+
+def exhaustive(model, prompt: list[int], n: int, vocab: int) -> list[tuple[float, list[int]]]:
+    """All continuations of n tokens with their mean log-probability, best first."""
+    found = []
+    for ids in itertools.product(range(vocab), repeat=n):
+        logits = model(torch.tensor([[*prompt, *ids]]))[0][0].log_softmax(dim=-1)
+        at = len(prompt) - 1
+        found.append((sum(logits[at + i, t].item() for i, t in enumerate(ids)) / n, list(ids)))
+    return sorted(found, reverse=True)
+
+
+def test_a_wide_beam_finds_what_looking_at_all_texts_finds():
+    model = make_model(vocab_size=4)
+    best = exhaustive(model, [1, 2], 4, 4)[:5]
+    found = generate.beam_search(model, torch.tensor([1, 2]), 64, 4)[:5]
+    assert [ids for _, ids in found] == [ids for _, ids in best]
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in best], abs=1e-4)
+
+
+def test_a_beam_of_one_is_greedy():
+    model, prompt = make_model(), torch.tensor([1, 2])
+    config = SampleConfig(temperature=0, max_new_tokens=30)  # past the window
+    greedy = [step.ids.item() for step in generate.generate(model, prompt, config)]
+    assert generate.beam_search(model, prompt, 1, 30)[0][1] == greedy
+
+
+def test_beams_that_end_are_scored_by_their_length():
+    model = make_model(vocab_size=5)
+    found = generate.beam_search(model, torch.tensor([1]), 3, 8, ends=[2])
+    assert [score for score, _ in found] == sorted((s for s, _ in found), reverse=True)
+    for score, ids in found:
+        logits = model(torch.tensor([[1, *ids]]))[0][0].log_softmax(dim=-1)
+        log_probs = [logits[i, token].item() for i, token in enumerate(ids)]
+        assert score == pytest.approx(sum(log_probs) / len(ids), abs=1e-4)
+        assert 2 not in ids[:-1]
+
+
+# --- text
+
+
+WORDS = CharTokenizer.train(["abcd \n"], ["<|endoftext|>"])
+
+
+def written(ids: list[int], *stops: str, tokenizer=WORDS) -> str:
+    writer = generate.TextWriter(tokenizer, stops)
+    return "".join(writer.add(i) for i in ids) + writer.finish()
+
+
+@given(st.text(alphabet="abcd ", max_size=30), st.lists(st.text("abc", min_size=1), max_size=3))
+def test_a_text_ends_before_its_first_stop_string(text: str, stops: list[str]):
+    ids = [*WORDS.encode(text).tolist(), 0]
+    complete = [n for n in range(len(text) + 1) if any(text[:n].endswith(s) for s in stops)]
+    end = len(text)
+    if complete:  # the stop strings that are complete first, the one that began first of them
+        seen = text[: complete[0]]
+        end = min(seen.find(s) for s in stops if s in seen)
+    assert written(ids, *stops) == text[:end]
+
+
+def test_nothing_comes_after_the_end_of_a_text():
+    ids = [*WORDS.encode("ab").tolist(), 0, *WORDS.encode("cd").tolist()]
+    assert written(ids) == "ab" and written([*WORDS.encode("ab").tolist(), -1]) == "ab"
+
+
+def test_characters_are_written_whole():
+    tokenizer = BPETokenizer.train(Counter({"a": 1}), 257)  # bytes
+    writer = generate.TextWriter(tokenizer)
+    assert [writer.add(b) for b in "né".encode()] == ["n", "", "é"]
+    assert written([0xC3], tokenizer=tokenizer) == "\ufffd"
 
 
 def test_sample_i_of_a_seed_is_the_same_however_many_are_asked_for():
@@ -84,7 +260,7 @@ def test_sample_i_of_a_seed_is_the_same_however_many_are_asked_for():
 
     def sample(**settings: int) -> list[list[int]]:
         config = SampleConfig(max_new_tokens=40, temperature=1.0, **settings)
-        return torch.stack(list(generate.generate(model, prompt, config)), 1).tolist()
+        return torch.stack([s.ids for s in generate.generate(model, prompt, config)], 1).tolist()
 
     ten = sample(num_samples=10)
     assert sample(num_samples=1) == ten[:1] and sample(num_samples=3) == ten[:3]
@@ -95,7 +271,7 @@ def test_sample_i_of_a_seed_is_the_same_however_many_are_asked_for():
 def test_a_longer_text_begins_with_the_shorter():
     model, prompt = make_model(), torch.tensor([1])
     short, long = (
-        [x.item() for x in generate.generate(model, prompt, SampleConfig(max_new_tokens=n))]
+        [x.ids.item() for x in generate.generate(model, prompt, SampleConfig(max_new_tokens=n))]
         for n in (5, 50)
     )
     assert long[:5] == short
@@ -175,3 +351,77 @@ def test_top_k_above_the_vocabulary_means_all(trained, capsys):
 def test_without_a_checkpoint_the_error_says_what_to_do(workplace):
     with pytest.raises(UserError, match=r"python train\.py"):
         generate.main([])
+
+
+def test_batches_and_beams_are_written_with_their_settings(trained, capsys):
+    generate.main(["--num_samples=3", "--max_tokens=10", "--prompt=the"])
+    texts = capsys.readouterr().out.split("\n" + "-" * 40 + "\n")
+    assert len(texts) == 3 and all(text.startswith("the") for text in texts)
+    generate.main(["--beams=2", "--max_tokens=10", "--prompt=the"])
+    best, second = capsys.readouterr().out.split("\n" + "-" * 40 + "\n")
+    scores = [float(re.search(r"\[(-\d+\.\d+) a token\]", text)[1]) for text in (best, second)]
+    assert scores[0] >= scores[1] and best.startswith("the")
+
+
+def test_a_stop_string_ends_the_text(trained, capsys):
+    generate.main(["--max_tokens=60", "--prompt=the"])
+    whole = capsys.readouterr().out.rstrip("\n")
+    stop = whole[20:22]
+    generate.main(["--max_tokens=60", "--prompt=the", f"--stop={stop}|@@"])
+    cut = capsys.readouterr().out.rstrip("\n")
+    assert cut == "the" + whole[3:][: whole[3:].index(stop)].rstrip("\n")
+
+
+def test_probabilities_are_shown(trained, capsys):
+    generate.main(["--show_probs", "--max_tokens=4", "--temperature=1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        shown = [float(p) for p in re.findall(r" (0\.\d{3}|1\.000)", line.split("from")[1])]
+        assert len(shown) == 5 and shown == sorted(shown, reverse=True) and sum(shown) <= 1.001
+
+
+def test_a_sweep_measures_each_combination(trained, capsys):
+    flags = ["--sweep=temperature=0,0.8,5 top_k=3,9", "--max_tokens=40", "--num_samples=2"]
+    assert generate.main(flags) == 0
+    title, *rows, where = capsys.readouterr().out.splitlines()
+    assert "entropy" in title and len(rows) == 6 and "sweep.md" in where
+    measures = {tuple(row.split()[:2]): list(map(float, row.split()[2:])) for row in rows}
+    assert measures["temperature=0", "top_k=3"][0] == 0  # greedy leaves no choice
+    assert measures["temperature=5", "top_k=3"][0] <= math.log(3) + 1e-3
+    assert measures["temperature=5", "top_k=9"][0] > measures["temperature=0.8", "top_k=9"][0]
+    assert measures["temperature=5", "top_k=9"][3] < measures["temperature=0", "top_k=9"][3] < 0
+    table = Path("sweep.md").read_text()
+    assert table.count("| temperature=0.8 top_k=9 |") == 2
+    with pytest.raises(UserError, match="'colour=3' is not NAME="):
+        generate.main(["--sweep=colour=3"])
+
+
+def test_a_chat_keeps_its_context(trained, capsys, monkeypatch):
+    lines = iter(["the quick", "brown", "/new", "fox", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    prompts = []
+    original = play.stream_texts
+
+    def spy(model, tokenizer, config, prompt):
+        prompts.append(tokenizer.decode(prompt.tolist()))
+        return original(model, tokenizer, config, prompt)
+
+    monkeypatch.setattr(play, "stream_texts", spy)
+    assert generate.main(["--chat", "--max_tokens=5"]) == 0
+    assert prompts[0] == "the quick" and prompts[2] == "fox"
+    assert prompts[1].startswith("the quick") and prompts[1].endswith("brown")
+    assert len(prompts[1]) == len("the quick") + 5 + len("brown")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--chat", "--show_probs"], "--chat and --show_probs: give one"),
+        (["--chat", "--num_samples=2"], "--chat writes to the terminal"),
+        (["--min_p=1", "--beams=-1"], "min_p must be below 1.*beams must be at least 0"),
+    ],
+)
+def test_ways_that_exclude_each_other(trained, flags, message):
+    with pytest.raises(UserError, match=message):
+        generate.main(flags)

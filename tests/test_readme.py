@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY_RUN, make_text
 
 import evaluate
+import export
 import generate
 import prepare
 import train
@@ -42,14 +43,16 @@ def run_command(line: str) -> None:
         assert status == (1 if "--overfit_batch" in words else 0)  # 60 steps are too few for that
     elif program == "generate.py":
         assert generate.main([*words, "--max_new_tokens=5"]) == 0
-    elif program in ("prepare.py", "evaluate.py"):
-        assert {"prepare.py": prepare, "evaluate.py": evaluate}[program].main(words) == 0
+    elif program in ("prepare.py", "evaluate.py", "export.py"):
+        scripts = {"prepare.py": prepare, "evaluate.py": evaluate, "export.py": export}
+        assert scripts[program].main(words) == 0
     else:
         assert program == "-m", f"no test for {line}"
 
 
 def test_the_commands_work_in_their_order(workplace: Path):
     (workplace / "my.txt").write_text(make_text(), encoding="utf-8")
+    pytest.importorskip("safetensors")
     scenes = (json.dumps({"text": f"scene {i}\n{make_text(10)}"}) for i in range(30))
     (workplace / "data" / "plays.jsonl").write_text("\n".join(scenes))
     lines = [line for line in commands() if line.startswith(("python ", "for "))]
