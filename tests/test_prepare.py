@@ -305,14 +305,17 @@ def test_sources_and_flags_come_in_any_order(workplace):
 
 
 def start_long_run(workplace: Path) -> subprocess.Popen:
-    """A run of prepare.py with two workers, which has begun to work."""
-    (workplace / "long.txt").write_text("all work and no play makes jack a dull boy\n" * 800_000)
+    """A run of prepare.py with two workers, in the midst of writing."""
+    (workplace / "long.txt").write_text("all work and no play makes jack a dull boy\n" * 1_500_000)
     command = [sys.executable, str(ROOT / "prepare.py"), "long.txt", "--workers=2", "--name=set"]
+    command.append("--tokenizer=char")
     process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while len(children(process.pid)) < 3:  # two workers, and what looks after them
+    written = workplace / "data" / ".set.part" / "train.bin"
+    while not (written.exists() and written.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
+    assert len(children(process.pid)) >= 2
     return process
 
 
