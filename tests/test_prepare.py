@@ -304,12 +304,21 @@ def test_sources_and_flags_come_in_any_order(workplace):
     assert len(all_texts()) == 2
 
 
+SLOW = """
+import sys, time, config, prepare
+write = prepare.Writer.write
+prepare.Writer.write = lambda self, part: (write(self, part), time.sleep(1))
+config.run(prepare.main)
+"""
+
+
 def start_long_run(workplace: Path) -> subprocess.Popen:
-    """A run of prepare.py with two workers, in the midst of writing."""
-    (workplace / "long.txt").write_text("all work and no play makes jack a dull boy\n" * 1_500_000)
-    command = [sys.executable, str(ROOT / "prepare.py"), "long.txt", "--workers=2", "--name=set"]
-    command.append("--tokenizer=char")
-    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE)
+    """A run of prepare.py with two workers that has begun to write and goes on for 20 s."""
+    (workplace / "long.txt").write_text("all work and no play makes jack a dull boy\n" * 50_000)
+    command = [sys.executable, "-c", SLOW, *["long.txt"] * 20]
+    command += ["--workers=2", "--name=set", "--tokenizer=char"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, env=environment)
     deadline = time.monotonic() + 60
     written = workplace / "data" / ".set.part" / "train.bin"
     while not (written.exists() and written.stat().st_size):
