@@ -24,7 +24,6 @@ from model import GPT, KVCache
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import (
     atomic_write,
-    autocast,
     device_problems,
     load_checkpoint,
     newest_checkpoint,
@@ -113,28 +112,30 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, -2).bfloat16()  # (rows, n_in)
+        flat = x.flatten(0, -2)  # (rows, n_in), bfloat16
         if len(flat) < 8 and x.device.type == "cpu":
             # torch has no public name for this product, which never makes the weights wider
             y = torch._weight_int8pack_mm(flat, self.weight, self.scale)
         else:  # many rows share the cost of making them wider
             y = nn.functional.linear(flat, self.weight.bfloat16()) * self.scale
-        y = y.float().view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
 def lower_precision(model: nn.Module, precision: str) -> None:
-    """Keep the matrices that tokens are multiplied with in a lower precision, for a token costs the
-    time to read them. Norms, embeddings and the residual stream stay in float32."""
+    """Keep the weights in a lower precision, for a token costs the time to read them. With int8
+    those are the linear layers'; all else is bfloat16 then. Angles stay in float32."""
     if precision == "float32":
         return
-    for parent in list(model.modules()):
-        for name, module in parent.named_children():
-            if isinstance(module, nn.Linear) and precision == "int8":
-                setattr(parent, name, Int8Linear(module))
-            elif isinstance(module, nn.Linear):  # a new parameter: the embedding may be tied to it
-                weight = module.weight.detach().to(getattr(torch, precision))
-                module.weight = nn.Parameter(weight, requires_grad=False)
+    if precision == "int8":
+        for parent in list(model.modules()):
+            for name, module in parent.named_children():
+                if isinstance(module, nn.Linear):
+                    setattr(parent, name, Int8Linear(module))
+    dtype = torch.bfloat16 if precision == "int8" else getattr(torch, precision)
+    for name, parameter in model.named_parameters():
+        if "q_norm" not in name and "k_norm" not in name:  # which get queries and keys in float32
+            parameter.data = parameter.data.to(dtype)
 
 
 def cache_dtype(device: torch.device, precision: str) -> torch.dtype:
@@ -178,13 +179,12 @@ def generate(
         fresh = step == 0
         if end - begin > size:
             begin, fresh = end - max(size // 2, 1), True
-        with autocast(device, config.precision):
-            if not config.cache:
-                logits = model(text[:, begin:end])[0][:, -1]
-            elif fresh:
-                logits = prefill(model, text[:, begin:end], cache)
-            else:
-                logits = decode(model, text[:, end - 1], cache)
+        if not config.cache:
+            logits = model(text[:, begin:end])[0][:, -1]
+        elif fresh:
+            logits = prefill(model, text[:, begin:end], cache)
+        else:
+            logits = decode(model, text[:, end - 1], cache)
         if config.repetition_penalty != 1:
             logits = penalize_repetition(logits, text[:, begin:end], config.repetition_penalty)
         ids = sample_logits(logits, uniform[:, step], **knobs(config))

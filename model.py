@@ -107,7 +107,8 @@ class SinusoidalPositions(nn.Module):
         self.scale = math.sqrt(config.n_embd)
 
     def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, None]:
-        return x * self.scale + self.table[start : start + x.size(1)], None  # (B, T, C) + (T, C)
+        table = self.table[start : start + x.size(1)].to(x.dtype)  # (T, C)
+        return x * self.scale + table, None  # (B, T, C)
 
 
 class RotaryPositions(nn.Module):
@@ -223,9 +224,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_size, self.dropout = config.head_size, config.dropout
-        self.widths = [n * config.head_size for n in (config.n_head, *[config.n_kv_head] * 2)]
-        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
-        self.proj = residual_projection(self.widths[0], config.n_embd, config.bias)
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.bias)
+        width = config.n_head * config.head_size
+        self.proj = residual_projection(width, config.n_embd, config.bias)
         # Normed queries and keys keep the scores small at any learning rate (Henry et al. 2020).
         norm = NORMS[config.norm] if config.qk_norm else lambda config, size: nn.Identity()
         self.q_norm, self.k_norm = (norm(config, config.head_size) for _ in range(2))
@@ -239,10 +241,8 @@ class Attention(nn.Module):
         maps: list[Tensor] | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (
-            part.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, T, ...) -> (B, H or K, T, D)
-            for part in self.qkv(x).split(self.widths, dim=-1)
-        )
+        qkv = self.qkv(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
+        q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and twice (B, K, T, D)
         q, k = self.q_norm(q.float()), self.k_norm(k.float())  # angles deserve float32
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
@@ -256,7 +256,7 @@ class Attention(nn.Module):
         else:
             y, weights = plain_attention(q, k, v, dropout, mask)
             maps.append(weights)
-        y = y.transpose(1, 2).reshape(B, T, -1)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)  # heads side by side again
         return self.proj(y)
 
 

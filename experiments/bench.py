@@ -4,6 +4,7 @@ python experiments/bench.py tokenizers --data data/plays.jsonl --vocab_size 1000
 python experiments/bench.py generate --nanogpt path/to/nanoGPT
 """
 
+import functools
 import importlib.util
 import sys
 import time
@@ -53,14 +54,16 @@ class BenchConfig:
     repeats: int = setting(3, "runs of each, of which the median counts", low=1)
 
 
-def median_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The median time of some calls."""
-    times = []
+def median_seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median time of each function, called in turns, so that a machine that becomes slower
+    does so for all."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - began)
+    return {name: sorted(seconds)[repeats // 2] for name, seconds in times.items()}
 
 
 def bench_tokenizers(config: BenchConfig) -> str:
@@ -92,8 +95,7 @@ def bench_tokenizers(config: BenchConfig) -> str:
         print("tokenizers is not installed: pip install tokenizers, to compare with it")
     lines = [f"{path}: {len(text.encode()) / 1e6:.2f} MB, {config.vocab_size} tokens"]
     # Hugging Face's trainer comes before its encoder, which takes what was learned.
-    for name, function in rows.items():
-        seconds = median_seconds(function, config.repeats)
+    for name, seconds in median_seconds(rows, config.repeats).items():
         lines.append(f"{name:24}{seconds:8.2f} s{len(text.encode()) / 1e6 / seconds:10.1f} MB/s")
     return "\n".join(lines)
 
@@ -117,6 +119,8 @@ def bench_generate(config: BenchConfig) -> str:
     ways += [(f"cache, {p}", p, {}) for p in ("float32", "bfloat16", "int8")]
     ways += [("cache, int8, compiled", "int8", {"compile": True})]
     ways += [(f"cache, {p}, ten texts", p, {"num_samples": 10}) for p in ("float32", "bfloat16")]
+    samplers: dict[str, Callable[[], Any]] = {}
+    n_bytes: dict[str, int] = {}
     for name, precision, settings in ways:
         model = GPT(gpt).to(device).eval()
         lower_precision(model, precision)
@@ -124,27 +128,29 @@ def bench_generate(config: BenchConfig) -> str:
             model.compile(dynamic=True)
         sampling = {"max_new_tokens": config.tokens, "temperature": 0.8, "top_k": 40}
         sample = SampleConfig(**(sampling | settings), precision=precision)
-        rate = config.tokens / generation_seconds(model, sample, config.repeats)
+        samplers[f"ours, {name}"] = functools.partial(sample_ours, model, sample)
         linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
         tensors = [t for m in linears for t in m.state_dict().values()]
-        n_bytes = sum(t.numel() * t.element_size() for t in tensors)
-        share = rate * n_bytes / bandwidth
-        lines.append(f"{'ours, ' + name:34}{rate:8.0f}{n_bytes / 1e6:13.1f}{share:19.0%}")
-    lines += bench_hf(config, gpt, device) + bench_nanogpt(config, gpt, device)
+        n_bytes[f"ours, {name}"] = sum(t.numel() * t.element_size() for t in tensors)
+    samplers |= hf_samplers(config.tokens, gpt, device)
+    samplers |= nanogpt_sampler(config, gpt, device)
+    for sampler in samplers.values():
+        sampler()  # to warm up, and to compile
+    for name, seconds in median_seconds(samplers, config.repeats).items():
+        rate = config.tokens / seconds
+        line = f"{name:34}{rate:8.0f}"
+        if name in n_bytes:
+            line += f"{n_bytes[name] / 1e6:13.1f}{rate * n_bytes[name] / bandwidth:19.0%}"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def generation_seconds(model: GPT, sample: SampleConfig, repeats: int) -> float:
-    """The median time to generate, after a first run to warm up (and to compile)."""
+def sample_ours(model: GPT, sample: SampleConfig) -> None:
+    """Generate from one token on."""
     prompt = torch.zeros(1, dtype=torch.long, device=model.tok.weight.device)
-
-    def run_once() -> None:
-        for step in generate(model, prompt, sample):
-            last = step.ids
-        last.tolist()  # waits for a GPU
-
-    run_once()
-    return median_seconds(run_once, repeats)
+    for step in generate(model, prompt, sample):
+        last = step.ids
+    last.tolist()  # waits for a GPU
 
 
 def memory_bandwidth(device: torch.device) -> float:
@@ -155,15 +161,16 @@ def memory_bandwidth(device: torch.device) -> float:
         x.sum().item()
 
     read()
-    return x.numel() * 4 / min(median_seconds(read, 1) for _ in range(10))
+    return x.numel() * 4 / min(median_seconds({"": read}, 1)[""] for _ in range(10))
 
 
-def bench_hf(config: BenchConfig, gpt: GPTConfig, device: torch.device) -> list[str]:
+def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> dict[str, Callable[[], Any]]:
     """Hugging Face's generate, on models of the same sizes."""
     try:
         import transformers
     except ImportError:
-        return ["transformers is not installed: pip install transformers, to compare with it"]
+        print("transformers is not installed: pip install transformers, to compare with it")
+        return {}
     transformers.logging.set_verbosity_error()
     sizes = {"vocab_size": 65, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     models = {
@@ -175,26 +182,27 @@ def bench_hf(config: BenchConfig, gpt: GPTConfig, device: torch.device) -> list[
             hidden_size=gpt.n_embd, intermediate_size=gpt.n_inner, max_position_embeddings=2048,
         ),
     }  # fmt: skip
-    lines, n = [], config.tokens
+    samplers = {}
     for name, theirs in models.items():
         model = transformers.AutoModelForCausalLM.from_config(theirs).to(device).eval()
         ids = torch.zeros(1, 1, dtype=torch.long, device=device)
 
-        def run_once(model: Any = model, ids: torch.Tensor = ids) -> None:
+        def sample(model: Any = model, ids: torch.Tensor = ids) -> None:
             model.generate(
                 ids, max_new_tokens=n, min_new_tokens=n, do_sample=True, temperature=0.8, top_k=40
             )[0].tolist()
 
-        run_once()
-        rate = n / median_seconds(run_once, config.repeats)
-        lines.append(f"{'Hugging Face, ' + name:34}{rate:8.0f}")
-    return lines
+        samplers[f"Hugging Face, {name}"] = sample
+    return samplers
 
 
-def bench_nanogpt(config: BenchConfig, gpt: GPTConfig, device: torch.device) -> list[str]:
+def nanogpt_sampler(
+    config: BenchConfig, gpt: GPTConfig, device: torch.device
+) -> dict[str, Callable[[], Any]]:
     """nanoGPT's sampler, on a model of the same sizes."""
     if not config.nanogpt:
-        return ["nanoGPT: give --nanogpt the path of a checkout, to compare with it"]
+        print("nanoGPT: give --nanogpt the path of a checkout, to compare with it")
+        return {}
     spec = importlib.util.spec_from_file_location("nanogpt", Path(config.nanogpt, "model.py"))
     nanogpt = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt"] = nanogpt
@@ -202,12 +210,9 @@ def bench_nanogpt(config: BenchConfig, gpt: GPTConfig, device: torch.device) -> 
     sizes = {k: getattr(gpt, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
     model = nanogpt.GPT(nanogpt.GPTConfig(**sizes, vocab_size=65, dropout=0.0)).to(device).eval()
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-
-    def run_once() -> None:
-        model.generate(ids, config.tokens, temperature=0.8, top_k=40)[0].tolist()
-
-    rate = config.tokens / median_seconds(run_once, config.repeats)
-    return [f"{'nanoGPT':34}{rate:8.0f}"]
+    return {
+        "nanoGPT": lambda: model.generate(ids, config.tokens, temperature=0.8, top_k=40).tolist()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
