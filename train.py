@@ -14,8 +14,8 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,8 +73,28 @@ def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Ad
     return torch.optim.AdamW(groups, lr=config.lr_max, betas=(0.9, 0.95), fused=True)
 
 
+@dataclass
+class Objective:
+    """What a stage trains for, where it is not to predict the corpus, as plain functions. Each is
+    handed the model, as it may be wrapped; what is left out stays as pretraining has it."""
+
+    # (step, part) -> the tensors of a batch: a pure function of these and the run's seed
+    get_batch: Callable[[int, int], tuple[Tensor, ...]] | None = None
+    # (model, *batch) -> the loss to make smaller, ()
+    loss: Callable[..., Tensor] | None = None
+    # (model, "train" or "val", about how many windows or None for all) -> the split's mean loss
+    evaluate: Callable[[nn.Module, str, int | None], float] | None = None
+    # (model) -> further numbers for the log and the status line
+    measure: Callable[[nn.Module], dict[str, float]] = lambda model: {}
+    # (model) -> the sample of an evaluation
+    sample: Callable[[nn.Module], str] | None = None
+    # weights by name -> the checkpoint's "model" and what it keeps besides; and the way back
+    pack: Callable[[dict[str, Tensor]], dict[str, Any]] = lambda weights: {"model": weights}
+    unpack: Callable[[dict[str, Any]], dict[str, Tensor]] = lambda state: state["model"]
+
+
 class Trainer:
-    """Trains a model on a corpus and keeps the files of its run."""
+    """Trains a model on a corpus, or for another objective, and keeps the files of its run."""
 
     def __init__(
         self,
@@ -83,7 +103,9 @@ class Trainer:
         corpus: utils.Corpus,
         config: TrainConfig,
         device: torch.device,
+        objective: Objective | None = None,
     ):
+        self.objective = objective or Objective()
         self.model = model.to(device).train()
         if config.compile:  # the blocks are alike: compiled once for all, in a third less time
             for block in model.blocks:
@@ -107,10 +129,10 @@ class Trainer:
         self.optimizer.zero_grad()  # 1
         mean_loss = torch.zeros((), device=self.device)
         for part in range(config.grad_accum):
-            x, y = self.get_batch(part)  # 2, both (B, T)
-            x, y = (t.to(self.device, non_blocking=True) for t in (x, y))  # 3
+            batch = self.get_batch(part)  # 2: x and y, both (B, T), or the objective's
+            batch = [t.to(self.device, non_blocking=True) for t in batch]  # 3
             with utils.autocast(self.device, config.precision):
-                _, loss = self.model(x, y, self.document_numbers(x))  # 4 and 5
+                loss = (self.objective.loss or self.loss)(self.model, *batch)  # 4 and 5
             loss = loss / config.grad_accum
             self.scaler.scale(loss).backward()  # 6
             mean_loss += loss.detach()
@@ -123,11 +145,17 @@ class Trainer:
         self.step += 1  # 10
         return mean_loss, norm
 
-    def get_batch(self, part: int) -> tuple[Tensor, Tensor]:
+    def get_batch(self, part: int) -> tuple[Tensor, ...]:
         """The part-th batch of this step, x and y (B, T); under overfit_batch always the first."""
         step = 0 if self.config.overfit_batch else self.step
+        if self.objective.get_batch:
+            return self.objective.get_batch(step, part)
         ids, T, docs = self.corpus.train_ids, self.model.config.block_size, self.corpus.train_docs
         return utils.get_batch(ids, T, self.config.batch_size, self.config.seed, step, part, docs)
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Pretraining's loss: the mean cross-entropy of the next tokens, ()."""
+        return model(x, y, self.document_numbers(x))[1]
 
     def document_numbers(self, x: Tensor) -> Tensor | None:
         """Under doc_mask, the number of each token's document in its window, (B, T)."""
@@ -152,10 +180,27 @@ class Trainer:
             x, y = utils.windows(ids, batch, self.model.config.block_size)
             x, y = x.to(self.device), y.to(self.device)
             with self.eval_mode(), utils.autocast(self.device, self.config.precision):
-                _, loss = self.model(x, y, self.document_numbers(x))
+                loss = self.loss(self.model, x, y)
             scored = int((y != -100).sum())
             total, count = total + loss.item() * scored, count + scored
         return total / count
+
+    def split_loss(self, split: str, n_windows: int | None) -> float:
+        """The objective's mean loss over so much of "train" or "val", None for all of it."""
+        if self.objective.evaluate:
+            with self.eval_mode(), utils.autocast(self.device, self.config.precision):
+                return self.objective.evaluate(self.model, split, n_windows)
+        ids = self.corpus.train_ids if split == "train" else self.corpus.val_ids
+        return self.evaluate(ids, n_windows)
+
+    def further_numbers(self, val: float) -> dict[str, float]:
+        """What an evaluation tells besides the losses: of a text, perplexity and bits per byte."""
+        with self.eval_mode(), utils.autocast(self.device, self.config.precision):
+            numbers = self.objective.measure(self.model)
+        if self.objective.evaluate:
+            return numbers
+        bpb = utils.bits_per_byte(val, self.corpus.bytes_per_token)
+        return {"ppl": math.exp(val), "bpb": bpb} | numbers
 
     def train(self) -> int:
         """Train until max_steps, or out of patience, or a signal. Returns the exit status: 0, or
@@ -237,19 +282,19 @@ class Trainer:
         config, steps = self.config, self.step - self.clock_step
         seconds_per_step = (time.perf_counter() - self.clock) / steps if steps else None
         tokens = config.batch_size * config.grad_accum * self.model.config.block_size
-        splits = (self.corpus.train_ids, self.corpus.val_ids)
-        train, val = (self.evaluate(ids, config.eval_windows) for ids in splits)
+        train, val = (self.split_loss(split, config.eval_windows) for split in ("train", "val"))
         if not math.isfinite(train + val):
             self.diverged(self.step, f"train loss {train}, validation loss {val}")
         return {
             "step": self.step,
             "train": train,
             "val": val,
-            "ppl": math.exp(val),
-            "bpb": utils.bits_per_byte(val, self.corpus.bytes_per_token),
+            **self.further_numbers(val),
             "lr": get_lr(self.step, config),
             "grad_norm": self.grad_norm,
-            "tokens_per_second": tokens / seconds_per_step if steps else None,
+            "tokens_per_second": None
+            if self.objective.get_batch or not steps
+            else tokens / seconds_per_step,
             "ms_per_step": 1000 * seconds_per_step if steps else None,
             "seconds": self.seconds_before + time.perf_counter() - self.started,
         }
@@ -258,14 +303,18 @@ class Trainer:
         """Add a sample of the model's text to samples.txt, and show its first lines."""
         if not self.config.sample_tokens:
             return
-        prompt = "" if self.tokenizer.unknown("\n") else "\n"
-        settings = SampleConfig(prompt=prompt, max_new_tokens=self.config.sample_tokens)
         with self.eval_mode():
-            text = sample_text(self.model, self.tokenizer, settings)[0].strip("\n")
+            text = (self.objective.sample or self.sample)(self.model).strip("\n")
         with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {self.step}\n{text}\n\n")
         for line in [line for line in text.splitlines() if line][:4]:
             tqdm.write(f"    {line}")
+
+    def sample(self, model: GPT) -> str:
+        """A text of the model's."""
+        prompt = "" if self.tokenizer.unknown("\n") else "\n"
+        settings = SampleConfig(prompt=prompt, max_new_tokens=self.config.sample_tokens)
+        return sample_text(model, self.tokenizer, settings)[0]
 
     def write_log(self) -> None:
         """Write log.jsonl: a line that says what is trained, then a line an evaluation."""
@@ -286,7 +335,7 @@ class Trainer:
             "train_config": asdict(config),
             "tokenizer": self.tokenizer.to_dict(),
             "corpus": self.corpus.info,
-            "model": self.model.state_dict(),
+            **self.objective.pack(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": rng,
@@ -297,7 +346,7 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up where a checkpoint stands, so that what follows is what would have followed."""
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(self.objective.unpack(state))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"]["cpu"])
@@ -312,12 +361,11 @@ class Trainer:
         best = self.best()
         if best["step"] != self.step:
             state = utils.read_checkpoint(self.run_dir / "best.pt")
-            self.model.load_state_dict(state["model"])
-        loss = self.evaluate(self.corpus.val_ids, None)
+            self.model.load_state_dict(self.objective.unpack(state))
+        loss = self.split_loss("val", None)
         words = verdict(self.log, self.model.config.vocab_size)
-        bpb = utils.bits_per_byte(loss, self.corpus.bytes_per_token)
-        final = {"step": best["step"], "val": loss, "ppl": math.exp(loss), "bpb": bpb}
-        final["verdict"] = words
+        numbers = self.further_numbers(loss)
+        final = {"step": best["step"], "val": loss, **numbers, "verdict": words}
         seconds = self.log[-1]["seconds"]
         summary = {"corpus": self.corpus.info, "log": self.log, "seconds": seconds, "final": final}
         with utils.atomic_write(self.run_dir / "loss_log.json") as file:
@@ -325,8 +373,8 @@ class Trainer:
         with open(self.run_dir / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"final": final}) + "\n")
         print(
-            f"done in {seconds:.0f} s: best at step {best['step']}, validation loss {loss:.4f} "
-            f"(perplexity {final['ppl']:.2f}, {bpb:.4f} bits per byte) over the whole split\n"
+            f"done in {seconds:.0f} s: best at step {best['step']}, validation loss {loss:.4f}"
+            f"{in_words(numbers)} over the whole split\n"
             f"verdict: {words}\n"
             f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}"
         )
@@ -358,21 +406,32 @@ class StopSignal:
 
 def status_line(record: dict[str, Any]) -> str:
     """The record of an evaluation, for people."""
+    names = list(record)
+    further = names[names.index("val") + 1 : names.index("lr")]  # perplexity, or the objective's
     words = [
         f"step {record['step']}",
         f"train {record['train']:.4f}",
         f"val {record['val']:.4f}",
-        f"ppl {record['ppl']:.2f}",
-        f"bpb {record['bpb']:.3f}",
+        *(f"{name} {record[name]:{'.2f' if name == 'ppl' else '.3f'}}" for name in further),
         f"lr {record['lr']:.2e}",
     ]
     if record["ms_per_step"]:
-        words += [
-            f"grad {record['grad_norm']:.2f}",
-            f"{record['tokens_per_second'] / 1000:.1f}k tok/s",
-            f"{record['ms_per_step']:.1f} ms/step",
-        ]
+        words.append(f"grad {record['grad_norm']:.2f}")
+        if record["tokens_per_second"]:
+            words.append(f"{record['tokens_per_second'] / 1000:.1f}k tok/s")
+        words.append(f"{record['ms_per_step']:.1f} ms/step")
     return " | ".join(words)
+
+
+def in_words(numbers: dict[str, float]) -> str:
+    """The further numbers of the final evaluation, in brackets.
+
+    >>> in_words({"ppl": 4.5, "bpb": 2.1847, "margin": 0.5})
+    ' (perplexity 4.50, 2.1847 bits per byte, margin 0.5000)'
+    """
+    names = {"ppl": "perplexity {:.2f}", "bpb": "{:.4f} bits per byte"}
+    words = [names.get(name, name + " {:.4f}").format(number) for name, number in numbers.items()]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def overfit_batch(trainer: Trainer) -> int:

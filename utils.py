@@ -351,7 +351,7 @@ CHECKPOINT_KEYS = {
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all: plain dicts, lists, numbers, strings and tensors
     only."""
-    assert state.keys() == CHECKPOINT_KEYS
+    assert state.keys() >= CHECKPOINT_KEYS
     with atomic_write(path) as file:
         torch.save(state, file)
 

@@ -178,6 +178,58 @@ def test_float16_goes_on_after_an_overflow():
     assert trainer.scaler.get_scale() < 2.0**40
 
 
+# --- what a stage may bring
+
+
+def test_a_stage_brings_its_own_batches_loss_and_measures(tmp_path, capsys):
+    x, y = torch.arange(8).view(2, 4) % 11, torch.arange(1, 9).view(2, 4) % 11
+    asked, handed = [], []
+
+    def get_batch(step: int, part: int) -> tuple[torch.Tensor, ...]:
+        asked.append((step, part))
+        return x, y, torch.tensor([1.0, 0.0])
+
+    def loss(model, x, y, weights):
+        handed.append(model)
+        logits, _ = model(x)
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none")
+        return (losses.mean(dim=1) * weights).sum()
+
+    objective = train.Objective(
+        get_batch=get_batch,
+        loss=loss,
+        evaluate=lambda model, split, n: {"train": 1.25, "val": 1.5 if n else 1.75}[split],
+        measure=lambda model: {"margin": 0.0 if model.training else 0.25},
+        sample=lambda model: "a sample\n",
+        pack=lambda weights: {"model": {k: v + 1 for k, v in weights.items()}, "kept": 7},
+        unpack=lambda state: {k: v - 1 for k, v in state["model"].items()},
+    )
+    base = make_trainer(grad_accum=2, max_steps=2, eval_every=2, out_dir=str(tmp_path), lr_max=1e-9)
+    parts = (base.model, base.tokenizer, base.corpus, base.config, base.device)
+    trainer = Trainer(*parts, objective)
+    expected = loss(trainer.model, x, y, torch.tensor([1.0, 0.0])).item()
+    assert trainer.train_step()[0] == pytest.approx(expected, rel=1e-6)
+    trainer.step = 0
+    trainer.train()
+    trainer.finish()
+    assert asked == [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(model is trainer.model for model in handed)
+    record = trainer.log[-1]
+    assert (record["train"], record["val"], record["margin"]) == (1.25, 1.5, 0.25)
+    assert not {"ppl", "bpb"} & record.keys() and record["tokens_per_second"] is None
+    out = capsys.readouterr().out
+    assert "step 2 | train 1.2500 | val 1.5000 | margin 0.250 | lr" in out
+    assert "validation loss 1.7500 (margin 0.2500) over the whole split" in out
+    assert (tmp_path / "samples.txt").read_text() == "".join(
+        f"--- step {step}\na sample\n\n" for step in (0, 2)
+    )
+    state = utils.read_checkpoint(tmp_path / "latest.pt")
+    weights = trainer.model.tok.weight.detach().clone()
+    assert state["kept"] == 7 and torch.allclose(state["model"]["tok.weight"], weights + 1)
+    trainer.restore(state)
+    assert torch.allclose(trainer.model.tok.weight, weights, atol=1e-6)
+
+
 # --- runs
 
 
