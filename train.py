@@ -516,6 +516,33 @@ def describe(trainer: Trainer, why_precision: str) -> None:
     )
 
 
+def prepare_machine(config: TrainConfig, device: torch.device) -> str:
+    """Settle the precision and whether to compile, in config, and seed the random numbers. Returns
+    why this precision."""
+    config.precision, why = utils.pick_precision(config.precision, device)
+    config.compile = utils.pick_compile(config.compile, device)
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        utils.keep_freed_memory()
+    torch.manual_seed(config.seed)
+    return why
+
+
+def train_to_the_end(trainer: Trainer, state: dict[str, Any] | None) -> int:
+    """Begin a run in its folder, or take it up where its checkpoint stands, and train. Returns the
+    exit status."""
+    if state:
+        trainer.restore(state)
+        print(f"resuming at step {trainer.step}")
+    else:
+        trainer.run_dir.mkdir(parents=True, exist_ok=True)
+        clear_run(trainer.run_dir)
+    status = trainer.train()
+    if status == 0:
+        trainer.finish()
+    return status
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     doc = f"{__doc__}\n{preset_table()}"
@@ -540,27 +567,13 @@ def main(argv: list[str] | None = None) -> int:
     if config.doc_mask and corpus.separator is None:
         raise UserError(f"{config.data} is one document: --doc_mask is for corpora of several")
 
-    config.precision, why_precision = utils.pick_precision(config.precision, device)
-    config.compile = utils.pick_compile(config.compile, device)
-    torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":
-        utils.keep_freed_memory()
-    torch.manual_seed(config.seed)
+    why_precision = prepare_machine(config, device)
     model = GPT(replace(gpt_config, vocab_size=tokenizer.vocab_size))
     trainer = Trainer(model, tokenizer, corpus, config, device)
     describe(trainer, why_precision)
     if config.overfit_batch:
         return overfit_batch(trainer)
-    if state:
-        trainer.restore(state)
-        print(f"resuming at step {trainer.step}")
-    else:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        clear_run(run_dir)
-    status = trainer.train()
-    if status == 0:
-        trainer.finish()
-    return status
+    return train_to_the_end(trainer, state)
 
 
 if __name__ == "__main__":
