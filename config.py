@@ -9,6 +9,7 @@ these that has it: the flag, --arch, --preset, the default here.
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 import typing
@@ -107,15 +108,17 @@ class TrainConfig:
     seed: int = setting(1337, "of weights, batches and dropout", low=0)
     max_steps: int = setting(5000, "optimizer steps", low=1, group="training")
     batch_size: int = setting(64, "windows in a batch", low=1)
-    grad_accum: int = setting(1, "batches that share a step, their gradients averaged", low=1)
+    grad_accum: int = setting(1, "batches in a step, one after the other (in each process)", low=1)
     lr_max: float = setting(1e-3, "peak learning rate", above=0)
     lr_min: float = setting(0.0, "learning rate at the end", low=0)
+    schedule: str = setting("cosine", "of the fall to lr_min", choices=("cosine", "linear"))
     warmup_steps: int | None = setting(None, "first steps; default: 100, or a tenth of them", low=0)
-    weight_decay: float = setting(0.1, "AdamW's, on matrices only", low=0)
+    weight_decay: float = setting(0.1, "shrinks matrices, not biases and gains", low=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: any", low=0)
     patience: int = setting(
         0, "stop after so many evaluations without a better one; 0: never", low=0
     )
+    optimizer: str = setting("adamw", "adamw; muon: for the blocks", choices=("adamw", "muon"))
     overfit_batch: bool = setting(False, "sanity check: one batch, until its loss is under 0.01")
     eval_every: int = setting(250, "steps between evaluations", low=1, group="watching")
     eval_windows: int = setting(128, "windows that an evaluation scores, of each split", low=1)
@@ -126,6 +129,10 @@ class TrainConfig:
     )
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
     compile: bool | None = setting(None, "torch.compile; default: where it can be had")
+    grad_checkpoint: bool = setting(False, "compute activations twice instead of keeping them")
+    parallel: str = setting(
+        "ddp", "under torchrun: whole copies, or slices of the model", choices=("ddp", "fsdp")
+    )
 
     def __post_init__(self) -> None:
         if self.warmup_steps is None:
@@ -236,7 +243,9 @@ def train_settings(flags: dict[str, Any], device: str) -> tuple[GPTConfig, Train
     """
     name = flags.get("preset", "auto")
     name = ("laptop" if device == "cpu" else "medium") if name == "auto" else name
-    values = PRESETS.get(name, {}) | ARCHS.get(flags.get("arch", ""), {}) | flags | {"preset": name}
+    preset = PRESETS.get(name, {})
+    arch = ARCHS.get(flags.get("arch", preset.get("arch", "")), {})
+    values = preset | arch | flags | {"preset": name}
     if "n_embd" in flags and "n_head" not in flags:
         values["n_head"] = 0  # the preset's heads were for the preset's width
     return from_dict(GPTConfig, values), from_dict(TrainConfig, values)
@@ -418,7 +427,8 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))  # of several processes that torchrun started
+        print(f"error{f' in process {rank}' * (rank > 0)}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -468,16 +468,14 @@ def import_hf(source: str, checkpoint: Path) -> None:
         raise UserError(
             f"the weights of {source} do not fit: {str(error).splitlines()[1]}"
         ) from None
-    optimizer = torch.optim.AdamW(model.parameters())
     state = {
         "gpt_config": asdict(config),
         "train_config": asdict(TrainConfig(arch=arch)),
         "tokenizer": tokenizer.to_dict(),
         "corpus": {"name": source, "bytes": 0, "sha256": ""},
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [],
         "scaler": {},
-        "rng": {"cpu": torch.get_rng_state()},
         "step": 0,
         "log": [],
     }

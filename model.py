@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from config import GPTConfig
 
@@ -319,6 +320,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = NORMS[config.norm](config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.grad_checkpoint = False  # keep no activations inside blocks (Chen et al. 2016)
         if (
             config.tie_weights
         ):  # a token is written and read with the same vector (Press and Wolf 2017)
@@ -365,7 +367,10 @@ class GPT(nn.Module):
         x = self.drop(x)
         mask = None if docs is None else document_mask(docs)
         for block in self.blocks:
-            x = block(x, rotation, mask, cache, maps)
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, rotation, mask, use_reentrant=False)
+            else:
+                x = block(x, rotation, mask, cache, maps)
         if cache:
             cache.length += idx.size(1)
             x = x[:, -1:]  # (B, 1, C)

@@ -26,6 +26,7 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
+import parallel
 import tokenizer as tokenizers
 import utils
 from config import (
@@ -49,7 +50,7 @@ from plots import draw_curve, verdict
 
 def get_lr(step: int, config: TrainConfig) -> float:
     """The learning rate of a step: linear from 0 to lr_max over warmup_steps, then half a cosine
-    down to lr_min at max_steps (Loshchilov and Hutter 2017), flat after.
+    (Loshchilov and Hutter 2017), or a line, down to lr_min at max_steps, flat after.
 
     >>> config = TrainConfig(lr_max=1.0, lr_min=0.0, warmup_steps=10, max_steps=110)
     >>> [round(get_lr(step, config), 3) for step in (0, 5, 10, 60, 110, 200)]
@@ -60,17 +61,33 @@ def get_lr(step: int, config: TrainConfig) -> float:
     if step >= config.max_steps:
         return config.lr_min
     progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)  # 0 to 1
-    return config.lr_min + (config.lr_max - config.lr_min) * (1 + math.cos(math.pi * progress)) / 2
+    height = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr_min + (config.lr_max - config.lr_min) * height
 
 
-def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) whose decay shrinks matrices only, no biases or gains."""
-    params = [p for p in model.parameters() if p.requires_grad]
+def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW (Loshchilov and Hutter 2019) whose decay shrinks matrices only, no biases or gains.
+
+    With "muon", the blocks' matrices have Muon instead (Jordan et al. 2024), which makes every
+    direction of an update equally large; scaled so that AdamW's learning rate suits it (Liu et al.
+    2025). The embedding and the output stay with AdamW.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = {n: p for n, p in params.items() if p.dim() == 2 and "blocks." in n}
+    hidden = hidden if config.optimizer == "muon" else {}
+    rest = [p for name, p in params.items() if name not in hidden]
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr_max, betas=(0.9, 0.95), fused=True)
+    lr, decay = config.lr_max, config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
+    if any(group["params"] for group in groups):
+        optimizers += [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
+    if hidden:
+        settings = {"momentum": 0.95, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers += [torch.optim.Muon(hidden.values(), lr=lr, **settings)]
+    return optimizers
 
 
 @dataclass
@@ -107,13 +124,17 @@ class Trainer:
     ):
         self.objective = objective or Objective()
         self.model = model.to(device).train()
+        model.grad_checkpoint = config.grad_checkpoint
         if config.compile:  # the blocks are alike: compiled once for all, in a third less time
             for block in model.blocks:
                 block.compile()
+        self.net = parallel.wrap(model, config.parallel, device, config.precision)  # or the model
         self.tokenizer, self.corpus, self.config, self.device = tokenizer, corpus, config, device
-        self.optimizer = configure_optimizer(model, config)
+        self.optimizers = configure_optimizers(model, config)
+        self.train_ids = utils.near(corpus.train_ids, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.run_dir = Path(config.out_dir, config.tag)
+        self.n_params = model.num_params()
         self.step = 0  # optimizer steps done
         self.log: list[dict[str, Any]] = []  # a record an evaluation
         self.unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
@@ -126,32 +147,40 @@ class Trainer:
         """One optimizer step. Returns the mean loss of its batches and the norm of the gradient
         before clipping, both () and on the device."""
         config = self.config
-        self.optimizer.zero_grad()  # 1
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()  # 1
         mean_loss = torch.zeros((), device=self.device)
-        for part in range(config.grad_accum):
+        parts = range(parallel.rank(), config.grad_accum, parallel.world_size())
+        for part in parts:
             batch = self.get_batch(part)  # 2: x and y, both (B, T), or the objective's
             batch = [t.to(self.device, non_blocking=True) for t in batch]  # 3
-            with utils.autocast(self.device, config.precision):
-                loss = (self.objective.loss or self.loss)(self.model, *batch)  # 4 and 5
-            loss = loss / config.grad_accum
-            self.scaler.scale(loss).backward()  # 6
+            torch.manual_seed(utils.mix_seed(config.seed, self.step, part))  # dropout's
+            with parallel.gradients_stay(self.net, part != parts[-1]):
+                with utils.autocast(self.device, config.precision):
+                    loss = (self.objective.loss or self.loss)(self.net, *batch)  # 4 and 5
+                loss = loss / len(parts)
+                self.scaler.scale(loss).backward()  # 6
             mean_loss += loss.detach()
-        self.scaler.unscale_(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)  # 7
-        for group in self.optimizer.param_groups:
-            group["lr"] = get_lr(self.step, config)  # 8
-        self.scaler.step(self.optimizer)  # 9
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(self.step, config)  # 8
+            self.scaler.step(optimizer)  # 9
         self.scaler.update()
         self.step += 1  # 10
-        return mean_loss, norm
+        return parallel.mean(mean_loss), parallel.whole(norm)
 
     def get_batch(self, part: int) -> tuple[Tensor, ...]:
         """The part-th batch of this step, x and y (B, T); under overfit_batch always the first."""
         step = 0 if self.config.overfit_batch else self.step
         if self.objective.get_batch:
             return self.objective.get_batch(step, part)
-        ids, T, docs = self.corpus.train_ids, self.model.config.block_size, self.corpus.train_docs
-        return utils.get_batch(ids, T, self.config.batch_size, self.config.seed, step, part, docs)
+        T, docs = self.model.config.block_size, self.corpus.train_docs
+        return utils.get_batch(
+            self.train_ids, T, self.config.batch_size, self.config.seed, step, part, docs
+        )
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Pretraining's loss: the mean cross-entropy of the next tokens, ()."""
@@ -172,17 +201,25 @@ class Trainer:
 
     def evaluate(self, ids: np.ndarray, n_windows: int | None) -> float:
         """The mean loss, in nats a token, over so many evenly spaced windows of a split, or over
-        all of it (None). The mode that the model was in is put back."""
-        starts = utils.even_starts(len(ids), self.model.config.block_size, n_windows)
+        all of it (None), which the processes share. The mode that the model was in is put back."""
+        size, n_ranks, B = (
+            self.model.config.block_size,
+            parallel.world_size(),
+            self.config.batch_size,
+        )
+        starts = utils.even_starts(len(ids), size, n_windows)
+        # FSDP wants all processes to call the model equally often: windows past the end fill up
+        starts = np.pad(starts, (0, -len(starts) % n_ranks), constant_values=len(ids))
+        starts = starts[parallel.rank() :: n_ranks]
         total, count = 0.0, 0
-        for first in range(0, len(starts), self.config.batch_size):
-            batch = starts[first : first + self.config.batch_size]
-            x, y = utils.windows(ids, batch, self.model.config.block_size)
+        for first in range(0, len(starts), B):
+            x, y = utils.windows(ids, starts[first : first + B], size)
             x, y = x.to(self.device), y.to(self.device)
             with self.eval_mode(), utils.autocast(self.device, self.config.precision):
                 loss = self.loss(self.model, x, y)
-            scored = int((y != -100).sum())
-            total, count = total + loss.item() * scored, count + scored
+            if scored := int((y != -100).sum()):
+                total, count = total + loss.item() * scored, count + scored
+        total, count = parallel.total(total, count)
         return total / count
 
     def split_loss(self, split: str, n_windows: int | None) -> float:
@@ -212,7 +249,7 @@ class Trainer:
                 self.report()
             bar.update(self.step)
             first = self.step + 1
-            while self.step < config.max_steps and not self.out_of_patience() and not stop.number:
+            while self.step < config.max_steps and not self.out_of_patience() and not stop.asked():
                 self.unchecked.append((self.step + 1, *self.train_step()))
                 if self.step == first:  # it may have compiled: not for the clock
                     self.check_finite()
@@ -269,9 +306,10 @@ class Trainer:
         self.log.append(self.measure())
         tqdm.write(status_line(self.log[-1]))
         self.write_sample()
-        self.write_log()
-        title = f"{self.corpus.info['name']}, {self.model.num_params() / 1e6:.2f} M parameters"
-        draw_curve(self.log, self.run_dir / "loss_curve.png", title)
+        if parallel.rank() == 0:
+            self.write_log()
+            title = f"{self.corpus.info['name']}, {self.n_params / 1e6:.2f} M parameters"
+            draw_curve(self.log, self.run_dir / "loss_curve.png", title)
         if self.log[-1] is self.best():
             self.save("best.pt")
         self.save("latest.pt")  # last: who resumes from it finds all else at least as new
@@ -305,6 +343,8 @@ class Trainer:
             return
         with self.eval_mode():
             text = (self.objective.sample or self.sample)(self.model).strip("\n")
+        if parallel.rank():
+            return
         with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
             file.write(f"--- step {self.step}\n{text}\n\n")
         for line in [line for line in text.splitlines() if line][:4]:
@@ -324,21 +364,22 @@ class Trainer:
                 file.write((json.dumps(record) + "\n").encode())
 
     def save(self, name: str) -> None:
-        """Write a checkpoint with all that an exact continuation needs."""
+        """Write a checkpoint with all that an exact continuation needs, by however many processes
+        (batches and dropout are functions of the step)."""
         self.check_finite()
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        weights = parallel.whole(self.model.state_dict())
+        optimizers = parallel.whole([optimizer.state_dict() for optimizer in self.optimizers])
+        if parallel.rank():
+            return
         config = replace(self.config, resume=False, overwrite=False)
         state = {
             "gpt_config": asdict(self.model.config),
             "train_config": asdict(config),
             "tokenizer": self.tokenizer.to_dict(),
             "corpus": self.corpus.info,
-            **self.objective.pack(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            **self.objective.pack(weights),
+            "optimizers": optimizers,
             "scaler": self.scaler.state_dict(),
-            "rng": rng,
             "step": self.step,
             "log": self.log,
         }
@@ -346,12 +387,10 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up where a checkpoint stands, so that what follows is what would have followed."""
-        self.model.load_state_dict(self.objective.unpack(state))
-        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.load_weights(self.model, self.objective.unpack(state))
+        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
+            parallel.load_optimizer(optimizer, optimizer_state)
         self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
         self.step, self.log = state["step"], state["log"]
         self.seconds_before = self.log[-1]["seconds"]
         self.restart_clock()
@@ -360,13 +399,15 @@ class Trainer:
         """Score the best checkpoint over the whole validation split, judge the run, and say so."""
         best = self.best()
         if best["step"] != self.step:
-            state = utils.read_checkpoint(self.run_dir / "best.pt")
-            self.model.load_state_dict(self.objective.unpack(state))
+            state = parallel.from_first(lambda: utils.read_checkpoint(self.run_dir / "best.pt"))
+            parallel.load_weights(self.model, self.objective.unpack(state))
         loss = self.split_loss("val", None)
         words = verdict(self.log, self.model.config.vocab_size)
         numbers = self.further_numbers(loss)
         final = {"step": best["step"], "val": loss, **numbers, "verdict": words}
         seconds = self.log[-1]["seconds"]
+        if parallel.rank():
+            return
         summary = {"corpus": self.corpus.info, "log": self.log, "seconds": seconds, "final": final}
         with utils.atomic_write(self.run_dir / "loss_log.json") as file:
             file.write(json.dumps(summary, indent=1).encode())
@@ -386,6 +427,12 @@ class Trainer:
 class StopSignal:
     """While it stands, a first SIGINT (Ctrl-C) or SIGTERM is only noted, in `number`; a second one
     stops the program at once."""
+
+    def asked(self) -> bool:
+        """Whether any process was told to stop; then all are."""
+        if parallel.world_size() > 1:
+            self.number = parallel.highest(self.number)
+        return self.number > 0
 
     def __enter__(self) -> "StopSignal":
         self.number = 0
@@ -450,12 +497,18 @@ def overfit_batch(trainer: Trainer) -> int:
 
 
 def run_problems(config: TrainConfig) -> list[str]:
-    """What stands in the way of a run in its folder."""
+    """What stands in the way of a run in its folder, or in several processes."""
+    found = []
+    if config.parallel == "fsdp" and not parallel.launched():
+        found.append("--parallel fsdp is for several processes: start them with torchrun")
+    if config.parallel == "fsdp" and config.precision == "float16":
+        found.append("--parallel fsdp has no loss scaling for float16: take bfloat16")
     run_dir = Path(config.out_dir, config.tag)
     exists = (run_dir / "latest.pt").exists()
     if exists and not (config.resume or config.overwrite or config.overfit_batch):
-        return [f"{run_dir}/ holds a run: --resume it, --overwrite it, or give this one a --tag"]
-    return []
+        where = "--resume it, --overwrite it, or give this one a --tag"
+        found.append(f"{run_dir}/ holds a run: {where}")
+    return found
 
 
 def tokenizer_problems(flags: dict[str, Any], config: TrainConfig) -> list[str]:
@@ -470,7 +523,7 @@ def tokenizer_problems(flags: dict[str, Any], config: TrainConfig) -> list[str]:
 def resumed_flags(flags: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint with the flags that were given over them. Raises UserError for
     a flag that would make it another model."""
-    saved = state["gpt_config"] | state["train_config"]
+    saved = state["gpt_config"] | state["train_config"] | {"parallel": "ddp"}  # as is given now
     if flags.get("vocab_size", 0) > saved["vocab_size"]:  # the text had fewer to learn
         flags = flags | {"vocab_size": saved["vocab_size"]}
     fixed = {"preset", "arch", "tokenizer", "seed", *state["gpt_config"]} - {"dropout"}
@@ -494,12 +547,15 @@ def clear_run(run_dir: Path) -> None:
 
 def describe(trainer: Trainer, why_precision: str) -> None:
     """Say what will be trained, on what, with what; before anything slow begins."""
-    model, config, corpus = trainer.model, trainer.config, trainer.corpus
-    gpt, n_params = model.config, model.num_params()
-    memory = utils.memory_estimate(gpt, n_params, config.batch_size, config.precision)
+    config, corpus = trainer.config, trainer.corpus
+    gpt, n_params = trainer.model.config, trainer.n_params
+    slices = parallel.world_size() if config.parallel == "fsdp" else 1
+    memory = utils.memory_estimate(gpt, n_params, config, slices)
     parts = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
     compiled = "compiled, which takes its time at the first step" if config.compile else "eager"
     threads = f" ({torch.get_num_threads()} threads)" if trainer.device.type == "cpu" else ""
+    if parallel.world_size() > 1:
+        threads += f" in {parallel.world_size()} processes, {config.parallel}"
     print(
         f"machine: {trainer.device}{threads}, {config.precision} ({why_precision}), {compiled}\n"
         f"corpus: {corpus.info['name']}, {corpus.info['bytes']:,} bytes; {len(corpus.train_ids):,} "
@@ -516,10 +572,28 @@ def describe(trainer: Trainer, why_precision: str) -> None:
     )
 
 
+def join_processes(config: TrainConfig, device: torch.device, whole_step: bool) -> torch.device:
+    """Join the processes that torchrun started, if it did, and return this one's device. From here
+    on config.grad_accum counts the batches of a step over all of them (a saved run's does already:
+    `whole_step`), so that the run does not depend on how many share it."""
+    device = parallel.start(device)
+    n_processes = parallel.world_size()
+    if not whole_step:
+        config.grad_accum *= n_processes
+    if config.grad_accum % n_processes:
+        raise UserError(
+            f"{n_processes} processes cannot share the run's {config.grad_accum} batches a step: "
+            "start a number that divides it, or give another --grad_accum"
+        )
+    return device
+
+
 def prepare_machine(config: TrainConfig, device: torch.device) -> str:
     """Settle the precision and whether to compile, in config, and seed the random numbers. Returns
     why this precision."""
-    config.precision, why = utils.pick_precision(config.precision, device)
+    config.precision, why = parallel.from_first(
+        lambda: utils.pick_precision(config.precision, device)
+    )
     config.compile = utils.pick_compile(config.compile, device)
     torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
@@ -534,7 +608,7 @@ def train_to_the_end(trainer: Trainer, state: dict[str, Any] | None) -> int:
     if state:
         trainer.restore(state)
         print(f"resuming at step {trainer.step}")
-    else:
+    elif parallel.rank() == 0:
         trainer.run_dir.mkdir(parents=True, exist_ok=True)
         clear_run(trainer.run_dir)
     status = trainer.train()
@@ -547,7 +621,10 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     doc = f"{__doc__}\n{preset_table()}"
     flags, problems = parse_flags(argv, doc, TrainConfig, GPTConfig)
+    given = flags
     run_dir = Path(flags.get("out_dir", "checkpoints"), flags.get("tag", ""))
+    if parallel.restarted() and (run_dir / "latest.pt").exists():
+        flags = flags | {"resume": True, "overwrite": False}
     state = utils.read_checkpoint(run_dir / "latest.pt") if flags.get("resume") else None
     if state:
         flags = resumed_flags(flags, state) | {"out_dir": str(run_dir), "tag": ""}
@@ -558,7 +635,11 @@ def main(argv: list[str] | None = None) -> int:
     raise_problems(problems + (tokenizer_problems(flags, config) if not state else []))
 
     tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
-    tokenizer, corpus = load_corpus(config.data, config.tokenizer, gpt_config.vocab_size, tokenizer)
+    device = join_processes(config, device, whole_step=state and "grad_accum" not in given)
+    with parallel.first_of_machine():
+        tokenizer, corpus = load_corpus(
+            config.data, config.tokenizer, gpt_config.vocab_size, tokenizer
+        )
     if is_dataset(config.data):
         config.tokenizer = tokenizer.to_dict()["kind"]
     utils.check_length(corpus, gpt_config.block_size)
@@ -573,7 +654,9 @@ def main(argv: list[str] | None = None) -> int:
     describe(trainer, why_precision)
     if config.overfit_batch:
         return overfit_batch(trainer)
-    return train_to_the_end(trainer, state)
+    status = train_to_the_end(trainer, state)
+    parallel.end()
+    return status
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import tokenizer as tokenizers
-from config import GPTConfig, UserError, from_dict, raise_problems
+from config import GPTConfig, TrainConfig, UserError, from_dict, raise_problems
 from model import GPT
 
 # --- files
@@ -140,7 +140,15 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def windows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+def near(ids: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
+    """A stream of ids in the memory of a GPU, where it takes up to a gigabyte there: then no step
+    waits for the host. Else the stream as it is, which may be a file larger than any memory."""
+    if device.type == "cpu" or len(ids) > 1 << 28:
+        return ids
+    return torch.from_numpy(ids.astype(np.int32)).to(device)
+
+
+def windows(ids: np.ndarray | Tensor, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
     """The windows of a stream that begin at `starts` (B,), in one indexed read.
 
     Returns x and y, both (B, T) int64: y[b, t] is the token after x[b, t]. Past the end of the
@@ -150,16 +158,20 @@ def windows(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tenso
     >>> x.tolist(), y.tolist()
     ([[5, 6], [7, 8]], [[6, 7], [8, -100]])
     """
-    at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
-    tokens = torch.from_numpy(ids[np.minimum(at, len(ids) - 1)].astype(np.int64))
-    past_end = torch.from_numpy(at >= len(ids))
+    at = torch.from_numpy(starts[:, None] + np.arange(block_size + 1))  # (B, T + 1)
+    inside = at.clamp(max=len(ids) - 1)
+    if isinstance(ids, Tensor):
+        tokens, at = ids[inside.to(ids.device)].long(), at.to(ids.device)
+    else:
+        tokens = torch.from_numpy(ids[inside.numpy()].astype(np.int64))
+    past_end = at >= len(ids)
     return tokens[:, :-1].masked_fill(past_end[:, :-1], 0), tokens[:, 1:].masked_fill(
         past_end[:, 1:], -100
     )
 
 
 def get_batch(
-    ids: np.ndarray,
+    ids: np.ndarray | Tensor,
     block_size: int,
     batch_size: int,
     seed: int,
@@ -177,6 +189,11 @@ def get_batch(
     if docs is not None:
         starts = fit_documents(starts, docs, len(ids), block_size)
     return windows(ids, starts, block_size)
+
+
+def mix_seed(seed: int, step: int, part: int) -> int:
+    """A seed for the random numbers of one batch, such as dropout's."""
+    return int(np.random.SeedSequence((seed, step, part)).generate_state(1, np.uint64)[0])
 
 
 def fit_documents(starts: np.ndarray, docs: np.ndarray, n_ids: int, block_size: int) -> np.ndarray:
@@ -310,25 +327,28 @@ def pick_compile(wanted: bool | None, device: torch.device) -> bool:
 
 
 def memory_estimate(
-    config: GPTConfig, n_params: int, batch_size: int, precision: str
+    gpt: GPTConfig, n_params: int, config: TrainConfig, slices: int = 1
 ) -> dict[str, int]:
-    """Bytes that training takes, in parts: weights, gradients, AdamW's two averages, activations
-    kept for the backward.
+    """Bytes that training takes in a process, in parts: weights, gradients, the optimizer's
+    averages (AdamW keeps two, Muon one), activations kept for the backward. The first three are cut
+    in `slices` under FSDP.
 
     The activations are counted from the formulas of model.py: about 10 C + 3 F numbers a block and
-    token, and the logits twice, once as they are and once in float32.
+    token, with grad_checkpoint C alone and one block's; and the logits twice, once as they are and
+    once in float32.
     """
-    width = 4 if precision == "float32" else 2
-    tokens = batch_size * config.block_size
-    a_token = config.n_layer * (
-        10 * config.n_embd + 3 * config.n_inner
-    ) * width + config.vocab_size * (width + 8)
-    weights = 4 * n_params
+    width = 4 if config.precision == "float32" else 2
+    a_block = (10 * gpt.n_embd + 3 * gpt.n_inner) * width
+    blocks = gpt.n_layer * a_block
+    if config.grad_checkpoint:
+        blocks = gpt.n_layer * gpt.n_embd * 4 + a_block
+    a_token = blocks + gpt.vocab_size * (width + 8)
+    weights = 4 * n_params // slices
     return {
         "weights": weights,
         "gradients": weights,
-        "optimizer": 2 * weights,
-        "activations": tokens * a_token,
+        "optimizer": weights * (1 if config.optimizer == "muon" else 2),
+        "activations": config.batch_size * gpt.block_size * a_token,
     }
 
 
@@ -340,9 +360,8 @@ CHECKPOINT_KEYS = {
     "tokenizer",
     "corpus",
     "model",
-    "optimizer",
+    "optimizers",
     "scaler",
-    "rng",
     "step",
     "log",
 }

@@ -2,19 +2,30 @@
 
 python experiments/bench.py tokenizers --data data/plays.jsonl --vocab_size 10000
 python experiments/bench.py generate --nanogpt path/to/nanoGPT
+python experiments/bench.py train --preset laptop --arch gpt2 --nanogpt path/to/nanoGPT
+python experiments/bench.py time_to_loss --nanogpt path/to/nanoGPT
 """
 
 import functools
 import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,19 +47,30 @@ from config import (
 from corpora import documents, find_corpus
 from generate import Int8Linear, generate, lower_precision
 from model import GPT
-from utils import pick_device
+from train import Trainer
+from utils import Corpus, autocast, keep_freed_memory, pick_device
+
+DEFAULT_DATA = {
+    "tokenizers": "plays",
+    "generate": "",
+    "train": "",
+    "time_to_loss": "shakespeare",
+}
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
 class BenchConfig:
     """What is measured."""
 
-    what: str = setting("", "", choices=("tokenizers", "generate"), positional=True)
-    data: str = setting("plays", "the text")
+    what: str = setting("", "", choices=tuple(DEFAULT_DATA), positional=True)
+    data: str = setting("", "the text; default: plays for the tokenizers, else shakespeare")
     vocab_size: int = setting(10_000, "tokens that byte-pair encoding learns", low=258)
     preset: str = setting("medium", "the model", choices=tuple(PRESETS))
     arch: str = setting("gpt2", "its architecture", choices=tuple(ARCHS))
     tokens: int = setting(500, "tokens to generate", low=10)
+    steps: int = setting(10, "training steps to time at once", low=1)
+    runs: str = setting("quick,laptop,baseline", "presets to train, with commas")
     nanogpt: str = setting("", "a checkout of nanoGPT, to measure beside ours")
     device: str = setting("cpu", "cpu, cuda, mps")
     repeats: int = setting(3, "runs of each, of which the median counts", low=1)
@@ -203,16 +225,212 @@ def nanogpt_sampler(
     if not config.nanogpt:
         print("nanoGPT: give --nanogpt the path of a checkout, to compare with it")
         return {}
-    spec = importlib.util.spec_from_file_location("nanogpt", Path(config.nanogpt, "model.py"))
-    nanogpt = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt"] = nanogpt
-    spec.loader.exec_module(nanogpt)
-    sizes = {k: getattr(gpt, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
-    model = nanogpt.GPT(nanogpt.GPTConfig(**sizes, vocab_size=65, dropout=0.0)).to(device).eval()
+    model = nanogpt_model(config.nanogpt, gpt).to(device).eval()
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     return {
         "nanoGPT": lambda: model.generate(ids, config.tokens, temperature=0.8, top_k=40).tolist()
     }
+
+
+def nanogpt_model(checkout: str, gpt: GPTConfig) -> nn.Module:
+    """nanoGPT's model in the sizes of ours."""
+    spec = importlib.util.spec_from_file_location("nanogpt", Path(checkout, "model.py"))
+    nanogpt = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt"] = nanogpt
+    spec.loader.exec_module(nanogpt)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
+    return nanogpt.GPT(nanogpt.GPTConfig(**{name: getattr(gpt, name) for name in names}))
+
+
+# --- training
+
+VOCAB_SIZE = 65
+
+
+def bench_train(config: BenchConfig) -> str:
+    """Training steps, eager and compiled, in each precision: tokens per second, the share of the
+    rate at which this machine multiplies matrices (MFU), peak memory; nanoGPT's model beside them.
+
+    Each way has a process of its own, and they take turns. A token takes 6 floating-point
+    operations a weight, and 12 a layer, channel and position in attention (Chowdhery et al. 2022,
+    appendix B).
+    """
+    device = pick_device(config.device)
+    flags = {"preset": config.preset, "arch": config.arch, "vocab_size": VOCAB_SIZE}
+    gpt, run = train_settings(flags, device.type)
+    model = GPT(gpt)
+    n_weights = model.num_params() - (0 if gpt.tie_weights else model.tok.weight.numel())
+    if gpt.pos == "learned":
+        n_weights -= model.pos.table.weight.numel()
+    flops = 6 * n_weights + 12 * gpt.n_layer * gpt.n_head * gpt.head_size * gpt.block_size
+    tokens = run.batch_size * gpt.block_size
+    rates = {p: matrix_rate(device, p) for p in ("float32", "bfloat16")}
+    lines = [
+        f"{config.preset}, {config.arch}, {model.num_params():,} parameters, batches of "
+        f"{run.batch_size} x {gpt.block_size}, {device}, {torch.get_num_threads()} threads",
+        "matrices are multiplied at "
+        + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {p}" for p, rate in rates.items()),
+        f"{'':34}tokens/s   ms/step   GFLOP/s    MFU   peak MB",
+    ]
+    ways = {}
+    for compiled in (False, True):
+        for precision in rates:
+            name = f"{precision}, {'compiled' if compiled else 'eager'}"
+            ways[f"ours, {name}"] = (our_step, flags, precision, compiled, config.device)
+            if config.nanogpt:
+                args = (config.nanogpt, flags, precision, compiled, config.device)
+                ways[f"nanoGPT, {name}"] = (nanogpt_step, *args)
+    for name, (seconds, memory) in step_seconds(ways, config.steps, config.repeats).items():
+        rate, peak = tokens / seconds, rates["bfloat16" if "bfloat16" in name else "float32"]
+        lines.append(
+            f"{name:34}{rate:8,.0f}{1000 * seconds:10.1f}{rate * flops / 1e9:10.0f}"
+            f"{rate * flops / peak:7.0%}{memory / 1e6:10,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second in the product of two large matrices, at best."""
+    n = 2048 if device.type == "cpu" else 8192
+    a = torch.ones(n, n, device=device, dtype=getattr(torch, precision))
+
+    def multiply() -> None:
+        (a @ a)[0, 0].item()  # waits for a GPU
+
+    multiply()
+    return 2 * n**3 / min(median_seconds({"": multiply}, 1)[""] for _ in range(8))
+
+
+def step_seconds(ways: dict[str, tuple], n: int, repeats: int) -> dict[str, tuple[float, float]]:
+    """The median seconds of a step, and the peak memory in bytes, of each way: a function that
+    makes a step in a process of its own, and its arguments."""
+    context = multiprocessing.get_context("spawn")
+    pipes = {}
+    for name, way in ways.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=serve_steps, args=(theirs, *way), daemon=True).start()
+        pipes[name].recv()  # has warmed up
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    memory = {}
+    for _ in range(repeats):
+        for name, pipe in pipes.items():
+            pipe.send(n)
+            seconds, memory[name] = pipe.recv()
+            times[name].append(seconds)
+    return {name: (sorted(times[name])[repeats // 2], memory[name]) for name in ways}
+
+
+def serve_steps(pipe: Any, make: Callable[..., Callable[[], Tensor]], *args: Any) -> None:
+    """In a process of its own: make a step, warm up, and time as many as are asked for."""
+    keep_freed_memory()
+    step = make(*args)
+    for _ in range(3):
+        step().item()
+    pipe.send(None)
+    while True:
+        n = pipe.recv()
+        began = time.perf_counter()
+        for _ in range(n):
+            loss = step()
+        loss.item()
+        seconds = (time.perf_counter() - began) / n
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes, on Linux
+        pipe.send((seconds, torch.cuda.max_memory_allocated() if loss.is_cuda else peak))
+
+
+def our_step(
+    flags: dict[str, Any], precision: str, compiled: bool, device: str
+) -> Callable[[], Tensor]:
+    """A training step of train.py, on random tokens."""
+    gpt, config = train_settings(flags, "")
+    config.precision, config.compile = precision, compiled
+    ids = np.random.default_rng(0).integers(VOCAB_SIZE, size=1_000_000).astype(np.uint8)
+    corpus = Corpus(ids, ids, {"name": "random"}, len(ids), len(ids))
+    tokenizer = tokenizers.CharTokenizer([chr(i) for i in range(VOCAB_SIZE)])
+    trainer = Trainer(GPT(gpt), tokenizer, corpus, config, pick_device(device))
+    return lambda: trainer.train_step()[0]
+
+
+def nanogpt_step(
+    checkout: str, flags: dict[str, Any], precision: str, compiled: bool, device: str
+) -> Callable[[], Tensor]:
+    """A training step of nanoGPT's model and optimizer, on random tokens."""
+    gpt, run = train_settings(flags, "")
+    model = nanogpt_model(checkout, gpt).to(device).train()
+    kind = pick_device(device).type
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
+    model = torch.compile(model) if compiled else model
+    ids = torch.randint(VOCAB_SIZE, (1_000_000,))
+    T = gpt.block_size
+
+    def step() -> Tensor:
+        starts = torch.randint(len(ids) - T, (run.batch_size,))
+        x = torch.stack([ids[i : i + T] for i in starts]).to(device)
+        y = torch.stack([ids[i + 1 : i + 1 + T] for i in starts]).to(device)
+        with autocast(torch.device(kind), precision):
+            _, loss = model(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+# --- time to a loss
+
+
+def bench_time_to_loss(config: BenchConfig) -> str:
+    """Seconds from the command to its end, with everything that is compiled compiled anew, and the
+    loss over the whole validation split (nanoGPT: its own estimate), of some presets and of
+    nanoGPT's recipe for a CPU, in turns."""
+    data = str(find_corpus(config.data).resolve())
+    seconds: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
+    for _ in range(config.repeats):
+        for name in [*(["nanoGPT"] if config.nanogpt else []), *config.runs.split(",")]:
+            with tempfile.TemporaryDirectory() as folder:
+                environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+                if name == "nanoGPT":
+                    command, cwd = nanogpt_command(config.nanogpt, Path(data), folder)
+                else:
+                    command = f"train.py --preset {name} --data {data} --out_dir {folder}".split()
+                    cwd = str(ROOT)
+                began = time.perf_counter()
+                run = [sys.executable, *command]
+                done = subprocess.run(run, cwd=cwd, env=environment, capture_output=True, text=True)
+                seconds.setdefault(name, []).append(time.perf_counter() - began)
+                if done.returncode:
+                    raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+                if name == "nanoGPT":
+                    loss = float(re.findall(r"val loss ([\d.]+)", done.stdout)[-1])
+                else:
+                    loss = json.loads(Path(folder, "loss_log.json").read_text())["final"]["val"]
+                losses.setdefault(name, []).append(loss)
+            print(f"{name:12}{seconds[name][-1]:8.1f} s{losses[name][-1]:10.4f}", flush=True)
+    lines = [f"medians of {config.repeats}, {config.device}, {torch.get_num_threads()} threads"]
+    for name in seconds:
+        time_, loss = (
+            sorted(values)[config.repeats // 2] for values in (seconds[name], losses[name])
+        )
+        lines.append(f"{name:12}{time_:8.1f} s{loss:10.4f}")
+    return "\n".join(lines)
+
+
+def nanogpt_command(checkout: str, text: Path, out_dir: str) -> tuple[list[str], str]:
+    """The command of nanoGPT's README for a CPU, and the folder to run it in."""
+    folder = Path(checkout, "data", "shakespeare_char")
+    if not (folder / "train.bin").exists():
+        shutil.copy(text, folder / "input.txt")
+        subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, capture_output=True)
+    recipe = (
+        "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+        "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+        "--lr_decay_iters=2000 --dropout=0.0"
+    )
+    command = ["train.py", "config/train_shakespeare_char.py", *recipe.split()]
+    return [*command, f"--out_dir={out_dir}"], checkout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -221,7 +439,13 @@ def main(argv: list[str] | None = None) -> int:
     config = from_dict(BenchConfig, flags)
     raise_problems(problems + limit_problems(config))
     try:
-        benches = {"tokenizers": bench_tokenizers, "generate": bench_generate}
+        config.data = config.data or DEFAULT_DATA[config.what]
+        benches = {
+            "tokenizers": bench_tokenizers,
+            "generate": bench_generate,
+            "train": bench_train,
+            "time_to_loss": bench_time_to_loss,
+        }
         print(benches[config.what](config))
     except OSError as error:
         raise UserError(str(error)) from None

@@ -13,14 +13,14 @@ import torch
 from conftest import make_model
 
 import utils
-from config import UserError
+from config import TrainConfig, UserError
 from model import GPT
 from tokenizer import CharTokenizer
 
 
 def make_state(model: GPT) -> dict:
     """A checkpoint's contents, as the trainer makes them."""
-    empty = {"train_config": {}, "optimizer": {}, "scaler": {}, "rng": {}, "log": []}
+    empty = {"train_config": {}, "optimizers": [], "scaler": {}, "log": []}
     return empty | {
         "gpt_config": vars(model.config),
         "tokenizer": CharTokenizer.train(["abcdefghijk"]).to_dict(),
@@ -170,10 +170,25 @@ def test_without_a_compiler_nothing_is_compiled(monkeypatch, capsys):
 
 def test_memory_estimate_counts_weights_by_hand():
     model = make_model()
-    estimate = utils.memory_estimate(model.config, 1000, batch_size=2, precision="float32")
+    run = TrainConfig(batch_size=2, precision="float32")
+    estimate = utils.memory_estimate(model.config, 1000, run)
     assert [estimate[k] for k in ("weights", "gradients", "optimizer")] == [4000, 4000, 8000]
     # 2 blocks x (10 x 16 + 3 x 64) numbers, and 11 logits twice and their gradient, for 24 tokens
     assert estimate["activations"] == 24 * (2 * (160 + 192) * 4 + 11 * 12)
+    run.optimizer, run.grad_checkpoint = "muon", True
+    estimate = utils.memory_estimate(model.config, 1000, run, slices=2)
+    assert [estimate[k] for k in ("weights", "gradients", "optimizer")] == [2000, 2000, 2000]
+    assert estimate["activations"] == 24 * (2 * 16 * 4 + (160 + 192) * 4 + 11 * 12)
+
+
+def test_windows_of_a_tensor_are_those_of_the_array():
+    ids = np.random.default_rng(0).integers(60000, size=100).astype(np.uint16)
+    for pair in zip(
+        utils.windows(ids, np.array([0, 50, 97]), 8),
+        utils.windows(torch.from_numpy(ids.astype(np.int32)), np.array([0, 50, 97]), 8),
+        strict=True,
+    ):
+        assert torch.equal(*pair) and pair[1].dtype == torch.int64
 
 
 # --- checkpoints
