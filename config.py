@@ -201,12 +201,18 @@ PRESET_TABLE = {
     "medium": (6, 6, 384, 256, 64, 5000, 1e-3, 0.2, 250),
     "large": (8, 8, 512, 512, 64, 10000, 1e-3, 0.2, 500),
     "gpt2": (12, 12, 768, 1024, 32, 20000, 6e-4, 0.0, 500),
+    "baseline": (4, 4, 128, 64, 12, 2000, 1e-3, 0.0, 250),
 }
 PRESET_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_steps", "lr_max")
 PRESET_FIELDS += ("dropout", "eval_every")
 PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(PRESET_FIELDS, row, strict=True)) for name, row in PRESET_TABLE.items()
 }
+MUON = {"optimizer": "muon", "schedule": "linear"}
+PRESETS["laptop"] |= MUON
+# nanoGPT's recipe for a CPU, to compare with
+PLAIN = {"arch": "gpt2", "precision": "float32", "compile": False, "lr_min": 1e-4}
+PRESETS["baseline"] |= PLAIN
 
 # Each is exactly a Hugging Face architecture: GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM.
 ARCH_FIELDS = ("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias")
@@ -417,7 +423,9 @@ def preset_table() -> str:
     for title, columns, table in tables:
         lines.append(f"{title:8}" + "".join(f"{column:>12}" for column in columns))
         for name, row in table.items():
-            lines.append(f"{name:8}" + "".join(f"{row[column]!s:>12}" for column in columns))
+            line = f"{name:8}" + "".join(f"{row[column]!s:>12}" for column in columns)
+            more = [f"{key} {value}" for key, value in row.items() if key not in columns]
+            lines.append(line + "  " * bool(more) + ", ".join(more))
     return "\n".join(lines)
 
 

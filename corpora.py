@@ -19,7 +19,7 @@ from config import ENCODINGS, UserError
 from qa import encode_record, read_records, record_text
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
 from tracks import TRACKS, fetch, known_name
-from utils import BLOCK_SIZE, Corpus, read_text, text_blocks, whole_characters
+from utils import BLOCK_SIZE, Corpus, map_ids, read_text, text_blocks, whole_characters
 
 IN_MEMORY = 1 << 28  # bytes: a larger corpus is for prepare.py
 SPLIT_SEED = 1337
@@ -136,8 +136,7 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         own = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         train_ids, val_ids = (
-            np.memmap(folder / f"{split}.bin", dtype=manifest["dtype"], mode="r")
-            for split in ("train", "val")
+            map_ids(folder / f"{split}.bin", manifest["dtype"]) for split in ("train", "val")
         )
         docs = np.load(folder / "train_docs.npy", mmap_mode="r")
         found = [len(train_ids), len(val_ids)]

@@ -85,7 +85,7 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
     if any(group["params"] for group in groups):
         optimizers += [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)]
     if hidden:
-        settings = {"momentum": 0.95, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+        settings = {"momentum": 0.9, "weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers += [torch.optim.Muon(hidden.values(), lr=lr, **settings)]
     return optimizers
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import math
+import mmap
 import os
 import pickle
 import shutil
@@ -138,6 +139,15 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     0.5
     """
     return loss / math.log(2) / bytes_per_token
+
+
+def map_ids(path: Path, dtype: str) -> np.ndarray:
+    """The ids in a file of any size, read where they are needed."""
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(memory, "madvise"):  # windows lie anywhere: reading ahead would cost 50 times more
+        memory.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(memory, dtype)
 
 
 def near(ids: np.ndarray, device: torch.device) -> np.ndarray | Tensor:

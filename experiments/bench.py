@@ -3,6 +3,7 @@
 python experiments/bench.py tokenizers --data data/plays.jsonl --vocab_size 10000
 python experiments/bench.py generate --nanogpt path/to/nanoGPT
 python experiments/bench.py train --preset laptop --arch gpt2 --nanogpt path/to/nanoGPT
+python experiments/bench.py data
 python experiments/bench.py time_to_loss --nanogpt path/to/nanoGPT
 """
 
@@ -48,12 +49,13 @@ from corpora import documents, find_corpus
 from generate import Int8Linear, generate, lower_precision
 from model import GPT
 from train import Trainer
-from utils import Corpus, autocast, keep_freed_memory, pick_device
+from utils import Corpus, autocast, get_batch, keep_freed_memory, map_ids, pick_device
 
 DEFAULT_DATA = {
     "tokenizers": "plays",
     "generate": "",
     "train": "",
+    "data": "",
     "time_to_loss": "shakespeare",
 }
 ROOT = Path(__file__).resolve().parent.parent
@@ -378,6 +380,26 @@ def nanogpt_step(
     return step
 
 
+def bench_data(config: BenchConfig) -> str:
+    """The time to read a batch of a data set of 10 MB and of one of 10 GB: memory-mapped files, as
+    prepare.py makes them (here sparse ones, which take no room)."""
+    gpt, run = train_settings({"preset": config.preset}, "")
+    lines = [f"batches of {run.batch_size} x {gpt.block_size} tokens"]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in (("10 MB", 10**7), ("10 GB", 10**10)):
+            path = Path(folder, "train.bin")
+            with open(path, "wb") as file:
+                file.truncate(size)
+            ids = map_ids(path, "uint16")
+            times = []
+            for step in range(200):
+                began = time.perf_counter()
+                get_batch(ids, gpt.block_size, run.batch_size, 0, step)
+                times.append(time.perf_counter() - began)
+            lines.append(f"{name:34}{1000 * sorted(times)[100]:8.2f} ms a batch")
+    return "\n".join(lines)
+
+
 # --- time to a loss
 
 
@@ -444,6 +466,7 @@ def main(argv: list[str] | None = None) -> int:
             "tokenizers": bench_tokenizers,
             "generate": bench_generate,
             "train": bench_train,
+            "data": bench_data,
             "time_to_loss": bench_time_to_loss,
         }
         print(benches[config.what](config))
