@@ -103,7 +103,7 @@ def load_records(
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a question/answer file, a document a record."""
     info = {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    train, val = split_documents(read_records(path))
+    train, val = split_records(read_records(path))
     texts = [[record_text(record) for record in split] for split in (train, val)]
     tokenizer = tokenizer or make_tokenizer(kind, vocab_size, *texts, QA_SPECIALS)
     splits = [[encode_record(tokenizer, record)[0] for record in split] for split in (train, val)]
@@ -204,6 +204,14 @@ def split_documents(documents: list[Any]) -> tuple[list[Any], list[Any]]:
     chosen = set(val)
     train = [document for i, document in enumerate(documents) if i not in chosen]
     return train, [documents[i] for i in val]
+
+
+def split_records(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], ...]:
+    """Records to train and to validate on: those marked "held_out": true, else as documents."""
+    val = [record for record in records if record.get("held_out") is True]
+    if not 0 < len(val) < len(records):
+        return split_documents(records)
+    return [record for record in records if record.get("held_out") is not True], val
 
 
 # --- files to documents

@@ -523,6 +523,8 @@ def tokenizer_problems(flags: dict[str, Any], config: TrainConfig) -> list[str]:
 def resumed_flags(flags: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint with the flags that were given over them. Raises UserError for
     a flag that would make it another model."""
+    if "finetune" in state:
+        raise UserError("the run to resume is one of finetune.py: resume it with that")
     saved = state["gpt_config"] | state["train_config"] | {"parallel": "ddp"}  # as is given now
     if flags.get("vocab_size", 0) > saved["vocab_size"]:  # the text had fewer to learn
         flags = flags | {"vocab_size": saved["vocab_size"]}

@@ -386,24 +386,27 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU. It is read as data only: a file from a stranger cannot
-    run code.
+    """A checkpoint's contents, on the CPU. Raises UserError for a file that is missing, damaged, or
+    no checkpoint of this program."""
+    state = read_data(path)
+    if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
+        raise UserError(f"{path} was refused: it is not a checkpoint of this program")
+    return state
 
-    Raises UserError for a file that is missing, damaged, or no checkpoint of this program.
-    """
+
+def read_data(path: Path) -> Any:
+    """What torch.save wrote, on the CPU. It is read as data only: a file from a stranger cannot run
+    code. Raises UserError for a file that is missing or damaged."""
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train one with `python train.py`")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused below anyway
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         unsafe = "GLOBAL" in str(error)  # the pickle asks for a function to call
         reason = "it holds code, which is never run" if unsafe else "it is damaged or no checkpoint"
         raise UserError(f"{path} was refused: {reason}") from None
-    if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
-        raise UserError(f"{path} was refused: it is not a checkpoint of this program")
-    return state
 
 
 def load_checkpoint(
