@@ -4,11 +4,13 @@
     python export.py checkpoints/best.pt out/ --push user/name      and uploads
     python export.py --from gpt2 checkpoints/gpt2.pt       a GPT-2, Llama or Qwen3 from the hub, or
     python export.py --from folder/ checkpoints/mine.pt    from a folder, as a checkpoint of ours
+    python export.py checkpoints/qa/adapter.pt out/        an adapter, as `peft` loads it
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of ours. Needs
 `pip install safetensors`, for the hub also `huggingface_hub`.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lora
 import utils
 from config import (
     ARCH_FIELDS,
@@ -28,6 +31,7 @@ from config import (
     SampleConfig,
     TrainConfig,
     UserError,
+    from_dict,
     limit_problems,
     parse_flags,
     raise_problems,
@@ -372,10 +376,7 @@ def export(checkpoint: Path, folder: Path) -> None:
             **tokens,
         },
     }
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(folder) as part:
         for name, content in files.items():
             text = json.dumps(content, indent=1, ensure_ascii=False)
             (part / name).write_text(text + "\n", encoding="utf-8")
@@ -383,10 +384,63 @@ def export(checkpoint: Path, folder: Path) -> None:
         save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
         card = model_card(model, tokenizer, state, arch)
         (part / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write in that takes the place of `folder` when it is complete."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def to_peft(adapter: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The adapter_config.json and the weights of an adapter for the exported base, as `peft` names
+    them. Raises UserError for one with new tokens."""
+    config, tensors = from_dict(GPTConfig, adapter["gpt_config"]), adapter["tensors"]
+    if any(not name.endswith((".A", ".B")) for name in tensors):
+        raise UserError("the adapter has learned new tokens: --merge it into its base, export that")
+    arch, found, modules = arch_of(config), {}, set()
+    for ours, theirs in tensor_names(config, arch):
+        layer = ours.removesuffix(".weight")
+        if f"{layer}.A" not in tensors:
+            continue
+        # Of matrices that stand below each other, each has its rows of B, and all the same A.
+        B = tensors[f"{layer}.B"]
+        parts = B.split(part_sizes(config, ours)) if len(theirs) > 1 else [B]
+        for name, part in zip(theirs, parts, strict=True):
+            module = name.removesuffix(".weight")
+            modules.add(".".join(module.split(".")[-2:]))
+            found[f"base_model.model.{module}.lora_A.weight"] = tensors[f"{layer}.A"].clone()
+            found[f"base_model.model.{module}.lora_B.weight"] = part.contiguous()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "r": adapter["lora"]["lora_rank"],
+        "lora_alpha": adapter["lora"]["lora_alpha"],
+        "lora_dropout": adapter["lora"]["lora_dropout"],
+        "target_modules": sorted(modules),
+        "fan_in_fan_out": arch == "gpt2",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    return settings, found
+
+
+def export_adapter(path: Path, folder: Path) -> None:
+    """Write an adapter as a folder that `peft` loads."""
+    save_file = needed("safetensors", "safetensors.torch").save_file
+    settings, weights = to_peft(lora.read_adapter(path))
+    with new_folder(folder) as part:
+        (part / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+        save_file(weights, part / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
@@ -522,10 +576,15 @@ def main(argv: list[str] | None = None) -> int:
     if config.source:
         import_hf(config.source, target)
         return 0
-    export(Path(config.paths[0]), target)
-    print(
-        f"{target}/: loads with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
-    )
+    if lora.is_adapter(Path(config.paths[0])):
+        export_adapter(Path(config.paths[0]), target)
+        print(f"{target}/: loads with peft.PeftModel.from_pretrained(model, {str(target)!r})")
+    else:
+        export(Path(config.paths[0]), target)
+        print(
+            f"{target}/: loads with "
+            f"transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
+        )
     if config.push:
         hub = needed("huggingface_hub")
         try:

@@ -85,6 +85,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "distill": {"max_steps": 1000, "batch_size": 12, "eval_every": 200},
     "dpo": {"max_steps": 200, "batch_size": 8, "eval_every": 50, "weight_decay": 0.0},
 }
+# The peak learning rate as a share of pretraining's. Questions are learned by heart, the rest must
+# not be forgotten.
+RATES = {"text": 0.1, "qa": 1.0, "distill": 0.1, "dpo": 0.01}
+LORA_RATE = 5  # times that for low-rank matrices, which begin at nothing
 ONLY_FOR = {"teacher": "distill", "temperature_kd": "distill", "alpha": "distill", "beta": "dpo"}
 
 
@@ -407,9 +411,16 @@ def load_data(
     return tokenizer, utils.Corpus(nothing, nothing, info, 0, 0), list(splits)
 
 
+def imported(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint came from elsewhere: it does not know the text it was trained on."""
+    return not state["corpus"]["sha256"]
+
+
 def load_old(state: dict[str, Any], tokenizer: Tokenizer) -> utils.Corpus | None:
     """The corpus that a checkpoint was trained on, if it is still there."""
     data = state["train_config"]["data"]
+    if imported(state):
+        return None
     try:
         _, corpus = load_corpus(data, "", 0, tokenizer)
         if corpus.info["sha256"] != state["corpus"]["sha256"]:
@@ -452,17 +463,15 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
 
 
 def run_config(
-    flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig, trained: dict[str, Any]
+    flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig, base: dict[str, Any]
 ) -> TrainConfig:
     """The run's settings: the flags over the objective's defaults over those of the checkpoint."""
-    rate = trained.get("lr_max", 1e-3) * (1.0 if adapt.lora_rank else 0.1)
-    if settings.objective == "dpo":
-        rate /= 10
-    if not settings.source:  # a student learns all from the start
-        rate = trained.get("lr_max", 1e-3)
-    values = {name: trained[name] for name in ("arch", "data", "tokenizer") if name in trained}
-    preset = trained.get("preset")
-    values |= {"preset": preset if preset in PRESETS else "laptop", "lr_max": rate}
+    trained = base["train_config"]
+    rate = 3e-4 if imported(base) else trained["lr_max"]
+    if settings.source:  # a new student learns all from the start
+        rate *= RATES[settings.objective] * (LORA_RATE if adapt.lora_rank else 1)
+    values = {name: trained[name] for name in ("arch", "data", "tokenizer")} | {"lr_max": rate}
+    values["preset"] = trained["preset"] if trained["preset"] in PRESETS else "laptop"
     return from_dict(TrainConfig, values | DEFAULTS[settings.objective] | flags)
 
 
@@ -589,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
     device = utils.pick_device(flags.get("device", "auto"))
     source = Path(settings.source or settings.teacher)
     base = utils.load_checkpoint(source, torch.device("cpu"))
-    config = run_config(flags, settings, adapt, base[2]["train_config"])
+    config = run_config(flags, settings, adapt, base[2])
     info = asdict(settings) | asdict(adapt) | {"base_sha256": lora.weights_sha256(base[2]["model"])}
     problems = config.problems() + run_problems(config)
     if state and info["base_sha256"] != state["finetune"]["base_sha256"]:

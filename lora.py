@@ -11,7 +11,7 @@ adapted model have `.linear.weight` for a frozen matrix's `.weight`, and `.A` an
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp.fc", "mlp.proj"),
     "all": ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj"),
 }
+# In an adapter's file: a LoRAConfig, the hash of its base's weights, the adapted model's settings
+# and tokenizer, which may have more tokens than the base's, and what was trained, by name.
 ADAPTER_KEYS = {"lora", "base_sha256", "gpt_config", "tokenizer", "tensors"}
 
 
@@ -80,7 +82,8 @@ def add_lora(model: GPT, config: LoRAConfig, also: Iterable[str] = ()) -> None:
                     f"--lora_rank {config.lora_rank} is above the smaller side of {target}, {side}"
                 )
             part, _, name = target.rpartition(".")
-            setattr(block.get_submodule(part), name, LoRALinear(linear, config))
+            adapted = LoRALinear(linear, config).train(model.training)
+            setattr(block.get_submodule(part), name, adapted)
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -98,7 +101,7 @@ def split(weights: dict[str, Tensor], trained: set[str]) -> tuple[dict[str, Tens
         for name, tensor in weights.items()
         if not name.endswith((".A", ".B"))
     }
-    return plain, {name: weights[name] for name in trained}
+    return plain, {name: tensor for name, tensor in weights.items() if name in trained}
 
 
 def join(plain: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,26 +137,23 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def adapter_dict(
-    tensors: dict[str, Tensor], config: LoRAConfig, base_sha256: str, **rest: dict[str, Any]
-) -> dict[str, Any]:
-    """The content of an adapter's file: `rest` are gpt_config and tokenizer of the adapted model,
-    whose vocabulary may be larger than its base's."""
-    return {"lora": asdict(config), "base_sha256": base_sha256, "tensors": tensors, **rest}
-
-
 def save_adapter(path: Path, adapter: dict[str, Any]) -> None:
     """Write an adapter alone."""
     with utils.atomic_write(path) as file:
         torch.save(adapter, file)
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a file is an adapter. Raises UserError for one that is missing or damaged."""
+    content = utils.read_data(path)
+    return isinstance(content, dict) and content.keys() >= ADAPTER_KEYS
+
+
 def read_adapter(path: Path) -> dict[str, Any]:
     """An adapter's content, on the CPU, read as data only. Raises UserError for another file."""
-    adapter = utils.read_data(path)
-    if not isinstance(adapter, dict) or not adapter.keys() >= ADAPTER_KEYS:
+    if not is_adapter(path):
         raise UserError(f"{path} was refused: it is not an adapter of this program")
-    return adapter
+    return utils.read_data(path)
 
 
 def check_adapter(adapter: dict[str, Any], plain: dict[str, Tensor], path: Path) -> None:

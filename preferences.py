@@ -1,5 +1,5 @@
-"""Preferences, as JSON lines {"prompt": ..., "chosen": ..., "rejected": ...}: the chosen text goes on
-better from the prompt than the rejected one."""
+"""Preferences, as JSON lines {"prompt": ..., "chosen": ..., "rejected": ...}: the chosen text goes
+on better from the prompt than the rejected one."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,229 @@
+"""Low-rank adapters: the formula, peft's gradients, merged and unmerged, files, other bases."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from torch import nn
+
+import export
+import lora
+from config import ARCHS, GPTConfig, UserError
+from lora import LoRAConfig, LoRALinear
+from model import GPT
+
+SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+
+
+def make_adapted(arch: str = "gpt2", seed: int = 0, **settings: object) -> tuple[GPT, LoRAConfig]:
+    """A small model with an adapter that has learned something."""
+    config = LoRAConfig(**{"lora_rank": 3, "lora_targets": "all", **settings})
+    model = make_model(seed, **SIZES, **ARCHS[arch])
+    lora.add_lora(model, config)
+    torch.manual_seed(seed + 1)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(std=0.3)
+    return model.eval(), config
+
+
+def make_adapter(model: GPT, config: LoRAConfig) -> dict:
+    """The content of its file."""
+    plain, tensors = lora.split(model.state_dict(), lora.trained_names(model))
+    return {
+        "lora": asdict(config),
+        "base_sha256": lora.weights_sha256(plain),
+        "gpt_config": asdict(model.config),
+        "tokenizer": {},
+        "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
+    }
+
+
+def test_an_adapter_adds_alpha_over_rank_times_b_a_x():
+    layer = LoRALinear(nn.Linear(5, 4), LoRAConfig(lora_rank=2, lora_alpha=6.0, lora_dropout=0.0))
+    layer.B.data.normal_()
+    x = torch.randn(7, 5)
+    for row, y in zip(x, layer(x), strict=True):
+        expected = layer.linear.weight @ row + layer.linear.bias + 3.0 * (layer.B @ (layer.A @ row))
+        assert torch.allclose(y, expected, atol=1e-5)
+
+
+def test_gradients_are_the_formulas():
+    """y = s B A x with dL/dy = g: dL/dB = s g (A x)^T and dL/dA = s B^T g x^T."""
+    layer = LoRALinear(nn.Linear(5, 4), LoRAConfig(lora_rank=2, lora_alpha=6.0, lora_dropout=0.0))
+    layer.linear.requires_grad_(False)
+    layer.B.data.normal_()
+    x, g = torch.randn(5), torch.randn(4)
+    (layer(x[None])[0] * g).sum().backward()
+    A, B = layer.A.detach(), layer.B.detach()
+    assert torch.allclose(layer.B.grad, 3.0 * torch.outer(g, A @ x), atol=1e-5)
+    assert torch.allclose(layer.A.grad, 3.0 * torch.outer(B.T @ g, x), atol=1e-5)
+    assert layer.linear.weight.grad is None
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_new_adapter_changes_nothing(arch):
+    base, adapted = (make_model(**SIZES, **ARCHS[arch]) for _ in range(2))
+    lora.add_lora(adapted, LoRAConfig(lora_rank=4, lora_targets="all"))
+    idx = torch.randint(31, (2, 9))
+    assert torch.equal(base(idx)[0], adapted.eval()(idx)[0])
+    assert all(n.endswith((".A", ".B")) for n in lora.trained_names(adapted))
+
+
+def test_rank_8_on_gpt2s_combined_projection_is_a_quarter_percent():
+    with torch.device("meta"):
+        sizes = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_embd": 768}
+        model = GPT(GPTConfig(**sizes, n_head=12, **ARCHS["gpt2"]))
+        assert model.num_params() == 124_439_808  # GPT-2's
+        lora.add_lora(model, LoRAConfig(lora_rank=8, lora_targets="qkv"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 294_912 and f"{trained / model.num_params():.2%}" == "0.24%"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("targets", lora.TARGETS)
+def test_merged_equals_unmerged(arch, targets):
+    model, config = make_adapted(arch, lora_targets=targets)
+    plain, tensors = lora.split(model.state_dict(), lora.trained_names(model))
+    merged = make_model(1, **SIZES, **ARCHS[arch])
+    idx = torch.randint(31, (2, 9))
+    merged.load_state_dict(plain)
+    assert not torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-2)  # it has learned something
+    merged.load_state_dict(lora.merge(plain, tensors, config.scale))
+    scale = model(idx)[0].abs().max().item()
+    assert torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-5 * max(scale, 1))
+
+
+def test_join_undoes_split():
+    model, _ = make_adapted()
+    weights = model.state_dict()
+    joined = lora.join(*lora.split(weights, lora.trained_names(model)))
+    assert joined.keys() == weights.keys()
+    assert all(torch.equal(joined[name], weights[name]) for name in weights)
+
+
+def test_a_rank_above_the_matrix_is_refused():
+    with pytest.raises(UserError, match=r"lora_rank 33 is above the smaller side of attn\.qkv, 32"):
+        lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=33))
+
+
+def test_dropout_is_for_training_only():
+    model, _ = make_adapted(lora_dropout=0.5)
+    idx = torch.randint(31, (2, 9))
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+# --- files
+
+
+def test_an_adapter_is_a_small_file_that_is_data_only(tmp_path: Path):
+    model, config = make_adapted(lora_targets="qkv")
+    path = tmp_path / "adapter.pt"
+    lora.save_adapter(path, make_adapter(model, config))
+    read = lora.read_adapter(path)
+    assert set(read["tensors"]) == {f"blocks.{i}.attn.qkv.{m}" for i in (0, 1) for m in "AB"}
+    assert path.stat().st_size < 0.2 * 4 * model.num_params()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_embd": 64}, r"for another base: blocks.0.attn.qkv.A is \(3, 32\).* \(3, 64\)"),
+        ({"n_layer": 1}, "for another base: this one has no blocks.1.attn.qkv"),
+        ({}, "of the same shape, but with other weights"),
+    ],
+)
+def test_an_adapter_for_another_base_is_refused(change, message):
+    adapter = make_adapter(*make_adapted())
+    lora.check_adapter(adapter, make_model(0, **SIZES, **ARCHS["gpt2"]).state_dict(), Path("a.pt"))
+    other = make_model(9, **(SIZES | change), **ARCHS["gpt2"])
+    with pytest.raises(UserError, match=message):
+        lora.check_adapter(adapter, other.state_dict(), Path("a.pt"))
+
+
+def test_files_that_are_no_adapters_are_refused(tmp_path: Path):
+    torch.save({"model": {}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="not an adapter of this program"):
+        lora.read_adapter(tmp_path / "a.pt")
+    torch.save(nn.Linear(2, 2), tmp_path / "b.pt")
+    with pytest.raises(UserError, match="holds code"):
+        lora.read_adapter(tmp_path / "b.pt")
+
+
+# --- peft
+
+
+def make_theirs(arch: str) -> tuple[nn.Module, GPT]:
+    """A model of Hugging Face's with our settings, and the same imported."""
+    transformers = pytest.importorskip("transformers")
+    ours = make_model(**SIZES, **ARCHS[arch])
+    config = export.hf_config(ours.config, arch, {})
+    config.pop("architectures")
+    hf_config = transformers.AutoConfig.for_model(**config)
+    theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
+    ours.load_state_dict(export.from_hf(dict(theirs.state_dict()), ours.config, arch))
+    return theirs, ours
+
+
+def test_gradients_equal_pefts_on_an_imported_gpt2():
+    peft = pytest.importorskip("peft")
+    theirs, ours = make_theirs("gpt2")
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(theirs, settings).eval()  # without GPT-2's own dropout
+    lora.add_lora(ours, LoRAConfig(lora_rank=4, lora_targets="qkv"))
+    layers = [block.attn.c_attn for block in theirs.base_model.model.transformer.h]
+    torch.manual_seed(3)
+    for layer, block in zip(layers, ours.blocks, strict=True):
+        block.attn.qkv.B.data.normal_(std=0.1)
+        layer.lora_A.default.weight.data.copy_(block.attn.qkv.A.data)
+        layer.lora_B.default.weight.data.copy_(block.attn.qkv.B.data)
+    idx = torch.randint(31, (3, 13))
+    loss = theirs(idx, labels=idx).loss
+    _, our_loss = ours(idx[:, :-1], idx[:, 1:])
+    assert torch.allclose(loss, our_loss, atol=1e-5)
+    loss.backward()
+    our_loss.backward()
+    for layer, block in zip(layers, ours.blocks, strict=True):
+        for kind in "AB":
+            expected = getattr(layer, f"lora_{kind}").default.weight.grad
+            assert torch.allclose(getattr(block.attn.qkv, kind).grad, expected, atol=1e-6)
+            assert expected.abs().max() > 1e-4
+    count = theirs.get_nb_trainable_parameters()
+    assert count == (
+        sum(p.numel() for p in ours.parameters() if p.requires_grad),
+        ours.num_params(),
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    theirs, ours = make_theirs(arch)
+    config = LoRAConfig(lora_rank=3, lora_targets="all")
+    lora.add_lora(ours, config)
+    for name, p in ours.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(std=0.3)
+    lora.save_adapter(tmp_path / "adapter.pt", make_adapter(ours, config))
+    assert export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")]) == 0
+    idx = torch.randint(31, (2, 9))
+    before = theirs(idx).logits
+    loaded = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "out"))
+    assert not torch.allclose(loaded(idx).logits, before, atol=1e-2)
+    assert torch.allclose(loaded(idx).logits, ours.eval()(idx)[0], atol=1e-4)
+
+
+def test_an_adapter_with_new_tokens_is_not_exported(tmp_path: Path):
+    model, config = make_adapted()
+    adapter = make_adapter(model, config)
+    adapter["tensors"]["tok.weight"] = model.tok.weight.detach()
+    lora.save_adapter(tmp_path / "adapter.pt", adapter)
+    with pytest.raises(UserError, match="merge"):
+        export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
