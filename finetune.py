@@ -78,12 +78,25 @@ class FinetuneConfig:
     merge: str = setting("", "an adapter.pt to write into its base, as a checkpoint; no training")
 
 
-# Settings where pretraining's would not do: runs are short, and their data small.
+# Settings where pretraining's would not do: runs are short, their data small, and each batch of
+# records has another length, for which it would be compiled anew.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "text": {"max_steps": 500, "batch_size": 12, "eval_every": 100},
-    "qa": {"max_steps": 600, "batch_size": 16, "eval_every": 100, "data": "data/qa.json"},
+    "qa": {
+        "max_steps": 600,
+        "batch_size": 16,
+        "eval_every": 100,
+        "data": "data/qa.json",
+        "compile": False,
+    },
     "distill": {"max_steps": 1000, "batch_size": 12, "eval_every": 200},
-    "dpo": {"max_steps": 200, "batch_size": 8, "eval_every": 50, "weight_decay": 0.0},
+    "dpo": {
+        "max_steps": 200,
+        "batch_size": 8,
+        "eval_every": 50,
+        "weight_decay": 0.0,
+        "compile": False,
+    },
 }
 # The peak learning rate as a share of pretraining's. Questions are learned by heart, the rest must
 # not be forgotten.
@@ -581,12 +594,13 @@ def describe(trainer: Trainer, settings: FinetuneConfig, splits: Splits | None, 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     flags, problems = parse_flags(argv, __doc__, FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
-    tag = "merged" if "merge" in flags else flags.get("objective", "text")
-    run_dir = Path(flags.get("out_dir", "checkpoints"), flags.get("tag", tag))
+    tag = flags.get("tag", "merged" if "merge" in flags else flags.get("objective", "text"))
+    out_dir = flags.get("out_dir", "checkpoints")
+    run_dir = Path(out_dir, tag)
     state = utils.read_checkpoint(run_dir / "latest.pt") if flags.get("resume") else None
     if state:
         flags = resumed_flags(flags, state)
-    flags |= {"out_dir": str(run_dir.parent), "tag": run_dir.name}
+    flags |= {"out_dir": out_dir, "tag": tag}
     settings, adapt = from_dict(FinetuneConfig, flags), from_dict(LoRAConfig, flags)
     if settings.merge:
         raise_problems(problems)

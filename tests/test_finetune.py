@@ -1,0 +1,449 @@
+"""The objectives against their formulas, and runs that change a small trained model."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, make_model, make_text
+from test_train import assert_same_run
+
+import evaluate
+import finetune
+import generate
+import preferences
+import qa
+import train
+import utils
+from config import SampleConfig, TrainConfig, UserError
+from finetune import extend_tokenizer, extend_weights
+from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer, count_pieces
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+QUICK = (
+    "--device=cpu --no-compile --precision=float32 --batch_size=4 --max_steps=6 --eval_every=3 "
+    "--eval_windows=4 --sample_tokens=10"
+).split()
+RECORDS = [
+    {"question": f"What is {name}?", "answer": f"{name} is {what}."}
+    for name, what in [("fox", "quick"), ("dog", "lazy"), ("day", "long"), ("it", "42")]
+]
+RECORDS += [{"question": "Name the fox.", "answer": "fox is quick.", "held_out": True}]
+PAIRS = [
+    {"prompt": f"the {a}", "chosen": f" {b}\n", "rejected": f" {b} and then\n"}
+    for a in ("fox", "dog", "day")
+    for b in ("sleeps", "jumps")
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, a checkpoint trained on it, questions and preferences."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "data").mkdir()
+    (folder / "data" / "input.txt").write_text(make_text())
+    (folder / "data" / "qa.json").write_text(json.dumps(RECORDS))
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    (folder / "other.txt").write_text(make_text().upper() + make_text())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([*TINY_RUN, "--max_steps=60", "--eval_every=60", "--block_size=48"])
+    return folder
+
+
+@pytest.fixture
+def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder to work in."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tune(*words: str) -> int:
+    return finetune.main(["checkpoints/best.pt", *QUICK, *words])
+
+
+def read(run: str, name: str = "latest.pt") -> dict:
+    return utils.read_checkpoint(Path("checkpoints", run, name))
+
+
+OBJECTIVES = {
+    "text": ["--data=other.txt"],
+    "qa": ["--objective=qa"],
+    "distill": ["--objective=distill", "--teacher=checkpoints/best.pt"],
+    "dpo": ["--objective=dpo", "--data=pairs.jsonl"],
+}
+
+
+# --- formulas
+
+
+def test_distillation_loss_is_hintons():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 2, 3, 5))  # (B, T, V) both
+    T, alpha, soft = 3.0, 0.25, 0.0
+    for q_row, p_row in zip(student.reshape(-1, 5), teacher.reshape(-1, 5), strict=True):
+        p, q = (np.exp(row / T) / np.exp(row / T).sum() for row in (p_row, q_row))
+        soft += (p * np.log(p / q)).sum() / 6
+    found = finetune.distillation_loss(
+        torch.tensor(student), torch.tensor(teacher), torch.tensor(2.0), T, alpha
+    )
+    assert found.item() == pytest.approx(alpha * T**2 * soft + (1 - alpha) * 2.0, rel=1e-6)
+
+
+def test_the_soft_gradient_is_the_papers():
+    """dC/dz_i = (q_i - p_i) / T (Hinton et al. 2015, equation 2), here times T squared."""
+    z, v = torch.randn(1, 1, 5, requires_grad=True), torch.randn(1, 1, 5)
+    finetune.distillation_loss(z, v, torch.tensor(0.0), 3.0, 1.0).backward()
+    expected = 3.0 * ((z / 3).softmax(-1) - (v / 3).softmax(-1))
+    assert torch.allclose(z.grad, expected.detach(), atol=1e-6)
+
+
+def test_log_probability_is_the_sum_over_the_text():
+    model = make_model()
+    x, y = torch.randint(11, (2, 6)), torch.randint(11, (2, 6))
+    y[0, :4] = -100
+    logits = model(x)[0]
+    expected = [
+        sum(math.log(torch.softmax(logits[b, t], 0)[y[b, t]]) for t in range(6) if y[b, t] != -100)
+        for b in range(2)
+    ]
+    assert finetune.log_probability(logits, y).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_dpo_gradient_is_the_formulas():
+    """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), Rafailov et al. 2023,
+    section 4."""
+    model, reference, beta = make_model(0), make_model(1), 0.3
+    x, y = torch.randint(11, (2, 6)), torch.randint(11, (2, 6))  # one pair: chosen, rejected
+    found = finetune.rewards(model, reference, x, y, beta)
+    finetune.dpo_loss(*found.chunk(2)).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    log_p = [[], []]
+    for i, m in enumerate((model, reference)):
+        for b in range(2):
+            nll = torch.nn.functional.cross_entropy(m(x[b : b + 1])[0][0], y[b], reduction="sum")
+            log_p[i].append(-nll)
+    r_w, r_l = (beta * (log_p[0][b] - log_p[1][b]).item() for b in range(2))
+    assert found.tolist() == pytest.approx([r_w, r_l], abs=1e-4)
+    weight = beta / (1 + math.exp(r_w - r_l))
+    difference = log_p[0][0] - log_p[0][1]
+    expected = torch.autograd.grad(-weight * difference, list(model.parameters()))
+    for one, other in zip(gradients, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_dpo_begins_at_ln_2_exactly(place: Path):
+    assert tune(*OBJECTIVES["dpo"], "--dropout=0.2") == 0
+    first = read("dpo")["log"][0]
+    assert first["train"] == first["val"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["margin"] == 0.0
+
+
+# --- vocabulary
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_larger_vocabulary_leaves_the_old_tokens_as_they_were(kind):
+    text = make_text(20)
+    old = (
+        CharTokenizer.train([text])
+        if kind == "char"
+        else BPETokenizer.train(count_pieces([text]), 270)
+    )
+    model = make_model(vocab_size=old.vocab_size)
+    new = extend_tokenizer(old, QA_SPECIALS, ["ABC 1"])
+    assert set(QA_SPECIALS) <= set(new.specials)
+    assert new.vocab_size == old.vocab_size + 4 + (4 if kind == "char" else 0)
+    larger = make_model(vocab_size=new.vocab_size)
+    larger.load_state_dict(extend_weights(model.state_dict(), old, new))
+    assert new.decode(new.encode("the fox").tolist()) == "the fox"
+    ids = {
+        tokenizer: torch.from_numpy(tokenizer.encode("the fox"))[None] for tokenizer in (old, new)
+    }
+    assert torch.equal(model.tok(ids[old]), larger.tok(ids[new]))
+    logits = [m(ids[t])[0] for m, t in ((model, old), (larger, new))]
+    rows = [new.encode(chr(c)).item() for c in range(97, 123) if chr(c) in text]
+    old_rows = [old.encode(chr(c)).item() for c in range(97, 123) if chr(c) in text]
+    assert torch.allclose(logits[0][..., old_rows], logits[1][..., rows], atol=1e-5)
+    assert extend_tokenizer(new, QA_SPECIALS, ["ABC"]) is new
+
+
+# --- runs
+
+
+@pytest.mark.parametrize(
+    ("objective", "adapted"), [*((name, False) for name in OBJECTIVES), ("qa", True)]
+)
+def test_a_run_leaves_a_checkpoint_that_everything_reads(place: Path, objective, adapted, capsys):
+    flags = ["--lora_rank=2"] if adapted else []
+    assert tune(*OBJECTIVES[objective], *flags, "--tag=a") == 0
+    names = {file.name for file in Path("checkpoints/a").iterdir()}
+    expected = {"best.pt", "latest.pt", "log.jsonl", "loss_log.json", "loss_curve.png"}
+    assert names == expected | {"samples.txt"} | ({"adapter.pt"} if adapted else set())
+    assert generate.main(["checkpoints/a/best.pt", "--max_new_tokens=5", "--device=cpu"]) == 0
+    assert evaluate.main(["checkpoints/a/best.pt", "--data=data/input.txt", "--device=cpu"]) == 0
+    out = capsys.readouterr().out
+    share = float(re.search(r"are\s+trained \((.*?)%\)", out)[1])
+    assert share < 60 if adapted else share == 100
+    extra = {"text": "old", "qa": "exact", "distill": "ppl", "dpo": "margin"}[objective]
+    assert f"| {extra} " in out and extra in read("a")["log"][-1]
+
+
+@pytest.mark.parametrize(
+    ("objective", "adapted"), [*((name, False) for name in OBJECTIVES), ("qa", True), ("dpo", True)]
+)
+def test_a_stopped_run_resumes_bit_for_bit(place: Path, monkeypatch, objective, adapted):
+    flags = [*OBJECTIVES[objective], "--dropout=0.1", *(["--lora_rank=2"] if adapted else [])]
+    tune(*flags, "--tag=whole")
+    monkeypatch.setattr(train.Trainer, "out_of_patience", lambda trainer: trainer.step == 3)
+    tune(*flags, "--tag=stopped")
+    assert read("stopped")["step"] == 3
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert finetune.main(["--resume", "--tag=stopped", "--device=cpu"]) == 0
+    assert_same_run(read("stopped"), read("whole"))
+
+
+def test_text_reports_the_old_corpus_beside_the_new(place: Path, capsys):
+    Path("other.txt").write_text(make_text(300)[::-1])  # no new characters
+    tune("--data=other.txt", "--eval_windows=999")
+    whole = json.loads(Path("checkpoints/loss_log.json").read_text())["final"]["val"]
+    assert read("text")["log"][0]["old"] == pytest.approx(whole, rel=1e-5)
+    assert read("text")["log"][-1]["old"] > whole
+    Path("data/input.txt").write_text(make_text(500))
+    tune("--data=other.txt", "--tag=without")
+    assert "without the loss on the old corpus" in capsys.readouterr().out
+    assert "old" not in read("without")["log"][0]
+
+
+def test_questions_are_learned_and_answers_end(place: Path, capsys):
+    flags = ["--objective=qa", "--max_steps=250", "--lr_max=2e-2", "--eval_every=125"]
+    tune(*flags, "--batch_size=8")
+    log = read("qa")["log"]
+    assert log[0]["exact_train"] == 0.0 and log[-1]["exact_train"] == 1.0
+    model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/qa/latest.pt"), CPU)
+    config = SampleConfig(temperature=0, max_new_tokens=40)
+    for record in RECORDS[:4]:
+        ids, n_prompt = qa.encode_record(tokenizer, record)
+        steps = generate.generate(
+            model, torch.from_numpy(ids[:n_prompt]), config, generate.end_tokens(tokenizer)
+        )
+        assert [step.ids.item() for step in steps] == ids[n_prompt:].tolist()
+
+
+def test_exact_is_what_greedy_generation_gives(place: Path):
+    tune("--objective=qa", "--max_steps=40", "--eval_every=40", "--lr_max=2e-2", "--batch_size=8")
+    model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/qa/latest.pt"), CPU)
+    right = 0
+    for record in RECORDS[:4]:
+        ids, n_prompt = qa.encode_record(tokenizer, record)
+        config = SampleConfig(temperature=0, max_new_tokens=len(ids) - n_prompt)
+        prompt = torch.from_numpy(ids[:n_prompt])
+        found = [step.ids.item() for step in generate.generate(model, prompt, config)]
+        right += found == ids[n_prompt:].tolist()
+    assert read("qa")["log"][-1]["exact_train"] == right / 4
+
+
+def test_the_adapter_merges_to_the_same_model(place: Path):
+    tune("--objective=qa", "--lora_rank=2", "--lora_targets=all")
+    adapter = Path("checkpoints/qa/adapter.pt")
+    assert finetune.main(["checkpoints/best.pt", "--merge", str(adapter)]) == 0
+    merged = read("merged", "best.pt")
+    for name, tensor in read("qa", "best.pt")["model"].items():
+        assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
+    assert generate.main(["checkpoints/merged/best.pt", "--max_new_tokens=5", "--device=cpu"]) == 0
+    with pytest.raises(UserError, match="exists: --overwrite"):
+        finetune.main(["checkpoints/best.pt", "--merge", str(adapter)])
+    with pytest.raises(UserError, match="for another base"):
+        finetune.main(["checkpoints/qa/best.pt", "--merge", str(adapter), "--overwrite"])
+
+
+def test_frozen_weights_stay_what_they_were(place: Path):
+    tune("--objective=dpo", "--data=pairs.jsonl", "--lora_rank=2", "--lr_max=1e-2")
+    changed = {
+        name
+        for name, tensor in read("dpo")["model"].items()
+        if not torch.equal(tensor, read("")["model"][name])
+    }
+    assert changed == {"blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight"}
+
+
+def test_preferences_are_learned(place: Path):
+    tune(*OBJECTIVES["dpo"], "--max_steps=40", "--lr_max=5e-3", "--eval_every=20")
+    last = read("dpo")["log"][-1]
+    assert last["accuracy"] == 1.0 and last["margin"] > 0.1 and last["val"] < 0.6
+
+
+def test_a_student_may_have_other_sizes(place: Path):
+    words = ["--objective=distill", "--teacher=checkpoints/best.pt", "--n_embd=8", "--n_head=1"]
+    assert finetune.main([*QUICK, *words]) == 0
+    assert read("distill")["gpt_config"]["n_embd"] == 8
+    assert finetune.main(["--resume", "--tag=distill", "--device=cpu", "--max_steps=7"]) == 0
+    assert read("distill")["step"] == 7
+
+
+def test_learning_from_a_good_teacher_lowers_the_loss(place: Path):
+    words = ["--objective=distill", "--teacher=checkpoints/best.pt", "--max_steps=100"]
+    assert finetune.main([*QUICK, *words, "--eval_every=50", "--alpha=1", "--lr_max=1e-2"]) == 0
+    log = read("distill")["log"]
+    assert log[-1]["val"] < 0.9 * log[0]["val"]
+
+
+def test_patience_and_overfitting_serve_every_objective(place: Path, capsys):
+    assert tune("--objective=qa", "--overfit_batch", "--max_steps=2") == 1
+    assert not Path("checkpoints/qa").exists()
+    tune(*OBJECTIVES["dpo"], "--patience=1", "--lr_max=1e-9", "--max_steps=30")
+    assert read("dpo")["step"] < 30
+
+
+def test_batches_are_a_pure_function_of_seed_step_and_part():
+    config, items = TrainConfig(batch_size=3, seed=5), list(range(20))
+    batches = {(s, p): finetune.draw(items, config, s, p) for s in range(3) for p in range(2)}
+    assert batches[2, 1] == finetune.draw(items, config, 2, 1)
+    assert len({tuple(batch) for batch in batches.values()}) == 6
+    assert all(len(set(batch)) == 3 for batch in batches.values())
+    assert finetune.draw(items, TrainConfig(batch_size=3, seed=6), 2, 1) != batches[2, 1]
+
+
+# --- mistakes
+
+
+def test_long_records_are_cut_at_the_question_or_skipped():
+    ids = np.arange(10)
+    assert finetune.fit([(ids, 6)], 9, "cut")[0][0].tolist() == list(range(10))
+    ((cut, n_prompt),) = finetune.fit([(ids, 6)], 7, "cut")
+    assert (cut.tolist(), n_prompt) == ([2, 3, 4, 5, 6, 7, 8, 9], 4)
+    assert finetune.fit([(ids, 6)], 7, "skip") is None
+    assert finetune.fit([(ids, 6)], 3, "cut") is None  # the answer alone is too long
+    both = finetune.fit([(ids, 6), (ids[:8], 6)], 7, "cut")  # a pair loses the same of its prompt
+    assert [(text.tolist()[0], n) for text, n in both] == [(2, 4), (2, 4)]
+
+
+def test_long_records_are_reported(place: Path, capsys):
+    long = {"question": "Why " * 20, "answer": "So."}
+    Path("long.json").write_text(json.dumps([*RECORDS, long]))
+    tune("--objective=qa", "--data=long.json")
+    assert "1 of 5 train records are longer" in capsys.readouterr().out
+    tune("--objective=qa", "--data=long.json", "--long=skip", "--tag=b")
+    assert "1 left out, 0 cut" in capsys.readouterr().out
+    Path("long.json").write_text(json.dumps([long | {"answer": "So " * 40}] * 3))
+    with pytest.raises(UserError, match="no train record fits the window of 48 tokens"):
+        tune("--objective=qa", "--data=long.json", "--tag=c")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"}', "line 7: chosen is missing or no text, line 7: rejected is missing"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "line 7: .* are the same"),
+        ('{"prompt": "a", "chosen": "", "rejected": "b"}', "line 7: chosen is empty"),
+        ('{"prompt": "a", "chosen"}', "line 7: no JSON .*column 25"),
+        ("[1, 2]", "line 7: no object"),
+        (json.dumps(PAIRS[0]), "line 7: the same texts as in line 1"),
+        (
+            json.dumps(PAIRS[1] | {"chosen": PAIRS[1]["rejected"], "rejected": PAIRS[1]["chosen"]}),
+            "line 7: the same texts as in line 2",
+        ),
+    ],
+)
+def test_bad_pairs_are_named_by_their_line(tmp_path: Path, line, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join([*map(json.dumps, PAIRS), line]))
+    with pytest.raises(UserError, match=message) as error:
+        preferences.read_pairs(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--objective text needs --data"),
+        (["--objective=qa", "--data=none.json"], "there is no none.json"),
+        (["--objective=qa", "--data=bad.json"], "bad.json is not JSON.*line 1 column 3"),
+        (["--objective=learn"], "objective must be one of text, qa, distill, dpo"),
+        (["--objective=distill"], "needs a --teacher"),
+        (["--data=other.txt", "--teacher=a", "--beta=1"], "teacher is for .*distill; --beta is"),
+        (["--data=other.txt", "--lora_alpha=8"], "--lora_alpha: give --lora_rank too"),
+        (["--data=other.txt", "--lora_rank=17"], "lora_rank 17 is above the smaller side .* 16"),
+        (["--data=other.txt", "--lora_rank=2", "--lora_targets=x"], "lora_targets must be one of"),
+        (["--data=other.txt", "--n_layer=3"], "--n_layer is settled by the checkpoint"),
+        (["--data=other.txt", "--tag=../x"], "must be a plain name"),
+        (["--data=data/qa.json"], "holds questions and answers: --objective qa"),
+        (["--objective=qa", "--alpha=0.5", "--foo"], "unknown flag --foo.*--alpha is for"),
+        (["--objective=distill", "--teacher=checkpoints/other.pt"], "different tokenizers"),
+        (["--objective=distill", "--teacher=checkpoints/short.pt"], "window of 16 .* is shorter"),
+        (["--resume", "--tag=a"], "no checkpoint checkpoints/a/latest.pt"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(place: Path, words, message):
+    Path("bad.json").write_text("[{]")
+    state = read("")
+    tokens = state["tokenizer"]["chars"]
+    other = {"tokenizer": {"kind": "char", "chars": ["\x00", *tokens[1:]], "specials": []}}
+    utils.save_checkpoint(Path("checkpoints/other.pt"), state | other)
+    short = {"gpt_config": state["gpt_config"] | {"block_size": 16}}
+    utils.save_checkpoint(Path("checkpoints/short.pt"), state | short)
+    before = {file: file.stat().st_mtime_ns for file in place.rglob("*")}
+    with pytest.raises(UserError, match=message) as error:
+        tune(*words)
+    assert "\n" not in str(error.value)
+    assert {file: file.stat().st_mtime_ns for file in place.rglob("*")} == before
+
+
+def test_the_base_is_never_overwritten(place: Path):
+    with pytest.raises(UserError, match="holds the checkpoint to change"):
+        finetune.main(["checkpoints/best.pt", *QUICK, "--data=other.txt", "--tag="])
+    tune("--data=other.txt")
+    with pytest.raises(UserError, match="--resume it, --overwrite it"):
+        tune("--data=other.txt")
+    with pytest.raises(UserError, match="holds the checkpoint to change"):
+        finetune.main(["checkpoints/text/best.pt", *QUICK, "--data=other.txt", "--overwrite"])
+
+
+def test_resuming_refuses_what_does_not_fit(place: Path):
+    tune(*OBJECTIVES["qa"])
+    with pytest.raises(UserError, match=r"one of finetune\.py: resume it with that"):
+        train.main(["--resume", "--tag=qa", "--device=cpu"])
+    with pytest.raises(UserError, match="objective is 'qa' in the run to resume"):
+        finetune.main(["--resume", "--tag=qa", "--objective=dpo", "--device=cpu"])
+    with pytest.raises(UserError, match=r"one of train\.py: resume it with that"):
+        finetune.main(["--resume", "--tag=", "--device=cpu"])
+    Path("data/qa.json").write_text(json.dumps(RECORDS[1:]))
+    with pytest.raises(UserError, match="it has changed"):
+        finetune.main(["--resume", "--tag=qa", "--device=cpu"])
+    state = read("", "best.pt")
+    state["model"]["norm.weight"] += 1
+    utils.save_checkpoint(Path("checkpoints/best.pt"), state)
+    with pytest.raises(UserError, match="is not what the run began with"):
+        finetune.main(["--resume", "--tag=qa", "--device=cpu"])
+
+
+# --- questions about this project
+
+
+def test_questions_from_scratch_keep_the_held_out_ones_to_validate_on(place: Path):
+    assert train.main([*TINY_RUN, "--data=data/qa.json", "--tag=scratch"]) == 0
+    state = read("scratch")
+    tokenizer = utils.load_checkpoint(Path("checkpoints/scratch/best.pt"), CPU)[1]
+    _, corpus = train.load_corpus("data/qa.json", "char", 0, tokenizer)
+    expected, _ = qa.encode_record(tokenizer, RECORDS[4])
+    assert corpus.val_ids.tolist() == expected.tolist()
+    assert state["corpus"]["documents"] == 5
+
+
+def test_the_shipped_questions_are_many_valid_and_fairly_held_out():
+    path = ROOT / "data" / "qa.json"
+    records = qa.read_records(path)
+    assert len(records) >= 120 and len({record["id"] for record in records}) == len(records)
+    held_out = [record for record in records if record.get("held_out") is True]
+    assert 0.08 < len(held_out) / len(records) < 0.15
+    asked = [record["question"].strip().lower() for record in records]
+    assert len(set(asked)) == len(asked)
+    answers = {record["answer"] for record in records if record.get("held_out") is not True}
+    assert all(record["answer"] in answers for record in held_out)  # known, only asked otherwise
