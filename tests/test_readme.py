@@ -13,12 +13,16 @@ from conftest import TINY_RUN, make_text
 
 import evaluate
 import export
+import finetune
 import generate
 import prepare
 import train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+DIGITS = str.maketrans("0123", "abcd")  # characters that the small text has
 
 
 def commands() -> list[str]:
@@ -43,6 +47,9 @@ def run_command(line: str) -> None:
         assert status == (1 if "--overfit_batch" in words else 0)  # 60 steps are too few for that
     elif program == "generate.py":
         assert generate.main([*words, "--max_new_tokens=5"]) == 0
+    elif program == "finetune.py":
+        tiny = ["--max_steps=4", "--eval_every=2", "--sample_tokens=10", "--no-compile"]
+        assert finetune.main([*words, *([] if "--merge" in words else tiny)]) == 0
     elif program in ("prepare.py", "evaluate.py", "export.py"):
         scripts = {"prepare.py": prepare, "evaluate.py": evaluate, "export.py": export}
         assert scripts[program].main(words) == 0
@@ -50,11 +57,17 @@ def run_command(line: str) -> None:
         assert program == "-m", f"no test for {line}"
 
 
-def test_the_commands_work_in_their_order(workplace: Path):
+def test_the_commands_work_in_their_order(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: "")  # nobody talks with the model
     (workplace / "my.txt").write_text(make_text(), encoding="utf-8")
     pytest.importorskip("safetensors")
     scenes = (json.dumps({"text": f"scene {i}\n{make_text(10)}"}) for i in range(30))
     (workplace / "data" / "plays.jsonl").write_text("\n".join(scenes))
+    records = [{"question": "Who?", "answer": f"Fox {i}."} for i in range(4)]
+    (workplace / "data" / "qa.json").write_text(json.dumps(records))
+    pairs = ({"prompt": "the", "chosen": f" {i}", "rejected": f" not {i}"} for i in range(4))
+    pairs = (json.dumps(pair).translate(DIGITS) for pair in pairs)
+    (workplace / "pairs.jsonl").write_text("\n".join(pairs))
     lines = [line for line in commands() if line.startswith(("python ", "for "))]
     assert len(lines) > 10
     for line in lines:
