@@ -50,13 +50,13 @@ from lora import LoRAConfig
 from model import GPT
 from preferences import encode_pair, read_pairs
 from qa import encode_record, qa_batch, read_records, record_text
-from tokenizer import END_OF_TEXT, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
+from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer
 from train import Objective, Trainer, overfit_batch, prepare_machine, run_problems, train_to_the_end
+from vocabulary import EMBEDDINGS, extend_tokenizer, extend_weights
 
 Example = tuple[np.ndarray, int]  # the ids of a text (T,), and how many of them are its prompt
 Splits = dict[str, list[list[Example]]]  # train and val: of a question one example, of a pair two
 Weights = dict[str, Tensor]  # by name
-EMBEDDINGS = ("tok.weight", "head.weight")  # what has a row a token
 
 
 @dataclass
@@ -289,46 +289,6 @@ def encode_splits(
                 f"{block_size} tokens: {n_out} left out, {n_long - n_out} cut at the start"
             )
     return encoded
-
-
-# --- a larger vocabulary
-
-
-def extend_tokenizer(
-    tokenizer: Tokenizer, specials: Sequence[str], texts: Sequence[str]
-) -> Tokenizer:
-    """The tokenizer with the special tokens that it lacks, and the characters of the texts that it
-    lacks if it is one of characters; itself if it lacks nothing."""
-    missing = [text for text in specials if text not in tokenizer.specials]
-    if isinstance(tokenizer, BPETokenizer):
-        first = tokenizer.vocab_size
-        added = {text: first + i for i, text in enumerate(missing)}
-        ranks, pattern = tokenizer.ranks, tokenizer.pattern
-        return BPETokenizer(ranks, tokenizer.specials | added, pattern) if missing else tokenizer
-    chars = sorted(set(tokenizer.chars).union(*map(set, texts)))
-    if not missing and len(chars) == len(tokenizer.chars):
-        return tokenizer
-    return CharTokenizer(chars, [*tokenizer.specials, *missing])
-
-
-def extend_weights(weights: Weights, old: Tokenizer, new: Tokenizer) -> Weights:
-    """The weights for the larger vocabulary of `new`. The vector of an old token stays what it was,
-    whatever its id is now; that of a new one is the mean of the old ones with some noise, so that
-    at first it is neither likely nor unlikely (Hewitt 2021)."""
-    n_old = len(weights["tok.weight"])  # an imported model may have rows that no token uses
-    rows = list(range(n_old)) + [-1] * (new.vocab_size - n_old)
-    if isinstance(new, CharTokenizer):
-        ids = {text: i for i, text in enumerate(old.texts)}
-        rows = [ids.get(text, -1) for text in new.texts]
-    rows = torch.tensor(rows)
-    extended = dict(weights)
-    for name in EMBEDDINGS:
-        table = weights[name]  # (V, C)
-        fresh = table.mean(dim=0) + 0.02 * torch.randn(len(rows), table.size(1))
-        extended[name] = torch.where(rows[:, None] < 0, fresh, table[rows])
-    if torch.equal(weights["tok.weight"], weights["head.weight"]):  # tied
-        extended["head.weight"] = extended["tok.weight"]
-    return extended
 
 
 # --- models and data

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,16 @@ from conftest import TINY_RUN, make_model, make_text
 from test_train import assert_same_run
 
 import evaluate
+import export
 import finetune
 import generate
 import preferences
 import qa
 import train
 import utils
-from config import SampleConfig, TrainConfig, UserError
-from finetune import extend_tokenizer, extend_weights
+from config import ARCHS, SampleConfig, TrainConfig, UserError
 from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer, count_pieces
+from vocabulary import extend_tokenizer, extend_weights
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -293,6 +295,27 @@ def test_learning_from_a_good_teacher_lowers_the_loss(place: Path):
     assert finetune.main([*QUICK, *words, "--eval_every=50", "--alpha=1", "--lr_max=1e-2"]) == 0
     log = read("distill")["log"]
     assert log[-1]["val"] < 0.9 * log[0]["val"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_an_imported_model_learns_questions_with_an_adapter(place: Path, arch, capsys):
+    """Untied, with byte pairs, and more rows than its tokenizer has tokens, as the large ones."""
+    pytest.importorskip("safetensors")
+    tokenizer = BPETokenizer.train(count_pieces([make_text(20)]), 270)
+    sizes = {"vocab_size": 272, "block_size": 48, "n_layer": 1, "n_embd": 16, "n_head": 2}
+    model = make_model(**(sizes | ARCHS[arch] | {"tie_weights": False}))
+    state = read("") | {"gpt_config": asdict(model.config), "tokenizer": tokenizer.to_dict()}
+    utils.save_checkpoint(Path("own.pt"), state | {"model": model.state_dict()})
+    export.main(["own.pt", "out"])
+    export.main(["--from", "out", "imported.pt"])
+    words = ["--objective=qa", "--lora_rank=2", "--lora_targets=all", "--lr_max=1e-2"]
+    assert finetune.main(["imported.pt", *QUICK, *words, "--max_steps=30", "--eval_every=15"]) == 0
+    assert finetune.main(["imported.pt", "--merge=checkpoints/qa/adapter.pt"]) == 0
+    tuned, merged = read("qa", "best.pt"), read("merged", "best.pt")
+    assert tuned["log"][-1]["val"] < 0.9 * tuned["log"][0]["val"]
+    assert merged["gpt_config"]["vocab_size"] == 274  # two rows were free for four new tokens
+    for name, tensor in tuned["model"].items():
+        assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
 
 
 def test_patience_and_overfitting_serve_every_objective(place: Path, capsys):
