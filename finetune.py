@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
+import parallel
 import utils
 from config import (
     PRESETS,
@@ -51,7 +52,15 @@ from model import GPT
 from preferences import encode_pair, read_pairs
 from qa import encode_record, qa_batch, read_records, record_text
 from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer
-from train import Objective, Trainer, overfit_batch, prepare_machine, run_problems, train_to_the_end
+from train import (
+    Objective,
+    Trainer,
+    join_processes,
+    overfit_batch,
+    prepare_machine,
+    run_problems,
+    train_to_the_end,
+)
 from vocabulary import EMBEDDINGS, extend_tokenizer, extend_weights
 
 Example = tuple[np.ndarray, int]  # the ids of a text (T,), and how many of them are its prompt
@@ -427,6 +436,7 @@ def run_config(
     """The run's settings: the flags over the objective's defaults over those of the checkpoint."""
     trained = base["train_config"]
     rate = 3e-4 if imported(base) else trained["lr_max"]
+    rate /= 2 if trained["optimizer"] == "muon" else 1  # Muon takes larger steps than AdamW
     if settings.source:  # a new student learns all from the start
         rate *= RATES[settings.objective] * (LORA_RATE if adapt.lora_rank else 1)
     values = {name: trained[name] for name in ("arch", "data", "tokenizer")} | {"lr_max": rate}
@@ -442,6 +452,7 @@ def resumed_flags(flags: dict[str, Any], state: dict[str, Any]) -> dict[str, Any
     if "finetune" not in state:
         raise UserError("the run to resume is one of train.py: resume it with that")
     saved = state["gpt_config"] | state["train_config"] | state["finetune"]
+    saved |= {"parallel": "ddp"}  # as is given now
     fixed = {*state["finetune"], *state["gpt_config"], "seed", "data"} - {"dropout"}
     raise_problems(
         [
@@ -511,7 +522,7 @@ def merge_adapter(settings: FinetuneConfig, target: Path, overwrite: bool) -> in
     lora.check_adapter(adapter, state["model"], path)
     scale = from_dict(LoRAConfig, adapter["lora"]).scale
     merged = lora.merge(state["model"], adapter["tensors"], scale)
-    changed = {"model": merged, "optimizer": {}, "scaler": {}, "log": []}
+    changed = {"model": merged, "optimizers": [], "scaler": {}, "log": []}
     changed |= {name: adapter[name] for name in ("gpt_config", "tokenizer")}
     target.parent.mkdir(parents=True, exist_ok=True)
     utils.save_checkpoint(target, state | changed)
@@ -542,9 +553,12 @@ def describe(trainer: Trainer, settings: FinetuneConfig, splits: Splits | None, 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     flags, problems = parse_flags(argv, __doc__, FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
+    given = flags
     tag = flags.get("tag", "merged" if "merge" in flags else flags.get("objective", "text"))
     out_dir = flags.get("out_dir", "checkpoints")
     run_dir = Path(out_dir, tag)
+    if parallel.restarted() and (run_dir / "latest.pt").exists():
+        flags = flags | {"resume": True, "overwrite": False}
     state = utils.read_checkpoint(run_dir / "latest.pt") if flags.get("resume") else None
     if state:
         flags = resumed_flags(flags, state)
@@ -566,11 +580,15 @@ def main(argv: list[str] | None = None) -> int:
     problems = config.problems() + run_problems(config)
     if state and info["base_sha256"] != state["finetune"]["base_sha256"]:
         problems.append(f"{source} is not what the run began with: it has changed")
+    if config.parallel == "fsdp":
+        problems.append("--parallel fsdp is for train.py: leave it out")
     if source.resolve().parent == run_dir.resolve():
         problems.append(f"{run_dir}/ holds the checkpoint to change: give the run another --tag")
     raise_problems(problems)
 
-    tokenizer, corpus, splits = load_data(settings.objective, config.data, base[1])
+    device = join_processes(config, device, whole_step=state and "grad_accum" not in given)
+    with parallel.first_of_machine():
+        tokenizer, corpus, splits = load_data(settings.objective, config.data, base[1])
     if state and state["corpus"]["sha256"] != corpus.info["sha256"]:
         raise UserError(f"{config.data} is not what the run was trained on: it has changed")
     if config.doc_mask and corpus.separator is None:
@@ -591,10 +609,11 @@ def main(argv: list[str] | None = None) -> int:
     if config.overfit_batch:
         return overfit_batch(trainer)
     status = train_to_the_end(trainer, state)
-    if adapt.lora_rank:
+    if adapt.lora_rank and parallel.rank() == 0:
         best = utils.read_checkpoint(run_dir / "best.pt")
         lora.save_adapter(run_dir / "adapter.pt", best["adapter"])
         print(f"adapter: {run_dir / 'adapter.pt'}, for {settings.source}")
+    parallel.end()
     return status
 
 
