@@ -343,12 +343,14 @@ def memory_estimate(
     averages (AdamW keeps two, Muon one), activations kept for the backward. The first three are cut
     in `slices` under FSDP.
 
-    The activations are counted from the formulas of model.py: about 10 C + 3 F numbers a block and
-    token, with grad_checkpoint C alone and one block's; and the logits twice, once as they are and
-    once in float32.
+    The activations are counted from the formulas of model.py: with GPT-2's parts 10 C + 3 F numbers
+    a block and token, more with the newer parts, which take more operations (less where compiling
+    joins these); with grad_checkpoint C alone and one block's. The logits are there twice, once as
+    they are and once in float32.
     """
     width = 4 if config.precision == "float32" else 2
-    a_block = (10 * gpt.n_embd + 3 * gpt.n_inner) * width
+    C = 10 + 4 * (gpt.norm == "rmsnorm") + 4 * gpt.qk_norm + 2 * (gpt.pos == "rope")
+    a_block = (C * gpt.n_embd + (5 if gpt.mlp == "swiglu" else 3) * gpt.n_inner) * width
     blocks = gpt.n_layer * a_block
     if config.grad_checkpoint:
         blocks = gpt.n_layer * gpt.n_embd * 4 + a_block

@@ -173,12 +173,12 @@ def test_memory_estimate_counts_weights_by_hand():
     run = TrainConfig(batch_size=2, precision="float32")
     estimate = utils.memory_estimate(model.config, 1000, run)
     assert [estimate[k] for k in ("weights", "gradients", "optimizer")] == [4000, 4000, 8000]
-    # 2 blocks x (10 x 16 + 3 x 64) numbers, and 11 logits twice and their gradient, for 24 tokens
-    assert estimate["activations"] == 24 * (2 * (160 + 192) * 4 + 11 * 12)
+    # 2 blocks x (20 x 16 + 5 x 64) numbers, and 11 logits twice and their gradient, for 24 tokens
+    assert estimate["activations"] == 24 * (2 * (320 + 320) * 4 + 11 * 12)
     run.optimizer, run.grad_checkpoint = "muon", True
     estimate = utils.memory_estimate(model.config, 1000, run, slices=2)
     assert [estimate[k] for k in ("weights", "gradients", "optimizer")] == [2000, 2000, 2000]
-    assert estimate["activations"] == 24 * (2 * 16 * 4 + (160 + 192) * 4 + 11 * 12)
+    assert estimate["activations"] == 24 * (2 * 16 * 4 + (320 + 320) * 4 + 11 * 12)
 
 
 def test_windows_of_a_tensor_are_those_of_the_array():
