@@ -43,7 +43,7 @@ from config import (
 from corpora import is_dataset, load_corpus
 from generate import sample_text
 from model import GPT
-from plots import draw_curve, verdict
+from plots import draw_runs, read_run, save_figure, verdict
 
 # --- the pieces of a training step
 
@@ -308,8 +308,7 @@ class Trainer:
         self.write_sample()
         if parallel.rank() == 0:
             self.write_log()
-            title = f"{self.corpus.info['name']}, {self.n_params / 1e6:.2f} M parameters"
-            draw_curve(self.log, self.run_dir / "loss_curve.png", title)
+            save_figure(draw_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
         if self.log[-1] is self.best():
             self.save("best.pt")
         self.save("latest.pt")  # last: who resumes from it finds all else at least as new
