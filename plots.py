@@ -131,8 +131,8 @@ def draw_runs(runs: list[Run], x: str = "step") -> "Figure":
     or their time, with the best step of each marked and the verdict above."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 7), layout="constrained")
-    losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 1])
+    figure = Figure(figsize=(8, 7.5), layout="constrained")
+    losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3.5, 1, 1])
     one = len(runs) == 1
     verdicts = []
     for run_, color in zip(runs, itertools.cycle(COLORS)):
@@ -154,7 +154,7 @@ def draw_runs(runs: list[Run], x: str = "step") -> "Figure":
         rates.plot(xs, [r["lr"] for r in log], color=color)
         norms.plot(xs, [r["grad_norm"] or math.nan for r in log], color=color)
         words = verdict(log, run_.settings["vocab_size"])
-        verdicts.append(textwrap.fill(words if one else f"{run_.name}: {words}", 95))
+        verdicts.append(textwrap.fill(words if one else f"{run_.name}: {words}", 102))
     first = runs[0].settings
     title = f"{first['corpus']['name']}, {first['n_layer']} layers of {first['n_embd']} channels"
     title = [title] if one else []
