@@ -1,0 +1,167 @@
+"""The page: what it shows against the model's own numbers, in Python and in a real browser."""
+
+import html
+import importlib.util
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, make_model
+
+import demo
+import train
+from config import SampleConfig, UserError
+from generate import generate, sample_text
+from tokenizer import CharTokenizer
+from utils import load_checkpoint
+
+TOKENIZER = CharTokenizer.train(["\n&<>abcdefg"])
+CPU = torch.device("cpu")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+SPAN = r'<span style="background:rgba\(86, 180, 233, (\d\.\d+)\)" title="\d\.\d+">(.*?)</span>'
+
+
+def probabilities(model, tokenizer, text: str) -> torch.Tensor:
+    """Of each token of a text after those before it, at temperature 1, from one plain forward."""
+    ids = torch.from_numpy(tokenizer.encode(text))
+    probs = model(ids[None, :-1])[0][0].softmax(dim=-1)
+    return probs.gather(1, ids[1:, None])[:, 0].detach()
+
+
+def test_the_text_is_that_of_generate_tinted_by_its_probabilities():
+    model = make_model(block_size=64)
+    config = SampleConfig(prompt="<a>", max_new_tokens=40, temperature=1.3, seed=3)
+    *before, (page, logits) = demo.write(model, TOKENIZER, config)
+    assert [len(re.findall(SPAN, text, re.S)) for text, _ in before] == list(range(41))
+    assert page.startswith("<b>&lt;a&gt;</b><span")
+    tints, pieces = zip(*re.findall(SPAN, page, re.S), strict=True)
+    text = "<a>" + html.unescape("".join(pieces))
+    assert text == sample_text(model, TOKENIZER, config)[0] and "<" in text[3:]
+    wanted = probabilities(model, TOKENIZER, text)[2:]
+    assert [float(tint) for tint in tints] == pytest.approx(wanted.tolist(), abs=1e-3)
+    follows = model(torch.from_numpy(TOKENIZER.encode(text))[None])[0][:, -1]
+    assert torch.allclose(logits, follows, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [
+        ({"temperature": 1.0}, [0.5, 0.3, 0.2]),
+        ({"temperature": 0.5}, [25 / 38, 9 / 38, 4 / 38]),
+        ({"temperature": 1.0, "top_k": 2}, [0.625, 0.375, 0]),
+        ({"temperature": 1.0, "top_p": 0.4}, [1, 0, 0]),
+        ({"temperature": 0.0}, [1, 0, 0]),
+    ],
+)
+def test_bars_are_the_distribution_under_the_settings(settings, drawn):
+    tokenizer = CharTokenizer.train(["a<c"])  # < a c
+    logits = torch.tensor([[0.3, 0.5, 0.2]]).log()
+    page = demo.bars(tokenizer, logits, SampleConfig(**settings))
+    assert re.findall(r"overflow:hidden\">(.*?)</span>", page) == ["a", "&lt;", "c"]
+    widths = re.findall(r"width:([\d.]+)%\"", page)
+    assert [float(w) / 100 for w in widths] == pytest.approx(drawn, abs=1e-3)
+    assert re.findall(r"left:([\d.]+)%", page) == ["50.0", "30.0", "20.0"]
+
+
+def test_without_gradio_there_is_one_line(workplace, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install gradio"):
+        demo.main([])
+
+
+def test_the_page_is_served_to_this_machine_alone(workplace, monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    train.main([*TINY_RUN, "--max_steps=1"])
+    asked: list[dict] = []
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **settings: asked.append(settings))
+    assert demo.main(["--port=7999"]) == demo.main(["--share"]) == 0
+    assert [a["server_name"] for a in asked] == ["127.0.0.1"] * 2
+    assert [a["server_port"] for a in asked] == [7999, 7860]
+    assert [a["share"] for a in asked] == [False, True]
+
+
+@pytest.fixture
+def page(workplace, monkeypatch):
+    """The page of a small model, open in a browser, with the model and its tokenizer."""
+    pytest.importorskip("gradio")
+    api = pytest.importorskip("playwright.sync_api")
+    if not BROWSER:
+        pytest.skip("needs Chromium")
+    flags = [
+        "--tokenizer=bpe",
+        "--vocab_size=300",
+        "--lr_max=1e-2",
+        "--max_steps=200",
+        "--block_size=64",
+    ]
+    train.main([*TINY_RUN, *flags, "--eval_every=100"])
+    path = Path("checkpoints/best.pt")
+
+    def slowly(*args):  # so small a model would be done before a browser looks
+        for step in generate(*args):
+            time.sleep(0.005)
+            yield step
+
+    monkeypatch.setattr(demo, "generate", slowly)
+    blocks = demo.build_page(path, CPU)
+    _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        tab = browser.new_page()
+        tab.set_default_timeout(10_000)
+        tab.hosts = set()
+        tab.on("request", lambda request: tab.hosts.add(request.url.split("/")[2]))
+        tab.goto(url)
+        tab.wait_for_selector(".bar")
+        yield tab, *load_checkpoint(path, CPU)[:2]
+        browser.close()
+    blocks.close()
+
+
+def test_in_a_browser(page):
+    tab, model, tokenizer = page
+    box = tab.locator("div[style*='pre-wrap']")
+
+    # The bars are the softmax, and move with a slider.
+    tab.get_by_label("Prompt").fill("the quick")
+    logits = model(torch.from_numpy(tokenizer.encode("the quick"))[None])[0][0, -1]
+    at_most = {t: 100 * (logits / t).softmax(dim=-1).max().item() for t in (0.8, 1.0)}
+    assert at_most[0.8] > at_most[1.0] + 1
+    width = "parseFloat(document.querySelector('.bar').style.width)"
+    tab.wait_for_function(f"Math.abs({width} - {at_most[0.8]}) < 0.06")
+    for _ in range(4):  # of 0.05 each
+        tab.get_by_label("range slider for Temperature").press("ArrowRight")
+    tab.wait_for_function(f"Math.abs({width} - {at_most[1.0]}) < 0.06")
+
+    # What is typed stands in the text as it is, even where it reads like HTML.
+    prompt = "<i>the ${1+1} {{value}}"
+    tab.get_by_label("Prompt").fill(prompt)
+    tab.wait_for_function(f"document.body.innerText.includes({prompt!r})")
+    assert box.inner_text() == prompt
+
+    # The text comes bit by bit, and is the one that generate.py writes.
+    tab.evaluate(
+        """() => {
+            window.lengths = new Set();
+            new MutationObserver(() => {
+                const box = document.querySelector("div[style*='pre-wrap']");
+                if (box) window.lengths.add(box.innerText.length);
+            }).observe(document.body, {subtree: true, childList: true, characterData: true});
+        }"""
+    )
+    tab.get_by_role("button", name="Write").click()
+    config = SampleConfig(prompt=prompt, temperature=1.0, max_new_tokens=300)
+    wanted = re.sub("[^a-z]", "", sample_text(model, tokenizer, config)[0])  # it has odd bytes too
+    letters = "document.querySelector(\"div[style*='pre-wrap']\").innerText.replace(/[^a-z]/g, '')"
+    tab.wait_for_function(f"{letters} == {wanted!r}")
+    assert len(tab.evaluate("[...window.lengths]")) > 3
+
+    # The second tab shows the run.
+    tab.get_by_role("tab", name="Training").click()
+    picture = tab.locator("svg[width='576pt']")
+    picture.wait_for()
+    assert picture.bounding_box()["width"] > 300
+    assert len(tab.hosts) == 1 and "127.0.0.1" in tab.hosts.pop()
