@@ -1,0 +1,43 @@
+"""The notebook runs from a clean kernel, and its training goes on from what is there."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN
+
+from utils import read_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_notebook_runs_and_resumes(workplace, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    processor = pytest.importorskip("nbconvert.preprocessors").ExecutePreprocessor
+    pytest.importorskip("ipykernel")
+    for file in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
+        shutil.copy(file, workplace)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
+    notebook = nbformat.read(ROOT / "colab.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    flags = " ".join([*TINY_RUN, "--block_size=32", "--max_steps="])
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('FLAGS = ""', f"FLAGS = {flags + '20'!r}")
+        cell.source = cell.source.replace("%pip", "# %pip").replace("00 ", "0 ")
+    (training,) = [cell for cell in notebook.cells if "RESUME =" in cell.source]
+    again = nbformat.v4.new_code_cell(f"FLAGS = {flags + '30'!r}\n{training.source}")
+    notebook.cells.append(again)  # as after a disconnect
+    processor(timeout=60).preprocess(notebook, {"metadata": {"path": str(workplace)}})
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert any(
+        "| temperature=0.5" in output["data"].get("text/markdown", "")
+        for output in outputs
+        if "data" in output
+    )
+    assert "error:" not in "".join(output.get("text", "") for output in outputs)
+    assert "resuming at step 20" in "".join(output.text for output in again.outputs)
+    assert read_checkpoint(workplace / "checkpoints" / "colab" / "latest.pt")["step"] == 30
