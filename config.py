@@ -8,6 +8,7 @@ these that has it: the flag, --arch, --preset, the default here.
 
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import re
@@ -124,6 +125,8 @@ class TrainConfig:
     eval_windows: int = setting(128, "windows that an evaluation scores, of each split", low=1)
     sample_tokens: int = setting(200, "tokens of sample text at each evaluation", low=0)
     save_every: int = setting(0, "steps between kept checkpoints, ckpt_01000.pt; 0: none", low=0)
+    tensorboard: bool = setting(False, "log to TensorBoard too, in the run's folder")
+    wandb: bool = setting(False, "log to Weights & Biases too")
     device: str = setting(
         "auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is", group="machine"
     )
@@ -152,6 +155,9 @@ class TrainConfig:
             found.append("--resume goes on and --overwrite starts anew: give one of them")
         if self.tag in (".", "..") or "/" in self.tag or "\\" in self.tag:
             found.append(f"tag {self.tag!r} must be a plain name: paths go to --out_dir")
+        for name in ("tensorboard", "wandb"):
+            if getattr(self, name) and importlib.util.find_spec(name) is None:
+                found.append(f"--{name} needs a package: pip install {name}")
         return found
 
 

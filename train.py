@@ -12,6 +12,7 @@ evaluation), loss_log.json (at the end), loss_curve.png and samples.txt. Next: p
 import contextlib
 import json
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ from config import (
 )
 from corpora import is_dataset, load_corpus
 from generate import sample_text
+from live import open_live
 from model import GPT
 from plots import draw_runs, read_run, save_figure, verdict
 
@@ -137,6 +139,7 @@ class Trainer:
         self.n_params = model.num_params()
         self.step = 0  # optimizer steps done
         self.log: list[dict[str, Any]] = []  # a record an evaluation
+        self.live: list[Callable[[dict[str, Any]], None]] | None = None  # what else is told
         self.unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
         self.grad_norm: float | None = None
         self.seconds_before = 0.0  # of the same run, in earlier processes
@@ -308,6 +311,7 @@ class Trainer:
         self.write_sample()
         if parallel.rank() == 0:
             self.write_log()
+            self.write_live()
             save_figure(draw_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
         if self.log[-1] is self.best():
             self.save("best.pt")
@@ -361,6 +365,16 @@ class Trainer:
         with utils.atomic_write(self.run_dir / "log.jsonl") as file:
             for record in (start, *self.log):
                 file.write((json.dumps(record) + "\n").encode())
+
+    def write_live(self) -> None:
+        """Tell the tools that are asked for of this evaluation; at first, of all before it too."""
+        new = self.log[-1:]
+        if self.live is None:
+            settings = asdict(self.model.config) | asdict(self.config)
+            self.live, new = open_live(self.config, self.run_dir, settings), self.log
+        for record in new:
+            for write in self.live:
+                write(record)
 
     def save(self, name: str) -> None:
         """Write a checkpoint with all that an exact continuation needs, by however many processes
@@ -544,6 +558,7 @@ def clear_run(run_dir: Path) -> None:
     for name in ("best.pt", "latest.pt", "ckpt_*.pt", *logs):
         for file in run_dir.glob(name):
             file.unlink()
+    shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
 
 
 def describe(trainer: Trainer, why_precision: str) -> None:
