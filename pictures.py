@@ -30,7 +30,7 @@ SPACES = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})  # shown
 
 def draw(path: Path, config: PlotConfig) -> Figure:
     """The picture of a checkpoint that the settings ask for."""
-    temperatures = numbers(config.temperatures, "temperatures", float)
+    temperatures = numbers(config.temperatures, "temperatures", float) or [1.0]
     layers, heads = (numbers(getattr(config, name), name, int) for name in ("layers", "heads"))
     model, tokenizer, _ = load_checkpoint(path, torch.device("cpu"))
     if config.picture == "positions":
@@ -45,11 +45,9 @@ def draw(path: Path, config: PlotConfig) -> Figure:
     if config.picture == "temperatures":
         return draw_temperatures(model, tokenizer, ids, temperatures)
     layers, heads = layers or range(model.config.n_layer), heads or range(model.config.n_head)
-    for name, chosen, n in (
-        ("layers", layers, model.config.n_layer),
-        ("heads", heads, model.config.n_head),
-    ):
-        if not 0 <= min(chosen) <= max(chosen) < n:
+    sizes = {"layers": (layers, model.config.n_layer), "heads": (heads, model.config.n_head)}
+    for name, (chosen, n) in sizes.items():
+        if max(chosen) >= n:
             raise UserError(f"--{name} must be from 0 to {n - 1}, of the model's {n}")
     return draw_attention(model, tokenizer, ids, layers, heads)
 

@@ -137,28 +137,23 @@ def draw_runs(runs: list[Run], x: str = "step") -> "Figure":
     verdicts = []
     for run_, color in zip(runs, itertools.cycle(COLORS)):
         log, best = run_.log, min(run_.log, key=lambda record: record["val"])
-        at = {"step": lambda r: r["step"], "time": lambda r: r["seconds"] / 60}
-        at["tokens"] = lambda r, run_=run_: r["step"] * run_.tokens_a_step / 1e6
-        xs = [at[x](record) for record in log]
-        found = f"{best['val']:.4f} at step {best['step']}"
-        losses.plot(
-            xs,
-            [r["train"] for r in log],
-            color=ORANGE if one else color,
-            linestyle="--",
-            label="training" if one else None,
-        )
-        label = "validation, best: " if one else f"{run_.name}: "
-        losses.plot(xs, [r["val"] for r in log], color=color, marker=".", label=label + found)
-        losses.plot(at[x](best), best["val"], "*", color=color, markersize=12)
+        units = {"step": 1, "tokens": run_.tokens_a_step / 1e6, "time": 1 / 60}
+        xs = [record["seconds" if x == "time" else "step"] * units[x] for record in log]
+        style = {"color": ORANGE if one else color, "label": "training" if one else None}
+        losses.plot(xs, [r["train"] for r in log], linestyle="--", **style)
+        label = "validation, best" if one else run_.name
+        label += f": {best['val']:.4f} at step {best['step']}"
+        losses.plot(xs, [r["val"] for r in log], color=color, marker=".", label=label)
+        losses.plot(xs[log.index(best)], best["val"], "*", color=color, markersize=12)
         rates.plot(xs, [r["lr"] for r in log], color=color)
         norms.plot(xs, [r["grad_norm"] or math.nan for r in log], color=color)
         words = verdict(log, run_.settings["vocab_size"])
         verdicts.append(textwrap.fill(words if one else f"{run_.name}: {words}", 102))
-    first = runs[0].settings
-    title = f"{first['corpus']['name']}, {first['n_layer']} layers of {first['n_embd']} channels"
-    title = [title] if one else []
-    losses.set_title("\n".join(title + verdicts), loc="left", fontsize=10)
+    if one:
+        of = runs[0].settings
+        title = f"{of['corpus']['name']}, {of['n_layer']} layers of {of['n_embd']} channels"
+        verdicts.insert(0, title)
+    losses.set_title("\n".join(verdicts), loc="left", fontsize=10)
     losses.set_ylabel("loss (nats a token)" + ("" if one else ", training dashed"))
     rates.set_ylabel("learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
