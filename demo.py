@@ -87,7 +87,7 @@ def bars(tokenizer: Tokenizer, logits: Tensor, config: SampleConfig) -> str:
             f'border-left:2px solid #D55E00; left:{before:.1%}"></span></span>'
             f'<span style="width:4em; text-align:right">{now:.3f}</span></div>'
         )
-    return rows
+    return f'<div style="padding-top:1em">{rows}</div>'  # below its label
 
 
 def write(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[tuple[str, Tensor]]:

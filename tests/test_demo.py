@@ -38,6 +38,7 @@ def test_the_text_is_that_of_generate_tinted_by_its_probabilities():
     assert [len(re.findall(SPAN, text, re.S)) for text, _ in before] == list(range(41))
     assert page.startswith("<b>&lt;a&gt;</b><span")
     tints, pieces = zip(*re.findall(SPAN, page, re.S), strict=True)
+    assert not any("<" in piece for piece in pieces)
     text = "<a>" + html.unescape("".join(pieces))
     assert text == sample_text(model, TOKENIZER, config)[0] and "<" in text[3:]
     wanted = probabilities(model, TOKENIZER, text)[2:]
