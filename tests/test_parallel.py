@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import parallel
 import train
 import utils
 
@@ -20,6 +21,7 @@ SETTINGS = [
     "--data=data/input.txt", "--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16",
     "--batch_size=4", "--max_steps=20", "--eval_every=10", "--eval_windows=9", "--save_every=10",
     "--sample_tokens=5", "--dropout=0.1", "--precision=float32", "--no-compile", "--device=cpu",
+    "--optimizer=adamw", "--lr_max=1e-3",
 ]  # fmt: skip
 
 # train.py that notes each step's loss, and fails, or lasts, as it is told
@@ -150,11 +152,17 @@ def test_a_job_that_lost_a_process_goes_on_from_its_checkpoint(workplace, run_on
     assert two == pytest.approx(one[10:], abs=1e-5)
 
 
-def test_a_step_that_cannot_be_shared_is_refused(workplace, run_one):
-    run_one("--tag=one", "--grad_accum=3", "--max_steps=10")
-    process = start_two(workplace, "--tag=one", "--resume")
-    _, errors = process.communicate(timeout=120)
-    assert "2 processes cannot share the run's 3 batches a step" in errors
+def test_the_batches_of_a_step_are_shared_or_refused(monkeypatch):
+    monkeypatch.setattr(parallel, "start", lambda device: device)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    config, device = train.TrainConfig(grad_accum=3), torch.device("cpu")
+    train.join_processes(config, device, whole_step=False)
+    assert config.grad_accum == 6  # three in each
+    train.join_processes(config, device, whole_step=True)
+    assert config.grad_accum == 6
+    config.grad_accum = 3
+    with pytest.raises(train.UserError, match="2 processes cannot share the run's 3 batches"):
+        train.join_processes(config, device, whole_step=True)
 
 
 def test_slices_need_several_processes(workplace):
