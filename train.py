@@ -4,6 +4,7 @@
     python train.py --data my.txt --tag mine   a text of your own, into checkpoints/mine/
     python train.py --data my.txt --tokenizer bpe --vocab_size 2000    in words, not characters
     python train.py --resume                   go on where a stopped run stood
+    torchrun --nproc_per_node=2 train.py       on two GPUs; parallel.py has more
 
 A run's folder, checkpoints/ or checkpoints/TAG/, holds latest.pt and best.pt, log.jsonl (a line an
 evaluation), loss_log.json (at the end), loss_curve.png and samples.txt. Next: python generate.py
