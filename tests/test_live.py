@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -44,9 +45,13 @@ def test_wandb_has_the_numbers_of_the_log_offline(workplace, monkeypatch):
     wandb.finish()
     run = workplace / "checkpoints" / "a"
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    for _ in range(100):  # another process writes it, and may still be at it
+        records = [messages.Record.FromString(data) for data in leveldb_records(file.read_bytes())]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
     history = []
-    for data in leveldb_records(file.read_bytes()[7:]):
-        record = messages.Record.FromString(data)
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             names = [(i.key or i.nested_key[0], json.loads(i.value_json)) for i in items]
@@ -55,19 +60,19 @@ def test_wandb_has_the_numbers_of_the_log_offline(workplace, monkeypatch):
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format, in which Weights & Biases writes: in blocks of
-    32 KiB, whose first lacks the file's own 7 bytes, parts with a checksum (4 bytes), a length (2)
-    and a kind (1: whole, 2: first, 3: middle, 4: last)."""
-    at, whole = 0, b""
+    """The records of a file in LevelDB's log format, in which Weights & Biases writes, after a head
+    of 7 bytes: in blocks of 32 KiB, parts with a checksum (4 bytes), a length (2) and a kind (1:
+    whole, 2: first, 3: middle, 4: last). Of a file that is being written, those that are whole."""
+    at, whole = 7, b""
     while at + 7 <= len(data):
-        left = 2**15 - (at + 7) % 2**15
+        left = 2**15 - at % 2**15
         if left < 7:  # a header does not fit: the rest of the block is empty
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):
+        if kind in (1, 4) and at <= len(data):
             yield whole
             whole = b""
 
