@@ -318,7 +318,14 @@ def start_long_run(workplace: Path) -> subprocess.Popen:
     command = [sys.executable, "-c", SLOW, *["long.txt"] * 20]
     command += ["--workers=2", "--name=set", "--tokenizer=char"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=workplace, stderr=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command,
+        cwd=workplace,
+        stderr=subprocess.PIPE,
+        env=environment,
+        # a shell that runs the tests in the background has Ctrl-C ignored, and that is inherited
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     written = workplace / "data" / ".set.part" / "train.bin"
     while not (written.exists() and written.stat().st_size):
