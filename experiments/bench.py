@@ -319,18 +319,19 @@ def step_seconds(ways: dict[str, tuple], n: int, repeats: int) -> dict[str, tupl
             pipe.send(n)
             seconds, memory[name] = pipe.recv()
             times[name].append(seconds)
+    for pipe in pipes.values():
+        pipe.send(0)  # no more
     return {name: (sorted(times[name])[repeats // 2], memory[name]) for name in ways}
 
 
 def serve_steps(pipe: Any, make: Callable[..., Callable[[], Tensor]], *args: Any) -> None:
-    """In a process of its own: make a step, warm up, and time as many as are asked for."""
+    """In a process of its own: make a step, warm up, and time as many as are asked for, until it is none."""
     keep_freed_memory()
     step = make(*args)
     for _ in range(3):
         step().item()
     pipe.send(None)
-    while True:
-        n = pipe.recv()
+    while n := pipe.recv():
         began = time.perf_counter()
         for _ in range(n):
             loss = step()
