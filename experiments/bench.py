@@ -325,7 +325,8 @@ def step_seconds(ways: dict[str, tuple], n: int, repeats: int) -> dict[str, tupl
 
 
 def serve_steps(pipe: Any, make: Callable[..., Callable[[], Tensor]], *args: Any) -> None:
-    """In a process of its own: make a step, warm up, and time as many as are asked for, until it is none."""
+    """In a process of its own: make a step, warm up, and time as many as are asked for, till none
+    is."""
     keep_freed_memory()
     step = make(*args)
     for _ in range(3):
