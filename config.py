@@ -191,7 +191,7 @@ class SampleConfig:
     precision: str = setting(
         "float32", "of the weights; lower is faster", choices=(*PRECISIONS[1:], "int8")
     )
-    compile: bool = setting(False, "torch.compile: half a minute first, then faster")
+    compile: bool = setting(False, "torch.compile: up to a minute first, then faster")
     cache: bool = setting(True, "keep keys and values; off: compute all anew for each token")
 
     def problems(self) -> list[str]:
