@@ -56,7 +56,8 @@ class GPTConfig:
     dropout: float = setting(0.0, "share of activations dropped in training", low=0, below=1)
     norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model: parts")
     mlp: str = setting("swiglu", "", choices=("gelu", "relu", "silu", "relu2", "swiglu"))
-    pos: str = setting("rope", "", choices=("learned", "sinusoidal", "rope"))
+    pos: str = setting("rope", "", choices=("none", "learned", "sinusoidal", "rope"))
+    post_norm: bool = setting(False, "norm what a part adds up to, not what it reads")
     qk_norm: bool = setting(True, "norm queries and keys")
     tie_weights: bool = setting(True, "one matrix for token embeddings and output")
     bias: bool = setting(False, "biases in linear layers and layernorms")
@@ -223,13 +224,13 @@ PLAIN = {"arch": "gpt2", "precision": "float32", "compile": False, "lr_min": 1e-
 PRESETS["baseline"] |= PLAIN
 
 # Each is exactly a Hugging Face architecture: GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM.
-ARCH_FIELDS = ("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias")
+ARCH_FIELDS = ("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias", "post_norm")
 ARCHS: dict[str, dict[str, Any]] = {
     name: dict(zip(ARCH_FIELDS, row, strict=True))
     for name, row in {
-        "gpt2": ("layernorm", "gelu", "learned", False, True, True),
-        "llama": ("rmsnorm", "swiglu", "rope", False, False, False),
-        "qwen3": ("rmsnorm", "swiglu", "rope", True, True, False),
+        "gpt2": ("layernorm", "gelu", "learned", False, True, True, False),
+        "llama": ("rmsnorm", "swiglu", "rope", False, False, False, False),
+        "qwen3": ("rmsnorm", "swiglu", "rope", True, True, False, False),
     }.items()
 }
 

@@ -83,6 +83,16 @@ MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 # its queries and keys, or None
 
 
+class NoPositions(nn.Module):
+    """Adds nothing: the causal mask alone tells a model that can count (Haviv et al. 2022)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+
+    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, None]:
+        return x, None
+
+
 class LearnedPositions(nn.Module):
     """One trained vector per position, added to the token's (GPT-2)."""
 
@@ -142,6 +152,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 POSITIONS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "none": NoPositions,
     "learned": LearnedPositions,
     "sinusoidal": SinusoidalPositions,
     "rope": RotaryPositions,
@@ -285,8 +296,9 @@ def fused_attention(
 
 
 class Block(nn.Module):
-    """Attention mixes positions, the MLP works on each alone; both add to the residual stream x
-    (pre-norm)."""
+    """Attention mixes positions, the MLP works on each alone; both add to the residual stream x.
+    They read it normed (pre-norm); with post_norm the sums are normed instead (Vaswani et al.
+    2017), which is harder to train (Xiong et al. 2020)."""
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
@@ -294,7 +306,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.norm2 = NORMS[config.norm](config, config.n_embd)
         self.mlp = MLPS[config.mlp](config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop, self.post_norm = nn.Dropout(config.dropout), config.post_norm
 
     def forward(
         self,
@@ -304,6 +316,9 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
+        if self.post_norm:
+            x = self.norm1(x + self.drop(self.attn(x, rotation, mask, cache, maps)))
+            return self.norm2(x + self.drop(self.mlp(x)))
         x = x + self.drop(self.attn(self.norm1(x), rotation, mask, cache, maps))
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -318,7 +333,7 @@ class GPT(nn.Module):
         self.pos = POSITIONS[config.pos](config)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-        self.norm = NORMS[config.norm](config, config.n_embd)
+        self.norm = nn.Identity() if config.post_norm else NORMS[config.norm](config, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.grad_checkpoint = False  # keep no activations inside blocks (Chen et al. 2016)
         if (

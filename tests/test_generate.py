@@ -91,6 +91,7 @@ def test_generation_is_the_model_fed_its_own_text(arch: str):
 
 
 COMBINATIONS = [*ARCHS.values(), {"pos": "sinusoidal"}, {"n_head": 4, "n_kv_head": 2}]
+COMBINATIONS += [{"pos": "none", "post_norm": True}]
 
 
 @pytest.mark.parametrize("settings", COMBINATIONS)
