@@ -58,6 +58,7 @@ class GPTConfig:
     mlp: str = setting("swiglu", "", choices=("gelu", "relu", "silu", "relu2", "swiglu"))
     pos: str = setting("rope", "", choices=("none", "learned", "sinusoidal", "rope"))
     post_norm: bool = setting(False, "norm what a part adds up to, not what it reads")
+    token_shift: bool = setting(False, "half of what a part reads is from the token before")
     qk_norm: bool = setting(True, "norm queries and keys")
     tie_weights: bool = setting(True, "one matrix for token embeddings and output")
     bias: bool = setting(False, "biases in linear layers and layernorms")
@@ -87,6 +88,8 @@ class GPTConfig:
             found.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.pos == "sinusoidal" and self.n_embd % 2:
             found.append(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
+        if self.token_shift and self.n_embd % 2:
+            found.append(f"token_shift needs an even n_embd, not {self.n_embd}")
         return found
 
 
@@ -224,13 +227,14 @@ PLAIN = {"arch": "gpt2", "precision": "float32", "compile": False, "lr_min": 1e-
 PRESETS["baseline"] |= PLAIN
 
 # Each is exactly a Hugging Face architecture: GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM.
-ARCH_FIELDS = ("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias", "post_norm")
+ARCH_FIELDS = ("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias")
+ARCH_FIELDS += ("post_norm", "token_shift")
 ARCHS: dict[str, dict[str, Any]] = {
-    name: dict(zip(ARCH_FIELDS, row, strict=True))
+    name: dict(zip(ARCH_FIELDS, (*row, False, False), strict=True))
     for name, row in {
-        "gpt2": ("layernorm", "gelu", "learned", False, True, True, False),
-        "llama": ("rmsnorm", "swiglu", "rope", False, False, False, False),
-        "qwen3": ("rmsnorm", "swiglu", "rope", True, True, False, False),
+        "gpt2": ("layernorm", "gelu", "learned", False, True, True),
+        "llama": ("rmsnorm", "swiglu", "rope", False, False, False),
+        "qwen3": ("rmsnorm", "swiglu", "rope", True, True, False),
     }.items()
 }
 

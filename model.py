@@ -214,6 +214,8 @@ class KVCache:
             tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             for _ in range(config.n_layer)
         ]
+        shape = (2 * config.n_layer * config.token_shift, batch_size, 1, config.n_embd // 2)
+        self.passed = torch.zeros(shape, device=device, dtype=dtype)  # of the last token
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values (B, K, T, D) of a layer; all so far are (B, K, S, D)."""
@@ -223,9 +225,17 @@ class KVCache:
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
+    def pass_on(self, part: int, x: Tensor) -> Tensor:
+        """Keep what the last token passes on to the next in a part of the model, (B, 1, C/2); what
+        the token before these passed on, zeros where there is none."""
+        before = self.passed[part].to(x.dtype, copy=True) if self.length else torch.zeros_like(x)
+        self.passed[part] = x
+        return before
+
     def select(self, rows: Tensor) -> None:
         """Make the batch of these of its rows, as beam search does."""
         self.layers = [tuple(t[rows] for t in layer) for layer in self.layers]
+        self.passed = self.passed[:, rows]
 
 
 class Attention(nn.Module):
@@ -292,6 +302,21 @@ def fused_attention(
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
 
+def shift_tokens(x: Tensor, part: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    """x (B, T, C) with the second half of its channels from the token before, so that each layer
+    reads pairs of tokens (token shift, Peng et al. 2023). Nothing comes from where the mask says
+    that a token may not look. `part` numbers the places in the model where this is done."""
+    own, passed = x.chunk(2, dim=-1)  # 2 x (B, T, C/2)
+    first = torch.zeros_like(passed[:, :1])
+    if cache is not None:
+        first = cache.pass_on(part, passed[:, -1:])
+    passed = torch.cat([first, passed[:, :-1]], dim=1)
+    if mask is not None:
+        seen = mask[:, 0].diagonal(-1, dim1=1, dim2=2)  # (B, T - 1): may t + 1 look at t?
+        passed = passed * F.pad(seen, (1, 0))[..., None]
+    return torch.cat([own, passed], dim=-1)
+
+
 # --- the model
 
 
@@ -306,7 +331,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.norm2 = NORMS[config.norm](config, config.n_embd)
         self.mlp = MLPS[config.mlp](config)
-        self.drop, self.post_norm = nn.Dropout(config.dropout), config.post_norm
+        self.drop, self.layer = nn.Dropout(config.dropout), layer
+        self.post_norm, self.token_shift = config.post_norm, config.token_shift
 
     def forward(
         self,
@@ -316,11 +342,17 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:
-        if self.post_norm:
-            x = self.norm1(x + self.drop(self.attn(x, rotation, mask, cache, maps)))
-            return self.norm2(x + self.drop(self.mlp(x)))
-        x = x + self.drop(self.attn(self.norm1(x), rotation, mask, cache, maps))
-        return x + self.drop(self.mlp(self.norm2(x)))
+        y = self.read(x, 0, mask, cache)
+        x = x + self.drop(self.attn(y, rotation, mask, cache, maps))
+        x = self.norm1(x) if self.post_norm else x
+        x = x + self.drop(self.mlp(self.read(x, 1, mask, cache)))
+        return self.norm2(x) if self.post_norm else x
+
+    def read(self, x: Tensor, part: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """What attention (part 0) or the MLP (part 1) reads of the residual stream."""
+        if not self.post_norm:
+            x = self.norm2(x) if part else self.norm1(x)
+        return shift_tokens(x, 2 * self.layer + part, mask, cache) if self.token_shift else x
 
 
 class GPT(nn.Module):

@@ -161,7 +161,10 @@ def mean(values: list[float]) -> float:
 
 
 def spread(values: list[float]) -> float:
-    """The distance between the largest and the smallest: what chance does at least."""
+    """The distance between the largest and the smallest: what chance does at least. Of one value it
+    is not known: no number."""
+    if len(values) < 2:
+        return math.nan
     return max(values) - min(values) if math.isfinite(max(values)) else math.inf
 
 
@@ -182,6 +185,8 @@ def difference(base: list[float], other: list[float]) -> str:
 
 def in_cell(value: Any) -> str:
     """A value as it stands in a table."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "-"
     if isinstance(value, float):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

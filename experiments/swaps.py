@@ -3,6 +3,7 @@
 python experiments/swaps.py --quick
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,9 @@ SWAPS: dict[str, dict[str, Any]] = {
     "output matrix of its own": {"tie_weights": False},
     "no biases": {"bias": False},
     "norm after the sum": {"post_norm": True},
-    "all of today's": {"arch": "qwen3"},
+    "half of the channels from the token before": {"token_shift": True},
+    "all of today's (qwen3)": {"arch": "qwen3"},
+    "all of today's and the token before": {"arch": "qwen3", "token_shift": True},
 }
 # Small enough for a fraction of a minute; the full size is the preset of a GPU.
 QUICK = {"n_layer": 3, "n_embd": 128, "n_head": 4, "block_size": 96, "batch_size": 16}
@@ -48,6 +51,7 @@ def cache_speed(device: torch.device, quick: bool) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=65, block_size=1024, **sizes)).to(device).eval()
     prompt = torch.zeros(1, dtype=torch.long, device=device)
+    list(generate(model, prompt, SampleConfig(max_new_tokens=20)))  # to warm up
     rows = []
     for n in (64, 256, 1000):
         rates = {}
@@ -86,6 +90,7 @@ def draw(losses: dict[str, list[float]], cache: list[dict[str, Any]]) -> Any:
         right.loglog(n, [row[key] for row in cache], "o-", color=color, label=key)
     right.set_xticks(n, list(map(str, n)))
     right.minorticks_off()
+    right.yaxis.set_major_formatter("{x:,.0f}")
     right.set(xlabel="tokens generated", title="The cache of keys and values")
     right.legend()
     for axes in (left, right):
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     rows, losses = [], {}
     for name, swap in SWAPS.items():
         flags = {"arch": "gpt2"} | (QUICK if this.config.quick else FULL) | swap
-        runs = study.with_seeds(this, name.replace(" ", "-").replace("'", ""), flags)
+        runs = study.with_seeds(this, re.sub(r"\W+", "-", name), flags)
         losses[name] = [r["val"] for r in runs]
         base = losses["GPT-2's architecture"]
         rows.append(

@@ -91,7 +91,7 @@ def test_generation_is_the_model_fed_its_own_text(arch: str):
 
 
 COMBINATIONS = [*ARCHS.values(), {"pos": "sinusoidal"}, {"n_head": 4, "n_kv_head": 2}]
-COMBINATIONS += [{"pos": "none", "post_norm": True}]
+COMBINATIONS += [{"pos": "none", "post_norm": True}, {"token_shift": True}]
 
 
 @pytest.mark.parametrize("settings", COMBINATIONS)
@@ -116,8 +116,9 @@ def test_a_cache_that_is_full_raises():
         generate.decode(model, torch.zeros(1, dtype=torch.long), cache)
 
 
-def test_a_cache_can_be_filled_in_pieces():
-    model, idx = make_model(), torch.randint(11, (2, 12))
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_a_cache_can_be_filled_in_pieces(token_shift: bool):
+    model, idx = make_model(token_shift=token_shift), torch.randint(11, (2, 12))
     cache = KVCache(model.config, 2)
     for start, end in ((0, 3), (3, 4), (4, 9), (9, 12)):
         logits = model(idx[:, start:end], cache=cache)[0]
@@ -127,7 +128,8 @@ def test_a_cache_can_be_filled_in_pieces():
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("pos", ["rope", "learned", "sinusoidal"])
 def test_lower_precision_changes_the_logits_a_little(precision: str, pos: str):
-    model, idx = make_model(n_embd=64, n_head=2, pos=pos), torch.randint(11, (1, 12))
+    settings = {"n_embd": 64, "n_head": 2, "pos": pos, "token_shift": pos == "rope"}
+    model, idx = make_model(**settings), torch.randint(11, (1, 12))
     exact = model(idx)[0]
     generate.lower_precision(model, precision)
     close = model(idx)[0].float()
@@ -149,8 +151,9 @@ def test_int8_weights_are_within_half_a_step_of_the_weights():
     assert torch.allclose(low(x.bfloat16()).float(), expected, atol=0.02)  # bfloat16 has 8 bits
 
 
-def test_compiled_generation_equals_eager():
-    model, prompt = make_model(), torch.tensor([1, 2, 3])
+@pytest.mark.parametrize("token_shift", [False, True])
+def test_compiled_generation_equals_eager(token_shift: bool):
+    model, prompt = make_model(token_shift=token_shift), torch.tensor([1, 2, 3])
     config = SampleConfig(max_new_tokens=25, temperature=0)
     eager = [step.ids.item() for step in generate.generate(model, prompt, config)]
     model.compile(dynamic=True)

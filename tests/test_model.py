@@ -115,6 +115,15 @@ def test_attention_equals_torch_multihead_attention():
     assert torch.allclose(maps[0], weights, atol=1e-6)
 
 
+def test_token_shift_takes_half_of_the_channels_from_the_token_before():
+    x = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]]])
+    expected = [[1.0, 2.0, 0.0, 0.0], [5.0, 6.0, 3.0, 4.0], [9.0, 10.0, 7.0, 8.0]]
+    assert parts.shift_tokens(x, 0, None, None)[0].tolist() == expected
+    mask = parts.document_mask(torch.tensor([[0, 1, 1]]))  # the second token begins a document
+    expected[1][2:] = [0.0, 0.0]
+    assert parts.shift_tokens(x, 0, mask, None)[0].tolist() == expected
+
+
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_block_equals_torch_transformer_layer(post_norm: bool):
     torch.manual_seed(0)
@@ -288,7 +297,7 @@ def test_packed_documents_do_not_see_each_other(pos: str):
 
 
 def test_a_packed_document_is_scored_as_if_it_stood_alone():
-    model = make_model()  # its rotary positions see distances only
+    model = make_model(token_shift=True)  # its rotary positions see distances only
     idx = torch.randint(11, (2, 9))
     packed, _ = model(idx, docs=torch.tensor([[0] * 4 + [1] * 5] * 2))
     alone = torch.cat([model(idx[:, :4])[0], model(idx[:, 4:])[0]], dim=1)
