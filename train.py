@@ -144,7 +144,7 @@ class Trainer:
         self.unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, loss, gradient norm
         self.grad_norm: float | None = None
         self.seconds_before = 0.0  # of the same run, in earlier processes
-        self.started = time.perf_counter()
+        self.started = self.drawn = time.perf_counter()
         self.restart_clock()
 
     def train_step(self) -> tuple[Tensor, Tensor]:
@@ -268,6 +268,7 @@ class Trainer:
         if not stop.number:
             return 0
         self.save("latest.pt")
+        self.draw()
         print(f"stopped and saved at step {self.step}; --resume goes on from here")
         return 128 + stop.number
 
@@ -313,7 +314,8 @@ class Trainer:
         if parallel.rank() == 0:
             self.write_log()
             self.write_live()
-            save_figure(draw_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
+            if time.perf_counter() > self.drawn + 5:  # seconds; a picture takes a part of one
+                self.draw()
         if self.log[-1] is self.best():
             self.save("best.pt")
         self.save("latest.pt")  # last: who resumes from it finds all else at least as new
@@ -366,6 +368,12 @@ class Trainer:
         with utils.atomic_write(self.run_dir / "log.jsonl") as file:
             for record in (start, *self.log):
                 file.write((json.dumps(record) + "\n").encode())
+
+    def draw(self) -> None:
+        """Draw the curve so far."""
+        if parallel.rank() == 0:
+            save_figure(draw_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
+            self.drawn = time.perf_counter()
 
     def write_live(self) -> None:
         """Tell the tools that are asked for of this evaluation; at first, of all before it too."""
@@ -431,8 +439,10 @@ class Trainer:
             f"done in {seconds:.0f} s: best at step {best['step']}, validation loss {loss:.4f}"
             f"{in_words(numbers)} over the whole split\n"
             f"verdict: {words}\n"
-            f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}"
+            f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}",
+            flush=True,
         )
+        self.draw()
 
 
 # --- around the training

@@ -9,7 +9,6 @@ python experiments/bench.py time_to_loss --nanogpt path/to/nanoGPT
 
 import functools
 import importlib.util
-import json
 import multiprocessing
 import os
 import re
@@ -406,9 +405,9 @@ def bench_data(config: BenchConfig) -> str:
 
 
 def bench_time_to_loss(config: BenchConfig) -> str:
-    """Seconds from the command to its end, with everything that is compiled compiled anew, and the
-    loss over the whole validation split (nanoGPT: its own estimate), of some presets and of
-    nanoGPT's recipe for a CPU, in turns."""
+    """Seconds from the command until the loss is on the screen, with everything that is compiled
+    compiled anew; the loss is over the whole validation split (nanoGPT: its own estimate). Of some
+    presets and of nanoGPT's recipe for a CPU, in turns."""
     data = str(find_corpus(config.data).resolve())
     seconds: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
@@ -421,16 +420,8 @@ def bench_time_to_loss(config: BenchConfig) -> str:
                 else:
                     command = f"train.py --preset {name} --data {data} --out_dir {folder}".split()
                     cwd = str(ROOT)
-                began = time.perf_counter()
-                run = [sys.executable, *command]
-                done = subprocess.run(run, cwd=cwd, env=environment, capture_output=True, text=True)
-                seconds.setdefault(name, []).append(time.perf_counter() - began)
-                if done.returncode:
-                    raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1:]}")
-                if name == "nanoGPT":
-                    loss = float(re.findall(r"val loss ([\d.]+)", done.stdout)[-1])
-                else:
-                    loss = json.loads(Path(folder, "loss_log.json").read_text())["final"]["val"]
+                took, loss = time_to_loss([sys.executable, *command], cwd, environment)
+                seconds.setdefault(name, []).append(took)
                 losses.setdefault(name, []).append(loss)
             print(f"{name:12}{seconds[name][-1]:8.1f} s{losses[name][-1]:10.4f}", flush=True)
     lines = [f"medians of {config.repeats}, {config.device}, {torch.get_num_threads()} threads"]
@@ -440,6 +431,22 @@ def bench_time_to_loss(config: BenchConfig) -> str:
         )
         lines.append(f"{name:12}{time_:8.1f} s{loss:10.4f}")
     return "\n".join(lines)
+
+
+def time_to_loss(command: list[str], cwd: str, environment: dict[str, str]) -> tuple[float, float]:
+    """Run a training; when its last validation loss was printed, in seconds, and that loss."""
+    began = time.perf_counter()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
+    environment = environment | {"PYTHONUNBUFFERED": "1"}
+    last = None
+    with subprocess.Popen(command, cwd=cwd, env=environment, **pipes) as process:
+        for line in process.stdout:
+            if found := re.search(r"val(?:idation)? loss ([\d.]+)", line):
+                last = time.perf_counter() - began, float(found[1])
+        errors = process.stderr.read()
+    if process.returncode or last is None:
+        raise UserError(f"{' '.join(command[1:3])} failed: {errors.strip().splitlines()[-1:]}")
+    return last
 
 
 def nanogpt_command(checkout: str, text: Path, out_dir: str) -> tuple[list[str], str]:

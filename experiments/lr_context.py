@@ -136,7 +136,7 @@ def draw(
     ways.set_yticks(range(len(ends)), names)
     ways.invert_yaxis()
     ways.set(xlabel="validation loss", title="How the rate begins and ends")
-    for color, style, (name, log) in zip(COLORS, ("-", "--", ":"), curves.items(), strict=True):
+    for color, style, (name, log) in zip(COLORS, ("-", "--", ":"), curves.items(), strict=False):
         losses = [record["val"] for record in log]
         parts.plot([r["step"] for r in log], losses, style, color=color, label=name, linewidth=2)
     parts.set(xlabel="step", ylabel="validation loss", title="One batch, or several in turn")

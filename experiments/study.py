@@ -139,8 +139,9 @@ def train_one(study: Study, flags: dict[str, Any], share: float) -> dict[str, An
 def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
     """The seconds that the steps of a run took, without its evaluations, and those of one."""
     steps = [record["step"] for record in log]
+    ms = [record["ms_per_step"] or 0.0 for record in log[1:]]  # None: the first step alone
     spans = [b - a for a, b in itertools.pairwise(steps)]
-    seconds = sum(n * r["ms_per_step"] / 1000 for n, r in zip(spans, log[1:], strict=True))
+    seconds = sum(n * m / 1000 for n, m in zip(spans, ms, strict=True))
     return {"seconds": seconds, "ms_per_step": 1000 * seconds / max(1, steps[-1])}
 
 

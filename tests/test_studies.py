@@ -1,0 +1,150 @@
+"""The studies at a tiny size: their tables are their runs', and what is done is not done again."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+import lr_context
+import sizes
+import study
+import swaps
+
+from config import UserError
+
+TINY = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "batch_size": 4, "max_steps": 6}
+TINY |= {"eval_every": 3, "eval_windows": 4, "compile": False, "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The curves of the runs, which test_train.py looks at, would take most of the time."""
+    monkeypatch.setattr(study.train.Trainer, "draw", lambda trainer: None)
+
+
+def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[dict[str, str]]:
+    """Run a quick study of two seeds, and again with training forbidden. The rows of its table."""
+    words = ("--quick", "--seeds=2", "--device=cpu", *words)
+    assert module.main(list(words)) == 0
+    name = Path("experiments/results", module.__name__ + "_quick")
+    table = name.with_suffix(".csv").read_text()
+    assert name.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "train_one", lambda *args: pytest.fail("trained again"))
+        assert module.main(list(words)) == 0
+    assert name.with_suffix(".csv").read_text().splitlines()[0] == table.splitlines()[0]
+    assert f"python experiments/{module.__name__}.py --quick" in name.with_suffix(".md").read_text()
+    return list(csv.DictReader(table.splitlines()))
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """What the runs of a study wrote, by their folders' names."""
+    folder = Path("checkpoints/studies", name)
+    return {f.parent.name: json.loads(f.read_text()) for f in folder.glob("*/study.json")}
+
+
+def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(swaps, "QUICK", TINY)
+    some = ("GPT-2's architecture", "learned positions to RoPE", "norm after the sum")
+    monkeypatch.setattr(swaps, "SWAPS", {name: swaps.SWAPS[name] for name in some})
+    rows_of_cache = [{"tokens generated": 64, "tokens/s with cache": 9, "tokens/s without": 3}]
+    monkeypatch.setattr(swaps, "cache_speed", lambda *args: rows_of_cache)
+    rows = run_twice(swaps, monkeypatch)
+    runs = results("swaps_quick")
+    assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
+    rope = [runs[f"learned-positions-to-RoPE-{seed}"] for seed in (1, 2)]
+    row = next(row for row in rows if "RoPE" in row["swap"])
+    assert float(row["validation loss"]) == pytest.approx((rope[0]["val"] + rope[1]["val"]) / 2)
+    assert float(row["spread"]) == pytest.approx(abs(rope[0]["val"] - rope[1]["val"]))
+    assert int(rows[0]["parameters"]) - int(row["parameters"]) == 16 * 16  # the learned positions
+    one, two = (runs[f"GPT-2-s-architecture-{seed}"]["flags"] for seed in (1, 2))
+    assert one["arch"] == "gpt2" and (one["seed"], two["seed"]) == (1, 2)
+
+
+def test_sizes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sizes, "QUICK", TINY)
+    monkeypatch.setattr(sizes, "EVALUATIONS", 2)
+    small = {name: {"n_layer": 1, "n_embd": n} for name, n in (("a", 8), ("b", 16), ("c", 24))}
+    monkeypatch.setattr(sizes, "SIZES", {True: small})
+    rows = run_twice(sizes, monkeypatch)
+    assert [row["size"] for row in rows] == [*"abcabc"]
+    assert [row["steps"] for row in rows[:3]] == ["6"] * 3
+    shares = {run["flags"]["share"] for run in results("sizes_quick").values()}
+    assert shares == {0.1, 1 / 3, 1.0}
+
+
+def test_lr_context(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lr_context, "QUICK", TINY)
+    monkeypatch.setattr(lr_context, "WINDOWS", {True: (8, 16)})
+    monkeypatch.setattr(lr_context, "RATES", {True: (1e-3, 1e-2)})
+    rows = run_twice(lr_context, monkeypatch)
+    assert [(row["window"], row["peak rate"]) for row in rows] == [
+        ("8", "0.001"),
+        ("8", "0.01"),
+        ("16", "0.001"),
+        ("16", "0.01"),
+    ]
+    runs = results("lr_context_quick")
+    one, four = runs["accumulate1-1"], runs["accumulate4-1"]  # the same step, cut into batches
+    assert (one["flags"]["batch_size"], four["flags"]["batch_size"]) == (4, 1)
+    assert {run["flags"]["batch_size"] * run["flags"]["block_size"] for run in runs.values()} == {
+        64,
+        16,
+        32,
+    }
+
+
+def test_a_run_of_other_settings_in_the_folder_is_refused(workplace: Path):
+    this = study.begin("some", ["--device=cpu"], "")
+    study.make_run(this, "a", TINY)
+    with pytest.raises(UserError, match="other settings"):
+        study.make_run(this, "a", TINY | {"lr_max": 0.5})
+
+
+def test_a_run_that_was_cut_off_is_taken_up(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, cut = (study.begin("some", ["--device=cpu", f"--out_dir={d}"], "") for d in "ab")
+    expected = study.make_run(whole, "a", TINY)["val"]
+    with monkeypatch.context() as patch:
+        step = study.train.Trainer.train_step
+
+        def die_at_5(trainer: Any) -> Any:
+            return step(trainer) if trainer.step < 4 else 1 / 0
+
+        patch.setattr(study.train.Trainer, "train_step", die_at_5)
+        with pytest.raises(ZeroDivisionError):
+            study.make_run(cut, "a", TINY)
+    result = study.make_run(cut, "a", TINY)
+    assert result["val"] == expected
+    assert [record["step"] for record in result["log"]] == [0, 3, 6]
+
+
+def test_a_run_that_diverges_is_a_result(workplace: Path):
+    this = study.begin("some", ["--device=cpu"], "")
+    result = study.make_run(this, "a", TINY | {"lr_max": 1e30, "warmup_steps": 0, "arch": "gpt2"})
+    assert math.isinf(result["val"])
+    assert study.difference([1.0, 1.1], [result["val"], 1.0]) == "diverged"
+
+
+def test_a_difference_within_the_spread_is_none():
+    base = [1.50, 1.52]  # spread 0.02
+    assert study.difference(base, [1.50, 1.49]) == "none"  # 0.015 apart
+    assert study.difference(base, [1.53, 1.55]) == "+0.0300"
+    assert study.difference(base, [1.40, 1.70]) == "none"  # 0.04 apart, but the other has 0.3
+    assert study.difference([1.5], [1.4]) == "-0.1000 (one run)"
+
+
+def test_tables():
+    rows = [{"name": "a", "loss": 1.23456, "n": 1234567}, {"name": "b", "loss": math.nan, "n": 2}]
+    assert study.markdown(rows).splitlines() == [
+        "| name | loss | n |",
+        "| --- | --- | --- |",
+        "| a | 1.2346 | 1,234,567 |",
+        "| b | - | 2 |",
+    ]
+    assert study.as_csv(rows).splitlines() == ["name,loss,n", "a,1.23456,1234567", "b,nan,2"]
