@@ -12,11 +12,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import lr_context
+import scaling
 import sizes
 import study
 import swaps
 
-from config import UserError
+from config import GPTConfig, UserError
 
 TINY = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "batch_size": 4, "max_steps": 6}
 TINY |= {"eval_every": 3, "eval_windows": 4, "compile": False, "precision": "float32"}
@@ -47,6 +48,11 @@ def results(name: str) -> list[dict[str, Any]]:
     """What the runs of a study wrote, by their folders' names."""
     folder = Path("checkpoints/studies", name)
     return {f.parent.name: json.loads(f.read_text()) for f in folder.glob("*/study.json")}
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """The rows of a table that a study wrote."""
+    return list(csv.DictReader(Path(f"experiments/results/{name}.csv").read_text().splitlines()))
 
 
 def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
@@ -148,3 +154,89 @@ def test_tables():
         "| b | - | 2 |",
     ]
     assert study.as_csv(rows).splitlines() == ["name,loss,n", "a,1.23456,1234567", "b,nan,2"]
+
+
+# --- scaling
+
+# Hoffmann et al. (2022), equation 10: L(N, D) = E + A / N^alpha + B / D^beta, whose best size for a
+# budget is G (C / 6)^(beta / (alpha + beta)), equation 4
+E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
+G = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
+
+
+def hoffmann_loss(n: float, budget: float) -> float:
+    """The loss that their law gives a model of n weights, trained with this budget."""
+    return E + A / n**ALPHA + B / (budget / (6 * n)) ** BETA
+
+
+def test_profiles_of_a_known_law_give_it_back():
+    budgets = [1e19, 2e19, 4e19, 8e19]
+    best = {c: G * (c / 6) ** (BETA / (ALPHA + BETA)) for c in (*budgets, 1.6e20)}
+    shifts = (0.45, 0.6, 1.1, 1.5, 2.2)  # the sizes lie about the best one, which is none of them
+    losses = {
+        c: {round(x * best[c]): hoffmann_loss(x * best[c], c) for x in shifts} for c in budgets
+    }
+    found = scaling.best_sizes(losses)
+    for budget in budgets:
+        assert found[budget].weights == pytest.approx(best[budget], rel=0.05)
+        assert found[budget].tokens * found[budget].weights * 6 == pytest.approx(budget)
+        assert found[budget].loss == pytest.approx(hoffmann_loss(best[budget], budget), abs=2e-3)
+        assert found[budget].where == "among the sizes"
+    laws = scaling.power_laws(found)
+    assert laws["weights"][1] == pytest.approx(BETA / (ALPHA + BETA), abs=0.005)  # 0.452
+    assert laws["tokens"][1] == pytest.approx(ALPHA / (ALPHA + BETA), abs=0.005)  # 0.548
+    ahead = hoffmann_loss(best[1.6e20], 1.6e20) - scaling.at(laws["loss"], 1.6e20)
+    assert 0 < ahead < 0.02  # too low, for the law of the best losses has no E
+
+
+def test_parabola_minimum():
+    def losses(weights: list[int], bend: float) -> list[float]:
+        return [3 + bend * math.log(n / 50_000) ** 2 for n in weights]
+
+    for weights in ([10_000, 40_000, 90_000], [20_000, 30_000, 100_000, 400_000]):
+        n, loss, where = scaling.parabola_minimum(weights, losses(weights, 0.2))
+        assert (n, loss) == pytest.approx((50_000, 3.0)) and where == "among the sizes"
+    small = [5_000, 10_000, 20_000]
+    n, loss, where = scaling.parabola_minimum(small, losses(small, 0.2))
+    assert (n, loss) == pytest.approx((20_000, losses(small, 0.2)[-1])) and "beyond" in where
+    n, loss, where = scaling.parabola_minimum(small, losses(small, -0.2))
+    assert (n, loss) == (5_000, losses(small, -0.2)[0]) and "no minimum" in where
+
+
+def test_a_power_law_is_found():
+    x = [1.0, 2.0, 8.0]
+    assert scaling.power_law(x, [3 * v**-0.25 for v in x]) == pytest.approx((3, -0.25))
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_matrix_weights_of_gpt2(tie_weights: bool):
+    """12 L C^2 of the blocks and V C of the output; no tables, biases, gains."""
+    sizes = {"vocab_size": 100, "n_layer": 3, "n_embd": 32, "mlp": "gelu", "pos": "learned"}
+    config = GPTConfig(**sizes, bias=True, tie_weights=tie_weights)
+    assert scaling.matrix_weights(config) == 12 * 3 * 32**2 + 100 * 32
+
+
+def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    run = {key: value for key, value in TINY.items() if key not in ("max_steps", "eval_every")}
+    widths = {4e6: (8, 12, 16), 8e6: (8, 12, 16)}
+    size = {"run": run | {"lr_max": 1e-2}, "widths": widths, "check": 1.6e7, "width_step": 4}
+    monkeypatch.setattr(scaling, "QUICK", size)
+    run_twice(scaling, monkeypatch, "--data=data/input.txt")
+    runs = results("scaling_quick")
+    *rows, check_run = table("scaling_quick_runs")
+    assert len(runs) == 2 * (len(rows) + 1) == 14
+    for row in (*rows, check_run):
+        budget = 1e12 * float(row["TFLOP"])
+        pair = [runs[f"{budget:.1e}-{row['channels']}-{seed}"] for seed in (1, 2)]
+        losses = [one["val"] for one in pair]
+        assert float(row["validation loss"]) == pytest.approx(sum(losses) / 2)
+        assert float(row["spread"]) == pytest.approx(max(losses) - min(losses))
+        a_step = 6 * int(row["weights"]) * 4 * 16  # of batch_size x block_size tokens
+        assert abs(int(row["steps"]) * a_step - budget) <= a_step / 2
+        assert {one["flags"]["max_steps"] for one in pair} == {int(row["steps"])}
+    (check,) = table("scaling_quick_check:")
+    assert float(check["measured loss"]) == float(check_run["validation loss"])
+    assert check["trained size"] == check_run["weights"]
+    best = [float(row["validation loss"]) for row in table("scaling_quick")]
+    # the line through two points in logarithms goes on as far again: b (b / a)
+    assert float(check["predicted loss"]) == pytest.approx(best[1] ** 2 / best[0])
