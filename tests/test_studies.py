@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import scaling
 import sizes
 import study
 import swaps
+import tokenization
 
 from config import GPTConfig, UserError
 
@@ -240,3 +242,49 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     best = [float(row["validation loss"]) for row in table("scaling_quick")]
     # the line through two points in logarithms goes on as far again: b (b / a)
     assert float(check["predicted loss"]) == pytest.approx(best[1] ** 2 / best[0])
+
+
+# --- tokenization
+
+
+def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    size = {"run": TINY, "vocabularies": (260, 300), "seconds": 1.0}
+    monkeypatch.setattr(tokenization, "QUICK", size)
+    times = iter((0.1, 0.2, 0.25))  # of a step; there is none for a second measurement
+    monkeypatch.setattr(tokenization, "step_seconds", lambda *args: next(times))
+
+    def no_network(name: str) -> None:
+        raise UserError("no network")
+
+    monkeypatch.setattr(tokenization.tokenizers, "from_tiktoken", no_network)
+    rows = run_twice(tokenization, monkeypatch, "--data=data/input.txt")
+    assert "without GPT-2's tokenizer: no network" in capsys.readouterr().out
+    assert [row["steps"] for row in rows] == ["10", "5", "4"]
+    runs = results("tokenization_quick")
+    names = ("char-1s", "bpe-260-1s", "bpe-300-1s")
+    for row, name in zip(rows, names, strict=True):
+        pair = [runs[f"{name}-{seed}"] for seed in (1, 2)]
+        assert [one["flags"]["max_steps"] for one in pair] == [int(row["steps"])] * 2
+        assert float(row["loss a token"]) == pytest.approx((pair[0]["val"] + pair[1]["val"]) / 2)
+        bits = float(row["loss a token"]) / math.log(2) / float(row["bytes a token"])
+        assert float(row["bits per byte"]) == pytest.approx(bits, rel=0.01)
+        assert float(row["spread"]) == pytest.approx(abs(pair[0]["bpb"] - pair[1]["bpb"]))
+    assert float(rows[0]["bytes a token"]) == 1  # the text is ASCII
+    assert [row["vocabulary"] for row in rows[1:]] == ["260", "300"]
+
+
+def test_the_time_of_a_step_is_measured(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    this = study.begin("some", ["--device=cpu", "--data=data/input.txt"], "")
+    step = study.train.Trainer.train_step
+
+    def slow_step(trainer: Any) -> Any:
+        time.sleep(0.02)
+        return step(trainer)
+
+    monkeypatch.setattr(study.train.Trainer, "train_step", slow_step)
+    assert 0.02 < tokenization.step_seconds(this, TINY | {"tokenizer": "char"}) < 0.2
+
+
+def test_a_prepared_data_set_has_its_tokenizer(workplace: Path):
+    with pytest.raises(UserError, match="has its tokenizer already"):
+        tokenization.main(["--quick", "--device=cpu", "--data=data"])
