@@ -1,8 +1,10 @@
 """The studies at a tiny size: their tables are their runs', and what is done is not done again."""
 
 import csv
+import doctest
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 
 import lr_context
+import sampling
 import scaling
 import sizes
 import study
@@ -288,3 +291,45 @@ def test_the_time_of_a_step_is_measured(workplace: Path, monkeypatch: pytest.Mon
 def test_a_prepared_data_set_has_its_tokenizer(workplace: Path):
     with pytest.raises(UserError, match="has its tokenizer already"):
         tokenization.main(["--quick", "--device=cpu", "--data=data"])
+
+
+# --- sampling
+
+
+def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    size = {"run": TINY | {"save_every": 2}, "samples": {"num_samples": 2, "max_new_tokens": 20}}
+    monkeypatch.setattr(sampling, "QUICK", size)
+    monkeypatch.setattr(sampling, "KNOBS", {"temperature": (0.5, 1.0), "top_k": (1, 99)})
+    rows = run_twice(sampling, monkeypatch)
+    assert [(row["knob"], row["value"]) for row in rows] == [
+        ("temperature", "0.5"),
+        ("temperature", "1"),
+        ("top_k", "1"),
+        ("top_k", "99"),
+    ]
+    low, off, first, every = rows
+    assert float(low["entropy"]) < float(off["entropy"])
+    assert float(first["entropy"]) == float(first["spread of surprise"]) == 0  # always one text
+    assert float(off["spread of surprise"]) > 0  # another seed is another text
+    assert list(every.values())[2:] == list(off.values())[2:]  # no knob is turned in either
+    run = results("sampling_quick")["model"]
+    checkpoints = table("sampling_quick_checkpoints")
+    assert [row["step"] for row in checkpoints] == ["2", "4", "6"]
+    assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
+    (people,) = table("sampling_quick_validation")
+    assert float(people["surprise"]) == pytest.approx(run["val"], abs=1e-5)
+
+    shutil.copy("checkpoints/studies/sampling_quick/model/best.pt", "alone.pt")  # one of a user's
+    assert sampling.main(["alone.pt", "--quick", "--seeds=2", "--device=cpu"]) == 0
+    assert "no ckpt_*.pt beside alone.pt" in capsys.readouterr().out
+    assert table("sampling_quick") == rows
+    assert table("sampling_quick_checkpoints") == checkpoints[-1:]
+    Path("data/input.txt").write_text("something else " * 100, encoding="utf-8")
+    with pytest.raises(UserError, match=r"is not what alone\.pt was trained on"):
+        sampling.main(["alone.pt", "--quick", "--device=cpu"])
+
+
+@pytest.mark.parametrize("module", [sampling, study])
+def test_docstring_examples(module: Any):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0
