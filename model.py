@@ -11,6 +11,7 @@ vocabulary, H heads, K heads of keys and values (n_kv_head), D head size, F hidd
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -302,14 +303,15 @@ def fused_attention(
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
 
 
-def shift_tokens(x: Tensor, part: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+def shift_tokens(
+    x: Tensor, mask: Tensor | None = None, pass_on: Callable[[Tensor], Tensor] = torch.zeros_like
+) -> Tensor:
     """x (B, T, C) with the second half of its channels from the token before, so that each layer
     reads pairs of tokens (token shift, Peng et al. 2023). Nothing comes from where the mask says
-    that a token may not look. `part` numbers the places in the model where this is done."""
+    that a token may not look. `pass_on` takes what the last token has for the next (B, 1, C/2), and
+    gives what the one before the first had: zeros, unless there is a cache."""
     own, passed = x.chunk(2, dim=-1)  # 2 x (B, T, C/2)
-    first = torch.zeros_like(passed[:, :1])
-    if cache is not None:
-        first = cache.pass_on(part, passed[:, -1:])
+    first = pass_on(passed[:, -1:])
     passed = torch.cat([first, passed[:, :-1]], dim=1)
     if mask is not None:
         seen = mask[:, 0].diagonal(-1, dim1=1, dim2=2)  # (B, T - 1): may t + 1 look at t?
@@ -352,7 +354,11 @@ class Block(nn.Module):
         """What attention (part 0) or the MLP (part 1) reads of the residual stream."""
         if not self.post_norm:
             x = self.norm2(x) if part else self.norm1(x)
-        return shift_tokens(x, 2 * self.layer + part, mask, cache) if self.token_shift else x
+        if not self.token_shift:
+            return x
+        if cache is None:
+            return shift_tokens(x, mask)
+        return shift_tokens(x, mask, partial(cache.pass_on, 2 * self.layer + part))
 
 
 class GPT(nn.Module):

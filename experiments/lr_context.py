@@ -20,8 +20,8 @@ from config import run, train_settings
 from model import GPT
 from plots import COLORS
 
-QUICK = {"n_layer": 2, "n_embd": 128, "n_head": 2, "max_steps": 300, "eval_every": 50}
-QUICK |= {"compile": False, "batch_size": 12, "block_size": 128}
+QUICK = {"preset": "tiny", "batch_size": 12, "max_steps": 300, "eval_every": 50}
+QUICK |= {"compile": False}
 FULL = {"preset": "medium"}
 RATES = {True: (1e-3, 3e-3, 1e-2, 3e-2), False: (3e-4, 1e-3, 2e-3, 4e-3)}
 WINDOWS = {True: (32, 128, 256), False: (64, 256, 1024)}

@@ -110,7 +110,9 @@ def train_one(study: Study, flags: dict[str, Any], share: float) -> dict[str, An
     gpt, config = train_settings(flags, study.device.type)
     raise_problems(gpt.problems() + config.problems())
     tokenizer, corpus = corpus_of(config.data, config.tokenizer, gpt.vocab_size)
-    corpus = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * share)])
+    n = round(len(corpus.train_ids) * share)
+    docs = None if corpus.train_docs is None else corpus.train_docs[corpus.train_docs < n]
+    corpus = replace(corpus, train_ids=corpus.train_ids[:n], train_docs=docs)
     utils.check_length(corpus, gpt.block_size)
     latest = Path(config.out_dir, "latest.pt")
     state = utils.read_checkpoint(latest) if latest.exists() else None
@@ -208,11 +210,9 @@ def finish(study: Study, tables: dict[str, list[dict[str, Any]]], figure: "Figur
     name), and print the tables."""
     folder = Path(study.config.results)
     folder.mkdir(parents=True, exist_ok=True)
-    text = [
-        f"# {study.name}",
-        f"`python experiments/{study.name}.py{' --quick' * study.config.quick}`",
-    ]
-    text[1] += f" on {machine(study.device)}"
+    command = f"python experiments/{study.name}.py{' --quick' * study.config.quick}"
+    head = f"`{command} --seeds {study.config.seeds}` on {machine(study.device)}"
+    text = [f"# {study.name}", head]
     for i, (title, rows) in enumerate(tables.items()):
         name = study.full_name + (f"_{title.split()[0].lower()}" if i else "")
         with utils.atomic_write(folder / f"{name}.csv") as file:

@@ -40,8 +40,8 @@ SWAPS: dict[str, dict[str, Any]] = {
     "all of today's and the token before": {"arch": "qwen3", "token_shift": True},
 }
 # Small enough for a fraction of a minute; the full size is the preset of a GPU.
-QUICK = {"n_layer": 3, "n_embd": 128, "n_head": 4, "block_size": 96, "batch_size": 16}
-QUICK |= {"max_steps": 400, "lr_max": 2e-3, "eval_every": 100, "compile": False}
+QUICK = {"preset": "tiny", "n_layer": 3, "n_head": 4, "block_size": 96, "batch_size": 16}
+QUICK |= {"max_steps": 400, "lr_max": 2e-3, "eval_every": 200, "compile": False}
 FULL = {"preset": "medium"}
 
 

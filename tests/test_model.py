@@ -118,10 +118,10 @@ def test_attention_equals_torch_multihead_attention():
 def test_token_shift_takes_half_of_the_channels_from_the_token_before():
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]]])
     expected = [[1.0, 2.0, 0.0, 0.0], [5.0, 6.0, 3.0, 4.0], [9.0, 10.0, 7.0, 8.0]]
-    assert parts.shift_tokens(x, 0, None, None)[0].tolist() == expected
+    assert parts.shift_tokens(x)[0].tolist() == expected
     mask = parts.document_mask(torch.tensor([[0, 1, 1]]))  # the second token begins a document
     expected[1][2:] = [0.0, 0.0]
-    assert parts.shift_tokens(x, 0, mask, None)[0].tolist() == expected
+    assert parts.shift_tokens(x, mask)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("post_norm", [False, True])

@@ -45,7 +45,10 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> list
         patch.setattr(study, "train_one", lambda *args: pytest.fail("trained again"))
         assert module.main(list(words)) == 0
     assert name.with_suffix(".csv").read_text().splitlines()[0] == table.splitlines()[0]
-    assert f"python experiments/{module.__name__}.py --quick" in name.with_suffix(".md").read_text()
+    assert (
+        f"python experiments/{module.__name__}.py --quick --seeds 2` on cpu"
+        in name.with_suffix(".md").read_text()
+    )
     return list(csv.DictReader(table.splitlines()))
 
 
