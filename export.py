@@ -79,7 +79,8 @@ def arch_of(config: GPTConfig) -> str:
             f"{p} is {getattr(config, p)} and not {ARCHS[nearest][p]}" for p in differing[nearest]
         )
         raise UserError(
-            f"no architecture of Hugging Face's has these parts; {nearest} is nearest, but {parts}"
+            f"no architecture of Hugging Face's has these parts; {nearest} is nearest, but {parts} "
+            f"(train with --arch {nearest})"
         )
     if nearest == "gpt2" and (config.n_kv_head, config.head_size) != (
         config.n_head,

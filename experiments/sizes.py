@@ -56,7 +56,7 @@ def equal_time(
 
 
 def little_text(this: Study, base: dict[str, Any]) -> dict[tuple[str, float], list[dict[str, Any]]]:
-    """The middle model on a part of the text, with dropout and without, for three times the steps."""
+    """The middle model on a part of the text, with dropout and without, three times as long."""
     base = evaluated(base, 3 * base["max_steps"])
     size = list(SIZES[this.config.quick].values())[1]
     return {
