@@ -53,7 +53,7 @@ class GPTConfig:
     )
     head_size: int = setting(0, "channels of a head; 0: n_embd / n_head", low=0)
     n_inner: int = setting(0, "hidden width of the MLP; 0: 4 n_embd, for swiglu 8/3", low=0)
-    dropout: float = setting(0.0, "share of activations dropped in training", low=0, below=1)
+    dropout: float = setting(0.0, "share of what blocks add, dropped in training", low=0, below=1)
     norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model: parts")
     mlp: str = setting("swiglu", "", choices=("gelu", "relu", "silu", "relu2", "swiglu"))
     pos: str = setting("rope", "", choices=("none", "learned", "sinusoidal", "rope"))
@@ -205,13 +205,13 @@ class SampleConfig:
 
 # name: layers, heads, channels, window, batch, steps, peak rate, dropout, steps between evaluations
 PRESET_TABLE = {
-    "laptop": (4, 4, 128, 192, 12, 1200, 6e-3, 0.0, 240),
+    "laptop": (4, 2, 128, 192, 12, 1000, 6e-3, 0.0, 200),
     "tiny": (2, 2, 128, 128, 32, 3000, 3e-3, 0.0, 250),
     "small": (4, 4, 256, 256, 64, 5000, 2e-3, 0.1, 250),
     "medium": (6, 6, 384, 256, 64, 5000, 1e-3, 0.2, 250),
     "large": (8, 8, 512, 512, 64, 10000, 1e-3, 0.2, 500),
     "gpt2": (12, 12, 768, 1024, 32, 20000, 6e-4, 0.0, 500),
-    "quick": (2, 4, 128, 96, 16, 200, 1e-2, 0.0, 200),
+    "quick": (2, 2, 128, 96, 16, 110, 1e-2, 0.0, 110),
     "baseline": (4, 4, 128, 64, 12, 2000, 1e-3, 0.0, 250),
 }
 PRESET_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_steps", "lr_max")
@@ -219,9 +219,9 @@ PRESET_FIELDS += ("dropout", "eval_every")
 PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(PRESET_FIELDS, row, strict=True)) for name, row in PRESET_TABLE.items()
 }
-MUON = {"optimizer": "muon", "schedule": "linear"}
-PRESETS["laptop"] |= MUON
-PRESETS["quick"] |= MUON | {"warmup_steps": 15, "compile": False}  # sooner done than compiled
+FAST = {"optimizer": "muon", "schedule": "linear", "token_shift": True}
+PRESETS["laptop"] |= FAST
+PRESETS["quick"] |= FAST | {"compile": False}  # sooner done than compiled
 # nanoGPT's recipe for a CPU, to compare with
 PLAIN = {"arch": "gpt2", "precision": "float32", "compile": False, "lr_min": 1e-4}
 PRESETS["baseline"] |= PLAIN

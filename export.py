@@ -187,7 +187,7 @@ def hf_config(config: GPTConfig, arch: str, ids: dict[str, int | None]) -> dict[
             "layer_norm_epsilon": config.norm_eps,
             "resid_pdrop": config.dropout,
             "embd_pdrop": config.dropout,
-            "attn_pdrop": config.dropout,
+            "attn_pdrop": 0.0,
         }
     return common | {
         "num_hidden_layers": config.n_layer,

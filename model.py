@@ -177,20 +177,20 @@ def document_mask(docs: Tensor) -> Tensor:
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention as the formula has it, softmax(q k^T / sqrt(D)) v; q is (B, H, T, D), k and v are
     (B, H, S, D), the mask is the causal one unless another is given.
 
     The same result as `scaled_dot_product_attention`, slower and in more memory, for reading and
     for pictures. Returns the output (B, H, T, D) and the attention weights (B, H, T, S), whose rows
-    sum to 1 (before dropout).
+    sum to 1.
     """
     T, S = q.size(-2), k.size(-2)
     mask = causal_mask(T, S, q.device) if mask is None else mask
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)  # (B, H, T, S)
-    return F.dropout(weights, dropout) @ v, weights
+    return weights @ v, weights
 
 
 class KVCache:
@@ -246,7 +246,7 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.layer = layer
-        self.head_size, self.dropout = config.head_size, config.dropout
+        self.head_size = config.head_size
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
         self.qkv = nn.Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.bias)
         width = config.n_head * config.head_size
@@ -273,19 +273,16 @@ class Attention(nn.Module):
             k, v = cache.add(self.layer, k, v)  # (B, K, S, D)
         if k.size(1) < q.size(1):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-        dropout = self.dropout if self.training else 0.0
         if maps is None:
-            y = fused_attention(q, k, v, dropout, mask)  # (B, H, T, D)
+            y = fused_attention(q, k, v, mask)  # (B, H, T, D)
         else:
-            y, weights = plain_attention(q, k, v, dropout, mask)
+            y, weights = plain_attention(q, k, v, mask)
             maps.append(weights)
         y = y.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)  # heads side by side again
         return self.proj(y)
 
 
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None = None
-) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`plain_attention` in one kernel, which does not write the (T, S) weights to memory
     (FlashAttention, Dao et al. 2022)."""
     T, S = q.size(-2), k.size(-2)
@@ -293,14 +290,14 @@ def fused_attention(
     if on_cpu and torch.is_autocast_enabled("cpu") and 1 < T == S <= 256:
         # On a CPU the kernel is slow in bfloat16, and with short windows even in float32: a
         # training step of the laptop preset takes 0.8 of the time with the plain formula.
-        return plain_attention(q, k, v, dropout, mask)[0]
+        return plain_attention(q, k, v, mask)[0]
     if mask is None and 1 < T < S:
         mask = causal_mask(T, S, q.device)
     dtype = torch.float32 if on_cpu else v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         causal = mask is None and 1 < T == S
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
 
 
 def shift_tokens(
@@ -325,7 +322,8 @@ def shift_tokens(
 class Block(nn.Module):
     """Attention mixes positions, the MLP works on each alone; both add to the residual stream x.
     They read it normed (pre-norm); with post_norm the sums are normed instead (Vaswani et al.
-    2017), which is harder to train (Xiong et al. 2020)."""
+    2017), which is harder to train (Xiong et al. 2020). Dropout is for what they add, not for the
+    attention weights: drawing so many random numbers took a third of a step on a CPU."""
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()

@@ -162,7 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     batches, curves = accumulation(this, base)
     range_ = rate_range(this, base)
     tables = {"Rate by window": grid, "Schedules": ends, "Accumulation": batches}
-    tables["Range of rates"] = [{"learning rate": r, "training loss": x} for r, x in range_[::10]]
+    tables["Range of rates"] = [
+        {"learning rate": f"{r:.1e}", "training loss": loss} for r, loss in range_[::10]
+    ]
     return study.finish(this, tables, draw(grid, range_, ends, curves))
 
 

@@ -223,6 +223,7 @@ def draw(
     bottom.set_ylim(0, 1)
     for axes in panels[:, [0, 3]].flat:
         axes.legend()
+    bottom.legend(loc="center right")
     for row, last in ((0, 3), (1, 3)):  # the knobs of a row on one scale
         ends = [axes.get_ylim() for axes in panels[row, :last]]
         for axes in panels[row, :last]:

@@ -77,7 +77,7 @@ def draw(tokens: dict, time: dict, text: dict) -> Any:
     """Loss over parameters; loss over the steps, by share of the text and dropout."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for runs, color, label in ((tokens, BLUE, "equal tokens"), (time, ORANGE, "equal time")):
         params = [r[0]["params"] / 1e6 for r in runs.values()]
@@ -97,7 +97,7 @@ def draw(tokens: dict, time: dict, text: dict) -> Any:
             [r["step"] for r in log], [r["val"] for r in log], style, color=color, label=label
         )
     right.set(xlabel="step", ylabel="validation loss", title="Little text, one seed")
-    right.legend()
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure

@@ -73,9 +73,10 @@ def cache_speed(device: torch.device, quick: bool) -> list[dict[str, Any]]:
 def draw(losses: dict[str, list[float]], cache: list[dict[str, Any]]) -> Any:
     """The loss of each swap, a dot a seed, over the band of the base's seeds; the cache beside."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
     base = next(iter(losses.values()))
     left.axvspan(min(base), max(base), color=BLUE, alpha=0.2)
     for y, values in enumerate(losses.values()):
@@ -90,9 +91,10 @@ def draw(losses: dict[str, list[float]], cache: list[dict[str, Any]]) -> Any:
         right.loglog(n, [row[key] for row in cache], "o-", color=color, label=key)
     right.set_xticks(n, list(map(str, n)))
     right.minorticks_off()
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.yaxis.set_major_formatter("{x:,.0f}")
-    right.set(xlabel="tokens generated", title="The cache of keys and values")
-    right.legend()
+    right.set(xlabel="tokens generated", title="With keys and values kept")
+    right.legend(loc="lower left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure

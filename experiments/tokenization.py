@@ -31,7 +31,7 @@ from model import GPT
 from plots import COLORS
 
 QUICK: dict[str, Any] = {
-    "run": {"preset": "quick", "warmup_steps": None, "eval_windows": 32},
+    "run": {"preset": "quick", "eval_windows": 32},
     "vocabularies": (500, 2000),
     "seconds": 20.0,
 }

@@ -1,5 +1,6 @@
 """The README's commands work as they stand, in its order, at a size that takes seconds."""
 
+import ast
 import json
 import os
 import re
@@ -44,6 +45,9 @@ def run_command(line: str) -> None:
         assert line.split()[2] == "train.py"
         return
     program, *words = shlex.split(line)[1:]
+    if program.startswith("experiments/"):  # tests/test_studies.py runs them
+        assert (ROOT / program).exists(), line
+        return
     if program == "demo.py" or "--tensorboard" in words:
         return  # test_demo.py and test_live.py, for those who have the packages
     if program == "train.py":
@@ -99,6 +103,19 @@ def test_settings_from_other_code_bases_work(workplace: Path, line: str):
 def test_the_test_command_is_what_ci_runs():
     assert "python -m pytest" in commands()
     assert "\npython -m pytest\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_lines_to_read_are_those_of_what_is_named():
+    """`name` ([file.py 3-9](file.py#L3-L9)) is where the class or function begins and ends."""
+    links = re.findall(r"`([\w.]+)`\s\(\[(\S+) (\d+)-(\d+)\]\((\S+)#L(\d+)-L(\d+)\)\)", README)
+    assert len(links) == README.count("#L") > 10
+    for name, file, first, last, path, *lines in links:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        defined = {n.name: n for n in ast.walk(tree) if isinstance(n, kinds)}
+        found = defined[name.split(".")[-1]]
+        assert (file, [first, last]) == (path, lines)
+        assert (int(first), int(last)) == (found.lineno, found.end_lineno), f"{name} in {file}"
 
 
 def test_the_files_named_exist():
