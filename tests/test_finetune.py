@@ -214,7 +214,7 @@ def test_a_stopped_run_resumes_bit_for_bit(place: Path, monkeypatch, objective, 
 
 def test_text_reports_the_old_corpus_beside_the_new(place: Path, capsys):
     Path("other.txt").write_text(make_text(300)[::-1])  # no new characters
-    tune("--data=other.txt", "--eval_windows=999")
+    tune("--data=other.txt", "--eval_windows=999", "--max_steps=100", "--lr_max=2e-2")
     whole = json.loads(Path("checkpoints/loss_log.json").read_text())["final"]["val"]
     assert read("text")["log"][0]["old"] == pytest.approx(whole, rel=1e-5)
     assert read("text")["log"][-1]["old"] > whole
