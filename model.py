@@ -85,7 +85,7 @@ MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 
 
 class NoPositions(nn.Module):
-    """Adds nothing: the causal mask alone tells a model that can count (Haviv et al. 2022)."""
+    """Adds nothing: from the causal mask alone a model learns to count (Haviv et al. 2022)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
