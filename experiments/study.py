@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -206,15 +207,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def finish(study: Study, tables: dict[str, list[dict[str, Any]]], figure: "Figure") -> int:
-    """Write the results, NAME.png, NAME.md and a NAME.csv for each further table (its title in the
-    name), and print the tables."""
+    """Write the results, NAME.png, NAME.md, NAME.csv of the first table and NAME_WORD.csv of each
+    further one (the first word of its title), and print the tables."""
     folder = Path(study.config.results)
     folder.mkdir(parents=True, exist_ok=True)
     command = f"python experiments/{study.name}.py{' --quick' * study.config.quick}"
     head = f"`{command} --seeds {study.config.seeds}` on {machine(study.device)}"
     text = [f"# {study.name}", head]
     for i, (title, rows) in enumerate(tables.items()):
-        name = study.full_name + (f"_{title.split()[0].lower()}" if i else "")
+        word = re.findall(r"\w+", title)[0].lower()
+        name = study.full_name + f"_{word}" * (i > 0)
         with utils.atomic_write(folder / f"{name}.csv") as file:
             file.write(as_csv(rows).encode())
         text += [f"## {title}", markdown(rows)]

@@ -242,7 +242,7 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
         a_step = 6 * int(row["weights"]) * 4 * 16  # of batch_size x block_size tokens
         assert abs(int(row["steps"]) * a_step - budget) <= a_step / 2
         assert {one["flags"]["max_steps"] for one in pair} == {int(row["steps"])}
-    (check,) = table("scaling_quick_check:")
+    (check,) = table("scaling_quick_check")
     assert float(check["measured loss"]) == float(check_run["validation loss"])
     assert check["trained size"] == check_run["weights"]
     best = [float(row["validation loss"]) for row in table("scaling_quick")]
