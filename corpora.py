@@ -136,7 +136,7 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         own = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         train_ids, val_ids = (
-            map_ids(folder / f"{split}.bin", manifest["dtype"]) for split in ("train", "val")
+            map_ids(token_files(folder, split), manifest["dtype"]) for split in ("train", "val")
         )
         docs = np.load(folder / "train_docs.npy", mmap_mode="r")
         found = [len(train_ids), len(val_ids)]
@@ -157,6 +157,11 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
     tokenizer = tokenizers.from_dict(own)
     separator = tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
     return tokenizer, Corpus(train_ids, val_ids, info, *sizes, docs, separator)
+
+
+def token_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split's token ids, in order: train.bin, train_00001.bin and so on."""
+    return [folder / f"{split}.bin", *sorted(folder.glob(f"{split}_*.bin"))]
 
 
 # --- tokenizers and splits

@@ -92,7 +92,8 @@ def evaluate(path: Path, config: EvaluateConfig, device: torch.device) -> dict[s
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     n_bytes = corpus.val_bytes if config.split == "val" else corpus.train_bytes
     row["bpb"] = utils.bits_per_byte(row["loss"], n_bytes / len(ids))
-    if (ids == tokenizer.specials.get("<UNK>", -1)).any():
+    unknown = tokenizer.specials.get("<UNK>")
+    if unknown is not None and (ids[:] == unknown).any():
         row["bpb"] = math.nan  # what is unknown has bytes, but nobody could have predicted them
     return {"checkpoint": str(path), "parameters": model.num_params(), "split": config.split} | row
 

@@ -188,8 +188,9 @@ def plain_attention(
     """
     T, S = q.size(-2), k.size(-2)
     mask = causal_mask(T, S, q.device) if mask is None else mask
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)  # (B, H, T, S)
+    scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, H, T, S)
+    hidden = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
+    weights = (scores + hidden).softmax(dim=-1)  # (B, H, T, S)
     return weights @ v, weights
 
 

@@ -8,8 +8,9 @@
 
 A file is a document, unless --separator says what stands between documents; a .jsonl file has one
 in each line. A document goes to training or to validation as a whole. Cleaning is by choice, in the
-order of the flags below. The set, data/NAME/, has train.bin and val.bin (token ids), train_docs.npy
-(where documents begin), tokenizer.json and manifest.json. Next: python train.py --data data/NAME
+order of the flags below. The set, data/NAME/, has train.bin and val.bin (token ids; more than 268
+million go on in train_00001.bin and so on), train_docs.npy (where documents begin), tokenizer.json
+and manifest.json. Next: python train.py --data data/NAME
 """
 
 import functools
@@ -30,7 +31,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tiktoken
@@ -56,15 +57,17 @@ from corpora import (
     is_validation,
     make_tokenizer,
     open_dataset,
+    token_files,
 )
 from model import GPT
 from tokenizer import END_OF_TEXT, Tokenizer
 from tracks import TRACKS, fetch
-from utils import whole_characters
+from utils import map_ids, whole_characters
 
 PART_SIZE = 1 << 22  # characters: a longer document is handled in parts of about this size
 BATCH_SIZE = 1 << 20  # characters that a worker gets at once
 SAMPLE_SIZE = 1 << 27  # bytes of text, about, that a vocabulary is learned from
+SHARD_SIZE = 1 << 28  # tokens in a file
 ONE_PROCESS = 1 << 24  # bytes: a smaller corpus is done before other processes have started
 
 METADATA = (
@@ -422,14 +425,37 @@ class Writer:
 
     def __init__(self, folder: Path, separator: int, dtype: np.dtype):
         self.folder, self.separator, self.dtype = folder, separator, dtype
-        self.files = {
-            split: open(folder / f"{split}.bin", "wb")  # noqa: SIM115 (`finish` closes it)
-            for split in ("train", "val")
-        }
+        self.files: dict[str, BinaryIO] = {}  # the last of each split
         self.starts = {"train": array("q"), "val": array("q")}  # where the documents begin
         keys = ("documents", "tokens", "characters", "bytes")
-        self.counts = {split: dict.fromkeys(keys, 0) for split in self.files}
+        self.counts = {split: dict.fromkeys(keys, 0) for split in self.starts}
         self.seen: set[bytes] = set()
+        for split in self.starts:
+            self.begin_file(split, f"{split}.bin")
+
+    def begin_file(self, split: str, name: str) -> None:
+        """Begin another file of a split."""
+        if split in self.files:
+            self.close(split)
+        self.files[split] = open(self.folder / name, "wb")  # noqa: SIM115 (`close` closes it)
+
+    def close(self, split: str) -> None:
+        """Have the last file of a split on the disk."""
+        self.files[split].flush()
+        os.fsync(self.files[split].fileno())
+        self.files[split].close()
+
+    def append(self, split: str, ids: np.ndarray) -> None:
+        """Write ids behind those of a split, into further files as they get full."""
+        counts = self.counts[split]
+        while len(ids):
+            number, filled = divmod(counts["tokens"], SHARD_SIZE)
+            if number and not filled:
+                self.begin_file(split, f"{split}_{number:05d}.bin")
+            room = SHARD_SIZE - filled
+            block, ids = ids[:room], ids[room:]
+            self.files[split].write(block.tobytes())
+            counts["tokens"] += len(block)
 
     def write(self, part: Encoded) -> None:
         """Append a part to its split, the first of a document after a separator."""
@@ -438,43 +464,45 @@ class Writer:
             ids = np.concatenate([np.array([self.separator], dtype=self.dtype), ids])
             self.starts[part.split].append(counts["tokens"])
             counts["documents"] += 1
-        self.files[part.split].write(ids.tobytes())
-        counts["tokens"] += len(ids)
+        self.append(part.split, ids)
         counts["characters"] += part.chars
         counts["bytes"] += part.bytes
 
     def finish(self, tokenizer: Tokenizer) -> None:
         """Close the files, after making sure that there is something to validate on."""
-        for file in self.files.values():
-            file.flush()
+        self.close("train")
         if not self.counts["val"]["tokens"] and self.counts["train"]["tokens"]:
             self.move_last(tokenizer)
-        for file in self.files.values():
-            os.fsync(file.fileno())
-            file.close()
+        self.close("val")
         np.save(self.folder / "train_docs.npy", np.array(self.starts["train"], dtype=np.int64))
 
     def move_last(self, tokenizer: Tokenizer) -> None:
         """Move the last document to validation; of a corpus that is one document, its last tenth,
         which is the only case where a document is split."""
         train, val = self.counts["train"], self.counts["val"]
-        ids = np.memmap(self.folder / "train.bin", dtype=self.dtype, mode="r")
+        files = token_files(self.folder, "train")
+        ids = map_ids(files, str(self.dtype))
         n_documents = int(train["documents"] > 1)
         start = self.starts["train"].pop() if n_documents else len(ids) * 9 // 10
-        moved = {"documents": n_documents, "tokens": len(ids) - start, "characters": 0, "bytes": 0}
+        moved = {"documents": n_documents, "characters": 0, "bytes": 0}
         for first in range(start, len(ids), BATCH_SIZE):
             block = ids[first : first + BATCH_SIZE]
-            self.files["val"].write(block.tobytes())
+            self.append("val", block)
             raw = tokenizer.decode_bytes(block[block != self.separator].tolist())
             moved["bytes"] += len(raw)
             moved["characters"] += sum(b & 0xC0 != 0x80 for b in raw)  # the rest go on with one
-        self.files["val"].flush()
-        self.files["train"].truncate(start * self.dtype.itemsize)
+        del ids, block  # Windows cuts no file that is mapped
+        for number, file in enumerate(files):
+            if left := max(start - number * SHARD_SIZE, 0):
+                os.truncate(file, min(left, SHARD_SIZE) * self.dtype.itemsize)
+            else:
+                file.unlink()
+        train["tokens"] = start
         for key, count in moved.items():
             train[key] -= count
             val[key] += count
         if n_documents:
-            print(f"few documents: the last one, {moved['tokens']:,} tokens, is to validate on")
+            print(f"few documents: the last one, {val['tokens']:,} tokens, is to validate on")
         else:
             print("the corpus is one document: its last tenth is to validate on")
 
@@ -514,7 +542,7 @@ def make_set(config: PrepareConfig, folder: Path) -> dict[str, Any]:
         "splits": writer.counts,
         "vocab_size": tokenizer.vocab_size,
         "dtype": str(dtype),
-        "sha256": hash_files(folder / "train.bin", folder / "val.bin"),
+        "sha256": hash_files(*token_files(folder, "train"), *token_files(folder, "val")),
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,

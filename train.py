@@ -13,6 +13,7 @@ evaluation), loss_log.json (at the end), loss_curve.png and samples.txt. Next: p
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -177,14 +178,14 @@ class Trainer:
         return parallel.mean(mean_loss), parallel.whole(norm)
 
     def get_batch(self, part: int) -> tuple[Tensor, ...]:
-        """The part-th batch of this step, x and y (B, T); under overfit_batch always the first."""
+        """The part-th batch of this step, x and y (B, T); under overfit_batch always the first. A
+        resumed run with other batch sizes counts as if all had been of today's."""
         step = 0 if self.config.overfit_batch else self.step
         if self.objective.get_batch:
             return self.objective.get_batch(step, part)
-        T, docs = self.model.config.block_size, self.corpus.train_docs
-        return utils.get_batch(
-            self.train_ids, T, self.config.batch_size, self.config.seed, step, part, docs
-        )
+        T, B, seed = self.model.config.block_size, self.config.batch_size, self.config.seed
+        number = step * self.config.grad_accum + part  # of the run's batches
+        return utils.get_batch(self.train_ids, T, B, seed, number, self.corpus.train_docs)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Pretraining's loss: the mean cross-entropy of the next tokens, ()."""
@@ -203,7 +204,7 @@ class Trainer:
             yield
         self.model.train(was_training)
 
-    def evaluate(self, ids: np.ndarray, n_windows: int | None) -> float:
+    def evaluate(self, ids: np.ndarray | utils.Shards, n_windows: int | None) -> float:
         """The mean loss, in nats a token, over so many evenly spaced windows of a split, or over
         all of it (None), which the processes share. The mode that the model was in is put back."""
         size, n_ranks, B = (
@@ -314,7 +315,8 @@ class Trainer:
         if parallel.rank() == 0:
             self.write_log()
             self.write_live()
-            if time.perf_counter() > self.drawn + 5:  # seconds; a picture takes a part of one
+            # A picture takes a part of a second, and `finish` draws the last one.
+            if time.perf_counter() > self.drawn + 5 and self.step < self.config.max_steps:
                 self.draw()
         if self.log[-1] is self.best():
             self.save("best.pt")
@@ -621,10 +623,12 @@ def prepare_machine(config: TrainConfig, device: torch.device) -> str:
     config.precision, why = parallel.from_first(
         lambda: utils.pick_precision(config.precision, device)
     )
-    config.compile = utils.pick_compile(config.compile, device)
-    torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         utils.keep_freed_memory()
+        # Spares torch.compile nine seconds of trying what code the C++ compiler can make.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    config.compile = utils.pick_compile(config.compile, device)
+    torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     return why
 

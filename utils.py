@@ -66,8 +66,10 @@ BLOCK_SIZE = 1 << 20  # bytes read at once
 class Corpus:
     """A tokenized text, split: nine tenths to train on, one tenth to validate on."""
 
-    train_ids: np.ndarray  # (tokens,), the smallest integer type that holds the vocabulary
-    val_ids: np.ndarray
+    train_ids: (
+        "np.ndarray | Shards"  # (tokens,), the smallest integer type that holds the vocabulary
+    )
+    val_ids: "np.ndarray | Shards"
     info: dict[str, Any]  # name, bytes, sha256: which text it was; documents in it
     train_bytes: int  # of the text in UTF-8
     val_bytes: int
@@ -141,24 +143,52 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-def map_ids(path: Path, dtype: str) -> np.ndarray:
-    """The ids in a file of any size, read where they are needed."""
-    with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(memory, "madvise"):  # windows lie anywhere: reading ahead would cost 50 times more
-        memory.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(memory, dtype)
+def map_ids(paths: list[Path], dtype: str) -> "np.ndarray | Shards":
+    """The ids in files of any size, one behind the other, read where they are needed."""
+    parts = []
+    for path in paths:
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(memory, "madvise"):  # windows lie anywhere: reading ahead would cost 50 times
+            memory.madvise(mmap.MADV_RANDOM)
+        parts.append(np.frombuffer(memory, dtype))
+    return parts[0] if len(parts) == 1 else Shards(parts)
 
 
-def near(ids: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
+class Shards:
+    """Arrays one behind the other, to be read like one, by an array of places or a slice."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.begins = np.cumsum([0, *map(len, parts)], dtype=np.int64)  # and the end
+
+    def __len__(self) -> int:
+        return int(self.begins[-1])
+
+    def __getitem__(self, at: np.ndarray | slice) -> np.ndarray:
+        if isinstance(at, slice):
+            first, last, _ = at.indices(len(self))
+            pairs = zip(self.parts, self.begins, strict=False)
+            return np.concatenate([p[max(first - b, 0) : max(last - b, 0)] for p, b in pairs])
+        number = np.searchsorted(self.begins, at, side="right") - 1
+        found = np.empty(at.shape, self.dtype)
+        for i in np.unique(number):
+            here = number == i
+            found[here] = self.parts[i][at[here] - self.begins[i]]
+        return found
+
+
+def near(ids: np.ndarray | Shards, device: torch.device) -> np.ndarray | Shards | Tensor:
     """A stream of ids in the memory of a GPU, where it takes up to a gigabyte there: then no step
     waits for the host. Else the stream as it is, which may be a file larger than any memory."""
-    if device.type == "cpu" or len(ids) > 1 << 28:
+    if device.type == "cpu" or isinstance(ids, Shards) or len(ids) > 1 << 28:
         return ids
     return torch.from_numpy(ids.astype(np.int32)).to(device)
 
 
-def windows(ids: np.ndarray | Tensor, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+def windows(
+    ids: np.ndarray | Shards | Tensor, starts: np.ndarray, block_size: int
+) -> tuple[Tensor, Tensor]:
     """The windows of a stream that begin at `starts` (B,), in one indexed read.
 
     Returns x and y, both (B, T) int64: y[b, t] is the token after x[b, t]. Past the end of the
@@ -181,21 +211,27 @@ def windows(ids: np.ndarray | Tensor, starts: np.ndarray, block_size: int) -> tu
 
 
 def get_batch(
-    ids: np.ndarray | Tensor,
+    ids: np.ndarray | Shards | Tensor,
     block_size: int,
     batch_size: int,
     seed: int,
-    step: int,
-    part: int = 0,
+    number: int,
     docs: np.ndarray | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The random windows of one step, x and y (B, T): a pure function of (seed, step, part), so
-    nothing needs storing to resume. `part` numbers the batches of one step: those of gradient
-    accumulation, over all processes. With `docs`, the sorted beginnings of the documents, windows
-    keep to them as `fit_documents` says.
+    """The windows of a run's batch of that number, x and y (B, T): a pure function of it and the
+    seed, so nothing needs storing to resume.
+
+    Each window begins 0.618 of the stream, a golden ratio, after the one before, going round at its
+    end (Weyl 1916). So all of a text is read about equally often, and the windows of a batch lie
+    far apart; drawn by chance, windows would miss an eighth of it in two epochs. The seed says
+    where the first begins. With `docs`, the sorted beginnings of the documents, windows keep to
+    them as `fit_documents` says.
     """
     n_starts = len(ids) - block_size if docs is None else len(ids)
-    starts = np.random.default_rng((seed, step, part)).integers(n_starts, size=batch_size)
+    count = number * batch_size + np.arange(batch_size, dtype=np.uint64)  # windows before each one
+    first = np.random.default_rng(seed).integers(1 << 64, dtype=np.uint64)
+    place = first + count * np.uint64(0x9E3779B97F4A7C15)  # in 2^64ths, whose golden ratio that is
+    starts = ((place >> np.uint64(11)) / (1 << 53) * n_starts).astype(np.int64)
     if docs is not None:
         starts = fit_documents(starts, docs, len(ids), block_size)
     return windows(ids, starts, block_size)

@@ -68,7 +68,7 @@ class BenchConfig:
     data: str = setting("", "the text; default: plays for the tokenizers, else shakespeare")
     vocab_size: int = setting(10_000, "tokens that byte-pair encoding learns", low=258)
     preset: str = setting("medium", "the model", choices=tuple(PRESETS))
-    arch: str = setting("gpt2", "its architecture", choices=tuple(ARCHS))
+    arch: str = setting("gpt2", "its architecture; '': the preset's own", choices=("", *ARCHS))
     tokens: int = setting(500, "tokens to generate", low=10)
     steps: int = setting(10, "training steps to time at once", low=1)
     runs: str = setting("quick,laptop,baseline", "presets to train, with commas")
@@ -257,7 +257,8 @@ def bench_train(config: BenchConfig) -> str:
     appendix B).
     """
     device = pick_device(config.device)
-    flags = {"preset": config.preset, "arch": config.arch, "vocab_size": VOCAB_SIZE}
+    flags = {"preset": config.preset, "vocab_size": VOCAB_SIZE}
+    flags |= {"arch": config.arch} if config.arch else {}
     gpt, run = train_settings(flags, device.type)
     model = GPT(gpt)
     n_weights = model.num_params() - (0 if gpt.tie_weights else model.tok.weight.numel())
@@ -267,7 +268,7 @@ def bench_train(config: BenchConfig) -> str:
     tokens = run.batch_size * gpt.block_size
     rates = {p: matrix_rate(device, p) for p in ("float32", "bfloat16")}
     lines = [
-        f"{config.preset}, {config.arch}, {model.num_params():,} parameters, batches of "
+        f"{config.preset}, {config.arch or 'as it is'}, {model.num_params():,} parameters, batches of "
         f"{run.batch_size} x {gpt.block_size}, {device}, {torch.get_num_threads()} threads",
         "matrices are multiplied at "
         + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {p}" for p, rate in rates.items()),
@@ -382,20 +383,22 @@ def nanogpt_step(
 
 
 def bench_data(config: BenchConfig) -> str:
-    """The time to read a batch of a data set of 10 MB and of one of 10 GB: memory-mapped files, as
-    prepare.py makes them (here sparse ones, which take no room)."""
+    """The time to read a batch of data sets of 10 MB and of 10 GB, in one file and in many:
+    memory-mapped, as prepare.py makes them (here sparse files, which take no room)."""
     gpt, run = train_settings({"preset": config.preset}, "")
     lines = [f"batches of {run.batch_size} x {gpt.block_size} tokens"]
+    sets = {"10 MB": (10**7, 1), "10 GB": (10**10, 1), "10 GB in 20 files": (10**10, 20)}
     with tempfile.TemporaryDirectory() as folder:
-        for name, size in (("10 MB", 10**7), ("10 GB", 10**10)):
-            path = Path(folder, "train.bin")
-            with open(path, "wb") as file:
-                file.truncate(size)
-            ids = map_ids(path, "uint16")
+        for name, (size, n_files) in sets.items():
+            paths = [Path(folder, f"{name}_{i}.bin") for i in range(n_files)]
+            for path in paths:
+                with open(path, "wb") as file:
+                    file.truncate(size // n_files)
+            ids = map_ids(paths, "uint16")
             times = []
-            for step in range(200):
+            for number in range(200):
                 began = time.perf_counter()
-                get_batch(ids, gpt.block_size, run.batch_size, 0, step)
+                get_batch(ids, gpt.block_size, run.batch_size, 0, number)
                 times.append(time.perf_counter() - began)
             lines.append(f"{name:34}{1000 * sorted(times)[100]:8.2f} ms a batch")
     return "\n".join(lines)
@@ -414,7 +417,8 @@ def bench_time_to_loss(config: BenchConfig) -> str:
     for _ in range(config.repeats):
         for name in [*(["nanoGPT"] if config.nanogpt else []), *config.runs.split(",")]:
             with tempfile.TemporaryDirectory() as folder:
-                environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+                caches = {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+                environment = os.environ | caches
                 if name == "nanoGPT":
                     command, cwd = nanogpt_command(config.nanogpt, Path(data), folder)
                 else:

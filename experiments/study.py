@@ -111,9 +111,10 @@ def train_one(study: Study, flags: dict[str, Any], share: float) -> dict[str, An
     gpt, config = train_settings(flags, study.device.type)
     raise_problems(gpt.problems() + config.problems())
     tokenizer, corpus = corpus_of(config.data, config.tokenizer, gpt.vocab_size)
-    n = round(len(corpus.train_ids) * share)
-    docs = None if corpus.train_docs is None else corpus.train_docs[corpus.train_docs < n]
-    corpus = replace(corpus, train_ids=corpus.train_ids[:n], train_docs=docs)
+    if share < 1:
+        n = round(len(corpus.train_ids) * share)
+        docs = None if corpus.train_docs is None else corpus.train_docs[corpus.train_docs < n]
+        corpus = replace(corpus, train_ids=corpus.train_ids[:n], train_docs=docs)
     utils.check_length(corpus, gpt.block_size)
     latest = Path(config.out_dir, "latest.pt")
     state = utils.read_checkpoint(latest) if latest.exists() else None

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_RUN
 from test_corpora import STORIES, write_jsonl
 
 import corpora
+import evaluate
 import prepare
 import train
+import utils
 from config import UserError
 from prepare import STEPS, Part, PrepareConfig, Removed, clean
 from tokenizer import END_OF_TEXT
@@ -23,11 +26,11 @@ from tokenizer import END_OF_TEXT
 ROOT = Path(__file__).parent.parent
 
 
-def make(*words: str, vocab_size: int = 300) -> dict:
-    """Run prepare.py, and return the manifest of the set called `set`."""
-    flags = ["--name=set", f"--vocab_size={vocab_size}"]
+def make(*words: str, vocab_size: int = 300, name: str = "set") -> dict:
+    """Run prepare.py, and return the manifest of the set."""
+    flags = [f"--name={name}", f"--vocab_size={vocab_size}"]
     assert prepare.main([*words, *flags]) == 0
-    return json.loads(Path("data/set/manifest.json").read_text())
+    return json.loads(Path("data", name, "manifest.json").read_text())
 
 
 def texts(split: str) -> list[str]:
@@ -404,10 +407,42 @@ def test_a_set_has_its_tokenizer_already(workplace, flag):
         train.main([*TINY_RUN, "--data=data/set", flag])
 
 
+@pytest.mark.parametrize("n_stories", [None, 1])
+def test_a_set_of_many_files_reads_like_one(workplace, monkeypatch, n_stories):
+    write_jsonl(workplace / "stories.jsonl")
+    lines = Path("stories.jsonl").read_text().splitlines(keepends=True)
+    if n_stories:  # one document, whose last tenth is moved to validation
+        lines = [json.dumps({"text": "".join(json.loads(line)["text"] for line in lines)})]
+    Path("stories.jsonl").write_text("".join(lines))
+    whole = make("stories.jsonl", "--tokenizer=char", name="whole")
+    monkeypatch.setattr(prepare, "SHARD_SIZE", 100)
+    parts = make("stories.jsonl", "--tokenizer=char", name="parts")
+    assert parts["splits"] == whole["splits"] and parts["sha256"] == whole["sha256"]
+    n_tokens = whole["splits"]["train"]["tokens"]
+    names = sorted(path.name for path in Path("data/parts").glob("train*.bin"))
+    assert names[:2] == ["train.bin", "train_00001.bin"] and len(names) == -(-n_tokens // 100)
+    sizes = [Path("data/parts", name).stat().st_size for name in names]
+    assert sizes == [100] * (n_tokens // 100) + ([n_tokens % 100] if n_tokens % 100 else [])
+    one, many = (corpora.open_dataset(Path("data", name))[1] for name in ("whole", "parts"))
+    for split in ("train_ids", "val_ids"):
+        assert (getattr(one, split)[:] == getattr(many, split)[:]).all()
+    for batch in zip(
+        utils.get_batch(one.train_ids, 32, 50, 1, 2, one.train_docs),
+        utils.get_batch(many.train_ids, 32, 50, 1, 2, many.train_docs),
+        strict=True,
+    ):
+        assert torch.equal(*batch)
+    assert train.main([*TINY_RUN, "--data=data/parts"]) == 0
+    assert evaluate.main(["checkpoints/best.pt", "--split=train"]) == 0
+
+
 def test_a_damaged_set_is_refused(workplace):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
     with open("data/set/train.bin", "ab") as file:
         file.write(b"\0\0")
+    with pytest.raises(UserError, match=r"data/set/ is no data set .*, or damaged"):
+        train.main([*TINY_RUN, "--data=data/set"])
+    os.remove("data/set/train.bin")
     with pytest.raises(UserError, match=r"data/set/ is no data set .*, or damaged"):
         train.main([*TINY_RUN, "--data=data/set"])
