@@ -268,8 +268,9 @@ def bench_train(config: BenchConfig) -> str:
     tokens = run.batch_size * gpt.block_size
     rates = {p: matrix_rate(device, p) for p in ("float32", "bfloat16")}
     lines = [
-        f"{config.preset}, {config.arch or 'as it is'}, {model.num_params():,} parameters, batches of "
-        f"{run.batch_size} x {gpt.block_size}, {device}, {torch.get_num_threads()} threads",
+        f"{config.preset}, {config.arch or 'as it is'}, {model.num_params():,} parameters, "
+        f"batches of {run.batch_size} x {gpt.block_size}, {device}, {torch.get_num_threads()} "
+        "threads",
         "matrices are multiplied at "
         + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {p}" for p, rate in rates.items()),
         f"{'':34}tokens/s   ms/step   GFLOP/s    MFU   peak MB",
@@ -433,7 +434,10 @@ def bench_time_to_loss(config: BenchConfig) -> str:
         time_, loss = (
             sorted(values)[config.repeats // 2] for values in (seconds[name], losses[name])
         )
-        lines.append(f"{name:12}{time_:8.1f} s{loss:10.4f}")
+        first = sorted(next(iter(seconds.values())))[config.repeats // 2]
+        lines.append(
+            f"{name:12}{time_:8.1f} s{loss:10.4f}   {time_ / first:.2f} of the first's time"
+        )
     return "\n".join(lines)
 
 
