@@ -189,6 +189,7 @@ def plain_attention(
     T, S = q.size(-2), k.size(-2)
     mask = causal_mask(T, S, q.device) if mask is None else mask
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, H, T, S)
+    # 0 or -inf, of size (T, S): adding it is faster than filling the scores of every head.
     hidden = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, float("-inf"))
     weights = (scores + hidden).softmax(dim=-1)  # (B, H, T, S)
     return weights @ v, weights

@@ -66,9 +66,8 @@ BLOCK_SIZE = 1 << 20  # bytes read at once
 class Corpus:
     """A tokenized text, split: nine tenths to train on, one tenth to validate on."""
 
-    train_ids: (
-        "np.ndarray | Shards"  # (tokens,), the smallest integer type that holds the vocabulary
-    )
+    # Both (tokens,), in the smallest integer type that holds the vocabulary
+    train_ids: "np.ndarray | Shards"
     val_ids: "np.ndarray | Shards"
     info: dict[str, Any]  # name, bytes, sha256: which text it was; documents in it
     train_bytes: int  # of the text in UTF-8
