@@ -135,7 +135,7 @@ class TrainConfig:
         "auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is", group="machine"
     )
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
-    compile: bool | None = setting(None, "torch.compile; default: where it can be had")
+    compile: bool | None = setting(None, "torch.compile; default: as the preset, or if it can be")
     grad_checkpoint: bool = setting(False, "compute activations twice instead of keeping them")
     parallel: str = setting(
         "ddp", "under torchrun: whole copies, or slices of the model", choices=("ddp", "fsdp")

@@ -77,6 +77,12 @@ class BenchConfig:
     repeats: int = setting(3, "runs of each, of which the median counts", low=1)
 
 
+def model_flags(config: BenchConfig, vocab_size: int) -> dict[str, Any]:
+    """The flags of the model that is measured."""
+    flags = {"preset": config.preset, "vocab_size": vocab_size}
+    return flags | ({"arch": config.arch} if config.arch else {})
+
+
 def median_seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """The median time of each function, called in turns, so that a machine that becomes slower
     does so for all."""
@@ -136,7 +142,7 @@ def bench_generate(config: BenchConfig) -> str:
     ]
     lines.append(f"memory is read at {bandwidth / 1e9:.0f} GB/s")
     lines.append(f"{'':34}tokens/s   MB a token   of the bandwidth")
-    flags = {"preset": config.preset, "arch": config.arch, "vocab_size": 65}
+    flags = model_flags(config, 65)
     gpt, _ = train_settings(flags, device.type)
     ways = [("no cache", "float32", {"cache": False})]
     ways += [(f"cache, {p}", p, {}) for p in ("float32", "bfloat16", "int8")]
@@ -257,8 +263,7 @@ def bench_train(config: BenchConfig) -> str:
     appendix B).
     """
     device = pick_device(config.device)
-    flags = {"preset": config.preset, "vocab_size": VOCAB_SIZE}
-    flags |= {"arch": config.arch} if config.arch else {}
+    flags = model_flags(config, VOCAB_SIZE)
     gpt, run = train_settings(flags, device.type)
     model = GPT(gpt)
     n_weights = model.num_params() - (0 if gpt.tie_weights else model.tok.weight.numel())
@@ -430,11 +435,10 @@ def bench_time_to_loss(config: BenchConfig) -> str:
                 losses.setdefault(name, []).append(loss)
             print(f"{name:12}{seconds[name][-1]:8.1f} s{losses[name][-1]:10.4f}", flush=True)
     lines = [f"medians of {config.repeats}, {config.device}, {torch.get_num_threads()} threads"]
+    middle = config.repeats // 2
+    first = sorted(next(iter(seconds.values())))[middle]
     for name in seconds:
-        time_, loss = (
-            sorted(values)[config.repeats // 2] for values in (seconds[name], losses[name])
-        )
-        first = sorted(next(iter(seconds.values())))[config.repeats // 2]
+        time_, loss = (sorted(values)[middle] for values in (seconds[name], losses[name]))
         lines.append(
             f"{name:12}{time_:8.1f} s{loss:10.4f}   {time_ / first:.2f} of the first's time"
         )

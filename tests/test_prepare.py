@@ -407,11 +407,11 @@ def test_a_set_has_its_tokenizer_already(workplace, flag):
         train.main([*TINY_RUN, "--data=data/set", flag])
 
 
-@pytest.mark.parametrize("n_stories", [None, 1])
-def test_a_set_of_many_files_reads_like_one(workplace, monkeypatch, n_stories):
+@pytest.mark.parametrize("one_document", [False, True])
+def test_a_set_of_many_files_reads_like_one(workplace, monkeypatch, one_document: bool):
     write_jsonl(workplace / "stories.jsonl")
     lines = Path("stories.jsonl").read_text().splitlines(keepends=True)
-    if n_stories:  # one document, whose last tenth is moved to validation
+    if one_document:  # whose last tenth is moved to validation
         lines = [json.dumps({"text": "".join(json.loads(line)["text"] for line in lines)})]
     Path("stories.jsonl").write_text("".join(lines))
     whole = make("stories.jsonl", "--tokenizer=char", name="whole")
