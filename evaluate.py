@@ -1,11 +1,12 @@
-"""Score checkpoints over a whole split of their corpus, side by side.
+"""Evaluate checkpoints on a full split of a corpus and print them side by side.
 
-    python evaluate.py                                     the newest run's best checkpoint
+    python evaluate.py                                     best.pt of the newest run
     python evaluate.py checkpoints/a/best.pt checkpoints/b/best.pt
     python evaluate.py checkpoints/a/best.pt --data other.txt --split train
 
-The loss is in nats a token, so it compares between models with one tokenizer; bits per byte compare
-between all that read the same text.
+The loss is in nats per token, which is comparable between models with the same tokenizer. Bits per
+byte (bpb) are comparable between all models evaluated on the same text. top-1 is the accuracy of
+the most likely token.
 """
 
 import math
@@ -18,89 +19,88 @@ import torch
 from tqdm import tqdm
 
 import utils
-from config import (
-    PRECISIONS,
-    UserError,
-    from_dict,
-    limit_problems,
-    parse_flags,
-    raise_problems,
-    run,
-    setting,
-)
-from corpora import load_corpus
+from config import DEVICE_HELP, PRECISIONS, UserError, parse_args, run, setting
+from corpus.load import Corpus, load_corpus
 from model import GPT
+from training.machine import pick_precision
 
 COLUMNS = ("checkpoint", "parameters", "split", "tokens", "loss", "ppl", "bpb", "top-1", "tok/s")
 
 
 @dataclass
 class EvaluateConfig:
-    """What is scored, and how."""
+    """Which checkpoints are evaluated, and on what."""
 
-    checkpoints: tuple[str, ...] = setting((), "default: the newest run's best.pt")
-    data: str = setting("", "a corpus, as for train.py; default: that of the checkpoint")
-    split: str = setting("val", "the part of it", choices=("val", "train"))
-    batch_size: int = setting(16, "windows scored at once", low=1)
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    checkpoints: tuple[str, ...] = setting(
+        (), "default: best.pt of the newest run", positional=True
+    )
+    data: str = setting("", "a corpus, as for train.py; default: the checkpoint's own")
+    split: str = setting("val", "split of the corpus", choices=("val", "train"))
+    batch_size: int = setting(16, "windows per batch", low=1)
+    device: str = setting("auto", DEVICE_HELP)
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
 
 
 @torch.no_grad()
-def score(
-    model: GPT, corpus: utils.Corpus, config: EvaluateConfig, doc_mask: bool
+def evaluate_split(
+    model: GPT, corpus: Corpus, config: EvaluateConfig, doc_mask: bool
 ) -> dict[str, Any]:
-    """The mean loss in nats and the share of tokens that were the likeliest (top-1) over a whole
-    split, with how many tokens were scored and how many in a second."""
-    device = next(model.parameters()).device
+    """Evaluate a model on every token of a split but the first.
+
+    Returns the number of predicted tokens, the mean loss in nats, the top-1 accuracy and the tokens
+    per second. With doc_mask, tokens attend only within their own document.
+    """
+    device, block_size = next(model.parameters()).device, model.config.block_size
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
-    starts = utils.even_starts(len(ids), model.config.block_size)
-    total = torch.zeros((), dtype=torch.float64)
-    right = count = 0
-    began = time.perf_counter()
-    for first in tqdm(
-        range(0, len(starts), config.batch_size), unit="batch", leave=False, disable=None
-    ):
-        batch = starts[first : first + config.batch_size]
-        x, y = (t.to(device) for t in utils.windows(ids, batch, model.config.block_size))
-        docs = (x == corpus.separator).cumsum(dim=1) if doc_mask else None
+    starts = utils.even_starts(len(ids), block_size)
+    total_loss = torch.zeros((), dtype=torch.float64)
+    n_correct = n_tokens = 0
+    start_time = time.perf_counter()
+    batches = range(0, len(starts), config.batch_size)
+    for first in tqdm(batches, unit="batch", leave=False, disable=None):
+        batch_starts = starts[first : first + config.batch_size]
+        x, y = (t.to(device) for t in utils.windows(ids, batch_starts, block_size))  # (B, T) both
+        docs = None
+        if doc_mask and corpus.separator is not None:
+            docs = utils.document_numbers(x, corpus.separator)
         with utils.autocast(device, config.precision):
             logits, loss = model(x, y, docs)  # (B, T, V), ()
-        scored = int((y != -100).sum())
-        total += loss.double().cpu() * scored
-        right += int((logits.argmax(dim=-1) == y).sum())
-        count += scored
-    seconds = time.perf_counter() - began
+        n_scored = int((y != -100).sum())  # the last window extends past the end of the split
+        total_loss += loss.double().cpu() * n_scored
+        n_correct += int((logits.argmax(dim=-1) == y).sum())
+        n_tokens += n_scored
+    seconds = time.perf_counter() - start_time
     return {
-        "tokens": count,
-        "loss": total.item() / count,
-        "top1": right / count,
-        "tokens_per_second": count / seconds,
+        "tokens": n_tokens,
+        "loss": total_loss.item() / n_tokens,
+        "top1": n_correct / n_tokens,
+        "tokens_per_second": n_tokens / seconds,
     }
 
 
-def evaluate(path: Path, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
-    """The row of a checkpoint's table. Raises UserError where its corpus is gone or changed."""
+def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
+    """The row of a checkpoint in the table. Raises UserError if its corpus is missing or has
+    changed since the training."""
     model, tokenizer, state = utils.load_checkpoint(path, device)
-    trained = state["train_config"]
-    data = config.data or trained["data"]
-    tokenizer, corpus = load_corpus(data, trained["tokenizer"], 0, tokenizer)
+    train_config = state["train_config"]
+    data = config.data or train_config["data"]
+    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer)
     if not config.data and corpus.info["sha256"] != state["corpus"]["sha256"]:
-        raise UserError(f"{data} is not what {path} was trained on: name a corpus with --data")
-    doc_mask = bool(trained.get("doc_mask")) and corpus.separator is not None
-    row = score(model, corpus, config, doc_mask)
+        raise UserError(f"{data} is not what {path} was trained on: choose a corpus with --data")
+    row = evaluate_split(model, corpus, config, bool(train_config.get("doc_mask")))
+
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     n_bytes = corpus.val_bytes if config.split == "val" else corpus.train_bytes
     row["bpb"] = utils.bits_per_byte(row["loss"], n_bytes / len(ids))
     unknown = tokenizer.specials.get("<UNK>")
     if unknown is not None and (ids[:] == unknown).any():
-        row["bpb"] = math.nan  # what is unknown has bytes, but nobody could have predicted them
+        row["bpb"] = math.nan  # the bytes of unknown characters cannot be predicted
     return {"checkpoint": str(path), "parameters": model.num_params(), "split": config.split} | row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, in aligned columns."""
-    lines = [COLUMNS]
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, in aligned columns with a header."""
+    lines: list[tuple[str, ...]] = [COLUMNS]
     for row in rows:
         lines.append(
             (
@@ -115,34 +115,31 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['tokens_per_second']:,.0f}",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            word.ljust(width) if i == 0 else word.rjust(width)
-            for i, (word, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = []
+    for first, *others in lines:
+        cells = [word.rjust(width) for word, width in zip(others, widths[1:], strict=True)]
+        aligned.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(aligned)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    flags, problems = parse_flags(argv, __doc__, EvaluateConfig)
-    config = from_dict(EvaluateConfig, flags)
-    raise_problems(problems + limit_problems(config) + utils.device_problems(config.device))
+    config = parse_args(
+        EvaluateConfig, argv, __doc__, check=lambda config: utils.device_problems(config.device)
+    )
     paths = [Path(name) for name in config.checkpoints]
     paths = paths or [utils.newest_checkpoint(Path("checkpoints"))]
     device = utils.pick_device(config.device)
-    for path in paths:  # before the slow part
+    for path in paths:  # report damaged checkpoints before anything slow starts
         utils.read_checkpoint(path)
-    config.precision, _ = utils.pick_precision(config.precision, device)
-    rows = []
+    config.precision, _ = pick_precision(config.precision, device)
+    rows: list[dict[str, Any]] = []
     try:
         for path in paths:
-            rows.append(evaluate(path, config, device))
-    finally:  # what was scored is shown, also before an error
+            rows.append(evaluate_checkpoint(path, config, device))
+    finally:  # print the finished rows even after an error
         if rows:
-            print(table(rows))
+            print(format_table(rows))
     return 0
 
 

@@ -1,32 +1,29 @@
-"""Text to token ids and back: characters, byte-pair encoding trained here, tiktoken's encodings.
+"""Text to token ids and back: characters, byte pairs, tiktoken's encodings.
 
-Every tokenizer has vocab_size, specials (text -> id of the special tokens), encode(text) -> ids,
-decode(ids) -> text, unknown(text) -> what it cannot encode, and travels inside the checkpoint as
-the dict that `to_dict` gives. Text that happens to read like a special token stays text:
-`encode` never makes a special token, who wants one takes its id from `specials`.
+Every tokenizer has vocab_size, specials (special token -> id), encode(text) -> ids, decode(ids) ->
+text, decode_bytes(ids), unknown(text) -> the characters it cannot encode, and to_dict() for the
+checkpoint. Text that looks like a special token is encoded as ordinary text: `encode` never returns
+the id of a special token. Byte-pair merges are learned in corpus/bpe.py.
 """
 
-import heapq
 import json
 import threading
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import regex  # the standard library's re with Unicode classes such as \p{L}; tiktoken brings it
+import regex  # re with Unicode classes such as \p{L}
 import tiktoken
-from tqdm import tqdm
 
 from config import UserError
 
-END_OF_TEXT = "<|endoftext|>"  # stands before each document of a corpus that has several
-QA_SPECIALS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")  # ids 0 to 3, in tokenizers for questions
+END_OF_TEXT = "<|endoftext|>"  # precedes each document of a corpus that has several
+QA_SPECIALS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")  # ids 0 to 3, for question/answer records
 
-# What may become one token, as GPT-2 has it (Radford et al. 2019): English contractions, then runs
-# of letters, digits or others, with the space before them; at last, spaces.
+# GPT-2's pre-tokenization (Radford et al. 2019): English contractions; letters, digits or other
+# characters with the space before them; runs of whitespace. Merges stay within these pieces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -34,7 +31,7 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 
 class CharTokenizer:
-    """One token per character: special tokens first, then the characters in their order.
+    """One token per character: special tokens first, then the characters in sorted order.
 
     >>> tokenizer = CharTokenizer.train(["hello"])   # e h l o
     >>> tokenizer.encode("hole").tolist()
@@ -50,15 +47,15 @@ class CharTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], specials: Sequence[str] = ()) -> "CharTokenizer":
-        """The tokenizer of all the characters in some texts."""
+        """The tokenizer of all characters in some texts."""
         return cls(sorted(set().union(*map(set, texts))), specials)
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text's characters, (len(text),) int64. An unknown character becomes <UNK>;
-        raises UserError where there is no such token."""
+        """The ids of a text's characters, (len(text),) int64. Unknown characters become <UNK>;
+        raises UserError if the tokenizer does not have that token."""
         if unknown := self.unknown(text):
             names = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
-            raise UserError(f"not among the {len(self.chars)} characters known: {names}")
+            raise UserError(f"not among the tokenizer's {len(self.chars)} characters: {names}")
         points = code_points(text)
         ids = np.searchsorted(self.points, points)
         if "<UNK>" in self.specials:
@@ -79,146 +76,29 @@ class CharTokenizer:
         return [] if "<UNK>" in self.specials else sorted(set(text) - set(self.chars))
 
     def to_dict(self) -> dict[str, Any]:
-        """The tokenizer as plain data, for a checkpoint."""
+        """The tokenizer as plain data."""
         return {"kind": "char", "chars": self.chars, "specials": list(self.specials)}
 
 
 def code_points(text: str) -> np.ndarray:
-    """The Unicode numbers of a text's characters, (len(text),) uint32, without a Python loop."""
+    """The Unicode code points of a text, (len(text),) uint32, without a Python loop."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
-# --- byte-pair encoding: training
-
-
-def count_pieces(texts: Iterable[str], pattern: str = GPT2_PATTERN) -> Counter[str]:
-    """How often each piece stands in the texts; merges never cross from one piece to the next."""
-    split = regex.compile(pattern)
-    counts: Counter[str] = Counter()
-    for text in texts:
-        for part in parts(text):
-            counts.update(split.findall(part))
-    return counts
-
-
-def learn_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """The byte pairs to merge, in the order in which they were learned (Sennrich et al. 2016).
-
-    Each piece begins as its single bytes. Count the pairs of neighbours in all pieces; make the
-    most frequent pair one token, everywhere, left to right; repeat, n_merges times or until no
-    piece has two tokens. Of pairs that are equally frequent, the lexicographically greater pair of
-    byte strings goes first, so that the result does not depend on the order of the corpus.
-
-    An example: in "low lower lowest" both l+o and o+w stand 3 times, and o+w is the greater. Then
-    l+ow, 3 times; of low+e and the space + low, 2 times each, low+e is the greater; and so on:
-
-    >>> learn_merges(count_pieces(["low lower lowest"]), 5)
-    [(b'o', b'w'), (b'l', b'ow'), (b'low', b'e'), (b' ', b'lowe'), (b's', b't')]
-
-    Counting everything anew after each merge would be the same, but slow: only the pieces that held
-    the pair are touched, and only their pairs counted down and up again. The most frequent pair is
-    on top of a heap, whose entries may be out of date: such a one is put right when it comes up.
-    """
-    tokens = [bytes([b]) for b in range(256)]  # id -> bytes
-    ids = {token: i for i, token in enumerate(tokens)}
-    # The heap gives the smallest entry first, so a greater byte string needs a smaller key: each
-    # byte b as the character 255 - b, and an end that is above all, for "ab" comes before "abc".
-    turned = bytes(range(255, -1, -1))
-    keys = [token.translate(turned).decode("latin-1") + "\u0100" for token in tokens]
-
-    words = [(list(piece.encode("utf-8", "replace")), n) for piece, n in counts.items()]
-    pair_counts: Counter[tuple[int, int]] = Counter()
-    where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)  # pair -> words it stands in
-    for i, (word, n) in enumerate(words):
-        for pair in pairwise(word):
-            pair_counts[pair] += n
-            where[pair].add(i)
-
-    def entry(pair: tuple[int, int]) -> tuple[int, str, str, tuple[int, int]]:
-        return -pair_counts[pair], keys[pair[0]], keys[pair[1]], pair
-
-    heap = [entry(pair) for pair in pair_counts]
-    heapq.heapify(heap)
-    merges: list[tuple[bytes, bytes]] = []
-    bar = tqdm(total=n_merges, desc="merging", unit="token", leave=False, disable=None)
-    while heap and len(merges) < n_merges:
-        count, *_, pair = heapq.heappop(heap)
-        if pair_counts[pair] != -count:  # other merges have taken some of them
-            if pair_counts[pair]:
-                heapq.heappush(heap, entry(pair))
-            continue
-        merged = tokens[pair[0]] + tokens[pair[1]]
-        if merged not in ids:
-            ids[merged] = len(tokens)
-            tokens.append(merged)
-            keys.append(merged.translate(turned).decode("latin-1") + "\u0100")
-            merges.append((tokens[pair[0]], tokens[pair[1]]))
-            bar.update()
-        new = ids[merged]
-        changed = set()
-        for i in where.pop(pair):
-            old, n = words[i]
-            word = merge_pair(old, pair, new)
-            words[i] = word, n
-            for other in pairwise(old):
-                pair_counts[other] -= n
-            for other in pairwise(word):
-                pair_counts[other] += n
-                if new in other:  # only pairs with the new token can have become more
-                    where[other].add(i)
-                    changed.add(other)
-        for other in changed:
-            heapq.heappush(heap, entry(other))
-    bar.close()
-    return merges
-
-
-def merge_pair(word: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """The word with each occurrence of the pair, left to right, as the one new token.
-
-    >>> merge_pair([1, 1, 1, 2], (1, 1), 9)
-    [9, 1, 2]
-    """
-    merged, i = [], 0
-    while i < len(word):
-        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
-            merged.append(new)
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
-    return merged
-
-
-# --- byte-pair encoding: text to ids
+# --- byte-pair encoding
 
 
 class BPETokenizer:
-    """Byte-pair encoding: text is cut into pieces, and in each piece neighbours are merged for as
-    long as together they are a known token. Every byte is a token, so every text has ids.
+    """Byte-pair encoding (Sennrich et al. 2016): text is split into pieces, and within each piece
+    neighboring tokens are merged as long as together they are a token. Every byte is a token, so
+    every text can be encoded.
 
-    ranks: byte string -> id, lower ones merged earlier; specials: text -> id.
+    ranks: byte string -> id, lower ids are merged first; specials: special token -> id.
     """
 
     def __init__(self, ranks: dict[bytes, int], specials: dict[str, int], pattern: str):
         self.ranks, self.specials, self.pattern = ranks, specials, pattern
         self.vocab_size = max(*ranks.values(), *specials.values()) + 1
-
-    @classmethod
-    def train(
-        cls, counts: Counter[str], vocab_size: int, first_specials: Sequence[str] = ()
-    ) -> "BPETokenizer":
-        """The tokenizer that `count_pieces` of a corpus teaches: first_specials, the 256 bytes, the
-        merges, <|endoftext|>. With too little text for vocab_size tokens it has fewer."""
-        first = len(first_specials)
-        n_merges = vocab_size - 256 - first - 1
-        if n_merges < 0:
-            raise UserError(f"a BPE vocabulary has at least {257 + first} tokens: its bytes")
-        tokens = [bytes([b]) for b in range(256)]
-        tokens += [left + right for left, right in learn_merges(counts, n_merges)]
-        ranks = {token: first + i for i, token in enumerate(tokens)}
-        specials = {text: i for i, text in enumerate(first_specials)}
-        return cls(ranks, {**specials, END_OF_TEXT: first + len(tokens)}, GPT2_PATTERN)
 
     @cached_property
     def encoding(self) -> tiktoken.Encoding:
@@ -229,14 +109,14 @@ class BPETokenizer:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of a text, 1-D; the same as encode_plain's, a thousand times as fast."""
+        """The ids of a text, 1-D int64: those of encode_plain, a thousand times as fast."""
         encode = self.encoding.encode_to_numpy
-        found = [encode(part, disallowed_special=()) for part in parts(text)]
-        return np.concatenate(found).astype(np.int64) if found else np.zeros(0, dtype=np.int64)
+        ids = [encode(chunk, disallowed_special=()) for chunk in chunks(text)]
+        return np.concatenate(ids).astype(np.int64) if ids else np.zeros(0, dtype=np.int64)
 
     def encode_plain(self, text: str) -> list[int]:
-        """The ids of a text, for reading: in each piece, as long as there is a pair of neighbours
-        that is a token, merge the pair whose token has the lowest rank, the leftmost first."""
+        """The ids of a text, by the algorithm itself: in each piece, merge the pair of neighbors
+        whose token has the lowest rank, the leftmost first, until no pair is a token."""
         ids = []
         for piece in regex.findall(self.pattern, text):
             word = [bytes([b]) for b in piece.encode("utf-8")]
@@ -251,35 +131,36 @@ class BPETokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of a sequence of ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of a sequence of ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of a sequence of ids; an id that no token has, has none."""
+        """The bytes of a sequence of ids; ids without a token are skipped."""
         return b"".join(self.token_bytes.get(i, b"") for i in ids)
 
     @cached_property
     def token_bytes(self) -> dict[int, bytes]:
-        """id -> bytes, of special tokens too."""
+        """id -> bytes, including special tokens."""
         specials = {i: text.encode() for text, i in self.specials.items()}
         return {i: token for token, i in self.ranks.items()} | specials
 
     def unknown(self, text: str) -> list[str]:
-        """What cannot be encoded: nothing."""
+        """The characters that cannot be encoded: none."""
         return []
 
     def to_dict(self) -> dict[str, Any]:
-        """The tokenizer as plain data, for a checkpoint; bytes in GPT-2's printable alphabet."""
-        ranks = {visible(token): i for token, i in self.ranks.items()}
+        """The tokenizer as plain data, with byte strings in GPT-2's printable alphabet."""
+        ranks = {to_printable(token): i for token, i in self.ranks.items()}
         return {"kind": "bpe", "pattern": self.pattern, "specials": self.specials, "ranks": ranks}
 
 
-def parts(text: str, size: int = 1 << 14) -> Iterator[str]:
-    """A text in parts of at most `size` characters, which tokenize as the whole does: each but the
-    last ends before a space that follows a word, where every pattern begins a new piece.
+def chunks(text: str, size: int = 1 << 14) -> Iterator[str]:
+    """A text in chunks of at most `size` characters that give the same tokens as the full text: a
+    chunk ends before a space that follows a word, where every pattern starts a new piece; if there
+    is no such place, anywhere.
 
-    tiktoken's search fails on runs of a million spaces, and its time grows with the square of the
-    length of a piece. Where there is no such place, the cut is made anywhere.
+    tiktoken's regex engine fails on runs of a million spaces, and its time is quadratic in the
+    length of a piece.
     """
     start = 0
     while len(text) - start > size:
@@ -293,51 +174,56 @@ def parts(text: str, size: int = 1 << 14) -> Iterator[str]:
         yield text[start:]
 
 
-def printable_bytes() -> list[str]:
-    """GPT-2's character for each byte: itself where it is printable, else one from U+0100 on, so
-    that a space is shown as \u0120."""
+def printable_alphabet() -> list[str]:
+    """GPT-2's character for each byte: printable ones are unchanged, the others are U+0100 and
+    following, so that a space is \u0120."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
 
 
-VISIBLE = printable_bytes()
-INVISIBLE = {c: b for b, c in enumerate(VISIBLE)}
+PRINTABLE = printable_alphabet()
+PRINTABLE_TO_BYTE = {c: b for b, c in enumerate(PRINTABLE)}
 
 
-def visible(token: bytes) -> str:
+def to_printable(token: bytes) -> str:
     """A byte string in GPT-2's printable alphabet."""
-    return "".join(VISIBLE[b] for b in token)
+    return "".join(PRINTABLE[b] for b in token)
+
+
+def from_printable(text: str) -> bytes:
+    """The byte string that `to_printable` made printable."""
+    return bytes(PRINTABLE_TO_BYTE[c] for c in text)
 
 
 # --- tiktoken's encodings
 
 
 def from_tiktoken(name: str, seconds: float = 20) -> BPETokenizer:
-    """One of the encodings of OpenAI's models, which tiktoken downloads once and keeps.
+    """One of the encodings of OpenAI's models, which tiktoken downloads once and caches.
 
-    Raises UserError where it has not arrived after so many seconds.
+    Raises UserError if it cannot be downloaded within this time.
     """
     result: list[tiktoken.Encoding | Exception] = []
 
-    def get() -> None:
+    def download() -> None:
         try:
             result.append(tiktoken.get_encoding(name))
         except Exception as error:
             result.append(error)
 
-    # tiktoken waits for a silent network without an end, so it does that in a thread of its own.
-    thread = threading.Thread(target=get, daemon=True)
+    # tiktoken waits for a silent network without a timeout, so it runs in a separate thread.
+    thread = threading.Thread(target=download, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not result or isinstance(result[0], Exception):
-        reason = type(result[0]).__name__ if result else f"nothing came in {seconds:g} s"
+    encoding = result[0] if result else None
+    if not isinstance(encoding, tiktoken.Encoding):
+        reason = type(encoding).__name__ if result else f"no answer within {seconds:g} s"
         raise UserError(
             f"the encoding {name} could not be downloaded ({reason}): try again with a network, or "
-            "set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled on another machine, or train "
-            "one on your text with --tokenizer bpe"
+            "set TIKTOKEN_CACHE_DIR to a cache folder of tiktoken from another machine, or train a "
+            "tokenizer on your text with --tokenizer bpe"
         )
-    encoding = result[0]
     return BPETokenizer(encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str)
 
 
@@ -345,15 +231,15 @@ Tokenizer = CharTokenizer | BPETokenizer
 
 
 def from_dict(data: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_dict` wrote."""
+    """The tokenizer that `to_dict` described."""
     if data.get("kind") == "char":
         return CharTokenizer(list(data["chars"]), list(data.get("specials", ())))
     if data.get("kind") == "bpe":
-        ranks = {bytes(INVISIBLE[c] for c in text): int(i) for text, i in data["ranks"].items()}
+        ranks = {from_printable(text): int(i) for text, i in data["ranks"].items()}
         return BPETokenizer(ranks, dict(data["specials"]), data["pattern"])
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")
 
 
 def to_json(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer as a file that people can read."""
+    """The tokenizer as a JSON file that people can read."""
     return json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0).encode()

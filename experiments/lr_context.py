@@ -1,171 +1,204 @@
-"""The learning rate: how high, how long a window bears it, how it begins and ends; and whether
-batches one after the other are as good as one large one.
+"""The learning rate: its peak for each window length, its schedule, the highest rate before
+divergence; and gradient accumulation compared with large batches.
 
-python experiments/lr_context.py --quick
+    python -m experiments.lr_context --quick
 """
 
 import math
-import sys
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import study
-from study import Study, mean, spread
-
-import train
 from config import run, train_settings
-from model import GPT
-from plots import COLORS
+from experiments.study import (
+    Row,
+    Study,
+    difference,
+    loss_columns,
+    make_trainer,
+    mean,
+    mean_ms_per_step,
+    parse_study,
+    val_losses,
+    with_seeds,
+    write_results,
+)
+from training.setup import Flags
+from viz.runs import COLORS, new_figure
 
-QUICK = {"preset": "tiny", "batch_size": 12, "max_steps": 300, "eval_every": 50}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+QUICK: Flags = {"preset": "tiny", "batch_size": 12, "max_steps": 300, "eval_every": 50}
 QUICK |= {"compile": False}
-FULL = {"preset": "medium"}
-RATES = {True: (1e-3, 3e-3, 1e-2, 3e-2), False: (3e-4, 1e-3, 2e-3, 4e-3)}
+FULL: Flags = {"preset": "medium"}
+RATES = {True: (1e-3, 3e-3, 1e-2, 3e-2), False: (3e-4, 1e-3, 2e-3, 4e-3)}  # by --quick
 WINDOWS = {True: (32, 128, 256), False: (64, 256, 1024)}
-SCHEDULES: dict[str, dict[str, Any]] = {
+MICRO_BATCHES = (1, 2, 4)
+SCHEDULES: dict[str, Flags] = {
     "cosine to 0": {"schedule": "cosine"},
     "cosine to a tenth": {"schedule": "cosine", "lr_min": 0.1},  # times the peak
-    "a line to 0": {"schedule": "linear"},
+    "linear to 0": {"schedule": "linear"},
     "cosine to 0, no warmup": {"schedule": "cosine", "warmup_steps": 0},
     "constant": {"schedule": "linear", "lr_min": 1.0},
 }
 
+# The range test: the learning rate grows by a constant factor per step, until the loss has risen.
+FIRST_RATE, LAST_RATE = 1e-5, 1.0
+RANGE_STEPS = 150
+SMOOTHING = 0.1  # weight of the newest loss: an average over about ten steps
+MAX_RISE = 1.3  # stop at this multiple of the lowest loss
 
-def rate_by_window(this: Study, base: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each peak rate with each window, at equal tokens a step."""
+
+def compare_rates(study: Study, base: Flags) -> list[Row]:
+    """Each peak learning rate with each window length, with the same number of tokens per step."""
     rows = []
     tokens = base["batch_size"] * base["block_size"]
-    for window in WINDOWS[this.config.quick]:
-        for rate in RATES[this.config.quick]:
+    for window in WINDOWS[study.config.quick]:
+        for rate in RATES[study.config.quick]:
             flags = base | {"block_size": window, "batch_size": tokens // window, "lr_max": rate}
-            losses = [
-                r["val"] for r in study.with_seeds(this, f"window{window}-rate{rate:g}", flags)
-            ]
-            row = {"window": window, "peak rate": f"{rate:g}"}
-            rows.append(row | {"validation loss": mean(losses), "spread": spread(losses)})
+            runs = with_seeds(study, f"window{window}-rate{rate:g}", flags)
+            rows.append({"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)})
     return rows
 
 
-def schedules(this: Study, base: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each way for the rate to begin and to end."""
-    rows: list[dict[str, Any]] = []
+def best_rate(rows: list[Row]) -> float:
+    """The peak learning rate with the lowest mean loss over all windows."""
+    means = {
+        rate: mean([row["validation loss"] for row in rows if row["peak rate"] == rate])
+        for rate in {row["peak rate"] for row in rows}
+    }
+    return float(min(means, key=means.__getitem__))
+
+
+def compare_schedules(study: Study, base: Flags) -> list[Row]:
+    """Each schedule with the same peak learning rate; differences are to the first one."""
+    rows: list[Row] = []
     first: list[float] = []
-    for name, flags in SCHEDULES.items():
-        flags = base | flags | {"lr_min": flags.get("lr_min", 0.0) * base["lr_max"]}
-        losses = [r["val"] for r in study.with_seeds(this, name.replace(" ", "-"), flags)]
-        first = first or losses
-        row = {"schedule": name, "validation loss": mean(losses), "spread": spread(losses)}
-        apart = study.difference(first, losses) if rows else ""
-        rows.append(row | {"difference": apart})
+    for name, schedule in SCHEDULES.items():
+        lr_min = schedule.get("lr_min", 0.0) * base["lr_max"]
+        runs = with_seeds(study, name.replace(" ", "-"), base | schedule | {"lr_min": lr_min})
+        first = first or val_losses(runs)
+        delta = difference(first, val_losses(runs)) if rows else ""
+        rows.append({"schedule": name, **loss_columns(runs), "difference": delta})
     return rows
 
 
-def accumulation(this: Study, base: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """As many windows a step, in one batch or several; the curves, by name."""
-    rows, curves = [], {}
+def compare_accumulation(study: Study, base: Flags) -> tuple[list[Row], dict[str, Any]]:
+    """The same windows per step as one batch or as several micro-batches. Returns the rows, and
+    the log of the first seed by name."""
+    rows: list[Row] = []
+    logs: dict[str, Any] = {}
     first: list[float] = []
-    for parts in (1, 2, 4):
-        flags = base | {"batch_size": base["batch_size"] // parts, "grad_accum": parts}
-        name = f"{parts} x {flags['batch_size']} windows"
-        runs = study.with_seeds(this, f"accumulate{parts}", flags)
-        losses = [r["val"] for r in runs]
-        first = first or losses
-        curves[name] = runs[0]["log"]
-        row = {"batches a step": name, "validation loss": mean(losses), "spread": spread(losses)}
-        row |= {"difference": study.difference(first, losses) if rows else ""}
-        rows.append(row | {"ms a step": round(mean([r["ms_per_step"] for r in runs]), 1)})
-    return rows, curves
+    for n in MICRO_BATCHES:
+        flags = base | {"batch_size": base["batch_size"] // n, "grad_accum": n}
+        name = f"{n} x {flags['batch_size']} windows"
+        runs = with_seeds(study, f"accumulate{n}", flags)
+        first = first or val_losses(runs)
+        logs[name] = runs[0]["log"]
+        delta = difference(first, val_losses(runs)) if rows else ""
+        row = {"batches per step": name, **loss_columns(runs), "difference": delta}
+        rows.append(row | {"ms per step": mean_ms_per_step(runs)})
+    return rows, logs
 
 
-def rate_range(this: Study, base: dict[str, Any], steps: int = 150) -> list[tuple[float, float]]:
-    """The loss of each batch while the rate grows from 1e-5 by the same factor each step, until the
-    loss is 1.3 times its lowest: how high a rate is borne (Smith 2017). Pairs of rate and loss,
-    smoothed over about ten steps."""
-    gpt, config = train_settings({"data": this.config.data} | base, this.device.type)
-    config = replace(config, warmup_steps=0, max_steps=10**9)  # no schedule but this one
-    tokenizer, corpus = study.corpus_of(config.data, config.tokenizer, 0)
-    train.prepare_machine(config, this.device)
-    model = GPT(replace(gpt, vocab_size=tokenizer.vocab_size))
-    trainer = train.Trainer(model, tokenizer, corpus, config, this.device)
+def range_test(study: Study, base: Flags) -> list[tuple[float, float]]:
+    """The learning-rate range test of Smith (2017): pairs of learning rate and smoothed training
+    loss while the rate grows from FIRST_RATE towards LAST_RATE, until the loss has risen."""
+    # With a schedule this long, the learning rate is lr_max, which is set before each step.
+    trainer = make_trainer(study, base | {"warmup_steps": 0, "max_steps": 10**9})
     pairs: list[tuple[float, float]] = []
-    smooth = math.log(tokenizer.vocab_size)
-    for i in range(steps):
-        config.lr_max = 1e-5 * (1.0 / 1e-5) ** (i / steps)
-        loss = trainer.train_step()[0].item()
-        smooth += 0.1 * (loss - smooth)
-        pairs.append((config.lr_max, smooth))
-        if not math.isfinite(smooth) or smooth > 1.3 * min(loss for _, loss in pairs):
+    smoothed = math.log(trainer.model.config.vocab_size)  # the loss of uniform guessing
+    for i in range(RANGE_STEPS):
+        rate = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** (i / RANGE_STEPS)
+        trainer.config.lr_max = rate
+        smoothed += SMOOTHING * (trainer.train_step()["loss"].item() - smoothed)
+        if not math.isfinite(smoothed):
             break
-    return [pair for pair in pairs if math.isfinite(pair[1])]
+        pairs.append((rate, smoothed))
+        if smoothed > MAX_RISE * min(loss for _, loss in pairs):
+            break
+    return pairs
 
 
-def draw(
-    grid: list[dict[str, Any]],
-    range_: list[tuple[float, float]],
-    ends: list[dict[str, Any]],
-    curves: dict[str, list[dict[str, Any]]],
-) -> Any:
-    """Four panels: rate by window, the range of rates, schedules, accumulation."""
-    from matplotlib.figure import Figure
+# --- plots
 
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    (windows, ranges), (ways, parts) = figure.subplots(2, 2)
-    for color, window in zip(COLORS, sorted({row["window"] for row in grid}), strict=False):
-        rows = [row for row in grid if row["window"] == window]
-        rates = [float(row["peak rate"]) for row in rows]
-        losses, errors = ([row[k] for row in rows] for k in ("validation loss", "spread"))
-        halves = [e / 2 if math.isfinite(e) else 0.0 for e in errors]
-        label = f"window {window}"
-        windows.errorbar(rates, losses, halves, fmt="o-", capsize=3, color=color, label=label)
-    windows.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss")
-    windows.set_title("Rate by window, at equal tokens")
-    windows.legend()
-    ranges.semilogx(*zip(*range_, strict=True), color=COLORS[0])
-    best = min(range_, key=lambda pair: pair[1])
-    ranges.axvline(best[0], color=COLORS[1], linestyle="--", label=f"lowest at {best[0]:.1g}")
-    ranges.set(xlabel="learning rate, growing step by step", ylabel="training loss, smoothed")
-    ranges.set_title("How high a rate is borne")
-    ranges.legend()
-    names = [row["schedule"] for row in ends]
-    halves = [row["spread"] / 2 for row in ends]
-    values = [row["validation loss"] for row in ends]
-    ways.errorbar(values, range(len(ends)), xerr=halves, fmt="o", capsize=3, color=COLORS[0])
-    ways.set_yticks(range(len(ends)), names)
-    ways.invert_yaxis()
-    ways.set(xlabel="validation loss", title="How the rate begins and ends")
-    for color, style, (name, log) in zip(COLORS, ("-", "--", ":"), curves.items(), strict=False):
-        losses = [record["val"] for record in log]
-        parts.plot([r["step"] for r in log], losses, style, color=color, label=name, linewidth=2)
-    parts.set(xlabel="step", ylabel="validation loss", title="One batch, or several in turn")
-    parts.legend()
-    for axes in (windows, ranges, ways, parts):
-        axes.grid(alpha=0.3)
-    return figure
+
+def half_spreads(rows: list[Row]) -> list[float]:
+    """The lengths of the error bars."""
+    return [row["spread"] / 2 if math.isfinite(row["spread"]) else 0.0 for row in rows]
+
+
+def plot_rates(axes: "Axes", rows: list[Row]) -> None:
+    for color, window in zip(COLORS, sorted({row["window"] for row in rows}), strict=False):
+        chosen = [row for row in rows if row["window"] == window]
+        axes.errorbar(
+            [float(row["peak rate"]) for row in chosen],
+            [row["validation loss"] for row in chosen],
+            half_spreads(chosen),
+            fmt="o-",
+            capsize=3,
+            color=color,
+            label=f"window {window}",
+        )
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss")
+    axes.set_title("Peak learning rate by window, at equal tokens")
+    axes.legend()
+
+
+def plot_range(axes: "Axes", pairs: list[tuple[float, float]]) -> None:
+    axes.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
+    best, _ = min(pairs, key=lambda pair: pair[1])
+    axes.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
+    axes.set(xlabel="learning rate, growing every step", ylabel="training loss, smoothed")
+    axes.set_title("Learning-rate range test")
+    axes.legend()
+
+
+def plot_schedules(axes: "Axes", rows: list[Row]) -> None:
+    values = [row["validation loss"] for row in rows]
+    y = range(len(rows))
+    axes.errorbar(values, y, xerr=half_spreads(rows), fmt="o", capsize=3, color=COLORS[0])
+    axes.set_yticks(y, [row["schedule"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(xlabel="validation loss", title="Schedule")
+
+
+def plot_accumulation(axes: "Axes", logs: dict[str, Any]) -> None:
+    for color, style, (name, log) in zip(COLORS, ("-", "--", ":"), logs.items(), strict=False):
+        steps, values = ([record[key] for record in log] for key in ("step", "val"))
+        axes.plot(steps, values, style, color=color, label=name, linewidth=2)
+    axes.set(xlabel="step", ylabel="validation loss", title="Gradient accumulation")
+    axes.legend()
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    this = study.begin("lr_context", argv, __doc__)
-    base = QUICK if this.config.quick else FULL
-    gpt, config = train_settings(base, this.device.type)
+    study = parse_study("lr_context", argv, __doc__)
+    base = QUICK if study.config.quick else FULL
+    gpt, config = train_settings(base, study.device.type)
     base = base | {"block_size": gpt.block_size, "batch_size": config.batch_size}
-    grid = rate_by_window(this, base)
-    means = {
-        rate: mean([row["validation loss"] for row in grid if row["peak rate"] == rate])
-        for rate in {row["peak rate"] for row in grid}
+    rates = compare_rates(study, base)
+    base |= {"lr_max": best_rate(rates)}
+    schedules = compare_schedules(study, base)
+    accumulation, logs = compare_accumulation(study, base)
+    pairs = range_test(study, base)
+    tables = {
+        "Rate by window": rates,
+        "Schedules": schedules,
+        "Accumulation": accumulation,
+        "Range test": [
+            {"learning rate": f"{rate:.1e}", "training loss": loss} for rate, loss in pairs[::10]
+        ],
     }
-    base |= {"lr_max": float(min(means, key=means.__getitem__))}  # the best for all windows
-    ends = schedules(this, base)
-    batches, curves = accumulation(this, base)
-    range_ = rate_range(this, base)
-    tables = {"Rate by window": grid, "Schedules": ends, "Accumulation": batches}
-    tables["Range of rates"] = [
-        {"learning rate": f"{r:.1e}", "training loss": loss} for r, loss in range_[::10]
-    ]
-    return study.finish(this, tables, draw(grid, range_, ends, curves))
+    figure = new_figure(10, 7.5)
+    panels = figure.subplots(2, 2)
+    plot_rates(panels[0, 0], rates)
+    plot_range(panels[0, 1], pairs)
+    plot_schedules(panels[1, 0], schedules)
+    plot_accumulation(panels[1, 1], logs)
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    write_results(study, tables, figure)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,233 +1,260 @@
-"""What do temperature, top-k and top-p do to samples, and when in training do they become words?
+"""What do temperature, top-k and top-p do to samples, and when in training do samples become words?
 
-python experiments/sampling.py --quick
-python experiments/sampling.py checkpoints/mine/best.pt    a model of yours, and the ckpt_*.pt
-                                                           beside it, which --save_every keeps
+    python -m experiments.sampling --quick
+    python -m experiments.sampling checkpoints/mine/best.pt
 
-Each knob is turned alone, the others off. Measured are the entropy of the distributions that the
-tokens are drawn from; the surprise, minus the mean log-probability of the tokens under the model
-as it is; distinct-1 and distinct-2, the share of different tokens and pairs among all (Li et al.
-2016). The validation text's surprise and distinct-n stand beside: what people write is neither the
-likeliest nor the most varied (Holtzman et al. 2020).
+The second form uses a model of yours, and the ckpt_*.pt next to it, which --save_every keeps. By
+default --data is the text that the model was trained on.
+
+Each sampling setting is varied alone, with the others off. Measured are the entropy of the
+distributions that the tokens are sampled from; the surprise, which is minus the mean
+log-probability of the tokens at temperature 1; and distinct-1 and distinct-2, the distinct tokens
+and token pairs as a share of all (Li et al. 2016). The validation text is shown for comparison:
+human text is neither the most probable nor the most varied text (Holtzman et al. 2020).
 """
 
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import study
-from study import Study, mean, spread
-
-import evaluate
-import utils
 from config import SampleConfig, UserError, run, setting
-from corpora import load_corpus
+from corpus.load import Corpus, load_corpus
+from evaluate import EvaluateConfig, evaluate_split
+from experiments.study import (
+    Row,
+    Study,
+    make_run,
+    mean,
+    parse_study,
+    spread,
+    write_results,
+)
+from explore import distinct_ngrams, sample_statistics
 from generate import sample_text
 from model import GPT
-from play import distinct, measure
-from plots import BLACK, BLUE, GREEN, ORANGE
 from tokenizer import Tokenizer
+from training.setup import Flags
+from utils import TokenStream, even_starts, load_checkpoint
+from viz.runs import BLACK, BLUE, GREEN, ORANGE, new_figure
 
-KNOBS: dict[str, tuple[float, ...]] = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Sweep = dict[str, list[dict[str, Any]]]  # see `sweep`
+
+SWEEPS: dict[str, tuple[float, ...]] = {
     "temperature": (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
     "top_k": (1, 2, 4, 8, 16, 32, 64),
     "top_p": (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.0),
 }
-OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-QUICK: dict[str, Any] = {
-    "run": {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80},
-    "samples": {"num_samples": 8, "max_new_tokens": 250},  # of each seed
-}
-FULL: dict[str, Any] = {
-    "run": {"preset": "medium", "save_every": 500},
-    "samples": {"num_samples": 32, "max_new_tokens": 500},
-}
-MEASURES = ("entropy", "surprise", "distinct-1", "distinct-2")
+OFF: Flags = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+STATISTICS = ("entropy", "surprise", "distinct-1", "distinct-2")
+
+
+@dataclass
+class Plan:
+    """What is trained and sampled."""
+
+    flags: Flags  # of the run
+    num_samples: int  # per seed
+    length: int  # of a sample, in tokens
+
+
+QUICK = Plan({"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80}, 8, 250)
+FULL = Plan({"preset": "medium", "save_every": 500}, 32, 500)
 
 
 @dataclass
 class SamplingConfig:
-    """What is sampled from, the size of the study and its place."""
+    """Settings of this study only."""
 
-    checkpoint: str = setting("", "default: one that is trained for it", positional=True)
-    quick: bool = setting(False, "minutes on two cores; else the full size, for a GPU")
-    seeds: int = setting(3, "of the sampling, which tell what is chance", low=1)
-    data: str = setting("", "the text; default: the checkpoint's, else shakespeare")
-    out_dir: str = setting("checkpoints/studies", "folder of the run, which is kept")
-    results: str = setting("experiments/results", "folder of the tables and pictures")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    checkpoint: str = setting("", "default: train a model for this study", positional=True)
 
 
-def find_checkpoint(this: Study, size: dict[str, Any]) -> Path:
-    """The checkpoint that was given, or the best one of a run made for the study."""
-    if this.config.checkpoint:
-        return Path(this.config.checkpoint)
-    this.config.data = this.config.data or "shakespeare"
-    study.make_run(this, "model", size["run"] | {"seed": 1})
-    return this.folder / "model" / "best.pt"
+def find_checkpoint(study: Study, plan: Plan) -> Path:
+    """The checkpoint given by the user, or the best one of a run made for the study."""
+    if study.options.checkpoint:
+        return Path(study.options.checkpoint)
+    study.config.data = study.config.data or "shakespeare"
+    make_run(study, "model", plan.flags | {"seed": 1})
+    return study.folder / "model" / "best.pt"
 
 
-# --- the knobs
+def check_unchanged(corpus: Corpus, data: str, path: Path, state: dict[str, Any]) -> None:
+    """Raise UserError if a checkpoint was trained on another corpus."""
+    if corpus.info["sha256"] != state["corpus"]["sha256"]:
+        raise UserError(f"{path} was not trained on {data}: give --data its text")
 
 
-def sweep(
-    model: GPT, tokenizer: Tokenizer, samples: dict[str, int], seeds: int
-) -> dict[str, list[dict[str, Any]]]:
-    """What each value of each knob gives: {knob: [{"value", measure: [of each seed]}]}."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for knob, values in KNOBS.items():
-        found[knob] = []
+def sample_config(plan: Plan, **settings: Any) -> SampleConfig:
+    return SampleConfig(num_samples=plan.num_samples, max_new_tokens=plan.length, **settings)
+
+
+def validation_loss(model: GPT, corpus: Corpus, state: dict[str, Any]) -> float:
+    """The mean loss over the validation split, in nats per token."""
+    doc_mask = bool(state["train_config"].get("doc_mask"))
+    return evaluate_split(model, corpus, EvaluateConfig(precision="float32"), doc_mask)["loss"]
+
+
+# --- sampling settings
+
+
+def sweep(model: GPT, tokenizer: Tokenizer, plan: Plan, n_seeds: int) -> Sweep:
+    """The statistics of samples for each value of each sampling setting: {setting: a list of
+    {"value": value, statistic: [one per seed]}}."""
+    found: Sweep = {}
+    for name, values in SWEEPS.items():
+        found[name] = []
         for value in values:
-            settings = SampleConfig(**samples, **(OFF | {knob: value}))
-            each = [measure(model, tokenizer, replace(settings, seed=s)) for s in range(seeds)]
-            row: dict[str, Any] = {"value": value}
-            row |= {name: [one[name] for one in each] for name in each[0]}
-            row["surprise"] = [-p for p in row.pop("log-probability")]
-            found[knob].append(row)
+            config = sample_config(plan, **(OFF | {name: value}))
+            by_seed = [
+                sample_statistics(model, tokenizer, replace(config, seed=s)) for s in range(n_seeds)
+            ]
+            point: dict[str, Any] = {"value": value}
+            point |= {key: [each[key] for each in by_seed] for key in by_seed[0]}
+            point["surprise"] = [-p for p in point.pop("log-probability")]
+            found[name].append(point)
     return found
 
 
-def of_people(ids: np.ndarray, surprise: float, samples: dict[str, int]) -> dict[str, float]:
-    """The measures of the validation text, for distinct-n in as many pieces as are sampled."""
-    n, length = samples["num_samples"], samples["max_new_tokens"]
-    starts = utils.even_starts(len(ids), length, n)
-    pieces = [ids[start : start + length].tolist() for start in starts]
-    return {"surprise": surprise} | {f"distinct-{k}": distinct(pieces, k) for k in (1, 2)}
+def validation_statistics(ids: TokenStream, loss: float, plan: Plan) -> dict[str, float]:
+    """The statistics of the validation text; distinct-n of as many pieces as are sampled."""
+    starts = even_starts(len(ids), plan.length, plan.num_samples)
+    pieces = [ids[start : start + plan.length].tolist() for start in starts]
+    return {"surprise": loss} | {f"distinct-{n}": distinct_ngrams(pieces, n) for n in (1, 2)}
 
 
-def knob_rows(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The table of the knobs: means, each with its spread over the seeds."""
+def sweep_rows(found: Sweep) -> list[Row]:
+    """The means, each with its spread over the seeds."""
     rows = []
-    for knob, values in found.items():
-        for one in values:
-            row = {"knob": knob, "value": f"{one['value']:g}"}
-            for name in MEASURES:
-                row |= {name: mean(one[name]), f"spread of {name}": spread(one[name])}
+    for name, points in found.items():
+        for point in points:
+            row: Row = {"setting": name, "value": f"{point['value']:g}"}
+            for key in STATISTICS:
+                row |= {key: mean(point[key]), f"spread of {key}": spread(point[key])}
             rows.append(row)
     return rows
 
 
-# --- the checkpoints
+# --- checkpoints
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text in small letters; an apostrophe may stand inside.
+def split_words(text: str) -> list[str]:
+    """The words of a text in lower case; they may contain apostrophes.
 
-    >>> words_of("ROMEO:\\nIt's 3 o'clock--'tis late")
+    >>> split_words("ROMEO:\\nIt's 3 o'clock--'tis late")
     ['romeo', "it's", "o'clock", 'tis', 'late']
     """
     return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)*", text.lower())
 
 
-def share_known(texts: list[str], known: set[str]) -> float:
-    """The share of the words of some texts that are known. The last of each may be cut off, and is
-    left out; 0 where there is none.
+def known_share(texts: list[str], known: set[str]) -> float:
+    """The share of the words in the texts that are known; 0 if there are no words. The last word of
+    each text is ignored, as it may be incomplete.
 
-    >>> share_known(["to be or nto to b"], {"to", "be", "or"})
+    >>> known_share(["to be or nto to b"], {"to", "be", "or"})
     0.8
     """
-    words = [word for text in texts for word in words_of(text)[:-1]]
+    words = [word for text in texts for word in split_words(text)[:-1]]
     return sum(word in known for word in words) / max(1, len(words))
 
 
-def loss_of(model: GPT, corpus: utils.Corpus, state: dict[str, Any]) -> float:
-    """The mean loss of a checkpoint's model over the validation split, in nats a token."""
-    doc_mask = bool(state["train_config"].get("doc_mask")) and corpus.separator is not None
-    settings = evaluate.EvaluateConfig(precision="float32")
-    return evaluate.score(model, corpus, settings, doc_mask)["loss"]
-
-
-def judge(
-    this: Study, path: Path, corpus: utils.Corpus, known: set[str], samples: dict[str, int]
+def evaluate_checkpoint(
+    study: Study, path: Path, corpus: Corpus, known: set[str], plan: Plan
 ) -> dict[str, Any]:
-    """How good a checkpoint is: its loss over the validation split, and of its samples, at the
-    usual temperature of 0.8 and with each seed, the share of known words and distinct-2; a line."""
-    model, tokenizer, state = utils.load_checkpoint(path, this.device)
+    """The step of a checkpoint, its validation loss, and of its samples at temperature 0.8 the
+    share of known words and distinct-2, each with every seed, and a line as an example."""
+    model, tokenizer, state = load_checkpoint(path, study.device)
     texts = [
-        sample_text(model, tokenizer, SampleConfig(**samples, seed=seed))
-        for seed in range(this.config.seeds)
+        sample_text(model, tokenizer, sample_config(plan, seed=seed))
+        for seed in range(study.config.seeds)
     ]
-    ids = [[tokenizer.encode(text).tolist() for text in of_seed] for of_seed in texts]
+    ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
     return {
         "step": state["step"],
-        "loss": loss_of(model, corpus, state),
-        "known": [share_known(of_seed, known) for of_seed in texts],
-        "distinct-2": [distinct(of_seed, 2) for of_seed in ids],
+        "loss": validation_loss(model, corpus, state),
+        "known": [known_share(by_seed, known) for by_seed in texts],
+        "distinct-2": [distinct_ngrams(by_seed, 2) for by_seed in ids],
         "line": next((line for line in texts[0][0].splitlines() if line.strip()), ""),
     }
 
 
-def checkpoint_rows(judged: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table of the checkpoints."""
+def checkpoint_rows(evaluated: list[dict[str, Any]]) -> list[Row]:
     return [
         {
-            "step": one["step"],
-            "validation loss": one["loss"],
-            "words of the training text": mean(one["known"]),
-            "spread of words": spread(one["known"]),
-            "distinct-2": mean(one["distinct-2"]),
-            "spread of distinct-2": spread(one["distinct-2"]),
-            "first line of a sample": one["line"].replace("|", "\\|"),
+            "step": each["step"],
+            "validation loss": each["loss"],
+            "words of the training text": mean(each["known"]),
+            "spread of words": spread(each["known"]),
+            "distinct-2": mean(each["distinct-2"]),
+            "spread of distinct-2": spread(each["distinct-2"]),
+            "first line of a sample": each["line"].replace("|", "\\|"),
         }
-        for one in judged
+        for each in evaluated
     ]
 
 
-# --- picture
+# --- plots
 
 
-def band(axes: Any, x: list[Any], values: list[list[float]], color: str, label: str) -> None:
-    """A line through the means of some seeds, in a band from the least to the most."""
+def plot_band(
+    axes: "Axes", x: list[Any], values: list[list[float]], color: str, label: str
+) -> None:
+    """A line through the mean over the seeds, in a band from the lowest to the highest."""
     axes.plot(x, [mean(v) for v in values], ".-", color=color, label=label)
-    least, most = [min(v) for v in values], [max(v) for v in values]
-    axes.fill_between(x, least, most, color=color, alpha=0.25)
+    lowest, highest = [min(v) for v in values], [max(v) for v in values]
+    axes.fill_between(x, lowest, highest, color=color, alpha=0.25)
 
 
-def draw(
-    found: dict[str, list[dict[str, Any]]], people: dict[str, float], judged: list[dict[str, Any]]
-) -> Any:
-    """A column for each knob, the measures in nats above, the shares below, the validation text's
-    dotted; and one for the checkpoints."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 6.5), layout="constrained")
-    panels = figure.subplots(2, 4, sharex="col")
+def plot_sweeps(panels: Any, found: Sweep, validation: dict[str, float]) -> None:
+    """A column per sampling setting: the statistics in nats above, the shares below; dotted lines
+    for the validation text. panels: an array of axes, (2, settings)."""
     colors = {"entropy": BLUE, "surprise": ORANGE, "distinct-1": BLUE, "distinct-2": ORANGE}
-    for column, (knob, rows) in enumerate(found.items()):
-        x = [row["value"] for row in rows]
-        for name, color in colors.items():
-            axes = panels[int(name.startswith("distinct")), column]
-            band(axes, x, [row[name] for row in rows], color, name)
-            if name in people:
-                axes.axhline(people[name], color=color, linestyle=":")
-        panels[0, column].set_title(knob.replace("_", "-"))
-        panels[1, column].set_xlabel(knob.replace("_", "-"))
-        if knob == "top_k":
-            panels[1, column].set_xscale("log", base=2)
-            panels[1, column].set_xticks(x, [f"{k:g}" for k in x])
-    steps = [one["step"] for one in judged]
-    top, bottom = panels[:, 3]
-    top.plot(steps, [one["loss"] for one in judged], ".-", color=BLACK, label="validation loss")
-    band(bottom, steps, [one["known"] for one in judged], GREEN, "words of the training text")
-    band(bottom, steps, [one["distinct-2"] for one in judged], ORANGE, "distinct-2")
+    for (name, points), column in zip(found.items(), panels.T, strict=False):
+        x = [point["value"] for point in points]
+        for key, color in colors.items():
+            axes = column[int(key.startswith("distinct"))]
+            plot_band(axes, x, [point[key] for point in points], color, key)
+            if key in validation:
+                axes.axhline(validation[key], color=color, linestyle=":")
+        top, bottom = column
+        top.set_title(name.replace("_", "-"))
+        bottom.set_xlabel(name.replace("_", "-"))
+        if name == "top_k":
+            bottom.set_xscale("log", base=2)
+            bottom.set_xticks(x, [f"{k:g}" for k in x])
+    for row in panels:  # one scale per row
+        limits = [axes.get_ylim() for axes in row]
+        for axes in row:
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    panels[0, 0].set_ylabel("nats per token")
+    panels[1, 0].set_ylabel("share; dotted: validation text")
+    for axes in panels[:, 0]:
+        axes.legend()
+
+
+def plot_checkpoints(panels: Any, evaluated: list[dict[str, Any]]) -> None:
+    """The validation loss, above, and the statistics of samples over the steps of a run. panels:
+    two axes."""
+    top, bottom = panels
+    steps = [each["step"] for each in evaluated]
+    top.plot(steps, [e["loss"] for e in evaluated], ".-", color=BLACK, label="validation loss")
+    plot_band(bottom, steps, [e["known"] for e in evaluated], GREEN, "words of the training text")
+    plot_band(bottom, steps, [e["distinct-2"] for e in evaluated], ORANGE, "distinct-2")
     top.set_title("checkpoints, temperature 0.8")
     bottom.set_xlabel("step")
-    panels[0, 0].set_ylabel("nats a token")
-    panels[1, 0].set_ylabel("share; dotted: of the validation text")
     bottom.set_ylim(0, 1)
-    for axes in panels[:, [0, 3]].flat:
-        axes.legend()
+    top.legend()
     bottom.legend(loc="center right")
-    for row, last in ((0, 3), (1, 3)):  # the knobs of a row on one scale
-        ends = [axes.get_ylim() for axes in panels[row, :last]]
-        for axes in panels[row, :last]:
-            axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+
+
+def plot(found: Sweep, validation: dict[str, float], evaluated: list[dict[str, Any]]) -> "Figure":
+    figure = new_figure(14, 6.5)
+    panels = figure.subplots(2, 4, sharex="col")
+    plot_sweeps(panels[:, :3], found, validation)
+    plot_checkpoints(panels[:, 3], evaluated)
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     return figure
@@ -235,29 +262,30 @@ def draw(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    this = study.begin("sampling", argv, __doc__, SamplingConfig)
-    size = QUICK if this.config.quick else FULL
-    path = find_checkpoint(this, size)
-    model, tokenizer, state = utils.load_checkpoint(path, this.device)
-    trained = state["train_config"]
-    data = this.config.data or trained["data"]
-    tokenizer, corpus = load_corpus(data, trained["tokenizer"], 0, tokenizer)
-    if corpus.info["sha256"] != state["corpus"]["sha256"]:
-        raise UserError(f"{data} is not what {path} was trained on: name its text with --data")
-    known = set(words_of(tokenizer.decode(corpus.train_ids.tolist())))
+    study = parse_study("sampling", argv, __doc__, SamplingConfig, data="")
+    plan = QUICK if study.config.quick else FULL
+    path = find_checkpoint(study, plan)
+    model, tokenizer, state = load_checkpoint(path, study.device)
+    data = study.config.data or state["train_config"]["data"]
+    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer)
+    check_unchanged(corpus, data, path, state)
+    known = set(split_words(tokenizer.decode(corpus.train_ids[:].tolist())))
     checkpoints = sorted(path.parent.glob("ckpt_*.pt"))
     if not checkpoints:
-        print(f"no ckpt_*.pt beside {path}, which --save_every keeps: it stands alone")
-    samples = size["samples"]
-    judged = [judge(this, each, corpus, known, samples) for each in checkpoints or [path]]
-    found = sweep(model, tokenizer, samples, this.config.seeds)
-    people = of_people(corpus.val_ids, loss_of(model, corpus, state), samples)
+        print(f"there are no ckpt_*.pt next to {path}, which --save_every keeps: using it alone")
+    evaluated = [
+        evaluate_checkpoint(study, each, corpus, known, plan) for each in checkpoints or [path]
+    ]
+    found = sweep(model, tokenizer, plan, study.config.seeds)
+    loss = validation_loss(model, corpus, state)
+    validation = validation_statistics(corpus.val_ids, loss, plan)
     tables = {
-        "Knobs: each turned alone": knob_rows(found),
-        "Checkpoints of the run": checkpoint_rows(judged),
-        "Validation text": [people],
+        "Sampling settings, each varied alone": sweep_rows(found),
+        "Checkpoints of the run": checkpoint_rows(evaluated),
+        "Validation text": [validation],
     }
-    return study.finish(this, tables, draw(found, people, judged))
+    write_results(study, tables, plot(found, validation, evaluated))
+    return 0
 
 
 if __name__ == "__main__":

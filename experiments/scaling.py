@@ -1,80 +1,93 @@
 """How large a model for how much compute? Loss against compute for a family of sizes.
 
-python experiments/scaling.py --quick
+    python -m experiments.scaling --quick
 
 Approach 2 of Hoffmann et al. (2022), the IsoFLOP profile: several sizes are trained with the same
-compute, a large one on few tokens, a small one on many; a parabola through their losses has its
-minimum at the best size. The best sizes of several budgets give power laws, and these predict the
-loss of a larger budget, which a run that they have not seen then checks.
+compute, a large one on few tokens, a small one on many. The minimum of a parabola through their
+losses is the best size for this budget. The best sizes of several budgets give power laws, which
+predict the loss for a larger budget; a run that the laws were not fitted to checks the prediction.
 
-Compute is counted as C = 6 N D: N are the weights of the matrices that a token is multiplied with,
-the output matrix among them (the embedding is a table, whether it is the same matrix or not), and D
-the tokens trained on. What attention computes between tokens is not in it.
+Compute is C = 6 N D. N is the number of weights in the matrices that each token is multiplied with,
+including the output layer (the embedding is a table lookup, even if it is tied to the output
+layer), and D the number of training tokens. The products of queries, keys and values are not
+counted.
 """
 
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import study
-from study import Study, mean, spread
-
-from config import GPTConfig, from_dict, run, setting
+from config import GPTConfig, from_dict, run
+from experiments.study import (
+    Row,
+    Study,
+    loss_columns,
+    mean,
+    mean_ms_per_step,
+    parse_study,
+    spread,
+    study_corpus,
+    val_losses,
+    with_seeds,
+    write_results,
+)
 from model import GPT
-from plots import BLACK, COLORS
+from training.setup import Flags
+from viz.runs import BLACK, COLORS, new_figure
 
-# Muon, with which one learning rate suits all the sizes: 0.02 and 0.04 differ little in the quick
-# study. AdamW's best differs between sizes, and a profile is to compare sizes, not learning rates.
-RUN: dict[str, Any] = {"optimizer": "muon", "schedule": "linear", "dropout": 0.0}
-RUN |= {"token_shift": False}
-# The budgets, in floating-point operations, and the widths that are trained with each: the best is
-# to be among them, not at an end.
-QUICK: dict[str, Any] = {
-    "run": RUN | {"n_layer": 2, "n_head": 2, "block_size": 64, "batch_size": 24, "lr_max": 2e-2},
-    "widths": {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LossBySize = dict[int, float]  # weights -> validation loss
+Law = tuple[float, float]  # factor k and exponent a of y = k x^a
+
+
+@dataclass
+class Plan:
+    """What is trained."""
+
+    flags: Flags  # of all runs
+    # FLOP -> the widths trained with this budget. The best one should not be the first or the last.
+    widths: dict[float, tuple[int, ...]]
+    check_budget: float  # FLOP of the run that checks the prediction
+    width_step: int  # the width of that run is a multiple of this
+
+
+# Muon suits all sizes with one learning rate: 0.02 and 0.04 differ little in the quick study.
+# AdamW's best learning rate differs between sizes, and a profile should compare only the sizes.
+FLAGS: Flags = {"optimizer": "muon", "schedule": "linear", "dropout": 0.0, "token_shift": False}
+QUICK = Plan(
+    FLAGS
+    | {"n_layer": 2, "n_head": 2, "block_size": 64, "batch_size": 24, "lr_max": 2e-2}
+    | {"compile": False},  # compiling takes longer than it saves
+    {
         0.1e12: (16, 20, 24, 32, 48),
         0.2e12: (20, 24, 32, 40, 56),
         0.4e12: (24, 32, 40, 56, 72),
     },
-    "check": 0.8e12,
-    "width_step": 4,  # the check's width is a multiple of it
-}
-QUICK["run"] |= {"compile": False}  # sooner done than compiled
-# Larger budgets would repeat the plays, 4 million characters, too often: they want a larger text.
-FULL: dict[str, Any] = {
-    "run": RUN | {"n_layer": 4, "n_head": 4, "block_size": 256, "batch_size": 32, "lr_max": 1e-2},
-    "widths": {
+    check_budget=0.8e12,
+    width_step=4,
+)
+# Larger budgets would repeat the plays, 4 million characters, too often: they need a larger text.
+FULL = Plan(
+    FLAGS | {"n_layer": 4, "n_head": 4, "block_size": 256, "batch_size": 32, "lr_max": 1e-2},
+    {
         1e13: (32, 48, 64, 96, 128),
         2e13: (48, 64, 80, 96, 128),
         4e13: (48, 64, 96, 128, 160),
         8e13: (64, 96, 112, 128, 192),
     },
-    "check": 1.6e14,
-    "width_step": 8,
-}
+    check_budget=1.6e14,
+    width_step=8,
+)
 HOFFMANN = {"weights": "0.49", "tokens": "0.51", "loss": ""}  # the exponents that they found
 
 
-@dataclass
-class ScalingConfig:
-    """The size of the study and its place."""
-
-    quick: bool = setting(False, "minutes on two cores; else the full size, for a GPU")
-    seeds: int = setting(3, "runs of each kind, which tell what is chance", low=1)
-    data: str = setting("plays", "the text, as for train.py")
-    out_dir: str = setting("checkpoints/studies", "folder of the runs, which are kept")
-    results: str = setting("experiments/results", "folder of the tables and pictures")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
-
-
-# --- what the losses say
+# --- fits
 
 
 @dataclass
@@ -83,219 +96,274 @@ class Best:
 
     weights: float
     tokens: float
-    loss: float  # nats a token
-    where: str  # how it was found
+    loss: float  # nats per token
+    minimum: str  # how it was found
 
 
 def parabola_minimum(sizes: list[int], losses: list[float]) -> tuple[float, float, str]:
-    """The size at the minimum of the parabola that fits the losses over log(size) best, its loss
-    there, and where it lies. Beyond the sizes that were trained it says nothing, so the nearest of
-    these stands for it; and the best of them where the parabola has no minimum."""
+    """The size at the minimum of a parabola fitted to the losses over log(size), the loss there,
+    and how the minimum was found.
+
+    The parabola is not valid outside the range of the trained sizes: if its minimum is outside, the
+    nearest of them is returned. If it has no minimum, the size with the lowest loss is.
+    """
     logs = np.log(sizes)
-    bend, slope, height = np.polyfit(logs, losses, 2) if len(sizes) > 2 else (0, 0, 0)
-    if bend <= 0:
+    curvature, slope, height = np.polyfit(logs, losses, 2) if len(sizes) > 2 else (0, 0, 0)
+    if curvature <= 0:
         i = int(np.argmin(losses))
-        return sizes[i], losses[i], "no minimum: the best run"
-    bottom = -slope / (2 * bend)
+        return sizes[i], losses[i], "no minimum: the lowest loss"
+    bottom = -slope / (2 * curvature)
     nearest = min(max(bottom, logs.min()), logs.max())
-    where = "among the sizes" if nearest == bottom else "beyond the sizes: the last of them"
-    return math.exp(nearest), float(np.polyval((bend, slope, height), nearest)), where
+    found = "within the sizes" if nearest == bottom else "beyond the sizes: the nearest"
+    return math.exp(nearest), float(np.polyval((curvature, slope, height), nearest)), found
 
 
-def power_law(x: list[float], y: list[float]) -> tuple[float, float]:
-    """The factor k and the exponent a of y = k x^a, the straight line through the logarithms."""
+def fit_power_law(x: list[float], y: list[float]) -> Law:
+    """The factor k and the exponent a of y = k x^a, by a linear fit to the logarithms."""
     exponent, log_factor = np.polyfit(np.log(x), np.log(y), 1)
     return math.exp(log_factor), float(exponent)
 
 
-def at(law: tuple[float, float], x: float) -> float:
+def evaluate_law(law: Law, x: float) -> float:
     """The value of a power law at x."""
     return law[0] * x ** law[1]
 
 
-def best_sizes(losses: dict[float, dict[int, float]]) -> dict[float, Best]:
-    """The best size for each budget, from {budget: {weights: loss}}. Runs that diverged, whose loss
-    is infinite, are left out."""
+def best_sizes(losses: dict[float, LossBySize]) -> dict[float, Best]:
+    """The best size for each budget. Diverged runs, with an infinite loss, are left out."""
     found = {}
     for budget, by_size in losses.items():
         kept = {n: loss for n, loss in by_size.items() if math.isfinite(loss)}
-        n, loss, where = parabola_minimum(list(kept), list(kept.values()))
-        found[budget] = Best(n, budget / (6 * n), loss, where)
+        n, loss, minimum = parabola_minimum(list(kept), list(kept.values()))
+        found[budget] = Best(n, budget / (6 * n), loss, minimum)
     return found
 
 
-def power_laws(best: dict[float, Best]) -> dict[str, tuple[float, float]]:
-    """The power laws of compute: of the best size, its tokens, its loss. The loss has a part that
-    no compute takes away (Hoffmann et al. 2022, equation 2) and this law does not know, so that it
-    holds a short way only, and comes out a little low further on."""
+def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
+    """The power laws from compute to the best size, its tokens and its loss.
+
+    The loss has a constant part that no compute removes (Hoffmann et al. 2022, equation 2), and
+    this law does not: it holds for nearby budgets only, and predicts slightly too low a loss beyond
+    them.
+    """
     names = ("weights", "tokens", "loss")
-    return {n: power_law(list(best), [getattr(b, n) for b in best.values()]) for n in names}
+    return {n: fit_power_law(list(best), [getattr(b, n) for b in best.values()]) for n in names}
 
 
 # --- runs
 
 
 def matrix_weights(gpt: GPTConfig) -> int:
-    """The weights of all matrices that a token is multiplied with, N."""
-    with torch.device("meta"):  # sizes without numbers
+    """The number of weights of all matrices that a token is multiplied with, N."""
+    with torch.device("meta"):  # shapes without memory
         model = GPT(gpt)
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
-def size_of(this: Study, size: dict[str, Any], width: int) -> int:
-    """N of the model of that width."""
-    vocab_size = study.corpus_of(this.config.data, "char", 0)[0].vocab_size
-    settings = size["run"] | {"n_embd": width, "vocab_size": vocab_size}
+def weights_of_width(study: Study, plan: Plan, width: int) -> int:
+    """N of the model of this width."""
+    vocab_size = study_corpus(study, plan.flags)[0].vocab_size
+    settings = plan.flags | {"n_embd": width, "vocab_size": vocab_size}
     return matrix_weights(from_dict(GPTConfig, settings))
 
 
-def train_with(
-    this: Study, size: dict[str, Any], budget: float, width: int
-) -> tuple[dict[str, Any], list[float]]:
-    """Spend a budget on the model of that width, with each seed: the row of the table of all runs,
-    and the losses. The learning rate falls to 0 with the budget's end."""
-    n = size_of(this, size, width)
-    a_step = size["run"]["batch_size"] * size["run"]["block_size"]
-    steps = max(1, round(budget / (6 * n * a_step)))
-    flags = size["run"] | {"n_embd": width, "max_steps": steps, "eval_every": steps}
-    runs = study.with_seeds(this, f"{budget:.1e}-{width}", flags)
-    losses = [r["val"] for r in runs]
-    row = {"TFLOP": budget / 1e12, "channels": width, "weights": n, "steps": steps}
-    row |= {"tokens": steps * a_step, "validation loss": mean(losses), "spread": spread(losses)}
-    return row | {"ms a step": round(mean([r["ms_per_step"] for r in runs]), 1)}, losses
+def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Row, list[float]]:
+    """Spend a budget on the model of this width, with each seed; the learning rate decays to 0 at
+    the end of the budget. Returns the row of the table of all runs, and the losses."""
+    n = weights_of_width(study, plan, width)
+    tokens_per_step = plan.flags["batch_size"] * plan.flags["block_size"]
+    steps = max(1, round(budget / (6 * n * tokens_per_step)))
+    flags = plan.flags | {"n_embd": width, "max_steps": steps, "eval_every": steps}
+    runs = with_seeds(study, f"{budget:.1e}-{width}", flags)
+    row = {
+        "TFLOP": budget / 1e12,
+        "channels": width,
+        "weights": n,
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        **loss_columns(runs),
+        "ms per step": mean_ms_per_step(runs),
+    }
+    return row, val_losses(runs)
 
 
-def nearest_width(this: Study, size: dict[str, Any], n: float) -> int:
-    """The width whose model has about n weights."""
-    step = size["width_step"]
-    width = step
-    while size_of(this, size, width) < n:
-        width += step
-    return min((width, max(width - step, step)), key=lambda w: abs(size_of(this, size, w) - n))
+def nearest_width(study: Study, plan: Plan, n: float) -> int:
+    """The width whose model has about n weights, a multiple of plan.width_step."""
+    width = plan.width_step
+    while weights_of_width(study, plan, width) < n:
+        width += plan.width_step
+    candidates = (width, max(width - plan.width_step, plan.width_step))
+    return min(candidates, key=lambda w: abs(weights_of_width(study, plan, w) - n))
 
 
-# --- picture and table
+# --- tables
 
 
-def draw(
-    losses: dict[float, list[dict[int, float]]],
-    best: dict[float, Best],
-    laws: dict[str, tuple[float, float]],
-    check: tuple[float, list[float]],
-) -> Any:
-    """The profiles with their minima, and the best losses with the law that predicts the check."""
-    from matplotlib.figure import Figure
+def best_rows(best: dict[float, Best]) -> list[Row]:
+    return [
+        {
+            "TFLOP": budget / 1e12,
+            "weights": round(b.weights),
+            "tokens": round(b.tokens),
+            "tokens per weight": round(b.tokens / b.weights, 1),
+            "validation loss": b.loss,
+            "minimum": b.minimum,
+        }
+        for budget, b in best.items()
+    ]
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (budget, by_seed), color in zip(losses.items(), COLORS, strict=False):
-        for one in by_seed:
-            left.semilogx(list(one), list(one.values()), "o", color=color, alpha=0.4)
-        sizes = list(by_seed[0])
-        means = [mean([one[n] for one in by_seed]) for n in sizes]
-        x = np.geomspace(min(sizes), max(sizes))
-        if len(sizes) > 2 and all(map(math.isfinite, means)):
-            y = np.polyval(np.polyfit(np.log(sizes), means, 2), np.log(x))
-            left.plot(x, y, color=color, label=f"{budget / 1e12:g} TFLOP")
-        left.plot(best[budget].weights, best[budget].loss, "*", color=color, markersize=16)
-        right.loglog(budget, best[budget].loss, "*", color=color, markersize=16)
-    sizes = [n for by_seed in losses.values() for n in by_seed[0]]
-    ticks = np.geomspace(min(sizes), max(sizes), 5)
-    left.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
-    left.set(xlabel="weights N", ylabel="validation loss (nats a token)")
-    left.set_title("Equal compute: a parabola, its minimum")
-    left.legend()
-    budget, measured = check
-    for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
-        right.plot(ends, [at(laws["loss"], c) for c in ends], style, color=BLACK)
-    star = {"color": "white", "markeredgecolor": BLACK, "markersize": 16, "label": "predicted"}
-    right.plot(budget, at(laws["loss"], budget), "*", **star)
-    dots = {"color": BLACK, "alpha": 0.5, "label": "measured, a dot a seed"}
-    right.plot([budget] * len(measured), measured, "o", **dots)
-    right.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
-    values = [b.loss for b in best.values()] + [v for v in measured if math.isfinite(v)]
-    ticks = np.linspace(min(values), max(values), 5)
-    right.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
-    right.set(xlabel="compute C (TFLOP)", ylabel="validation loss at the best size")
-    pairs = zip("NDL", laws.values(), strict=True)
-    right.set_title(", ".join(f"{name} ~ $C^{{{law[1]:.2f}}}$" for name, law in pairs))
-    right.legend()
-    for axes in (left, right):
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    return figure
+
+def law_rows(laws: dict[str, Law], laws_by_seed: list[dict[str, Law]]) -> list[Row]:
+    return [
+        {
+            "at the best size": name,
+            "exponent": exponent,
+            "spread over seeds": spread([laws_[name][1] for laws_ in laws_by_seed]),
+            "Hoffmann et al.": HOFFMANN[name],
+        }
+        for name, (_, exponent) in laws.items()
+    ]
 
 
 def check_row(
     budget: float,
-    laws: dict[str, tuple[float, float]],
-    by_seed: list[dict[str, tuple[float, float]]],
+    laws: dict[str, Law],
+    laws_by_seed: list[dict[str, Law]],
     weights: int,
     measured: list[float],
-) -> dict[str, Any]:
-    """What the laws said of a budget, and what came."""
-    predicted = at(laws["loss"], budget)
+) -> Row:
+    """What the laws predict for a budget, and the measured losses of a run with this budget."""
+    predicted = evaluate_law(laws["loss"], budget)
+    predictions = [evaluate_law(laws_["loss"], budget) for laws_ in laws_by_seed]
     return {
         "TFLOP": budget / 1e12,
-        "predicted size": round(at(laws["weights"], budget)),
+        "predicted size": round(evaluate_law(laws["weights"], budget)),
         "trained size": weights,
         "predicted loss": predicted,
-        "spread of predictions": spread([at(one["loss"], budget) for one in by_seed]),
+        "spread of predictions": spread(predictions),
         "measured loss": mean(measured),
         "spread": spread(measured),
         "measured - predicted": mean(measured) - predicted,
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    this = study.begin("scaling", argv, __doc__, ScalingConfig)
-    size = QUICK if this.config.quick else FULL
-    seeds = range(this.config.seeds)
-    rows, losses = [], {}  # losses: {budget: [of each seed, {weights: loss}]}
-    for budget, widths in size["widths"].items():
-        losses[budget] = [{} for _ in seeds]
+# --- plots
+
+
+def plot_profiles(
+    axes: "Axes", losses: dict[float, list[LossBySize]], best: dict[float, Best]
+) -> None:
+    """The losses over the size for each budget and seed, with the parabolas and their minima."""
+    for (budget, by_seed), color in zip(losses.items(), COLORS, strict=False):
+        for by_size in by_seed:
+            axes.semilogx(list(by_size), list(by_size.values()), "o", color=color, alpha=0.4)
+        sizes = list(by_seed[0])
+        means = [mean([by_size[n] for by_size in by_seed]) for n in sizes]
+        if len(sizes) > 2 and all(map(math.isfinite, means)):
+            x = np.geomspace(min(sizes), max(sizes))
+            y = np.polyval(np.polyfit(np.log(sizes), means, 2), np.log(x))
+            axes.plot(x, y, color=color, label=f"{budget / 1e12:g} TFLOP")
+        axes.plot(best[budget].weights, best[budget].loss, "*", color=color, markersize=16)
+    sizes = [n for by_seed in losses.values() for n in by_seed[0]]
+    ticks = np.geomspace(min(sizes), max(sizes), 5)
+    axes.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
+    axes.set(xlabel="weights N", ylabel="validation loss (nats per token)")
+    axes.set_title("Equal compute: parabolas and their minima")
+    axes.legend()
+
+
+def plot_laws(
+    axes: "Axes",
+    best: dict[float, Best],
+    laws: dict[str, Law],
+    check: tuple[float, list[float]],
+) -> None:
+    """The loss at the best size over compute, and the law that predicts the check, (budget,
+    measured losses)."""
+    for (budget, b), color in zip(best.items(), COLORS, strict=False):
+        axes.loglog(budget, b.loss, "*", color=color, markersize=16)
+    budget, measured = check
+    law = laws["loss"]
+    for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
+        axes.plot(ends, [evaluate_law(law, c) for c in ends], style, color=BLACK)
+    star: dict[str, Any] = {
+        "color": "white",
+        "markeredgecolor": BLACK,
+        "markersize": 16,
+        "label": "predicted",
+    }
+    axes.plot(budget, evaluate_law(law, budget), "*", **star)
+    label = "measured, one dot per seed"
+    axes.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
+    axes.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
+    values = [b.loss for b in best.values()] + [v for v in measured if math.isfinite(v)]
+    ticks = np.linspace(min(values), max(values), 5)
+    axes.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
+    axes.set(xlabel="compute C (TFLOP)", ylabel="validation loss at the best size")
+    pairs = zip("NDL", laws.values(), strict=True)
+    axes.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
+    axes.legend()
+
+
+def plot(
+    losses: dict[float, list[LossBySize]],
+    best: dict[float, Best],
+    laws: dict[str, Law],
+    check: tuple[float, list[float]],
+) -> "Figure":
+    figure = new_figure(11, 5)
+    left, right = figure.subplots(1, 2)
+    plot_profiles(left, losses, best)
+    plot_laws(right, best, laws, check)
+    for axes in (left, right):
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def train_all(study: Study, plan: Plan) -> tuple[list[Row], dict[float, list[LossBySize]]]:
+    """Train all widths with all budgets: the rows of the table of runs, and for each budget the
+    losses of each seed."""
+    rows = []
+    losses: dict[float, list[LossBySize]] = {}
+    for budget, widths in plan.widths.items():
+        losses[budget] = [{} for _ in range(study.config.seeds)]
         for width in widths:
-            row, values = train_with(this, size, budget, width)
+            row, values = train_width(study, plan, budget, width)
             rows.append(row)
             for by_size, loss in zip(losses[budget], values, strict=True):
                 by_size[row["weights"]] = loss
+    return rows, losses
 
-    means = {c: {n: mean([one[n] for one in of]) for n in of[0]} for c, of in losses.items()}
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    study = parse_study("scaling", argv, __doc__, data="plays")
+    plan = QUICK if study.config.quick else FULL
+    rows, losses = train_all(study, plan)
+    means = {
+        budget: {n: mean([by_size[n] for by_size in by_seed]) for n in by_seed[0]}
+        for budget, by_seed in losses.items()
+    }
     best = best_sizes(means)
-    laws = power_laws(best)
-    by_seed = [power_laws(best_sizes({c: of[i] for c, of in losses.items()})) for i in seeds]
-
-    budget = size["check"]
-    width = nearest_width(this, size, at(laws["weights"], budget))
-    row, measured = train_with(this, size, budget, width)
+    laws = fit_laws(best)
+    laws_by_seed = [
+        fit_laws(best_sizes({budget: by_seed[i] for budget, by_seed in losses.items()}))
+        for i in range(study.config.seeds)
+    ]
+    budget = plan.check_budget
+    width = nearest_width(study, plan, evaluate_law(laws["weights"], budget))
+    row, measured = train_width(study, plan, budget, width)
     tables = {
-        "Best size for each budget": [
-            {
-                "TFLOP": c / 1e12,
-                "weights": round(b.weights),
-                "tokens": round(b.tokens),
-                "tokens a weight": round(b.tokens / b.weights, 1),
-                "validation loss": b.loss,
-                "the minimum is": b.where,
-            }
-            for c, b in best.items()
-        ],
-        "Laws: powers of compute": [
-            {
-                "of the best": name,
-                "exponent": exponent,
-                "spread over seeds": spread([one[name][1] for one in by_seed]),
-                "in Hoffmann et al.": HOFFMANN[name],
-            }
-            for name, (_, exponent) in laws.items()
-        ],
-        "Check: a run that the laws have not seen": [
-            check_row(budget, laws, by_seed, row["weights"], measured)
+        "Best size for each budget": best_rows(best),
+        "Laws: powers of compute": law_rows(laws, laws_by_seed),
+        "Check: a run that the laws were not fitted to": [
+            check_row(budget, laws, laws_by_seed, row["weights"], measured)
         ],
         "Runs": [*rows, row],
     }
-    return study.finish(this, tables, draw(losses, best, laws, (budget, measured)))
+    write_results(study, tables, plot(losses, best, laws, (budget, measured)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,45 +1,52 @@
-"""Teach a Shakespeare model to prefer short speeches, by preferences, and measure what that does.
+"""Teach a Shakespeare model by DPO to prefer short speeches, and measure the effect.
 
-python experiments/short_speeches.py checkpoints/best.pt
+    python -m experiments.short_speeches checkpoints/best.pt
 
-Pairs a short and a long speech of the corpus, both after the same name, in
-data/short_speeches.jsonl, runs finetune.py on them, and measures 100 speeches sampled before and
-after.
+Writes pairs of a short and a long speech of the corpus, after the same speaker's name, to
+data/short_speeches.jsonl, runs finetune.py on them, and compares the lengths of 100 speeches
+sampled before and after.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import finetune
-import utils
-from config import SampleConfig, limit_problems, parse_flags, raise_problems, run, setting
-from corpora import find_corpus
+from config import SampleConfig, parse_args, run, setting
+from corpus.files import read_text
+from corpus.load import find_corpus
 from generate import sample_text
+from utils import atomic_write, load_checkpoint, read_checkpoint
+
+PAIRS_FILE = Path("data/short_speeches.jsonl")
+TAG = "short"  # of the fine-tuned run
+SPEAKERS = ("ROMEO", "KING RICHARD III", "First Citizen", "JULIET")
+SAMPLES_PER_SPEAKER = 25
+MAX_NEW_TOKENS = 400  # per sampled speech
+LONG_RANGE = 50  # a rejected speech has at most this many characters more than --long
 
 
 @dataclass
 class SpeechesConfig:
-    """What is taught to which model."""
+    """The model to fine-tune, and the pairs."""
 
-    checkpoint: str = setting("checkpoints/best.pt", "a model of the plays", positional=True)
-    pairs: int = setting(600, "pairs to learn from", low=2)
-    short: int = setting(60, "characters that a chosen speech has at most", low=1)
-    long: int = setting(110, "characters that a rejected speech has at least", low=1)
-    seed: int = setting(1337, "of the pairs and the samples", low=0)
+    checkpoint: str = setting("checkpoints/best.pt", "model trained on the plays", positional=True)
+    pairs: int = setting(600, "number of training pairs", low=2)
+    short: int = setting(60, "maximum length of a chosen speech, in characters", low=1)
+    long: int = setting(110, "minimum length of a rejected speech, in characters", low=1)
+    seed: int = setting(1337, "seed of the pairs and the samples", low=0)
 
 
 def make_pairs(text: str, config: SpeechesConfig) -> list[dict[str, str]]:
-    """Pairs of a short and a long speech, both after the name of the short one's speaker."""
+    """Preference records: a short speech is preferred to a long one, both after the name of the
+    short one's speaker."""
     speeches = [s.split(":\n", 1) for s in text.split("\n\n") if ":\n" in s]
-    short = [(name, said) for name, said in speeches if len(said) <= config.short]
-    long = [said for _, said in speeches if config.long <= len(said) <= config.long + 50]
+    short = [(name, speech) for name, speech in speeches if len(speech) <= config.short]
+    max_long = config.long + LONG_RANGE
+    long = [speech for _, speech in speeches if config.long <= len(speech) <= max_long]
     rng = np.random.default_rng(config.seed)
     chosen = rng.permutation(len(short))[: config.pairs]
     rejected = rng.permutation(len(long))[: config.pairs]
@@ -53,35 +60,38 @@ def make_pairs(text: str, config: SpeechesConfig) -> list[dict[str, str]]:
     ]
 
 
-def measure(path: Path, config: SpeechesConfig) -> tuple[float, list[str]]:
-    """The mean length in characters of 100 speeches, at most 400 each, and three of them."""
-    model, tokenizer, _ = utils.load_checkpoint(path, torch.device("cpu"))
+def sample_speeches(path: Path, config: SpeechesConfig) -> list[str]:
+    """Speeches by each speaker, sampled from a checkpoint."""
+    model, tokenizer, _ = load_checkpoint(path, torch.device("cpu"))
     speeches = []
-    for i, name in enumerate(("ROMEO", "KING RICHARD III", "First Citizen", "JULIET")):
+    for i, name in enumerate(SPEAKERS):
         prompt = f"\n{name}:\n"
         settings = SampleConfig(
-            prompt=prompt, num_samples=25, max_new_tokens=400, stop="\n\n", seed=config.seed + i
+            prompt=prompt,
+            num_samples=SAMPLES_PER_SPEAKER,
+            max_new_tokens=MAX_NEW_TOKENS,
+            stop="\n\n",
+            seed=config.seed + i,
         )
         speeches += [text[len(prompt) :] for text in sample_text(model, tokenizer, settings)]
-    return float(np.mean([len(speech) for speech in speeches])), speeches[:3]
+    return speeches
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    flags, problems = parse_flags(argv, __doc__, SpeechesConfig)
-    config = SpeechesConfig(**flags)
-    raise_problems(problems + limit_problems(config))
+    config = parse_args(SpeechesConfig, argv, __doc__)
     base = Path(config.checkpoint)
-    text = utils.read_text(find_corpus(utils.read_checkpoint(base)["train_config"]["data"]))
-    pairs = Path("data/short_speeches.jsonl")
-    with utils.atomic_write(pairs) as file:
-        file.write("".join(json.dumps(p) + "\n" for p in make_pairs(text, config)).encode())
-    words = [config.checkpoint, "--objective=dpo", f"--data={pairs}", "--tag=short", "--overwrite"]
-    finetune.main(words)
-    for path in (base, Path("checkpoints/short/best.pt")):
-        length, samples = measure(path, config)
-        print(f"\n{path}: {length:.0f} characters a speech; the first three:")
-        print("\n--\n".join(samples))
+    text = read_text(find_corpus(read_checkpoint(base)["train_config"]["data"]))
+    with atomic_write(PAIRS_FILE) as file:
+        for pair in make_pairs(text, config):
+            file.write((json.dumps(pair) + "\n").encode())
+    flags = ["--objective=dpo", f"--data={PAIRS_FILE}", f"--tag={TAG}", "--overwrite"]
+    finetune.main([config.checkpoint, *flags])
+    for path in (base, Path("checkpoints", TAG, "best.pt")):
+        speeches = sample_speeches(path, config)
+        length = np.mean([len(speech) for speech in speeches])
+        print(f"\n{path}: {length:.0f} characters per speech; the first three:")
+        print("\n--\n".join(speeches[:3]))
     return 0
 
 

@@ -1,22 +1,35 @@
-"""Model sizes at equal tokens and at equal time, and what little text does to a large model.
+"""Model sizes at equal tokens and at equal time, and large models on little text.
 
-python experiments/sizes.py --quick
+python -m experiments.sizes --quick
 """
 
 import json
-import sys
-from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import study
-from study import Study, mean, spread
+from typing import TYPE_CHECKING
 
 from config import run
-from plots import BLUE, GREEN, ORANGE
+from experiments.study import (
+    Result,
+    Row,
+    Study,
+    loss_columns,
+    mean,
+    parse_study,
+    val_losses,
+    with_seeds,
+    write_json,
+    write_results,
+)
+from training.setup import Flags
+from viz.runs import BLUE, GREEN, ORANGE, new_figure
 
-SIZES: dict[bool, dict[str, dict[str, Any]]] = {
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SizeRuns = dict[str, list[Result]]  # size -> a run per seed
+TextRuns = dict[tuple[str, float], list[Result]]  # (amount of text, dropout) -> a run per seed
+
+SIZES: dict[bool, dict[str, Flags]] = {  # by --quick; the second size is the reference
     True: {
         "2 x 64": {"n_layer": 2, "n_embd": 64},
         "3 x 128": {"n_layer": 3, "n_embd": 128},
@@ -24,80 +37,131 @@ SIZES: dict[bool, dict[str, dict[str, Any]]] = {
     },
     False: {name: {"preset": name} for name in ("tiny", "small", "medium")},
 }
-QUICK = {"preset": "tiny", "block_size": 96, "batch_size": 16, "max_steps": 300, "lr_max": 3e-3}
-QUICK |= {"compile": False}
-FULL = {"block_size": 256, "batch_size": 64, "max_steps": 5000, "dropout": 0.1}
-SHARES = {"a tenth": 0.1, "a third": 1 / 3, "all": 1.0}
-EVALUATIONS = 9  # of each run
+QUICK: Flags = {"preset": "tiny", "block_size": 96, "batch_size": 16, "max_steps": 300}
+QUICK |= {"lr_max": 3e-3, "compile": False}
+FULL: Flags = {"block_size": 256, "batch_size": 64, "max_steps": 5000, "dropout": 0.1}
+SHARES = {"a tenth": 0.1, "a third": 1 / 3, "all": 1.0}  # of the training text
+EVALUATIONS = 9  # per run
+MIN_STEPS = 20  # of the largest model at equal time
 
 
-def equal_tokens(this: Study, base: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each size, as many steps each."""
-    sizes = SIZES[this.config.quick].items()
-    return {name: study.with_seeds(this, f"{name}-tokens", base | size) for name, size in sizes}
+def with_evaluations(flags: Flags, steps: int) -> Flags:
+    """The flags for this many steps, with EVALUATIONS evaluations."""
+    return flags | {"max_steps": steps, "eval_every": max(1, steps // EVALUATIONS)}
 
 
-def equal_time(
-    this: Study, base: dict[str, Any], timed: dict[str, list[dict[str, Any]]]
-) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each size in the time that the middle one took for equal tokens. The numbers of
-    steps are written down, so that they stay when the study is called again."""
-    note = this.folder / "steps.json"
-    if not note.exists():
-        ms = {name: min(r["ms_per_step"] for r in runs) for name, runs in timed.items()}
+def equal_tokens(study: Study, base: Flags) -> SizeRuns:
+    """Runs of each size with the same number of steps."""
+    sizes = SIZES[study.config.quick].items()
+    return {name: with_seeds(study, f"{name}-tokens", base | size) for name, size in sizes}
+
+
+def equal_time(study: Study, base: Flags, timed: SizeRuns) -> SizeRuns:
+    """Runs of each size that take as long as the middle size took at equal tokens. The numbers of
+    steps are stored in steps.json, so that a resumed study uses the same ones."""
+    file = study.folder / "steps.json"
+    if not file.exists():
+        ms = {name: min(result["ms_per_step"] for result in runs) for name, runs in timed.items()}
         middle = list(ms.values())[1]
-        steps = {name: max(20, round(base["max_steps"] * middle / m)) for name, m in ms.items()}
-        study.write_json(note, steps)
-    steps = json.loads(note.read_text())
+        steps = {
+            name: max(MIN_STEPS, round(base["max_steps"] * middle / m)) for name, m in ms.items()
+        }
+        write_json(file, steps)
+    steps = json.loads(file.read_text())
     return {
-        name: study.with_seeds(this, f"{name}-time", evaluated(base | size, steps[name]))
-        for name, size in SIZES[this.config.quick].items()
+        name: with_seeds(study, f"{name}-time", with_evaluations(base | size, steps[name]))
+        for name, size in SIZES[study.config.quick].items()
     }
 
 
-def little_text(this: Study, base: dict[str, Any]) -> dict[tuple[str, float], list[dict[str, Any]]]:
-    """The middle model on a part of the text, with dropout and without, three times as long."""
-    base = evaluated(base, 3 * base["max_steps"])
-    size = list(SIZES[this.config.quick].values())[1]
+def little_text(study: Study, base: Flags) -> TextRuns:
+    """The middle size on a share of the text, with and without dropout, for three times as many
+    steps."""
+    base = with_evaluations(base, 3 * base["max_steps"])
+    size = list(SIZES[study.config.quick].values())[1]
     return {
-        (name, dropout): study.with_seeds(
-            this, f"{name}-dropout{dropout}", base | size | {"dropout": dropout}, share
+        (name, dropout): with_seeds(
+            study, f"{name}-dropout{dropout}", base | size | {"dropout": dropout}, share
         )
         for name, share in SHARES.items()
         for dropout in (0.0, 0.2)
     }
 
 
-def evaluated(flags: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The flags with so many steps, evaluated now and then."""
-    return flags | {"max_steps": steps, "eval_every": max(1, steps // EVALUATIONS)}
+# --- tables and plots
 
 
-def draw(tokens: dict, time: dict, text: dict) -> Any:
-    """Loss over parameters; loss over the steps, by share of the text and dropout."""
-    from matplotlib.figure import Figure
+def size_rows(groups: dict[str, SizeRuns]) -> list[Row]:
+    """A row per size for each group of runs, "tokens" and "time", by what is equal."""
+    return [
+        {
+            "equal": equal,
+            "size": name,
+            "parameters": runs[0]["params"],
+            "steps": runs[0]["flags"]["max_steps"],
+            "seconds": round(mean([result["seconds"] for result in runs]), 1),
+            **loss_columns(runs),
+        }
+        for equal, group in groups.items()
+        for name, runs in group.items()
+    ]
 
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for runs, color, label in ((tokens, BLUE, "equal tokens"), (time, ORANGE, "equal time")):
-        params = [r[0]["params"] / 1e6 for r in runs.values()]
-        losses = [[one["val"] for one in r] for r in runs.values()]
-        left.plot(params, [mean(x) for x in losses], "-", color=color, label=label)
-        for x, values in zip(params, losses, strict=True):
-            left.plot([x] * len(values), values, "o", color=color, alpha=0.5)
-    left.set(xscale="log", xlabel="million parameters", ylabel="validation loss")
-    left.set_title("Size")
-    left.legend()
-    for (name, dropout), runs in text.items():
-        color = dict(zip(SHARES, (ORANGE, GREEN, BLUE), strict=True))[name]
+
+def overfitting_rows(text_runs: TextRuns) -> list[Row]:
+    """A row per amount of text and dropout: the best loss, and the loss at the end."""
+    rows = []
+    for (name, dropout), runs in text_runs.items():
+        columns = loss_columns(runs)
+        best_records = [min(result["log"], key=lambda record: record["val"]) for result in runs]
+        rows.append(
+            {
+                "text": name,
+                "dropout": dropout,
+                "best loss": columns["validation loss"],
+                "spread": columns["spread"],
+                "at step": round(mean([record["step"] for record in best_records])),
+                "loss at the end": mean([result["log"][-1]["val"] for result in runs]),
+                "training loss at the end": mean([result["log"][-1]["train"] for result in runs]),
+            }
+        )
+    return rows
+
+
+def plot_sizes(axes: "Axes", tokens: SizeRuns, time: SizeRuns) -> None:
+    """Loss over parameters, at equal tokens and at equal time."""
+    for group, color, label in ((tokens, BLUE, "equal tokens"), (time, ORANGE, "equal time")):
+        params = [runs[0]["params"] / 1e6 for runs in group.values()]
+        means = [mean(val_losses(runs)) for runs in group.values()]
+        axes.plot(params, means, "-", color=color, label=label)
+        for x, runs in zip(params, group.values(), strict=True):
+            axes.plot([x] * len(runs), val_losses(runs), "o", color=color, alpha=0.5)
+    axes.set(xscale="log", xlabel="parameters (millions)", ylabel="validation loss")
+    axes.set_title("Size")
+    axes.legend()
+
+
+def plot_overfitting(axes: "Axes", text_runs: TextRuns) -> None:
+    """Loss over steps, by share of the text and dropout."""
+    colors = dict(zip(SHARES, (ORANGE, GREEN, BLUE), strict=True))
+    for (name, dropout), runs in text_runs.items():
         log = runs[0]["log"][1:]
         label = f"{name} of the text" + (f", dropout {dropout}" if dropout else "")
-        style = "--" if dropout else "-"
-        right.plot(
-            [r["step"] for r in log], [r["val"] for r in log], style, color=color, label=label
+        axes.plot(
+            [record["step"] for record in log],
+            [record["val"] for record in log],
+            "--" if dropout else "-",
+            color=colors[name],
+            label=label,
         )
-    right.set(xlabel="step", ylabel="validation loss", title="Little text, one seed")
-    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set(xlabel="step", ylabel="validation loss", title="Little text, one seed")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot(tokens: SizeRuns, time: SizeRuns, text_runs: TextRuns) -> "Figure":
+    figure = new_figure(12, 4.5)
+    left, right = figure.subplots(1, 2)
+    plot_sizes(left, tokens, time)
+    plot_overfitting(right, text_runs)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
@@ -105,35 +169,18 @@ def draw(tokens: dict, time: dict, text: dict) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    this = study.begin("sizes", argv, __doc__)
-    base = QUICK if this.config.quick else FULL
-    base = evaluated(base, base["max_steps"])
-    tokens = equal_tokens(this, base)
-    time = equal_time(this, base, tokens)
-    text = little_text(this, base)
-    sizes = []
-    for way, groups in (("tokens", tokens), ("time", time)):
-        for name, runs in groups.items():
-            losses = [r["val"] for r in runs]
-            row = {"equal": way, "size": name, "parameters": runs[0]["params"]}
-            row |= {"steps": runs[0]["flags"]["max_steps"]}
-            row |= {"seconds": round(mean([r["seconds"] for r in runs]), 1)}
-            sizes.append(row | {"validation loss": mean(losses), "spread": spread(losses)})
-    overfitting = []
-    for (name, dropout), runs in text.items():
-        best, last = ([pick(r) for r in runs] for pick in (lambda r: r["val"], last_loss))
-        row = {"text": name, "dropout": dropout, "best loss": mean(best), "spread": spread(best)}
-        steps = [min(r["log"], key=lambda record: record["val"])["step"] for r in runs]
-        row |= {"at step": round(mean(steps)), "loss at the end": mean(last)}
-        row["training loss at the end"] = mean([r["log"][-1]["train"] for r in runs])
-        overfitting.append(row)
-    tables = {"Sizes": sizes, "Overfitting": overfitting}
-    return study.finish(this, tables, draw(tokens, time, text))
-
-
-def last_loss(result: dict[str, Any]) -> float:
-    """The validation loss of a run's last evaluation."""
-    return result["log"][-1]["val"]
+    study = parse_study("sizes", argv, __doc__)
+    base = QUICK if study.config.quick else FULL
+    base = with_evaluations(base, base["max_steps"])
+    tokens = equal_tokens(study, base)
+    time = equal_time(study, base, tokens)
+    text_runs = little_text(study, base)
+    tables = {
+        "Sizes": size_rows({"tokens": tokens, "time": time}),
+        "Overfitting": overfitting_rows(text_runs),
+    }
+    write_results(study, tables, plot(tokens, time, text_runs))
+    return 0
 
 
 if __name__ == "__main__":

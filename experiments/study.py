@@ -1,7 +1,8 @@
-"""What the studies share: runs that are made once and kept, their table and their picture.
+"""Shared by the studies: runs that are trained once and kept, statistics, tables.
 
-A study trains models that differ in one thing, with several seeds. Started again, it goes on where
-it was stopped: a run that is finished is read from its folder, one that was cut off is taken up.
+A study trains models that differ in one setting, each with several seeds. An interrupted study
+resumes with the same command: finished runs are read from their folders, and an unfinished run
+continues from its last checkpoint.
 """
 
 import contextlib
@@ -12,184 +13,241 @@ import itertools
 import json
 import math
 import re
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import train
-import utils
-from config import UserError, limit_problems, parse_flags, raise_problems, setting, train_settings
-from corpora import load_corpus
+from config import (
+    DEVICE_HELP,
+    TrainConfig,
+    UserError,
+    all_problems,
+    from_dict,
+    parse_args,
+    raise_problems,
+    setting,
+    train_settings,
+)
+from corpus.load import Corpus, check_length, load_corpus
 from model import GPT
-from plots import save_figure
+from tokenizer import Tokenizer
+from training.setup import Flags, setup_machine
+from training.task import Pretraining
+from utils import atomic_write, device_problems, pick_device, read_checkpoint
+from viz.runs import read_run, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+Result = dict[str, Any]  # of a run: see `make_run`
+Row = dict[str, Any]  # of a table: column -> value
+
 
 @dataclass
 class StudyConfig:
-    """The size of a study and its place."""
+    """The size of a study and its folders."""
 
-    quick: bool = setting(False, "minutes on two cores; else the full size, for a GPU")
-    seeds: int = setting(3, "runs of each kind, which tell what is chance", low=1)
-    data: str = setting("shakespeare", "the text, as for train.py")
+    quick: bool = setting(False, "minutes on two CPU cores; off: the full size, for a GPU")
+    seeds: int = setting(3, "runs per setting, to tell effects from noise", low=1)
+    data: str = setting("shakespeare", "text, as for train.py")
     out_dir: str = setting("checkpoints/studies", "folder of the runs, which are kept")
-    results: str = setting("experiments/results", "folder of the tables and pictures")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    results: str = setting("experiments/results", "folder of the tables and plots")
+    device: str = setting("auto", DEVICE_HELP)
 
 
 @dataclass
 class Study:
-    """A study that runs: its settings, where its runs and its results go."""
+    """A study with its settings."""
 
     name: str
-    config: Any  # a StudyConfig, or a study's own with the same fields
+    config: StudyConfig
     device: torch.device
+    options: Any = None  # settings that only this study has
 
     @property
     def full_name(self) -> str:
-        """The name of its files: a quick study is another than the full one."""
+        """The name of its folder and files, different for the quick and the full size."""
         return self.name + "_quick" * self.config.quick
 
     @property
     def folder(self) -> Path:
-        """Where its runs are."""
+        """The folder of its runs."""
         return Path(self.config.out_dir, self.full_name)
 
 
-def begin(name: str, argv: list[str] | None, doc: str, kind: type = StudyConfig) -> Study:
-    """Read a study's command line, and find its mistakes before the first run."""
-    flags, problems = parse_flags(argv, doc, kind)
-    config = kind(**{f.name: flags[f.name] for f in fields(kind) if f.name in flags})
-    raise_problems(problems + limit_problems(config) + utils.device_problems(config.device))
-    return Study(name, config, utils.pick_device(config.device))
+def parse_study(
+    name: str,
+    argv: list[str] | None,
+    doc: str,
+    options: type | None = None,
+    data: str = StudyConfig.data,
+) -> Study:
+    """Read the command line of a study. options: a dataclass of further settings; data: the default
+    of --data. Raises UserError if a setting is invalid."""
+    classes = (StudyConfig, options) if options else (StudyConfig,)
+    config, *rest = parse_args(
+        classes,
+        argv,
+        doc,
+        resolve=lambda flags: tuple(from_dict(cls, {"data": data} | flags) for cls in classes),
+        check=lambda config, *rest: device_problems(config.device),
+    )
+    return Study(name, config, pick_device(config.device), *rest)
 
 
 # --- runs
 
 
 @functools.lru_cache(maxsize=4)
-def corpus_of(data: str, tokenizer: str, vocab_size: int) -> tuple[Any, utils.Corpus]:
+def cached_corpus(data: str, tokenizer: str, bpe_vocab_size: int) -> tuple[Tokenizer, Corpus]:
     """`load_corpus`, once for all runs that share a text and a tokenizer."""
-    return load_corpus(data, tokenizer, vocab_size, None)
+    return load_corpus(data, tokenizer, bpe_vocab_size)
 
 
-def make_run(study: Study, name: str, flags: dict[str, Any], share: float = 1.0) -> dict[str, Any]:
-    """The result of a run with the flags of train.py: read where it is finished, taken up where it
-    was stopped, else made. `share` is how much of the training text it sees.
-
-    The result has flags, params, val (the loss of the best checkpoint over the whole validation
-    split, nats a token; infinite for a run that diverged), bpb, seconds (of the steps alone),
-    ms_per_step, and log, its evaluations. Raises UserError where the folder is of another run,
-    KeyboardInterrupt where the user stops it.
-    """
-    folder = study.folder / name
-    flags = {"data": study.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
-    made_with = flags | {"share": share}
-    note = folder / "study.json"
-    known = json.loads(note.read_text()) if note.exists() else {"flags": made_with}
-    if known["flags"] != made_with:
-        raise UserError(f"{folder} has a run with other settings: remove it, or give --out_dir")
-    if "val" not in known:
-        print(f"{study.full_name}: {name} ...", end=" ", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(note, known)  # whose run this is, should it be cut off
-        known |= train_one(study, flags, share)
-        write_json(note, known)
-        print(f"validation loss {known['val']:.4f}, {known['seconds']:.0f} s", flush=True)
-    return known
+def study_corpus(study: Study, flags: Flags) -> tuple[Tokenizer, Corpus]:
+    """The tokenizer and the corpus of a run with these flags."""
+    config = from_dict(TrainConfig, {"data": study.config.data} | flags)
+    return cached_corpus(config.data, config.tokenizer, config.bpe_vocab_size)
 
 
-def train_one(study: Study, flags: dict[str, Any], share: float) -> dict[str, Any]:
-    """Train with these flags, quietly, or go on with it."""
+def make_trainer(study: Study, flags: Flags, share: float = 1.0) -> train.Trainer:
+    """A trainer with the flags of train.py, on this share of the training tokens."""
     gpt, config = train_settings(flags, study.device.type)
-    raise_problems(gpt.problems() + config.problems())
-    tokenizer, corpus = corpus_of(config.data, config.tokenizer, gpt.vocab_size)
+    raise_problems(all_problems(gpt) + all_problems(config))
+    tokenizer, corpus = study_corpus(study, flags)
     if share < 1:
         n = round(len(corpus.train_ids) * share)
         docs = None if corpus.train_docs is None else corpus.train_docs[corpus.train_docs < n]
         corpus = replace(corpus, train_ids=corpus.train_ids[:n], train_docs=docs)
-    utils.check_length(corpus, gpt.block_size)
-    latest = Path(config.out_dir, "latest.pt")
-    state = utils.read_checkpoint(latest) if latest.exists() else None
-    torch.compiler.reset()  # what was compiled for other models would only fill its cache
-    words = io.StringIO()
-    with contextlib.redirect_stdout(words):
-        train.prepare_machine(config, study.device)
-        model = GPT(replace(gpt, vocab_size=tokenizer.vocab_size))
-        trainer = train.Trainer(model, tokenizer, corpus, config, study.device)
-        try:
-            status = train.train_to_the_end(trainer, state)
-        except UserError as error:
-            if not str(error).startswith("diverged"):
-                raise
-            status = None
-    if status:
-        print("stopped; the same command goes on from here")
-        raise KeyboardInterrupt
-    final = {"val": math.inf, "bpb": math.inf}
-    if status == 0:
-        summary = json.loads((trainer.run_dir / "loss_log.json").read_text())
-        final = {key: summary["final"][key] for key in ("val", "bpb")}
-    return final | {"params": trainer.n_params, "log": trainer.log} | step_times(trainer.log)
+    check_length(corpus, gpt.block_size)
+    torch.compiler.reset()  # or the compiled code of earlier models would fill its cache
+    with contextlib.redirect_stdout(io.StringIO()):
+        setup_machine(config, study.device)
+    model = GPT(replace(gpt, vocab_size=tokenizer.vocab_size))
+    task = Pretraining(corpus, tokenizer, gpt.block_size, config, study.device)
+    return train.Trainer(model, task, config, study.device)
+
+
+def make_run(study: Study, name: str, flags: Flags, share: float = 1.0) -> Result:
+    """The result of a run with the flags of train.py, on this share of the training tokens. A
+    finished run is read from its folder, an unfinished one is resumed.
+
+    The result has flags, params, val (the loss of the best checkpoint over the whole validation
+    split, in nats per token; infinite if the run diverged), bpb, seconds (of the training steps
+    only), ms_per_step, and log, its evaluations. Raises UserError if the folder contains a run with
+    other settings, and KeyboardInterrupt if the user stops the run.
+    """
+    folder = study.folder / name
+    flags = {"data": study.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
+    settings = flags | {"share": share}
+    file = folder / "study.json"
+    result = json.loads(file.read_text()) if file.exists() else {"flags": settings}
+    if result["flags"] != settings:
+        raise UserError(
+            f"{folder} contains a run with other settings: delete it, or give another --out_dir"
+        )
+    if "val" not in result:
+        print(f"{study.full_name}: {name} ...", end=" ", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, result)  # so that an interrupted run is resumed with these settings only
+        result |= train_one(study, flags, share)
+        write_json(file, result)
+        print(f"validation loss {result['val']:.4f}, {result['seconds']:.0f} s", flush=True)
+    return result
+
+
+def train_one(study: Study, flags: Flags, share: float) -> Result:
+    """Train with these flags without printing, from latest.pt if there is one."""
+    trainer = make_trainer(study, flags, share)
+    run_dir = Path(flags["out_dir"])
+    latest = run_dir / "latest.pt"
+    state = read_checkpoint(latest) if latest.exists() else None
+    final = {"val": math.inf, "bpb": math.inf}  # if it diverges
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            status, _ = train.run_training(trainer, state)
+    except UserError as error:
+        if not str(error).startswith("diverged"):
+            raise
+    else:
+        if status:
+            print("stopped; the same command resumes it")
+            raise KeyboardInterrupt
+        summary = json.loads((run_dir / "loss_log.json").read_text())
+        final = {key: summary["final"][key] for key in final}
+    log = read_run(run_dir).log
+    return final | {"params": trainer.model.num_params(), "log": log} | step_times(log)
 
 
 def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
-    """The seconds that the steps of a run took, without its evaluations, and those of one."""
+    """The time of a run's training steps, without evaluations: seconds in total, ms_per_step."""
     steps = [record["step"] for record in log]
-    ms = [record["ms_per_step"] or 0.0 for record in log[1:]]  # None: the first step alone
+    ms = [record["ms_per_step"] or 0.0 for record in log[1:]]  # None after only one step
     spans = [b - a for a, b in itertools.pairwise(steps)]
     seconds = sum(n * m / 1000 for n, m in zip(spans, ms, strict=True))
     return {"seconds": seconds, "ms_per_step": 1000 * seconds / max(1, steps[-1])}
 
 
-def with_seeds(
-    study: Study, name: str, flags: dict[str, Any], share: float = 1.0
-) -> list[dict[str, Any]]:
+def with_seeds(study: Study, name: str, flags: Flags, share: float = 1.0) -> list[Result]:
     """`make_run` with each seed."""
     seeds = range(1, study.config.seeds + 1)
-    return [make_run(study, f"{name}-{s}", flags | {"seed": s}, share) for s in seeds]
+    return [make_run(study, f"{name}-{seed}", flags | {"seed": seed}, share) for seed in seeds]
 
 
-# --- what the runs say
+# --- statistics
 
 
 def mean(values: list[float]) -> float:
-    """The mean."""
     return sum(values) / len(values)
 
 
 def spread(values: list[float]) -> float:
-    """The distance between the largest and the smallest: what chance does at least. Of one value it
-    is not known: no number."""
+    """The largest minus the smallest value, a lower bound on the effect of chance: NaN for a single
+    value, infinite if one of the values is."""
     if len(values) < 2:
         return math.nan
     return max(values) - min(values) if math.isfinite(max(values)) else math.inf
 
 
+def val_losses(runs: list[Result]) -> list[float]:
+    """The validation loss of each run."""
+    return [result["val"] for result in runs]
+
+
+def loss_columns(runs: list[Result]) -> Row:
+    """The mean and the spread of the validation losses."""
+    return {"validation loss": mean(val_losses(runs)), "spread": spread(val_losses(runs))}
+
+
+def mean_ms_per_step(runs: list[Result]) -> float:
+    """The mean time of a training step, rounded."""
+    return round(mean([result["ms_per_step"] for result in runs]), 1)
+
+
 def difference(base: list[float], other: list[float]) -> str:
-    """How much the mean of `other` differs from that of `base`, in words: none where it is not
-    larger than the spread of either; not known with one run of each.
+    """The mean of `other` minus that of `base`, for a table. It is significant only if it is larger
+    than the spread of either; with one run of each, that is unknown.
 
     >>> difference([1.50, 1.52], [1.40, 1.41]), difference([1.50, 1.52], [1.50, 1.51])
-    ('-0.1050', 'none')
+    ('-0.1050', 'not significant')
     """
     if not math.isfinite(max(other)):
         return "diverged"
     if min(len(base), len(other)) < 2:
         return f"{mean(other) - mean(base):+.4f} (one run)"
-    apart = mean(other) - mean(base)
-    return f"{apart:+.4f}" if abs(apart) > max(spread(base), spread(other)) else "none"
+    delta = mean(other) - mean(base)
+    significant = abs(delta) > max(spread(base), spread(other))
+    return f"{delta:+.4f}" if significant else "not significant"
 
 
-def in_cell(value: Any) -> str:
-    """A value as it stands in a table."""
+# --- tables and plots
+
+
+def format_cell(value: Any) -> str:
+    """A value in a Markdown table."""
     if isinstance(value, float) and not math.isfinite(value):
         return "-"
     if isinstance(value, float):
@@ -197,41 +255,18 @@ def in_cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Rows as a table of Markdown, the keys of the first as its head."""
+def to_markdown(rows: list[Row]) -> str:
+    """Rows as a Markdown table."""
     lines = [
         list(rows[0]),
         ["---"] * len(rows[0]),
-        *([in_cell(v) for v in r.values()] for r in rows),
+        *([format_cell(value) for value in row.values()] for row in rows),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def finish(study: Study, tables: dict[str, list[dict[str, Any]]], figure: "Figure") -> int:
-    """Write the results, NAME.png, NAME.md, NAME.csv of the first table and NAME_WORD.csv of each
-    further one (the first word of its title), and print the tables."""
-    folder = Path(study.config.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    command = f"python experiments/{study.name}.py{' --quick' * study.config.quick}"
-    head = f"`{command} --seeds {study.config.seeds}` on {machine(study.device)}"
-    text = [f"# {study.name}", head]
-    for i, (title, rows) in enumerate(tables.items()):
-        word = re.findall(r"\w+", title)[0].lower()
-        name = study.full_name + f"_{word}" * (i > 0)
-        with utils.atomic_write(folder / f"{name}.csv") as file:
-            file.write(as_csv(rows).encode())
-        text += [f"## {title}", markdown(rows)]
-        print(f"\n{title}\n{markdown(rows)}")
-    text.append(f"![{study.name}]({study.full_name}.png)")
-    with utils.atomic_write(folder / f"{study.full_name}.md") as file:
-        file.write(("\n\n".join(text) + "\n").encode())
-    save_figure(figure, folder / f"{study.full_name}.png")
-    print(f"\nresults: {folder / study.full_name}.md, .csv and .png")
-    return 0
-
-
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """Rows as CSV, with numbers in full."""
+def to_csv(rows: list[Row]) -> str:
+    """Rows as CSV, with all digits."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -239,14 +274,38 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def machine(device: torch.device) -> str:
-    """The kind of machine that the numbers were measured on."""
+def write_results(study: Study, tables: dict[str, list[Row]], figure: "Figure") -> None:
+    """Print the tables, by title, and write them with the figure: NAME.png, NAME.md, NAME.csv for
+    the first table, and NAME_WORD.csv for each further one, where WORD begins its title."""
+    folder = Path(study.config.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = f"python -m experiments.{study.name}{' --quick' * study.config.quick}"
+    command += f" --seeds {study.config.seeds}"
+    text = [f"# {study.name}", f"`{command}` on {device_name(study.device)}"]
+    for i, (title, rows) in enumerate(tables.items()):
+        word = re.findall(r"\w+", title)[0].lower()
+        name = study.full_name + f"_{word}" * (i > 0)
+        write_file(folder / f"{name}.csv", to_csv(rows))
+        text += [f"## {title}", to_markdown(rows)]
+        print(f"\n{title}\n{to_markdown(rows)}")
+    text.append(f"![{study.name}]({study.full_name}.png)")
+    write_file(folder / f"{study.full_name}.md", "\n\n".join(text) + "\n")
+    save_figure(figure, folder / f"{study.full_name}.png")
+    print(f"\nresults: {folder / study.full_name}.md, .csv and .png")
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware that the numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    with utils.atomic_write(path) as file:
-        file.write(json.dumps(value).encode())
+    write_file(path, json.dumps(value))
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())

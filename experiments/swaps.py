@@ -1,100 +1,124 @@
-"""One swap at a time, from GPT-2's architecture to today's: what does each part give?
+"""From GPT-2's architecture to today's, one component at a time: what does each one gain?
 
-python experiments/swaps.py --quick
+    python -m experiments.swaps --quick
+
+Also measured: how much the KV cache speeds up generation.
 """
 
 import re
-import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import study
-from study import mean, spread
-
 from config import GPTConfig, SampleConfig, run
+from experiments.study import (
+    Row,
+    difference,
+    loss_columns,
+    mean,
+    mean_ms_per_step,
+    parse_study,
+    val_losses,
+    with_seeds,
+    write_results,
+)
 from generate import generate
 from model import GPT
-from plots import BLUE, ORANGE
+from training.setup import Flags
+from viz.runs import BLUE, ORANGE, new_figure
 
-SWAPS: dict[str, dict[str, Any]] = {
-    "GPT-2's architecture": {},
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BASE = "GPT-2's architecture"
+SWAPS: dict[str, Flags] = {
+    BASE: {},
     "LayerNorm to RMSNorm": {"norm": "rmsnorm"},
     "GELU to ReLU": {"mlp": "relu"},
     "GELU to SiLU": {"mlp": "silu"},
     "GELU to ReLU squared": {"mlp": "relu2"},
-    "GELU to SwiGLU": {"mlp": "swiglu"},  # as many weights: its width is 2/3
+    "GELU to SwiGLU": {"mlp": "swiglu"},  # about as many weights: its hidden width is 2/3
     "learned positions to sinusoidal": {"pos": "sinusoidal"},
     "learned positions to none": {"pos": "none"},
     "learned positions to RoPE": {"pos": "rope"},
-    "queries and keys normed": {"qk_norm": True},
-    "output matrix of its own": {"tie_weights": False},
+    "QK-norm": {"qk_norm": True},
+    "untied output layer": {"tie_weights": False},
     "no biases": {"bias": False},
-    "norm after the sum": {"post_norm": True},
-    "half of the channels from the token before": {"token_shift": True},
-    "all of today's (qwen3)": {"arch": "qwen3"},
-    "all of today's and the token before": {"arch": "qwen3", "token_shift": True},
+    "post-norm": {"post_norm": True},
+    "token shift": {"token_shift": True},
+    "Qwen3's architecture": {"arch": "qwen3"},
+    "Qwen3's architecture, token shift": {"arch": "qwen3", "token_shift": True},
 }
-# Small enough for a fraction of a minute; the full size is the preset of a GPU.
-QUICK = {"preset": "tiny", "n_layer": 3, "n_head": 4, "block_size": 96, "batch_size": 16}
+# The quick model trains in less than a minute; the full one is the preset for a GPU.
+QUICK: Flags = {"preset": "tiny", "n_layer": 3, "n_head": 4, "block_size": 96, "batch_size": 16}
 QUICK |= {"max_steps": 400, "lr_max": 2e-3, "eval_every": 200, "compile": False}
-FULL = {"preset": "medium"}
+FULL: Flags = {"preset": "medium"}
 
 
-def cache_speed(device: torch.device, quick: bool) -> list[dict[str, Any]]:
-    """Tokens a second with the keys and values kept, and with all computed anew for each token."""
-    sizes = {"n_layer": 4, "n_embd": 128} if quick else {"n_layer": 12, "n_embd": 768}
+def cache_speed(device: torch.device, quick: bool) -> list[Row]:
+    """Tokens per second with a KV cache, and when everything is recomputed for each token."""
+    n_layer, n_embd = (4, 128) if quick else (12, 768)
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=65, block_size=1024, **sizes)).to(device).eval()
+    gpt = GPTConfig(vocab_size=65, block_size=1024, n_layer=n_layer, n_embd=n_embd)
+    model = GPT(gpt).to(device).eval()
     prompt = torch.zeros(1, dtype=torch.long, device=device)
-    list(generate(model, prompt, SampleConfig(max_new_tokens=20)))  # to warm up
+    list(generate(model, prompt, SampleConfig(max_new_tokens=20)))  # warm up
     rows = []
     for n in (64, 256, 1000):
         rates = {}
         for cache in (True, False):
-            settings = SampleConfig(max_new_tokens=n, cache=cache)
-            began = time.perf_counter()
-            ids = [step.ids for step in generate(model, prompt, settings)]
-            ids[-1].tolist()  # waits for a GPU
-            rates[cache] = n / (time.perf_counter() - began)
-        row = {"tokens generated": n, "tokens/s with cache": round(rates[True])}
-        row |= {
-            "tokens/s without": round(rates[False]),
-            "ratio": round(rates[True] / rates[False], 1),
-        }
-        rows.append(row)
+            config = SampleConfig(max_new_tokens=n, cache=cache)
+            start = time.perf_counter()
+            ids = [step.ids for step in generate(model, prompt, config)]
+            ids[-1].tolist()  # wait for the GPU
+            rates[cache] = n / (time.perf_counter() - start)
+        rows.append(
+            {
+                "tokens generated": n,
+                "tokens/s with cache": round(rates[True]),
+                "tokens/s without": round(rates[False]),
+                "ratio": round(rates[True] / rates[False], 1),
+            }
+        )
     return rows
 
 
-def draw(losses: dict[str, list[float]], cache: list[dict[str, Any]]) -> Any:
-    """The loss of each swap, a dot a seed, over the band of the base's seeds; the cache beside."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    base = next(iter(losses.values()))
-    left.axvspan(min(base), max(base), color=BLUE, alpha=0.2)
-    for y, values in enumerate(losses.values()):
+def plot_losses(axes: "Axes", losses_by_swap: dict[str, list[float]]) -> None:
+    """The losses of each swap, a dot per seed, above a band that spans those of the base."""
+    base = losses_by_swap[BASE]
+    axes.axvspan(min(base), max(base), color=BLUE, alpha=0.2)
+    for y, values in enumerate(losses_by_swap.values()):
         color = BLUE if y == 0 else ORANGE
-        left.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
-        left.plot(mean(values), y, "|", color=color, markersize=16, markeredgewidth=2)
-    left.set_yticks(range(len(losses)), list(losses))
-    left.invert_yaxis()
-    left.set(xlabel="validation loss (nats a token), a dot a seed", title="One swap at a time")
-    n = [row["tokens generated"] for row in cache]
+        axes.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
+        axes.plot(mean(values), y, "|", color=color, markersize=16, markeredgewidth=2)
+    axes.set_yticks(range(len(losses_by_swap)), list(losses_by_swap))
+    axes.invert_yaxis()
+    axes.set(xlabel="validation loss (nats per token), one dot per seed")
+    axes.set_title("One component at a time")
+
+
+def plot_cache(axes: "Axes", rows: list[Row]) -> None:
+    """Tokens per second over the length of the text, with and without a cache."""
+    from matplotlib.ticker import LogLocator  # slow to import
+
+    n = [row["tokens generated"] for row in rows]
     for key, color in (("tokens/s with cache", BLUE), ("tokens/s without", ORANGE)):
-        right.loglog(n, [row[key] for row in cache], "o-", color=color, label=key)
-    right.set_xticks(n, list(map(str, n)))
-    right.minorticks_off()
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter("{x:,.0f}")
-    right.set(xlabel="tokens generated", title="With keys and values kept")
-    right.legend(loc="lower left")
+        axes.loglog(n, [row[key] for row in rows], "o-", color=color, label=key)
+    axes.set_xticks(n, list(map(str, n)))
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel="tokens generated", title="KV cache")
+    axes.legend(loc="lower left")
+
+
+def plot(losses_by_swap: dict[str, list[float]], cache_rows: list[Row]) -> "Figure":
+    figure = new_figure(11, 5)
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    plot_losses(left, losses_by_swap)
+    plot_cache(right, cache_rows)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
@@ -102,28 +126,22 @@ def draw(losses: dict[str, list[float]], cache: list[dict[str, Any]]) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    this = study.begin("swaps", argv, __doc__)
-    rows, losses = [], {}
+    study = parse_study("swaps", argv, __doc__)
+    rows: list[Row] = []
+    losses_by_swap: dict[str, list[float]] = {}
     for name, swap in SWAPS.items():
-        flags = {"arch": "gpt2"} | (QUICK if this.config.quick else FULL) | swap
-        runs = study.with_seeds(this, re.sub(r"\W+", "-", name), flags)
-        losses[name] = [r["val"] for r in runs]
-        base = losses["GPT-2's architecture"]
-        rows.append(
-            {
-                "swap": name,
-                "parameters": runs[0]["params"],
-                "validation loss": mean(losses[name]),
-                "spread": spread(losses[name]),
-                "difference": study.difference(base, losses[name])
-                if name != "GPT-2's architecture"
-                else "",
-                "ms a step": round(mean([r["ms_per_step"] for r in runs]), 1),
-            }
-        )
-    cache = cache_speed(this.device, this.config.quick)
-    tables = {"One swap at a time": rows, "Cache of keys and values": cache}
-    return study.finish(this, tables, draw(losses, cache))
+        flags = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL) | swap
+        runs = with_seeds(study, re.sub(r"\W+", "-", name), flags)
+        losses_by_swap[name] = val_losses(runs)
+        row = {"swap": name, "parameters": runs[0]["params"], **loss_columns(runs)}
+        row["difference"] = ""
+        if name != BASE:
+            row["difference"] = difference(losses_by_swap[BASE], val_losses(runs))
+        rows.append(row | {"ms per step": mean_ms_per_step(runs)})
+    cache_rows = cache_speed(study.device, study.config.quick)
+    tables = {"One component at a time": rows, "Cache: speed of generation": cache_rows}
+    write_results(study, tables, plot(losses_by_swap, cache_rows))
+    return 0
 
 
 if __name__ == "__main__":

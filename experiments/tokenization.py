@@ -1,65 +1,76 @@
 """Characters, byte pairs or GPT-2's tokens? Bits per byte of models trained for the same time.
 
-python experiments/tokenization.py --quick
+    python -m experiments.tokenization --quick
 
-A token of a larger vocabulary stands for more text, so that a window reaches further and a step
-reads more; but the matrix that scores the vocabulary grows, and a step takes longer. All models are
-the same but for it. The time of a step is measured first, then each tokenizer gets as many steps as
-fit into the same seconds, and the schedule ends with them. The steps are kept in steps.json beside
-the runs, so that the study can go on where it was stopped.
+A token of a larger vocabulary covers more text, so a window reaches further and a step reads more;
+but the output layer grows with the vocabulary, and a step takes longer. The models differ in
+nothing else. The time per step is measured first; then each tokenizer gets as many steps as fit
+into the same time, and the learning rate decays to zero by the last one. The numbers of steps are
+kept in steps.json next to the runs, so that an interrupted study resumes with the same ones.
 """
 
 import json
 import math
 import statistics
-import sys
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import study
-from study import Study, mean, spread
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import tokenizer as tokenizers
-import train
-from config import UserError, run, setting, train_settings
-from corpora import is_dataset
-from model import GPT
-from plots import COLORS
+from config import UserError, run, setting
+from corpus.load import is_dataset
+from experiments.study import (
+    Result,
+    Row,
+    Study,
+    difference,
+    make_trainer,
+    mean,
+    parse_study,
+    spread,
+    study_corpus,
+    val_losses,
+    with_seeds,
+    write_json,
+    write_results,
+)
+from training.setup import Flags
+from viz.runs import COLORS, new_figure
 
-QUICK: dict[str, Any] = {
-    "run": {"preset": "quick", "eval_windows": 32},
-    "vocabularies": (500, 2000),
-    "seconds": 20.0,
-}
-FULL: dict[str, Any] = {
-    "run": {"preset": "medium"},
-    "vocabularies": (500, 2000, 8000),
-    "seconds": 600.0,
-}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Plan:
+    """What is trained."""
+
+    flags: Flags  # of all runs
+    bpe_vocab_sizes: tuple[int, ...]
+    seconds: float  # of training per run
+
+
+QUICK = Plan({"preset": "quick", "eval_windows": 32}, (500, 2000), 20.0)
+FULL = Plan({"preset": "medium"}, (500, 2000, 8000), 600.0)
+BASE = "characters"
+EVALUATIONS = 6  # per run
+# Steps per timed span. The first span is not counted: it includes compilation and filling caches.
+SPANS = (3, 5, 5, 5)
 
 
 @dataclass
 class TokenizationConfig:
-    """The size of the study and its place."""
+    """Settings of this study only."""
 
-    quick: bool = setting(False, "minutes on two cores; else the full size, for a GPU")
-    seconds: float = setting(0.0, "of training for each run; 0: 20 when quick, else 600", low=0)
-    seeds: int = setting(3, "runs of each kind, which tell what is chance", low=1)
-    data: str = setting("plays", "the text, as for train.py")
-    out_dir: str = setting("checkpoints/studies", "folder of the runs, which are kept")
-    results: str = setting("experiments/results", "folder of the tables and pictures")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: the fastest there is")
+    seconds: float = setting(0.0, "training time per run; 0: 20 if --quick, else 600", low=0)
 
 
-def choices(vocabularies: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """The tokenizers by name, as flags of train.py; GPT-2's where it can be had."""
-    found: dict[str, dict[str, Any]] = {"characters": {"tokenizer": "char"}}
-    for size in vocabularies:
-        found[f"byte pairs, {size:,}"] = {"tokenizer": "bpe", "vocab_size": size}
+def tokenizer_flags(bpe_vocab_sizes: tuple[int, ...]) -> dict[str, Flags]:
+    """The flags of each tokenizer, by its name in the table; GPT-2's only if it can be loaded."""
+    found: dict[str, Flags] = {BASE: {"tokenizer": "char"}}
+    for size in bpe_vocab_sizes:
+        found[f"byte pairs, {size:,}"] = {"tokenizer": "bpe", "bpe_vocab_size": size}
     try:
         tokenizers.from_tiktoken("gpt2")
         found["GPT-2's"] = {"tokenizer": "gpt2"}
@@ -68,63 +79,62 @@ def choices(vocabularies: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def corpus_with(this: Study, flags: dict[str, Any]) -> tuple[Any, Any]:
-    """The tokenizer of these flags and the corpus in its tokens."""
-    return study.corpus_of(this.config.data, flags["tokenizer"], flags.get("vocab_size", 0))
-
-
-def step_seconds(this: Study, flags: dict[str, Any]) -> float:
-    """The time of a training step, the median of three short spans, after the first steps."""
-    gpt, config = train_settings(flags, this.device.type)
-    tokenizer, corpus = corpus_with(this, flags)
-    train.prepare_machine(config, this.device)
-    model = GPT(replace(gpt, vocab_size=tokenizer.vocab_size))
-    trainer = train.Trainer(model, tokenizer, corpus, config, this.device)
-    spans = []
-    for n in (3, 5, 5, 5):  # the first ones compile, and fill caches
-        began = time.perf_counter()
+def step_seconds(study: Study, flags: Flags) -> float:
+    """The time of a training step: the median over a few short spans."""
+    trainer = make_trainer(study, flags)
+    times = []
+    for n in SPANS:
+        start = time.perf_counter()
         for _ in range(n):
-            loss, _ = trainer.train_step()
-        loss.item()  # waits for a GPU
-        spans.append((time.perf_counter() - began) / n)
-    return statistics.median(spans[1:])
+            metrics = trainer.train_step()
+        metrics["loss"].item()  # wait for the GPU
+        times.append((time.perf_counter() - start) / n)
+    return statistics.median(times[1:])
 
 
-def steps_in(this: Study, name: str, flags: dict[str, Any], seconds: float) -> int:
-    """How many steps fit into so many seconds: measured once, then read from steps.json."""
-    file = this.folder / "steps.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if name not in known:
-        known[name] = max(1, round(seconds / step_seconds(this, flags)))
+def steps_within(study: Study, name: str, flags: Flags, seconds: float) -> int:
+    """How many steps take this long: measured once, then read from steps.json."""
+    file = study.folder / "steps.json"
+    steps = json.loads(file.read_text()) if file.exists() else {}
+    if name not in steps:
+        steps[name] = max(1, round(seconds / step_seconds(study, flags)))
         file.parent.mkdir(parents=True, exist_ok=True)
-        study.write_json(file, known)
-    return known[name]
+        write_json(file, steps)
+    return steps[name]
 
 
-def curve(result: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """The seconds of training and the bits per byte of a run's evaluations."""
-    steps = [record["step"] for record in result["log"]]
-    return [s * result["ms_per_step"] / 1000 for s in steps], [r["bpb"] for r in result["log"]]
+def bpb_values(runs: list[Result]) -> list[float]:
+    return [result["bpb"] for result in runs]
 
 
-def draw(results: dict[str, list[dict[str, Any]]]) -> Any:
-    """The bits per byte of each tokenizer, a dot a seed, and how each came there over the time."""
-    from matplotlib.figure import Figure
+def plot_final(axes: "Axes", results: dict[str, list[Result]]) -> None:
+    """The bits per byte of each tokenizer, a dot per seed and a bar for the mean."""
+    for y, (runs, color) in enumerate(zip(results.values(), COLORS, strict=False)):
+        values = bpb_values(runs)
+        axes.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
+        axes.plot(mean(values), y, "|", color=color, markersize=24, markeredgewidth=2)
+    axes.set_yticks(range(len(results)), list(results))
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.set(xlabel="bits per byte, validation split", title="At equal time, one dot per seed")
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+
+def plot_curves(axes: "Axes", results: dict[str, list[Result]]) -> None:
+    """The bits per byte of each evaluation over the training time."""
+    for (name, runs), color in zip(results.items(), COLORS, strict=False):
+        for i, result in enumerate(runs):
+            seconds = [record["step"] * result["ms_per_step"] / 1000 for record in result["log"]]
+            values = [record["bpb"] for record in result["log"]]
+            label = name if i == 0 else None
+            axes.plot(seconds, values, ".-", color=color, alpha=0.6, label=label)
+    axes.set(xlabel="training time (s)", ylabel="bits per byte", title="During training")
+    axes.legend()
+
+
+def plot(results: dict[str, list[Result]]) -> "Figure":
+    figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
-    for y, ((name, runs), color) in enumerate(zip(results.items(), COLORS, strict=False)):
-        values = [r["bpb"] for r in runs]
-        left.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
-        left.plot(mean(values), y, "|", color=color, markersize=24, markeredgewidth=2)
-        for i, one in enumerate(runs):
-            label = {"label": name} if i == 0 else {}
-            right.plot(*curve(one), ".-", color=color, alpha=0.6, **label)
-    left.set_yticks(range(len(results)), list(results))
-    left.set_ylim(len(results) - 0.5, -0.5)
-    left.set(xlabel="bits per byte over the validation split", title="At equal time, a dot a seed")
-    right.set(xlabel="seconds of training", ylabel="bits per byte", title="On the way")
-    right.legend()
+    plot_final(left, results)
+    plot_curves(right, results)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     return figure
@@ -132,36 +142,37 @@ def draw(results: dict[str, list[dict[str, Any]]]) -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    this = study.begin("tokenization", argv, __doc__, TokenizationConfig)
-    if is_dataset(this.config.data):
-        raise UserError(f"{this.config.data} has its tokenizer already: give --data a text")
-    size = QUICK if this.config.quick else FULL
-    seconds = this.config.seconds or size["seconds"]
-    rows, results = [], {}
-    for name, choice in choices(size["vocabularies"]).items():
-        tokenizer, corpus = corpus_with(this, choice)
+    study = parse_study("tokenization", argv, __doc__, TokenizationConfig, data="plays")
+    if is_dataset(study.config.data):
+        raise UserError(f"{study.config.data} already has a tokenizer: give --data a text")
+    plan = QUICK if study.config.quick else FULL
+    seconds = study.options.seconds or plan.seconds
+    rows: list[Row] = []
+    results: dict[str, list[Result]] = {}
+    for name, choice in tokenizer_flags(plan.bpe_vocab_sizes).items():
+        tokenizer, corpus = study_corpus(study, choice)
         folder = f"{'-'.join(map(str, choice.values()))}-{seconds:g}s"
-        flags = size["run"] | choice
-        flags["max_steps"] = steps = steps_in(this, folder, flags, seconds)
-        flags["eval_every"] = math.ceil(steps / 6)
-        results[name] = runs = study.with_seeds(this, folder, flags)
-        values = [r["bpb"] for r in runs]
-        base = [r["bpb"] for r in results["characters"]]
+        flags = plan.flags | choice
+        steps = steps_within(study, folder, flags, seconds)
+        flags |= {"max_steps": steps, "eval_every": math.ceil(steps / EVALUATIONS)}
+        results[name] = runs = with_seeds(study, folder, flags)
+        values, base = bpb_values(runs), bpb_values(results[BASE])
         rows.append(
             {
                 "tokenizer": name,
                 "vocabulary": tokenizer.vocab_size,
-                "bytes a token": round(corpus.bytes_per_token, 2),
+                "bytes per token": round(corpus.bytes_per_token, 2),
                 "parameters": runs[0]["params"],
                 "steps": steps,
-                "seconds": mean([r["seconds"] for r in runs]),
-                "loss a token": mean([r["val"] for r in runs]),
+                "seconds": mean([result["seconds"] for result in runs]),
+                "loss per token": mean(val_losses(runs)),
                 "bits per byte": mean(values),
                 "spread": spread(values),
-                "difference": study.difference(base, values) if name != "characters" else "",
+                "difference": difference(base, values) if name != BASE else "",
             }
         )
-    return study.finish(this, {"Tokenizers at equal time": rows}, draw(results))
+    write_results(study, {"Tokenizers at equal time": rows}, plot(results))
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from config import GPTConfig
-from model import GPT
+import train
+from config import ARCHS, GPTConfig
+from model import GPT, MLPS, NORMS, POSITIONS, AttentionPositions
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until some other day".split()
 
@@ -37,6 +39,39 @@ def make_model(seed: int = 0, **settings: object) -> GPT:
     return model
 
 
+class ALiBi(nn.Module):
+    """Subtracts slope times distance from the attention scores (Press et al. 2022). No architecture
+    here uses a score bias; the tests add this one, so that they cover the path."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        slopes = 2.0 ** (-8 * torch.arange(1, config.n_head + 1) / config.n_head)
+        self.slopes = nn.Buffer(slopes[:, None, None], persistent=False)  # (H, 1, 1)
+
+    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, AttentionPositions]:
+        end = start + x.size(1)
+        distance = torch.arange(end) - torch.arange(start, end)[:, None]  # (T, S), 0 or negative
+        return x, AttentionPositions(bias=self.slopes * distance)
+
+
+POSITIONS["alibi"] = ALiBi
+# One setting of every component at a time, and every architecture: from the mappings, so that new
+# components are tested too.
+COMPONENTS = [
+    *({"norm": name} for name in NORMS),
+    *({"mlp": name} for name in MLPS),
+    *({"pos": name} for name in POSITIONS),
+    *ARCHS.values(),
+    {"post_norm": True},
+    {"token_shift": True},
+    {"token_shift": True, "pos": "alibi"},
+    {"n_head": 4, "n_kv_head": 2},
+    {"n_head": 4, "n_kv_head": 1, "pos": "alibi"},
+    {"head_size": 6},
+    {"tie_weights": False, "bias": True, "qk_norm": False},
+]
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with a small text at data/input.txt."""
@@ -52,3 +87,11 @@ TINY_RUN = (
     "--block_size=16 --batch_size=4 --max_steps=20 --eval_every=5 --eval_windows=4 "
     "--sample_tokens=10"
 ).split()
+
+
+@pytest.fixture
+def trained(workplace: Path, capsys: pytest.CaptureFixture) -> Path:
+    """A folder with a trained run in it."""
+    assert train.main(TINY_RUN) == 0
+    capsys.readouterr()
+    return workplace

@@ -17,8 +17,8 @@ def test_the_notebook_runs_and_resumes(workplace, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     processor = pytest.importorskip("nbconvert.preprocessors").ExecutePreprocessor
     pytest.importorskip("ipykernel")
-    for file in (*ROOT.glob("*.py"), ROOT / "requirements.txt"):
-        shutil.copy(file, workplace)
+    ignored = shutil.ignore_patterns(".*", "checkpoints", "data", "docs", "tests", "__pycache__")
+    shutil.copytree(ROOT, workplace, ignore=ignored, dirs_exist_ok=True)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"])
     notebook = nbformat.read(ROOT / "colab.ipynb", as_version=4)
     nbformat.validate(notebook)

@@ -1,4 +1,4 @@
-"""The page: what it shows against the model's own numbers, in Python and in a real browser."""
+"""The web demo shows the model's own numbers, tested in Python and in a browser."""
 
 import html
 import importlib.util
@@ -25,30 +25,30 @@ SPAN = r'<span style="background:rgba\(86, 180, 233, (\d\.\d+)\)" title="\d\.\d+
 
 
 def probabilities(model, tokenizer, text: str) -> torch.Tensor:
-    """Of each token of a text after those before it, at temperature 1, from one plain forward."""
+    """The probability of each token of a text but the first, from one plain forward pass."""
     ids = torch.from_numpy(tokenizer.encode(text))
     probs = model(ids[None, :-1])[0][0].softmax(dim=-1)
     return probs.gather(1, ids[1:, None])[:, 0].detach()
 
 
-def test_the_text_is_that_of_generate_tinted_by_its_probabilities():
+def test_the_text_equals_generate_and_is_tinted_by_probability():
     model = make_model(block_size=64)
     config = SampleConfig(prompt="<a>", max_new_tokens=40, temperature=1.3, seed=3)
-    *before, (page, logits) = demo.write(model, TOKENIZER, config)
+    *before, (page, logits) = demo.stream_html(model, TOKENIZER, config)
     assert [len(re.findall(SPAN, text, re.S)) for text, _ in before] == list(range(41))
     assert page.startswith("<b>&lt;a&gt;</b><span")
     tints, pieces = zip(*re.findall(SPAN, page, re.S), strict=True)
     assert not any("<" in piece for piece in pieces)
     text = "<a>" + html.unescape("".join(pieces))
     assert text == sample_text(model, TOKENIZER, config)[0] and "<" in text[3:]
-    wanted = probabilities(model, TOKENIZER, text)[2:]
-    assert [float(tint) for tint in tints] == pytest.approx(wanted.tolist(), abs=1e-3)
+    expected = probabilities(model, TOKENIZER, text)[2:]
+    assert [float(tint) for tint in tints] == pytest.approx(expected.tolist(), abs=1e-3)
     follows = model(torch.from_numpy(TOKENIZER.encode(text))[None])[0][:, -1]
     assert torch.allclose(logits, follows, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("settings", "drawn"),
+    ("settings", "expected"),
     [
         ({"temperature": 1.0}, [0.5, 0.3, 0.2]),
         ({"temperature": 0.5}, [25 / 38, 9 / 38, 4 / 38]),
@@ -57,31 +57,31 @@ def test_the_text_is_that_of_generate_tinted_by_its_probabilities():
         ({"temperature": 0.0}, [1, 0, 0]),
     ],
 )
-def test_bars_are_the_distribution_under_the_settings(settings, drawn):
+def test_bars_show_the_distribution_that_is_sampled_from(settings, expected):
     tokenizer = CharTokenizer.train(["a<c"])  # < a c
     logits = torch.tensor([[0.3, 0.5, 0.2]]).log()
-    page = demo.bars(tokenizer, logits, SampleConfig(**settings))
+    page = demo.probability_bars(tokenizer, logits, SampleConfig(**settings))
     assert re.findall(r"overflow:hidden\">(.*?)</span>", page) == ["a", "&lt;", "c"]
     widths = re.findall(r"width:([\d.]+)%\"", page)
-    assert [float(w) / 100 for w in widths] == pytest.approx(drawn, abs=1e-3)
+    assert [float(w) / 100 for w in widths] == pytest.approx(expected, abs=1e-3)
     assert re.findall(r"left:([\d.]+)%", page) == ["50.0", "30.0", "20.0"]
 
 
-def test_without_gradio_there_is_one_line(workplace, monkeypatch):
+def test_without_gradio_the_error_says_what_to_install(workplace, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gradio"):
         demo.main([])
 
 
-def test_the_page_is_served_to_this_machine_alone(workplace, monkeypatch):
+def test_the_page_is_served_to_this_machine_only(workplace, monkeypatch):
     gradio = pytest.importorskip("gradio")
     train.main([*TINY_RUN, "--max_steps=1"])
-    asked: list[dict] = []
-    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **settings: asked.append(settings))
+    launched: list[dict] = []
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **settings: launched.append(settings))
     assert demo.main(["--port=7999"]) == demo.main(["--share"]) == 0
-    assert [a["server_name"] for a in asked] == ["127.0.0.1"] * 2
-    assert [a["server_port"] for a in asked] == [7999, 7860]
-    assert [a["share"] for a in asked] == [False, True]
+    assert [a["server_name"] for a in launched] == ["127.0.0.1"] * 2
+    assert [a["server_port"] for a in launched] == [7999, 7860]
+    assert [a["share"] for a in launched] == [False, True]
 
 
 @pytest.fixture
@@ -101,12 +101,12 @@ def page(workplace, monkeypatch):
     train.main([*TINY_RUN, *flags, "--eval_every=100"])
     path = Path("checkpoints/best.pt")
 
-    def slowly(*args):  # so small a model would be done before a browser looks
+    def slow_generate(*args):  # or so small a model would finish before the browser sees its text
         for step in generate(*args):
             time.sleep(0.005)
             yield step
 
-    monkeypatch.setattr(demo, "generate", slowly)
+    monkeypatch.setattr(demo, "generate", slow_generate)
     blocks = demo.build_page(path, CPU)
     _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     with api.sync_playwright() as playwright:
@@ -122,11 +122,11 @@ def page(workplace, monkeypatch):
     blocks.close()
 
 
-def test_in_a_browser(page):
+def test_the_page_works_in_a_browser(page):
     tab, model, tokenizer = page
     box = tab.locator("div[style*='pre-wrap']")
 
-    # The bars are the softmax, and move with a slider.
+    # The bars show the softmax and change with a slider.
     tab.get_by_label("Prompt").fill("the quick")
     logits = model(torch.from_numpy(tokenizer.encode("the quick"))[None])[0][0, -1]
     at_most = {t: 100 * (logits / t).softmax(dim=-1).max().item() for t in (0.8, 1.0)}
@@ -137,13 +137,13 @@ def test_in_a_browser(page):
         tab.get_by_label("range slider for Temperature").press("ArrowRight")
     tab.wait_for_function(f"Math.abs({width} - {at_most[1.0]}) < 0.06")
 
-    # What is typed stands in the text as it is, even where it reads like HTML.
+    # The prompt is shown literally, even if it looks like HTML.
     prompt = "<i>the ${1+1} {{value}}"
     tab.get_by_label("Prompt").fill(prompt)
     tab.wait_for_function(f"document.body.innerText.includes({prompt!r})")
     assert box.inner_text() == prompt
 
-    # The text comes bit by bit, and is the one that generate.py writes.
+    # The text is streamed, and equals that of generate.py.
     tab.evaluate(
         """() => {
             window.lengths = new Set();
@@ -153,14 +153,16 @@ def test_in_a_browser(page):
             }).observe(document.body, {subtree: true, childList: true, characterData: true});
         }"""
     )
-    tab.get_by_role("button", name="Write").click()
+    tab.get_by_role("button", name="Generate").click()
     config = SampleConfig(prompt=prompt, temperature=1.0, max_new_tokens=300)
-    wanted = re.sub("[^a-z]", "", sample_text(model, tokenizer, config)[0])  # it has odd bytes too
+    expected = re.sub(
+        "[^a-z]", "", sample_text(model, tokenizer, config)[0]
+    )  # other bytes may not be characters
     letters = "document.querySelector(\"div[style*='pre-wrap']\").innerText.replace(/[^a-z]/g, '')"
-    tab.wait_for_function(f"{letters} == {wanted!r}")
+    tab.wait_for_function(f"{letters} == {expected!r}")
     assert len(tab.evaluate("[...window.lengths]")) > 3
 
-    # The second tab shows the run.
+    # The second tab shows the loss curve.
     tab.get_by_role("tab", name="Training").click()
     picture = tab.locator("svg[width='576pt']")
     picture.wait_for()

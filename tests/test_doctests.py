@@ -7,7 +7,21 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer", "utils", "tracks", "corpora", "prepare", "generate", "train"]
+    "name",
+    [
+        "tokenizer",
+        "utils",
+        "corpus.files",
+        "corpus.download",
+        "corpus.bpe",
+        "corpus.clean",
+        "prepare",
+        "generate",
+        "train",
+        "training.run_log",
+        "explore",
+        "viz.internals",
+    ],
 )
 def test_docstring_examples(name: str):
     result = doctest.testmod(importlib.import_module(name))

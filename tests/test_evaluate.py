@@ -1,4 +1,4 @@
-"""evaluate.py: whole splits scored, side by side."""
+"""evaluate.py: models evaluated on full splits, side by side."""
 
 import json
 import math
@@ -11,21 +11,21 @@ from conftest import TINY_RUN, make_model, make_text
 
 import evaluate
 import train
-import utils
 from config import UserError
+from corpus.load import Corpus
 from evaluate import EvaluateConfig
 
 
-def corpus_of(ids: np.ndarray, **settings: object) -> utils.Corpus:
-    return utils.Corpus(ids[:300], ids[300:], {"name": "random"}, 300, len(ids) - 300, **settings)
+def corpus_of(ids: np.ndarray, **settings: object) -> Corpus:
+    return Corpus(ids[:300], ids[300:], {"name": "random"}, 300, len(ids) - 300, **settings)
 
 
-def test_a_split_is_scored_to_its_last_token():
+def test_every_token_of_a_split_is_evaluated():
     model, ids = make_model(), np.random.default_rng(0).integers(11, size=401)
-    row = evaluate.score(model, corpus_of(ids), EvaluateConfig(precision="float32"), False)
+    row = evaluate.evaluate_split(model, corpus_of(ids), EvaluateConfig(precision="float32"), False)
     val = torch.from_numpy(ids[300:])
     losses, right = [], 0
-    for start in range(0, 100, 12):  # window for window, by hand
+    for start in range(0, 100, 12):  # one window after the other
         x, y = val[start : start + 12], val[start + 1 : start + 13]
         probs = model(x[None, : len(y)])[0][0].softmax(dim=-1)
         losses += (-probs[range(len(y)), y].log()).tolist()
@@ -35,13 +35,13 @@ def test_a_split_is_scored_to_its_last_token():
     assert row["top1"] == right / 100
 
 
-def test_a_document_mask_changes_the_score():
+def test_a_document_mask_changes_the_loss():
     model, ids = make_model(), np.random.default_rng(0).integers(11, size=401)
     config = EvaluateConfig(precision="float32")
     corpus = corpus_of(ids, separator=3)
-    assert evaluate.score(model, corpus, config, True) != pytest.approx(
-        evaluate.score(model, corpus, config, False)["loss"]
-    )
+    masked, unmasked = (evaluate.evaluate_split(model, corpus, config, m) for m in (True, False))
+    assert masked["tokens"] == unmasked["tokens"] == 100
+    assert masked["loss"] != pytest.approx(unmasked["loss"])
 
 
 def test_the_table_has_a_row_for_each_checkpoint(workplace, capsys):
@@ -62,17 +62,17 @@ def test_the_table_has_a_row_for_each_checkpoint(workplace, capsys):
         assert float(bpb) == pytest.approx(expected["bpb"], abs=3e-3)
 
 
-def test_another_text_can_be_scored_with_a_models_tokenizer(workplace, capsys):
+def test_another_text_is_evaluated_with_the_models_tokenizer(workplace, capsys):
     assert train.main(TINY_RUN) == 0
     (workplace / "other.txt").write_text(make_text(99))
     assert evaluate.main(["--data=other.txt", "--split=train"]) == 0
     assert "train" in capsys.readouterr().out
     (workplace / "foreign.txt").write_text("日本語 " * 300)
-    with pytest.raises(UserError, match=r"not among the .* characters known"):
+    with pytest.raises(UserError, match=r"not among the .* characters"):
         evaluate.main(["--data=foreign.txt"])
 
 
-def test_mistakes_are_found(workplace):
+def test_user_errors_are_reported(workplace):
     with pytest.raises(UserError, match="there is no checkpoint"):
         evaluate.main([])
     with pytest.raises(UserError, match=r"split must be one of val, train.*; batch_size must be"):
@@ -86,14 +86,14 @@ def test_mistakes_are_found(workplace):
         evaluate.main([])
 
 
-def test_rows_are_shown_before_an_error_and_unknown_characters_have_no_bits(workplace, capsys):
+def test_rows_are_printed_before_an_error_and_unknown_characters_have_no_bpb(workplace, capsys):
     records = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(20)]
     (workplace / "qa.json").write_text(json.dumps(records))
     assert train.main([*TINY_RUN, "--data=qa.json", "--tag=qa"]) == 0
     assert train.main([*TINY_RUN, "--tag=text"]) == 0
     (workplace / "other.txt").write_text("日本語 " * 300)
     capsys.readouterr()
-    with pytest.raises(UserError, match=r"characters known: '日', '本', '語'"):
+    with pytest.raises(UserError, match=r"characters.*: '日', '本', '語'"):
         evaluate.main(["checkpoints/qa/best.pt", "checkpoints/text/best.pt", "--data=other.txt"])
     row = capsys.readouterr().out.splitlines()[1]
     assert row.startswith("checkpoints/qa") and " nan " in row

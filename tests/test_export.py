@@ -1,4 +1,4 @@
-"""Our architectures are Hugging Face's: equal logits, equal tokens, there and back."""
+"""The architectures equal Hugging Face's: same logits, same tokens, in both directions."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,19 @@ import generate
 import train
 import utils
 from config import ARCHS, GPTConfig, SampleConfig, UserError
+from corpus.bpe import count_pieces, learn_merges, train_bpe
+from exporting.hf_model import (
+    CLASSES,
+    MODULES,
+    config_from_hf,
+    config_to_hf,
+    matching_arch,
+    weights_from_hf,
+    weights_to_hf,
+)
+from exporting.hf_tokenizer import merges_of, tokenizer_from_hf, tokenizer_to_hf
 from model import GPT, KVCache
-from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer, count_pieces
+from tokenizer import QA_SPECIALS, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -37,24 +48,28 @@ def config_of(arch: str, sizes: dict, tied: bool) -> GPTConfig:
     return GPTConfig(**(ARCHS[arch] | sizes | {"tie_weights": tied}))
 
 
-def theirs_of(config: GPTConfig, arch: str) -> torch.nn.Module:
-    """Hugging Face's model of our settings, with random weights of some size."""
-    theirs_config = export.hf_config(config, arch, {})
-    theirs_config.pop("architectures")
+def hf_model_of(config: GPTConfig, arch: str) -> torch.nn.Module:
+    """Hugging Face's model with these settings, with random weights of a visible size."""
+    settings = config_to_hf(config, arch, {})
+    settings.pop("architectures")
     torch.manual_seed(0)
-    hf_config = transformers.AutoConfig.for_model(**theirs_config)
+    hf_config = transformers.AutoConfig.for_model(**settings)
     theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
     for p in theirs.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    assert type(theirs).__name__ == export.CLASSES[arch]
+    assert type(theirs).__name__ == CLASSES[arch]
     return theirs
+
+
+def test_every_architecture_can_be_exported():
+    assert ARCHS.keys() == CLASSES.keys() == MODULES.keys()
 
 
 @pytest.mark.parametrize(("arch", "sizes", "tied"), CASES)
 def test_their_weights_give_the_same_logits_in_our_model(arch, sizes, tied):
     config = config_of(arch, sizes, tied)
-    theirs, ours = theirs_of(config, arch), GPT(config).eval()
-    ours.load_state_dict(export.from_hf(dict(theirs.state_dict()), config, arch))
+    theirs, ours = hf_model_of(config, arch), GPT(config).eval()
+    ours.load_state_dict(weights_from_hf(dict(theirs.state_dict()), config, arch))
     assert ours.num_params() == theirs.num_parameters()
     idx = torch.randint(config.vocab_size, (3, config.block_size))
     assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
@@ -68,10 +83,10 @@ def test_their_weights_give_the_same_logits_in_our_model(arch, sizes, tied):
 @pytest.mark.parametrize(("arch", "sizes", "tied"), CASES)
 def test_our_weights_give_the_same_logits_in_their_model(arch, sizes, tied):
     config = config_of(arch, sizes, tied)
-    theirs, ours = theirs_of(config, arch), GPT(config).eval()
+    theirs, ours = hf_model_of(config, arch), GPT(config).eval()
     for p in ours.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    result = theirs.load_state_dict(export.to_hf(ours.state_dict(), config, arch), strict=False)
+    result = theirs.load_state_dict(weights_to_hf(ours.state_dict(), config, arch), strict=False)
     assert not result.unexpected_keys
     assert all(key == "lm_head.weight" and tied for key in result.missing_keys)
     theirs.tie_weights()
@@ -79,7 +94,7 @@ def test_our_weights_give_the_same_logits_in_their_model(arch, sizes, tied):
     assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
 
 
-# --- whole folders
+# --- folders
 
 
 def make_checkpoint(tokenizer: str, arch: str, *flags: str) -> Path:
@@ -98,7 +113,7 @@ def greedy(path: Path, prompt: str, n: int) -> list[int]:
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_exported_folder_loads_and_writes_the_same_text(workplace, arch, tokenizer):
+def test_an_exported_folder_loads_and_generates_the_same_text(workplace, arch, tokenizer):
     path = make_checkpoint(tokenizer, arch)
     assert export.main([str(path), "out"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
@@ -115,7 +130,7 @@ def test_an_exported_folder_loads_and_writes_the_same_text(workplace, arch, toke
     assert "validation" in card and "AutoModelForCausalLM" in card and "input.txt" in card
 
 
-def test_an_exported_model_comes_back_as_it_was(workplace):
+def test_importing_an_exported_model_restores_it(workplace):
     path = make_checkpoint("bpe", "qwen3")
     assert export.main([str(path), "out"]) == 0
     assert export.main(["--from", "out", "back/again.pt"]) == 0
@@ -129,58 +144,61 @@ def test_an_exported_model_comes_back_as_it_was(workplace):
 
 def test_characters_with_special_tokens_are_exported(workplace):
     tokenizer = CharTokenizer.train(["abc ,\n"], QA_SPECIALS)
-    Path("tokenizer.json").write_text(json.dumps(export.hf_tokenizer(tokenizer)))
+    Path("tokenizer.json").write_text(json.dumps(tokenizer_to_hf(tokenizer)))
     words = transformers.PreTrainedTokenizerFast(tokenizer_file="tokenizer.json")
     assert words("a cb?").input_ids == tokenizer.encode("a cb?").tolist()
-    back = export.our_tokenizer(json.loads(Path("tokenizer.json").read_text()))
+    back = tokenizer_from_hf(json.loads(Path("tokenizer.json").read_text()))
     assert back.to_dict() == tokenizer.to_dict()
 
 
 def test_the_merges_of_a_tokenizer_are_those_it_learned():
     counts = count_pieces([make_text()])
-    tokenizer = BPETokenizer.train(counts, 400)
-    from tokenizer import learn_merges
-
-    assert list(export.merges_of(tokenizer)) == learn_merges(counts, 400 - 257)
+    tokenizer = train_bpe(counts, 400)
+    assert list(merges_of(tokenizer)) == learn_merges(counts, 400 - 257)
 
 
-# --- mistakes
+# --- user errors
 
 
-def test_parts_that_match_no_architecture_are_named():
+def test_components_that_match_no_architecture_are_named():
     model = make_model(pos="sinusoidal", mlp="relu2", norm="layernorm", bias=True, qk_norm=False)
     with pytest.raises(UserError, match="gpt2 is nearest, but mlp is relu2 and not gelu, pos is"):
-        export.arch_of(model.config)
+        matching_arch(model.config)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "bert"}, "model_type 'bert' is none of gpt2, llama, qwen3"),
+        (
+            {"model_type": "bert"},
+            f"model_type 'bert' is not supported: only {', '.join(ARCHS)} are",
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
         ({"attention_bias": True, "hidden_act": "gelu"}, "attention_bias is True.*hidden_act"),
     ],
 )
-def test_what_we_do_not_have_is_refused(change, message):
-    theirs = export.hf_config(config_of("llama", SIZES[0], True), "llama", {})
+def test_models_with_other_components_are_rejected(change, message):
+    theirs = config_to_hf(config_of("llama", SIZES[0], True), "llama", {})
     theirs.pop("rope_parameters")
     with pytest.raises(UserError, match=message):
-        export.our_config(theirs | change)
+        config_from_hf(theirs | change)
 
 
-def test_no_network_is_said(workplace, monkeypatch):
+def test_a_failed_download_is_a_user_error(workplace, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
 
     def refuse(*args: object, **settings: object) -> None:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(UserError, match=r"could not be had from the .*hub \(ConnectionError"):
+    with pytest.raises(
+        UserError, match=r"could not be downloaded from the .*hub \(ConnectionError"
+    ):
         export.main(["--from", "gpt2", "gpt2.pt"])
     assert not Path("gpt2.pt").exists()
 
 
-def test_a_folder_is_uploaded_where_asked_for(workplace, monkeypatch, capsys):
+def test_push_uploads_the_folder(workplace, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     path, sent = make_checkpoint("char", "llama"), []
     monkeypatch.setattr(hub, "create_repo", lambda name, exist_ok: None)
@@ -198,12 +216,12 @@ def test_a_folder_is_uploaded_where_asked_for(workplace, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["a.pt"], ["--from", "gpt2"], ["a.pt", "b", "c"]])
-def test_too_few_or_many_names_are_an_error(words):
+def test_a_wrong_number_of_paths_is_an_error(words):
     with pytest.raises(UserError, match="give a checkpoint and a folder"):
         export.main(words)
 
 
-def test_a_folder_that_exists_is_kept(workplace):
+def test_an_existing_folder_is_not_replaced(workplace):
     (workplace / "out").mkdir()
     with pytest.raises(UserError, match="out exists"):
         export.main(["a.pt", "out"])

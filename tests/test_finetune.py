@@ -1,4 +1,4 @@
-"""The objectives against their formulas, and runs that change a small trained model."""
+"""The objectives against their formulas, and runs that fine-tune a small model."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY_RUN, make_model, make_text
 from test_train import assert_same_run
 
@@ -17,13 +18,29 @@ import evaluate
 import export
 import finetune
 import generate
-import preferences
-import qa
 import train
 import utils
 from config import ARCHS, SampleConfig, TrainConfig, UserError
-from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer, count_pieces
-from vocabulary import extend_tokenizer, extend_weights
+from corpus import records as qa
+from corpus.bpe import count_pieces, train_bpe
+from finetuning import tasks
+from finetuning.new_tokens import extend_tokenizer, extend_weights
+from finetuning.tasks import (
+    DPOTask,
+    QATask,
+    distillation_loss,
+    dpo_loss,
+    encode_splits,
+    fit_window,
+    log_probability,
+    random_items,
+    rewards,
+)
+from model import GPT
+from tokenizer import QA_SPECIALS, CharTokenizer
+from train import Trainer
+from training.run_log import RunLog
+from training.task import PlainFormat, Pretraining
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -85,23 +102,23 @@ OBJECTIVES = {
 # --- formulas
 
 
-def test_distillation_loss_is_hintons():
+def test_distillation_loss_equals_hintons_formula():
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(2, 2, 3, 5))  # (B, T, V) both
     T, alpha, soft = 3.0, 0.25, 0.0
     for q_row, p_row in zip(student.reshape(-1, 5), teacher.reshape(-1, 5), strict=True):
         p, q = (np.exp(row / T) / np.exp(row / T).sum() for row in (p_row, q_row))
         soft += (p * np.log(p / q)).sum() / 6
-    found = finetune.distillation_loss(
+    found = distillation_loss(
         torch.tensor(student), torch.tensor(teacher), torch.tensor(2.0), T, alpha
     )
     assert found.item() == pytest.approx(alpha * T**2 * soft + (1 - alpha) * 2.0, rel=1e-6)
 
 
-def test_the_soft_gradient_is_the_papers():
+def test_gradient_of_the_soft_loss_equals_the_papers():
     """dC/dz_i = (q_i - p_i) / T (Hinton et al. 2015, equation 2), here times T squared."""
     z, v = torch.randn(1, 1, 5, requires_grad=True), torch.randn(1, 1, 5)
-    finetune.distillation_loss(z, v, torch.tensor(0.0), 3.0, 1.0).backward()
+    distillation_loss(z, v, torch.tensor(0.0), 3.0, 1.0).backward()
     expected = 3.0 * ((z / 3).softmax(-1) - (v / 3).softmax(-1))
     assert torch.allclose(z.grad, expected.detach(), atol=1e-6)
 
@@ -112,24 +129,24 @@ def test_log_probability_is_the_sum_over_the_text():
     y[0, :4] = -100
     logits = model(x)[0]
     expected = [
-        sum(math.log(torch.softmax(logits[b, t], 0)[y[b, t]]) for t in range(6) if y[b, t] != -100)
+        sum(logits[b, t].softmax(0)[y[b, t]].log().item() for t in range(6) if y[b, t] != -100)
         for b in range(2)
     ]
-    assert finetune.log_probability(logits, y).tolist() == pytest.approx(expected, rel=1e-5)
+    assert log_probability(logits, y).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_dpo_gradient_is_the_formulas():
+def test_dpo_gradient_equals_the_papers():
     """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), Rafailov et al. 2023,
     section 4."""
     model, reference, beta = make_model(0), make_model(1), 0.3
     x, y = torch.randint(11, (2, 6)), torch.randint(11, (2, 6))  # one pair: chosen, rejected
-    found = finetune.rewards(model, reference, x, y, beta)
-    finetune.dpo_loss(*found.chunk(2)).backward()
+    found = rewards(model, reference, x, y, beta)
+    dpo_loss(*found.chunk(2)).backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     log_p = [[], []]
     for i, m in enumerate((model, reference)):
         for b in range(2):
-            nll = torch.nn.functional.cross_entropy(m(x[b : b + 1])[0][0], y[b], reduction="sum")
+            nll = F.cross_entropy(m(x[b : b + 1])[0][0], y[b], reduction="sum")
             log_p[i].append(-nll)
     r_w, r_l = (beta * (log_p[0][b] - log_p[1][b]).item() for b in range(2))
     assert found.tolist() == pytest.approx([r_w, r_l], abs=1e-4)
@@ -140,24 +157,106 @@ def test_dpo_gradient_is_the_formulas():
         assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_dpo_begins_at_ln_2_exactly(place: Path):
+def test_dpo_loss_is_ln_2_before_the_first_step(place: Path):
     assert tune(*OBJECTIVES["dpo"], "--dropout=0.2") == 0
     first = read("dpo")["log"][0]
     assert first["train"] == first["val"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["margin"] == 0.0
 
 
+# --- a loss is one mean over what a step or an evaluation scores
+
+
+def make_task(objective: str, config: TrainConfig) -> QATask | DPOTask:
+    """A task on records with answers of different lengths, or on preference pairs."""
+    records = RECORDS if objective == "qa" else PAIRS
+    text = json.dumps(records) + "\n"
+    tokenizer = CharTokenizer.train([text], QA_SPECIALS)
+    splits = encode_splits(objective, (records[:4], records[4:]), tokenizer, 64, skip_long=False)
+    if objective == "qa":
+        return QATask(splits, tokenizer, config, CPU, PlainFormat({}))
+    reference = make_task_model(tokenizer.vocab_size, seed=1)
+    return DPOTask(splits, tokenizer, reference, 0.3, config, CPU, PlainFormat({}))
+
+
+def make_task_model(vocab_size: int, seed: int = 0) -> GPT:
+    return make_model(seed, vocab_size=vocab_size, block_size=64, n_layer=1)
+
+
+def records_in_order(items: list, config: TrainConfig, step: int, micro_step: int) -> list:
+    """Instead of `random_items`: the same records in a step, whatever the batch size."""
+    return items[micro_step * config.batch_size :][: config.batch_size]
+
+
+def answer_losses(task: QATask, model: GPT) -> list[torch.Tensor]:
+    """For each training record, the sum of the losses of its answer's tokens."""
+    losses = []
+    for ((ids, n_prompt),) in task.splits["train"]:
+        logits = model(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :]
+        losses.append(F.cross_entropy(logits, torch.from_numpy(ids[n_prompt:]), reduction="sum"))
+    return losses
+
+
+@pytest.mark.parametrize(("batch_size", "grad_accum"), [(4, 1), (2, 2), (1, 4)])
+def test_a_step_averages_over_tokens_whatever_the_micro_batches(
+    monkeypatch, batch_size, grad_accum
+):
+    config = TrainConfig(
+        batch_size=batch_size, grad_accum=grad_accum, grad_clip=0.0, precision="float32",
+        compile=False, max_steps=10,
+    )  # fmt: skip
+    monkeypatch.setattr(tasks, "random_items", records_in_order)
+    task = make_task("qa", config)
+    model = make_task_model(task.tokenizer.vocab_size)
+    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.splits["train"]]
+    assert sum(n_tokens[:2]) != sum(n_tokens[2:])
+    loss = sum(answer_losses(task, model)) / sum(n_tokens)
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    metrics = Trainer(model, task, config, CPU).train_step()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in expected))
+    assert metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_an_evaluation_of_answers_averages_over_tokens():
+    task = make_task("qa", TrainConfig(batch_size=3))  # of four records
+    model = make_task_model(task.tokenizer.vocab_size)
+    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.splits["train"]]
+    expected = sum(answer_losses(task, model)).item() / sum(n_tokens)
+    assert task.evaluate(model)["train"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_evaluation_of_preferences_averages_over_pairs():
+    task = make_task("dpo", TrainConfig(batch_size=3))  # of four pairs
+    model = make_task_model(task.tokenizer.vocab_size)
+    losses = []
+    for pair in task.splits["train"]:
+        log_p = [
+            [
+                -F.cross_entropy(
+                    m(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :],
+                    torch.from_numpy(ids[n_prompt:]),
+                    reduction="sum",
+                ).item()
+                for ids, n_prompt in pair
+            ]
+            for m in (model, task.reference)
+        ]
+        chosen, rejected = (0.3 * (log_p[0][i] - log_p[1][i]) for i in (0, 1))
+        losses.append(math.log1p(math.exp(rejected - chosen)))
+    assert max(losses) - min(losses) > 0.1
+    assert task.evaluate(model)["train"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+
+
 # --- vocabulary
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_a_larger_vocabulary_leaves_the_old_tokens_as_they_were(kind):
+def test_a_larger_vocabulary_does_not_change_the_old_tokens(kind):
     text = make_text(20)
-    old = (
-        CharTokenizer.train([text])
-        if kind == "char"
-        else BPETokenizer.train(count_pieces([text]), 270)
-    )
+    old = CharTokenizer.train([text]) if kind == "char" else train_bpe(count_pieces([text]), 270)
     model = make_model(vocab_size=old.vocab_size)
     new = extend_tokenizer(old, QA_SPECIALS, ["ABC 1"])
     assert set(QA_SPECIALS) <= set(new.specials)
@@ -182,7 +281,9 @@ def test_a_larger_vocabulary_leaves_the_old_tokens_as_they_were(kind):
 @pytest.mark.parametrize(
     ("objective", "adapted"), [*((name, False) for name in OBJECTIVES), ("qa", True)]
 )
-def test_a_run_leaves_a_checkpoint_that_everything_reads(place: Path, objective, adapted, capsys):
+def test_every_objective_writes_a_checkpoint_for_generate_and_evaluate(
+    place: Path, objective, adapted, capsys
+):
     flags = ["--lora_rank=2"] if adapted else []
     assert tune(*OBJECTIVES[objective], *flags, "--tag=a") == 0
     names = {file.name for file in Path("checkpoints/a").iterdir()}
@@ -203,7 +304,7 @@ def test_a_run_leaves_a_checkpoint_that_everything_reads(place: Path, objective,
 def test_a_stopped_run_resumes_bit_for_bit(place: Path, monkeypatch, objective, adapted):
     flags = [*OBJECTIVES[objective], "--dropout=0.1", *(["--lora_rank=2"] if adapted else [])]
     tune(*flags, "--tag=whole")
-    monkeypatch.setattr(train.Trainer, "out_of_patience", lambda trainer: trainer.step == 3)
+    monkeypatch.setattr(RunLog, "out_of_patience", lambda log: log.records[-1]["step"] == 3)
     tune(*flags, "--tag=stopped")
     assert read("stopped")["step"] == 3
     monkeypatch.undo()
@@ -212,7 +313,7 @@ def test_a_stopped_run_resumes_bit_for_bit(place: Path, monkeypatch, objective, 
     assert_same_run(read("stopped"), read("whole"))
 
 
-def test_text_reports_the_old_corpus_beside_the_new(place: Path, capsys):
+def test_text_runs_also_report_the_loss_on_the_old_corpus(place: Path, capsys):
     Path("other.txt").write_text(make_text(300)[::-1])  # no new characters
     tune("--data=other.txt", "--eval_windows=999", "--max_steps=100", "--lr_max=2e-2")
     whole = json.loads(Path("checkpoints/loss_log.json").read_text())["final"]["val"]
@@ -224,7 +325,7 @@ def test_text_reports_the_old_corpus_beside_the_new(place: Path, capsys):
     assert "old" not in read("without")["log"][0]
 
 
-def test_questions_are_learned_and_answers_end(place: Path, capsys):
+def test_questions_are_learned_and_answers_end(place: Path):
     flags = ["--objective=qa", "--max_steps=250", "--lr_max=2e-2", "--eval_every=125"]
     tune(*flags, "--batch_size=8")
     log = read("qa")["log"]
@@ -239,7 +340,7 @@ def test_questions_are_learned_and_answers_end(place: Path, capsys):
         assert [step.ids.item() for step in steps] == ids[n_prompt:].tolist()
 
 
-def test_exact_is_what_greedy_generation_gives(place: Path):
+def test_exact_is_the_share_of_answers_that_greedy_generation_gives(place: Path):
     tune("--objective=qa", "--max_steps=40", "--eval_every=40", "--lr_max=2e-2", "--batch_size=8")
     model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/qa/latest.pt"), CPU)
     right = 0
@@ -252,7 +353,7 @@ def test_exact_is_what_greedy_generation_gives(place: Path):
     assert read("qa")["log"][-1]["exact_train"] == right / 4
 
 
-def test_the_adapter_merges_to_the_same_model(place: Path):
+def test_merging_the_adapter_gives_the_same_model(place: Path):
     tune("--objective=qa", "--lora_rank=2", "--lora_targets=all")
     adapter = Path("checkpoints/qa/adapter.pt")
     assert finetune.main(["checkpoints/best.pt", "--merge", str(adapter)]) == 0
@@ -266,7 +367,7 @@ def test_the_adapter_merges_to_the_same_model(place: Path):
         finetune.main(["checkpoints/qa/best.pt", "--merge", str(adapter), "--overwrite"])
 
 
-def test_frozen_weights_stay_what_they_were(place: Path):
+def test_lora_does_not_change_frozen_weights(place: Path):
     tune("--objective=dpo", "--data=pairs.jsonl", "--lora_rank=2", "--lr_max=1e-2")
     changed = {
         name
@@ -298,10 +399,10 @@ def test_learning_from_a_good_teacher_lowers_the_loss(place: Path):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_imported_model_learns_questions_with_an_adapter(place: Path, arch, capsys):
-    """Untied, with byte pairs, and more rows than its tokenizer has tokens, as the large ones."""
+def test_an_imported_model_learns_questions_with_an_adapter(place: Path, arch):
+    """Its weights are not tied, and it has more rows than tokens, as large models do."""
     pytest.importorskip("safetensors")
-    tokenizer = BPETokenizer.train(count_pieces([make_text(20)]), 270)
+    tokenizer = train_bpe(count_pieces([make_text(20)]), 270)
     sizes = {"vocab_size": 272, "block_size": 48, "n_layer": 1, "n_embd": 16, "n_head": 2}
     model = make_model(**(sizes | ARCHS[arch] | {"tie_weights": False}))
     state = read("") | {"gpt_config": asdict(model.config), "tokenizer": tokenizer.to_dict()}
@@ -313,38 +414,43 @@ def test_an_imported_model_learns_questions_with_an_adapter(place: Path, arch, c
     assert finetune.main(["imported.pt", "--merge=checkpoints/qa/adapter.pt"]) == 0
     tuned, merged = read("qa", "best.pt"), read("merged", "best.pt")
     assert tuned["log"][-1]["val"] < 0.9 * tuned["log"][0]["val"]
-    assert merged["gpt_config"]["vocab_size"] == 274  # two rows were free for four new tokens
+    assert merged["gpt_config"]["vocab_size"] == 274  # of four new tokens, two used free rows
     for name, tensor in tuned["model"].items():
         assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
 
 
-def test_patience_and_overfitting_serve_every_objective(place: Path, capsys):
-    assert tune("--objective=qa", "--overfit_batch", "--max_steps=2") == 1
-    assert not Path("checkpoints/qa").exists()
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_overfitting_one_batch_writes_nothing(place: Path, capsys, objective):
+    assert tune(*OBJECTIVES[objective], "--overfit_batch", "--max_steps=2") == 1
+    assert "could not be overfitted" in capsys.readouterr().out
+    assert not Path("checkpoints", objective).exists()
+
+
+def test_patience_stops_a_run_that_does_not_improve(place: Path):
     tune(*OBJECTIVES["dpo"], "--patience=1", "--lr_max=1e-9", "--max_steps=30")
     assert read("dpo")["step"] < 30
 
 
-def test_batches_are_a_pure_function_of_seed_step_and_part():
+def test_batches_are_a_pure_function_of_seed_step_and_micro_step():
     config, items = TrainConfig(batch_size=3, seed=5), list(range(20))
-    batches = {(s, p): finetune.draw(items, config, s, p) for s in range(3) for p in range(2)}
-    assert batches[2, 1] == finetune.draw(items, config, 2, 1)
+    batches = {(s, m): random_items(items, config, s, m) for s in range(3) for m in range(2)}
+    assert batches[2, 1] == random_items(items, config, 2, 1)
     assert len({tuple(batch) for batch in batches.values()}) == 6
     assert all(len(set(batch)) == 3 for batch in batches.values())
-    assert finetune.draw(items, TrainConfig(batch_size=3, seed=6), 2, 1) != batches[2, 1]
+    assert random_items(items, TrainConfig(batch_size=3, seed=6), 2, 1) != batches[2, 1]
 
 
 # --- mistakes
 
 
-def test_long_records_are_cut_at_the_question_or_skipped():
+def test_long_records_are_cut_at_the_start_or_skipped():
     ids = np.arange(10)
-    assert finetune.fit([(ids, 6)], 9, "cut")[0][0].tolist() == list(range(10))
-    ((cut, n_prompt),) = finetune.fit([(ids, 6)], 7, "cut")
+    assert fit_window([(ids, 6)], 9, skip_long=False)[0][0].tolist() == list(range(10))
+    ((cut, n_prompt),) = fit_window([(ids, 6)], 7, skip_long=False)
     assert (cut.tolist(), n_prompt) == ([2, 3, 4, 5, 6, 7, 8, 9], 4)
-    assert finetune.fit([(ids, 6)], 7, "skip") is None
-    assert finetune.fit([(ids, 6)], 3, "cut") is None  # the answer alone is too long
-    both = finetune.fit([(ids, 6), (ids[:8], 6)], 7, "cut")  # a pair loses the same of its prompt
+    assert fit_window([(ids, 6)], 7, skip_long=True) is None
+    assert fit_window([(ids, 6)], 3, skip_long=False) is None  # the answer alone is too long
+    both = fit_window([(ids, 6), (ids[:8], 6)], 7, skip_long=False)  # a pair has one prompt
     assert [(text.tolist()[0], n) for text, n in both] == [(2, 4), (2, 4)]
 
 
@@ -361,29 +467,6 @@ def test_long_records_are_reported(place: Path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"prompt": "a"}', "line 7: chosen is missing or no text, line 7: rejected is missing"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "line 7: .* are the same"),
-        ('{"prompt": "a", "chosen": "", "rejected": "b"}', "line 7: chosen is empty"),
-        ('{"prompt": "a", "chosen"}', "line 7: no JSON .*column 25"),
-        ("[1, 2]", "line 7: no object"),
-        (json.dumps(PAIRS[0]), "line 7: the same texts as in line 1"),
-        (
-            json.dumps(PAIRS[1] | {"chosen": PAIRS[1]["rejected"], "rejected": PAIRS[1]["chosen"]}),
-            "line 7: the same texts as in line 2",
-        ),
-    ],
-)
-def test_bad_pairs_are_named_by_their_line(tmp_path: Path, line, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join([*map(json.dumps, PAIRS), line]))
-    with pytest.raises(UserError, match=message) as error:
-        preferences.read_pairs(path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "--objective text needs --data"),
@@ -395,7 +478,7 @@ def test_bad_pairs_are_named_by_their_line(tmp_path: Path, line, message):
         (["--data=other.txt", "--lora_alpha=8"], "--lora_alpha: give --lora_rank too"),
         (["--data=other.txt", "--lora_rank=17"], "lora_rank 17 is above the smaller side .* 16"),
         (["--data=other.txt", "--lora_rank=2", "--lora_targets=x"], "lora_targets must be one of"),
-        (["--data=other.txt", "--n_layer=3"], "--n_layer is settled by the checkpoint"),
+        (["--data=other.txt", "--n_layer=3"], "--n_layer is determined by the checkpoint"),
         (["--data=other.txt", "--tag=../x"], "must be a plain name"),
         (["--data=data/qa.json"], "holds questions and answers: --objective qa"),
         (["--objective=qa", "--alpha=0.5", "--foo"], "unknown flag --foo.*--alpha is for"),
@@ -420,47 +503,93 @@ def test_mistakes_are_one_line_and_nothing_is_written(place: Path, words, messag
 
 
 def test_the_base_is_never_overwritten(place: Path):
-    with pytest.raises(UserError, match="holds the checkpoint to change"):
+    with pytest.raises(UserError, match="contains the checkpoint to fine-tune"):
         finetune.main(["checkpoints/best.pt", *QUICK, "--data=other.txt", "--tag="])
     tune("--data=other.txt")
     with pytest.raises(UserError, match="--resume it, --overwrite it"):
         tune("--data=other.txt")
-    with pytest.raises(UserError, match="holds the checkpoint to change"):
+    with pytest.raises(UserError, match="contains the checkpoint to fine-tune"):
         finetune.main(["checkpoints/text/best.pt", *QUICK, "--data=other.txt", "--overwrite"])
 
 
-def test_resuming_refuses_what_does_not_fit(place: Path):
+def test_resume_rejects_other_settings_data_or_bases(place: Path):
     tune(*OBJECTIVES["qa"])
-    with pytest.raises(UserError, match=r"one of finetune\.py: resume it with that"):
+    with pytest.raises(UserError, match=r"a run of finetune\.py: resume it with finetune\.py"):
         train.main(["--resume", "--tag=qa", "--device=cpu"])
     with pytest.raises(UserError, match="objective is 'qa' in the run to resume"):
         finetune.main(["--resume", "--tag=qa", "--objective=dpo", "--device=cpu"])
-    with pytest.raises(UserError, match=r"one of train\.py: resume it with that"):
+    with pytest.raises(UserError, match=r"a run of train\.py: resume it with train\.py"):
         finetune.main(["--resume", "--tag=", "--device=cpu"])
     Path("data/qa.json").write_text(json.dumps(RECORDS[1:]))
-    with pytest.raises(UserError, match="it has changed"):
+    with pytest.raises(UserError, match=r"qa\.json has changed since the run"):
         finetune.main(["--resume", "--tag=qa", "--device=cpu"])
     state = read("", "best.pt")
     state["model"]["norm.weight"] += 1
     utils.save_checkpoint(Path("checkpoints/best.pt"), state)
-    with pytest.raises(UserError, match="is not what the run began with"):
+    with pytest.raises(UserError, match=r"best\.pt has changed since the run"):
         finetune.main(["--resume", "--tag=qa", "--device=cpu"])
 
 
 # --- questions about this project
 
 
-def test_questions_from_scratch_keep_the_held_out_ones_to_validate_on(place: Path):
-    assert train.main([*TINY_RUN, "--data=data/qa.json", "--tag=scratch"]) == 0
-    state = read("scratch")
-    tokenizer = utils.load_checkpoint(Path("checkpoints/scratch/best.pt"), CPU)[1]
-    _, corpus = train.load_corpus("data/qa.json", "char", 0, tokenizer)
-    expected, _ = qa.encode_record(tokenizer, RECORDS[4])
-    assert corpus.val_ids.tolist() == expected.tolist()
-    assert state["corpus"]["documents"] == 5
+@pytest.fixture
+def held_out_first(place: Path) -> dict:
+    """The held-out record, moved to where a split by number never puts a validation document."""
+    records = [RECORDS[4], *RECORDS[:4]]
+    Path("data/qa.json").write_text(json.dumps(records))
+    return records[0]
 
 
-def test_the_shipped_questions_are_many_valid_and_fairly_held_out():
+def test_pretraining_never_sees_held_out_questions_and_validates_on_them(held_out_first):
+    windows, val_ids = [], []
+
+    class Recording(Pretraining):
+        def get_batch(self, step, micro_step):
+            (x, y), n = super().get_batch(step, micro_step)
+            windows.extend(self.tokenizer.decode(row[row >= 0].tolist()) for row in (*x, *y))
+            val_ids[:] = self.corpus.val_ids.tolist()
+            return (x, y), n
+
+    flags = [*TINY_RUN, "--data=data/qa.json", "--tag=scratch"]
+    assert train.main(flags, task_type=Recording) == 0
+    assert any("What" in window for window in windows)
+    assert not any("N" in window for window in windows)  # only the held-out question has an N
+    assert read("scratch")["corpus"]["documents"] == 5
+    model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/scratch/best.pt"), CPU)
+    ids = torch.from_numpy(qa.encode_record(tokenizer, held_out_first)[0])
+    assert val_ids == ids.tolist()
+    total = 0.0
+    for start in range(0, len(ids) - 1, 16):  # windows of 16 tokens
+        x, y = ids[start : start + 16], ids[start + 1 : start + 17]
+        total += F.cross_entropy(model(x[None, : len(y)])[0][0], y, reduction="sum").item()
+    final = json.loads(Path("checkpoints/scratch/loss_log.json").read_text())["final"]["val"]
+    assert final == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+
+
+def test_fine_tuning_never_sees_held_out_questions_and_validates_on_them(
+    held_out_first, monkeypatch
+):
+    seen = []
+
+    def record(items, *args):
+        chosen = random_items(items, *args)
+        seen.extend(chosen)
+        return chosen
+
+    monkeypatch.setattr(tasks, "random_items", record)
+    assert tune("--objective=qa") == 0
+    model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/qa/best.pt"), CPU)
+    texts = {tokenizer.decode(ids[1:-1].tolist()) for ((ids, _),) in seen}
+    assert texts == {qa.record_text(record) for record in RECORDS[:4]}
+    ids, n_prompt = qa.encode_record(tokenizer, held_out_first)
+    logits = model(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :]
+    expected = F.cross_entropy(logits, torch.from_numpy(ids[n_prompt:])).item()
+    final = json.loads(Path("checkpoints/qa/loss_log.json").read_text())["final"]["val"]
+    assert final == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_shipped_questions_are_many_valid_and_fairly_split():
     path = ROOT / "data" / "qa.json"
     records = qa.read_records(path)
     assert len(records) >= 120 and len({record["id"] for record in records}) == len(records)
@@ -469,4 +598,4 @@ def test_the_shipped_questions_are_many_valid_and_fairly_held_out():
     asked = [record["question"].strip().lower() for record in records]
     assert len(set(asked)) == len(asked)
     answers = {record["answer"] for record in records if record.get("held_out") is not True}
-    assert all(record["answer"] in answers for record in held_out)  # known, only asked otherwise
+    assert all(record["answer"] in answers for record in held_out)  # known, in other words

@@ -1,4 +1,4 @@
-"""Low-rank adapters: the formula, peft's gradients, merged and unmerged, files, other bases."""
+"""Low-rank adapters: the formula, gradients equal to peft's, merging, files, other bases."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,16 +9,17 @@ from conftest import make_model
 from torch import nn
 
 import export
-import lora
 from config import ARCHS, GPTConfig, UserError
-from lora import LoRAConfig, LoRALinear
+from exporting.hf_model import config_to_hf, weights_from_hf
+from finetuning import lora
+from finetuning.lora import LoRAConfig, LoRALinear
 from model import GPT
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 
 
 def make_adapted(arch: str = "gpt2", seed: int = 0, **settings: object) -> tuple[GPT, LoRAConfig]:
-    """A small model with an adapter that has learned something."""
+    """A small model with an adapter that changes its outputs."""
     config = LoRAConfig(**{"lora_rank": 3, "lora_targets": "all", **settings})
     model = make_model(seed, **SIZES, **ARCHS[arch])
     lora.add_lora(model, config)
@@ -30,8 +31,8 @@ def make_adapted(arch: str = "gpt2", seed: int = 0, **settings: object) -> tuple
 
 
 def make_adapter(model: GPT, config: LoRAConfig) -> dict:
-    """The content of its file."""
-    plain, tensors = lora.split(model.state_dict(), lora.trained_names(model))
+    """The contents of an adapter file."""
+    plain, tensors = lora.split_adapter(model.state_dict(), lora.trained_names(model))
     return {
         "lora": asdict(config),
         "base_sha256": lora.weights_sha256(plain),
@@ -50,7 +51,7 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a_x():
         assert torch.allclose(y, expected, atol=1e-5)
 
 
-def test_gradients_are_the_formulas():
+def test_gradients_follow_the_formula():
     """y = s B A x with dL/dy = g: dL/dB = s g (A x)^T and dL/dA = s B^T g x^T."""
     layer = LoRALinear(nn.Linear(5, 4), LoRAConfig(lora_rank=2, lora_alpha=6.0, lora_dropout=0.0))
     layer.linear.requires_grad_(False)
@@ -86,12 +87,12 @@ def test_rank_8_on_gpt2s_combined_projection_is_a_quarter_percent():
 @pytest.mark.parametrize("targets", lora.TARGETS)
 def test_merged_equals_unmerged(arch, targets):
     model, config = make_adapted(arch, lora_targets=targets)
-    plain, tensors = lora.split(model.state_dict(), lora.trained_names(model))
+    plain, tensors = lora.split_adapter(model.state_dict(), lora.trained_names(model))
     merged = make_model(1, **SIZES, **ARCHS[arch])
     idx = torch.randint(31, (2, 9))
     merged.load_state_dict(plain)
-    assert not torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-2)  # it has learned something
-    merged.load_state_dict(lora.merge(plain, tensors, config.scale))
+    assert not torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-2)  # the adapter has an effect
+    merged.load_state_dict(lora.merge_adapter(plain, tensors, config.scale))
     scale = model(idx)[0].abs().max().item()
     assert torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-5 * max(scale, 1))
 
@@ -99,17 +100,17 @@ def test_merged_equals_unmerged(arch, targets):
 def test_join_undoes_split():
     model, _ = make_adapted()
     weights = model.state_dict()
-    joined = lora.join(*lora.split(weights, lora.trained_names(model)))
+    joined = lora.join_adapter(*lora.split_adapter(weights, lora.trained_names(model)))
     assert joined.keys() == weights.keys()
     assert all(torch.equal(joined[name], weights[name]) for name in weights)
 
 
-def test_a_rank_above_the_matrix_is_refused():
+def test_a_rank_above_the_smaller_side_is_rejected():
     with pytest.raises(UserError, match=r"lora_rank 33 is above the smaller side of attn\.qkv, 32"):
         lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=33))
 
 
-def test_dropout_is_for_training_only():
+def test_dropout_is_only_for_training():
     model, _ = make_adapted(lora_dropout=0.5)
     idx = torch.randint(31, (2, 9))
     assert torch.equal(model(idx)[0], model(idx)[0])
@@ -120,7 +121,7 @@ def test_dropout_is_for_training_only():
 # --- files
 
 
-def test_an_adapter_is_a_small_file_that_is_data_only(tmp_path: Path):
+def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path):
     model, config = make_adapted(lora_targets="qkv")
     path = tmp_path / "adapter.pt"
     lora.save_adapter(path, make_adapter(model, config))
@@ -132,12 +133,12 @@ def test_an_adapter_is_a_small_file_that_is_data_only(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_embd": 64}, r"for another base: blocks.0.attn.qkv.A is \(3, 32\).* \(3, 64\)"),
+        ({"n_embd": 64}, r"for another base: blocks.0.attn.qkv.A has shape \(3, 32\).* \(3, 64\)"),
         ({"n_layer": 1}, "for another base: this one has no blocks.1.attn.qkv"),
-        ({}, "of the same shape, but with other weights"),
+        ({}, "the shapes are the same, but the weights are different"),
     ],
 )
-def test_an_adapter_for_another_base_is_refused(change, message):
+def test_an_adapter_for_another_base_is_rejected(change, message):
     adapter = make_adapter(*make_adapted())
     lora.check_adapter(adapter, make_model(0, **SIZES, **ARCHS["gpt2"]).state_dict(), Path("a.pt"))
     other = make_model(9, **(SIZES | change), **ARCHS["gpt2"])
@@ -145,12 +146,12 @@ def test_an_adapter_for_another_base_is_refused(change, message):
         lora.check_adapter(adapter, other.state_dict(), Path("a.pt"))
 
 
-def test_files_that_are_no_adapters_are_refused(tmp_path: Path):
+def test_files_that_are_not_adapters_are_rejected(tmp_path: Path):
     torch.save({"model": {}}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="not an adapter of this program"):
         lora.read_adapter(tmp_path / "a.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "b.pt")
-    with pytest.raises(UserError, match="holds code"):
+    with pytest.raises(UserError, match="code, which is never run"):
         lora.read_adapter(tmp_path / "b.pt")
 
 
@@ -158,14 +159,14 @@ def test_files_that_are_no_adapters_are_refused(tmp_path: Path):
 
 
 def make_theirs(arch: str) -> tuple[nn.Module, GPT]:
-    """A model of Hugging Face's with our settings, and the same imported."""
+    """A Hugging Face model with our settings, and the same model imported."""
     transformers = pytest.importorskip("transformers")
     ours = make_model(**SIZES, **ARCHS[arch])
-    config = export.hf_config(ours.config, arch, {})
+    config = config_to_hf(ours.config, arch, {})
     config.pop("architectures")
     hf_config = transformers.AutoConfig.for_model(**config)
     theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
-    ours.load_state_dict(export.from_hf(dict(theirs.state_dict()), ours.config, arch))
+    ours.load_state_dict(weights_from_hf(dict(theirs.state_dict()), ours.config, arch))
     return theirs, ours
 
 
@@ -175,7 +176,7 @@ def test_gradients_equal_pefts_on_an_imported_gpt2():
     settings = peft.LoraConfig(
         r=4, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
     )
-    theirs = peft.get_peft_model(theirs, settings).eval()  # without GPT-2's own dropout
+    theirs = peft.get_peft_model(theirs, settings).eval()  # in eval mode GPT-2's dropout is off
     lora.add_lora(ours, LoRAConfig(lora_rank=4, lora_targets="qkv"))
     layers = [block.attn.c_attn for block in theirs.base_model.model.transformer.h]
     torch.manual_seed(3)

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model
+from conftest import COMPONENTS, make_model
 from torch import nn
 
 import model as parts
 from config import ARCHS, GPTConfig
-from model import GPT, MLPS, NORMS, POSITIONS, Attention, Block
+from model import GPT, MLPS, NORMS, POSITIONS, Attention, AttentionContext, Block
 
 
 def causal_mask(n: int) -> torch.Tensor:
@@ -74,23 +74,25 @@ def test_swiglu_has_about_as_many_weights_as_the_other_mlps():
 
 def test_sinusoidal_positions_follow_the_paper():
     pos = POSITIONS["sinusoidal"](config(n_embd=4, n_head=1))
-    out, rotation = pos(torch.zeros(1, 3, 4))
+    out, positions = pos(torch.zeros(1, 3, 4))
     t = 2  # PE(t, 2i) = sin(t / 10000^(2i/C)), PE(t, 2i+1) = cos of the same
     expected = [math.sin(t), math.cos(t), math.sin(t / 100), math.cos(t / 100)]
-    assert torch.allclose(out[0, t], torch.tensor(expected)) and rotation is None
+    assert torch.allclose(out[0, t], torch.tensor(expected)) and positions == (None, None)
     out, _ = pos(torch.ones(1, 1, 4))  # section 3.4: embeddings times sqrt(C)
     assert torch.allclose(out[0, 0], torch.tensor([2.0, 3.0, 2.0, 3.0]))
 
 
 def test_rope_turns_by_one_radian_a_position_in_the_fastest_pair():
-    _, (cos, sin) = POSITIONS["rope"](config(n_embd=4, n_head=1))(torch.zeros(1, 3, 4))
+    _, positions = POSITIONS["rope"](config(n_embd=4, n_head=1))(torch.zeros(1, 3, 4))
+    cos, sin = positions.rotation
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 3, 4)  # pairs (0, 2) and (1, 3)
     expected = [math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]  # 1 and 1/100 a position
     assert torch.allclose(parts.rotate(x, cos, sin)[0, 0, 2], torch.tensor(expected))
 
 
 def test_rope_scores_depend_on_distance_only():
-    _, (cos, sin) = POSITIONS["rope"](config(block_size=12))(torch.zeros(1, 12, 16))
+    _, positions = POSITIONS["rope"](config(block_size=12))(torch.zeros(1, 12, 16))
+    cos, sin = positions.rotation
     q, k = torch.randn(2, 8)
     rotated_q = parts.rotate(q.expand(1, 1, 12, 8), cos, sin)[0, 0]
     rotated_k = parts.rotate(k.expand(1, 1, 12, 8), cos, sin)[0, 0]
@@ -110,18 +112,20 @@ def test_attention_equals_torch_multihead_attention():
     x = torch.randn(3, 7, 16)
     expected, weights = theirs(x, x, x, attn_mask=causal_mask(7), average_attn_weights=False)
     maps: list[torch.Tensor] = []
-    assert torch.allclose(ours(x, None), expected, atol=1e-6)
-    assert torch.allclose(ours(x, None, maps=maps), expected, atol=1e-6)
+    assert torch.allclose(ours(x, AttentionContext()), expected, atol=1e-6)
+    assert torch.allclose(ours(x, AttentionContext(maps=maps)), expected, atol=1e-6)
     assert torch.allclose(maps[0], weights, atol=1e-6)
 
 
 def test_token_shift_takes_half_of_the_channels_from_the_token_before():
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], [9.0, 10.0, 11.0, 12.0]]])
     expected = [[1.0, 2.0, 0.0, 0.0], [5.0, 6.0, 3.0, 4.0], [9.0, 10.0, 7.0, 8.0]]
-    assert parts.shift_tokens(x)[0].tolist() == expected
+    first = torch.zeros(1, 1, 2)
+    assert parts.shift_tokens(x, first)[0].tolist() == expected
     mask = parts.document_mask(torch.tensor([[0, 1, 1]]))  # the second token begins a document
     expected[1][2:] = [0.0, 0.0]
-    assert parts.shift_tokens(x, mask)[0].tolist() == expected
+    assert parts.shift_tokens(x, first, mask)[0].tolist() == expected
+    assert parts.shift_tokens(x, first + 9)[0, 0].tolist() == [1.0, 2.0, 9.0, 9.0]
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
@@ -147,19 +151,35 @@ def test_block_equals_torch_transformer_layer(post_norm: bool):
         other.load_state_dict(mine.state_dict())
     x = torch.randn(3, 7, 16)
     expected = theirs(x, src_mask=causal_mask(7), is_causal=True)
-    assert torch.allclose(ours(x, None), expected, atol=1e-5)
+    assert torch.allclose(ours(x, AttentionContext()), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_fused_attention_equals_plain_attention(arch: str):
-    model = make_model(**ARCHS[arch], n_layer=3)
+@pytest.mark.parametrize("settings", COMPONENTS)
+def test_fused_attention_equals_plain_attention(settings: dict):
+    model = make_model(**settings, n_layer=3)
     idx = torch.randint(11, (2, 12))
     maps: list[torch.Tensor] = []
     plain, _ = model(idx, maps=maps)
     assert torch.allclose(model(idx)[0], plain, atol=1e-4)
-    assert [m.shape for m in maps] == [(2, 2, 12, 12)] * 3
-    assert all(torch.allclose(m.sum(-1), torch.ones(2, 2, 12)) for m in maps)
+    H = model.config.n_head
+    assert [m.shape for m in maps] == [(2, H, 12, 12)] * 3
+    assert all(torch.allclose(m.sum(-1), torch.ones(2, H, 12)) for m in maps)
     assert all(m[..., causal_mask(12)].eq(0).all() for m in maps)
+
+
+def test_a_score_bias_is_added_to_the_scaled_scores():
+    q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
+    bias = torch.randn(2, 5, 5)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(4) + bias
+    weights = scores.masked_fill(causal_mask(5), float("-inf")).softmax(-1)
+    out, plain_weights = parts.plain_attention(q, k, v, bias=bias)
+    assert torch.allclose(plain_weights, weights, atol=1e-6)
+    assert torch.allclose(out, weights @ v, atol=1e-6)
+    assert torch.allclose(parts.fused_attention(q, k, v, bias=bias), weights @ v, atol=1e-6)
+    last = parts.fused_attention(q[:, :, 4:], k, v, bias=bias[:, 4:])  # one query, as with a cache
+    assert torch.allclose(last, (weights @ v)[:, :, 4:], atol=1e-6)
+    visible = torch.eye(5, dtype=torch.bool)  # everyone sees only itself, whatever the bias
+    assert torch.allclose(parts.fused_attention(q, k, v, visible, bias), v, atol=1e-6)
 
 
 # --- the whole
@@ -283,21 +303,22 @@ def test_autocast_stays_close_to_float32():
     assert F.cosine_similarity(out.flatten(), expected.flatten(), dim=0) > 0.99
 
 
-@pytest.mark.parametrize("pos", ["rope", "learned"])
-def test_packed_documents_do_not_see_each_other(pos: str):
-    model = make_model(pos=pos)
+@pytest.mark.parametrize("settings", COMPONENTS)
+def test_packed_documents_do_not_see_each_other(settings: dict):
+    model = make_model(**settings)
     docs = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]])
     idx = torch.randint(11, (1, 8))
     logits, _ = model(idx, docs=docs)
     other = idx.clone()
     other[0, :3] = (other[0, :3] + 1) % 11
     changed, _ = model(other, docs=docs)
-    assert torch.allclose(changed[0, 3:], logits[0, 3:], atol=1e-6)
+    assert torch.allclose(changed[0, 3:], logits[0, 3:], atol=1e-5)
     assert not torch.allclose(model(other)[0][0, 3:], model(idx)[0][0, 3:], atol=1e-2)
 
 
-def test_a_packed_document_is_scored_as_if_it_stood_alone():
-    model = make_model(token_shift=True)  # its rotary positions see distances only
+@pytest.mark.parametrize("pos", ["rope", "alibi", "none"])  # which depend on distances only
+def test_a_packed_document_is_scored_as_if_it_stood_alone(pos: str):
+    model = make_model(token_shift=True, pos=pos)
     idx = torch.randint(11, (2, 9))
     packed, _ = model(idx, docs=torch.tensor([[0] * 4 + [1] * 5] * 2))
     alone = torch.cat([model(idx[:, :4])[0], model(idx[:, 4:])[0]], dim=1)
@@ -310,3 +331,23 @@ def test_the_fused_and_the_plain_attention_agree_under_a_document_mask():
     maps: list[torch.Tensor] = []
     assert torch.allclose(model(idx, docs=docs)[0], model(idx, docs=docs, maps=maps)[0], atol=1e-5)
     assert maps[0][0, 0, 5].tolist() == [0, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "mapping"), [("norm", NORMS), ("mlp", MLPS), ("pos", POSITIONS.keys() - {"alibi"})]
+)
+def test_the_choices_of_a_setting_are_the_components_there_are(field: str, mapping: dict):
+    assert set(GPTConfig.__dataclass_fields__[field].metadata["choices"]) == set(mapping)
+
+
+@pytest.mark.parametrize("settings", COMPONENTS)
+def test_recomputed_activations_change_no_gradient(settings: dict):
+    model, x = make_model(**settings), torch.randint(11, (2, 8))
+    model.train()
+    gradients = []
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        model(x, x)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 5
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

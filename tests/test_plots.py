@@ -1,22 +1,26 @@
-"""The verdict in words, on curves made to have one; pictures by the numbers that stand in them."""
+"""The verdict on synthetic curves; the numbers in each figure against independent computations."""
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, make_model
 
-import pictures
 import plots
 import train
 from config import ARCHS, UserError
+from corpus.bpe import count_pieces, train_bpe
 from model import rotate
-from plots import Run, draw_runs, read_run, save_figure, verdict
-from tokenizer import BPETokenizer, CharTokenizer, count_pieces
+from tokenizer import CharTokenizer
+from viz import internals
+from viz.runs import Run, plot_runs, read_run, save_figure, verdict
 
-TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # as many as make_model knows
+TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
 SETTINGS = {"vocab_size": 65, "batch_size": 5, "grad_accum": 2, "block_size": 100}
 SETTINGS |= {"corpus": {"name": "poems"}, "n_layer": 3, "n_embd": 48}
 
@@ -38,7 +42,7 @@ def log(train: list[float], val: list[float]) -> list[dict]:
         (
             [4.17, 2.2, 1.7, 1.3],
             [4.17, 2.3, 1.9, 1.7],
-            "healthy: best at step 300; validation lies",
+            "healthy: best at step 300; validation loss",
         ),
         ([4.17, 2.2, 1.7, 1.2], [4.17, 2.2, 1.8, 2.0], "overfitting since step 200, the best"),
         ([4.17, 2.0, 1.9, 1.9, 1.9], [4.17, 2.1, 2.0, 2.0, 2.0], "plateaued since about step 200"),
@@ -47,7 +51,7 @@ def log(train: list[float], val: list[float]) -> list[dict]:
         ([4.17, 3.0], [4.17, 3.0], "too short to judge"),
     ],
 )
-def test_verdict(train: list[float], val: list[float], words: str):
+def test_the_verdict_follows_from_the_curve(train: list[float], val: list[float], words: str):
     assert words in verdict(log(train, val), vocab_size=65)
     assert math.log(65) == pytest.approx(4.174, abs=1e-3)
 
@@ -56,11 +60,11 @@ def test_verdict(train: list[float], val: list[float], words: str):
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_a_curve_is_drawn_from_the_first_record_on(tmp_path, suffix):
+def test_a_run_can_be_plotted_from_its_first_evaluation_on(tmp_path, suffix):
     records = log([4.17, 2.0, 1.5], [4.2, 2.1, 1.8])
     for n in (1, 3):
         path = tmp_path / f"curve.{suffix}"
-        save_figure(draw_runs([Run("a", SETTINGS, records[:n])]), path)
+        save_figure(plot_runs([Run("a", SETTINGS, records[:n])]), path)
         assert path.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
 
 
@@ -68,10 +72,10 @@ def test_a_curve_is_drawn_from_the_first_record_on(tmp_path, suffix):
     ("x", "at"),
     [("step", [0, 100, 200]), ("tokens", [0, 0.1, 0.2]), ("time", [0, 0.5, 1.0])],
 )
-def test_runs_lie_over_each_other_with_their_verdicts(x, at):
+def test_several_runs_share_their_axes_and_have_a_verdict_each(x, at):
     """100 steps of 5 x 2 windows of 100 tokens are 100,000 tokens."""
     falls, rises = log([4.2, 2, 1.5], [4.2, 2.1, 1.8]), log([4.2, 2, 1], [4.2, 2.2, 2.5])
-    figure = draw_runs([Run("a", SETTINGS, falls), Run("b", SETTINGS, rises)], x)
+    figure = plot_runs([Run("a", SETTINGS, falls), Run("b", SETTINGS, rises)], x)
     losses, rates, norms = figure.axes
     lines = {
         style: [line for line in losses.lines if line.get_linestyle() == style]
@@ -94,7 +98,7 @@ def test_a_run_is_read_from_its_folder_and_from_its_checkpoint(workplace):
     folder, checkpoint = (read_run(workplace / "checkpoints" / "a" / n) for n in ("", "latest.pt"))
     lines = (workplace / "checkpoints" / "a" / "log.jsonl").read_text().splitlines()
     assert folder.log == checkpoint.log == [json.loads(line) for line in lines[1:-1]]
-    assert folder.tokens_a_step == checkpoint.tokens_a_step == 4 * 16
+    assert folder.tokens_per_step == checkpoint.tokens_per_step == 4 * 16
     assert plots.main(["--picture=attention", "--text=the dog", "--output_file=maps.svg"]) == 0
     assert (workplace / "maps.svg").read_bytes().startswith(b"<?xml")
     for picture in plots.PICTURES:
@@ -102,21 +106,31 @@ def test_a_run_is_read_from_its_folder_and_from_its_checkpoint(workplace):
         assert (workplace / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_matplotlib_is_imported_only_to_plot():
+    """It takes half a second, and train.py and `plots.py --help` do not need it."""
+    code = "import sys, plots, train; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(plots.__file__).parent, check=True)
+
+
 # --- models
 
 
-def test_attention_maps_are_those_of_the_heads_asked_for():
+def test_attention_maps_are_the_softmax_of_the_selected_heads():
     model, ids = make_model(), torch.tensor([1, 4, 2, 9])
-    figure = pictures.draw_attention(model, TOKENIZER, ids, layers=[1], heads=[0, 1])
+    figure = internals.plot_attention(model, TOKENIZER, ids, layers=[1], heads=[0, 1])
     grid = [axes for axes in figure.axes if axes.images and axes.get_title()]
     assert [axes.get_title() for axes in grid] == ["layer 1, head 0", "layer 1, head 1"]
-    seen: list[torch.Tensor] = []  # what goes into the second layer's queries and keys
-    model.blocks[1].attn.register_forward_pre_hook(lambda module, args: seen.append(args))
-    model(ids[None])
-    x, (cos, sin), *_ = seen[0]
     attn = model.blocks[1].attn
-    q, k, _ = (part.view(1, 4, 2, 8).transpose(1, 2) for part in attn.qkv(x).split(16, dim=-1))
-    q, k = rotate(attn.q_norm(q), cos, sin), rotate(attn.k_norm(k), cos, sin)
+    seen: list[tuple] = []
+    attn.qkv.register_forward_pre_hook(lambda module, args: seen.append(args))
+    model(ids[None])
+    (x,) = seen[0]  # (1, T, C)
+    angle = torch.arange(4)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)  # (T, D/2)
+    q, k, _ = (t.view(1, 4, 2, 8).transpose(1, 2) for t in attn.qkv(x).split(16, dim=-1))
+    q, k = (
+        rotate(norm(t), angle.cos(), angle.sin())
+        for norm, t in ((attn.q_norm, q), (attn.k_norm, k))
+    )
     scores = (q @ k.transpose(-2, -1) / 8**0.5).exp().tril()
     wanted = (scores / scores.sum(dim=-1, keepdim=True)).detach().numpy()[0]
     for head, axes in enumerate(grid):
@@ -125,55 +139,54 @@ def test_attention_maps_are_those_of_the_heads_asked_for():
     assert ticks == ["␣", "c", "a", "h"]
 
 
-def test_positions_are_told_apart_by_distance():
+def test_position_encodings_match_their_formulas():
     model = make_model(**ARCHS["gpt2"], block_size=12, n_embd=16)
-    figure = pictures.draw_positions(model)
+    figure = internals.plot_positions(model)
     by_title = {axes.get_title(): axes for axes in figure.axes}
-    table = (
-        by_title["sinusoidal positions"].images[0].get_array()
-    )  # sin and cos of t / 10000^(2i/16)
+    # sin and cos of t / 10000^(2i/16)
+    table = by_title["sinusoidal encoding"].images[0].get_array()
     assert table[5, 0] == pytest.approx(math.sin(5), abs=1e-6)
     assert table[5, 3] == pytest.approx(math.cos(5 / 10000 ** (2 / 16)), abs=1e-6)
     a, b = model.pos.table.weight.detach().numpy()[[2, 7]]
-    cosine = by_title["learned: cosine of two positions"].images[0].get_array()[2, 7]
+    cosine = by_title["similarity of learned positions"].images[0].get_array()[2, 7]
     assert cosine == pytest.approx(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)), abs=1e-5)
-    lines = {
-        line.get_label(): line for line in by_title["RoPE: product of two equal vectors"].lines
-    }
-    # two equal vectors whose pairs of channels are all of length 1, one turned seven steps on
+    lines = {line.get_label(): line for line in by_title["RoPE: two equal vectors"].lines}
+    # the same vector at positions 0 and 7; each of its channel pairs has length 1
     angle = 7 / 10000 ** (np.arange(0, 8, 2) / 8)
     x = torch.cat([torch.ones(4), torch.zeros(4)])
     turned = rotate(x[None], *(torch.tensor(f(angle)).float() for f in (np.cos, np.sin)))
-    assert lines["all pairs"].get_ydata()[7] == pytest.approx(float(turned @ x) / 4, abs=1e-5)
-    assert "learned" not in {
-        axes.get_title() for axes in pictures.draw_positions(make_model()).axes
-    }
+    assert lines["all channel pairs"].get_ydata()[7] == pytest.approx(
+        float(turned @ x) / 4, abs=1e-5
+    )
+    titles = {axes.get_title() for axes in internals.plot_positions(make_model()).axes}
+    assert "similarity of sinusoidal positions" in titles
+    assert "similarity of learned positions" not in titles
 
 
-def test_embeddings_lie_along_their_principal_components():
+def test_embeddings_are_plotted_at_their_principal_components():
     vectors = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)) @ torch.diag(
         torch.tensor([5.0, 3.0, 1, 1, 1, 1, 1, 1])
     )
-    points, shares = pictures.principal_components(vectors)
+    points, shares = internals.principal_components(vectors)
     values, directions = np.linalg.eigh(np.cov(vectors.numpy().T))  # ascending
     wanted = (vectors - vectors.mean(dim=0)).numpy() @ directions[:, :-3:-1]
     np.testing.assert_allclose(points.abs().numpy(), np.abs(wanted), atol=1e-3)
     np.testing.assert_allclose(shares.numpy(), values[:-3:-1] / values.sum(), rtol=1e-3)
-    figure = pictures.draw_embeddings(make_model(), TOKENIZER)
+    figure = internals.plot_embeddings(make_model(), TOKENIZER)
     assert [text.get_text() for text in figure.axes[0].texts] == ["↵", "␣", *"abcdefghi"]
 
 
-def test_only_tokens_that_are_text_are_shown():
-    tokenizer = BPETokenizer.train(count_pieces(["the then they " * 9]), 260)
+def test_only_printable_tokens_are_plotted():
+    tokenizer = train_bpe(count_pieces(["the then they " * 9]), 260)
     model = make_model(vocab_size=tokenizer.vocab_size)
-    texts = [text.get_text() for text in pictures.draw_embeddings(model, tokenizer).axes[0].texts]
+    texts = [text.get_text() for text in internals.plot_embeddings(model, tokenizer).axes[0].texts]
     assert {"↵", "␣", "A", "th"} <= set(texts) and not any("\ufffd" in text for text in texts)
 
 
 def test_bars_are_the_softmax_at_each_temperature():
     model, ids = make_model(), torch.tensor([3, 1, 4])
     logits = model(ids[None])[0][0, -1].detach().double().numpy()
-    figure = pictures.draw_temperatures(model, TOKENIZER, ids, [0.0, 0.5, 2.0])
+    figure = internals.plot_temperatures(model, TOKENIZER, ids, [0.0, 0.5, 2.0])
     for axes, temperature in zip(figure.axes[1:], (0.5, 2.0), strict=True):
         probs = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
         heights = [bar.get_height() for bar in axes.patches]
@@ -182,27 +195,36 @@ def test_bars_are_the_softmax_at_each_temperature():
         assert f"temperature {temperature:g}: entropy {entropy:.2f}" in axes.texts[0].get_text()
     assert [bar.get_height() for bar in figure.axes[0].patches] == [1.0] + [0.0] * 10
     ticks = [text.get_text() for text in figure.axes[-1].get_xticklabels()]
-    assert ticks[0] == pictures.labels(TOKENIZER, torch.tensor([logits.argmax()]))[0]
+    assert ticks[0] == internals.token_labels(TOKENIZER, torch.tensor([logits.argmax()]))[0]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["nowhere"], "nowhere is not the folder of a run"),
-        (["--output_file=a.jpg", "--picture=cube"], "must end in .png or .svg.*|picture must be"),
-        (["a", "b", "--picture=positions"], "is of one checkpoint, not 2"),
-        (
-            ["--picture=attention", "--text=the", "--layers=0,7"],
-            "layers must be from 0 to 0, of the model's 1",
-        ),
-        (["--picture=attention", "--heads=first"], "heads must be numbers such as 0,1"),
-        (
-            ["--picture=temperatures", "--text=" + 40 * "the "],
-            "160 tokens, and the window takes 16",
-        ),
+        (["--output_file=a.jpg", "--picture=cube"], "picture must be one of.*in .png or .svg"),
+        (["--output_file=no/a.png"], "there is no folder no"),
+        (["a", "b", "--picture=positions"], "takes one checkpoint, not 2"),
+        (["--picture=attention", "--heads=first"], "--heads must be a list of numbers.*'first'"),
+        (["--layers=-1", "--temperatures=inf"], "--layers must be.*--temperatures must be"),
     ],
 )
-def test_mistakes_are_one_line(workplace, flags, message):
-    train.main([*TINY_RUN, "--max_steps=1"])
+def test_invalid_settings_are_reported_together(workplace, flags, message):
     with pytest.raises(UserError, match=message):
         plots.main(flags)
+
+
+def test_what_does_not_fit_the_model_is_reported(workplace):
+    train.main([*TINY_RUN, "--max_steps=1"])
+    with pytest.raises(UserError, match="--layers must be from 0 to 0: the model has 1"):
+        plots.main(["--picture=attention", "--text=the", "--layers=0,7"])
+    with pytest.raises(UserError, match="--heads must be from 0 to 1: the model has 2"):
+        plots.main(["--picture=attention", "--text=the", "--heads=2"])
+    with pytest.raises(UserError, match="160 tokens, but the window is 16"):
+        plots.main(["--picture=temperatures", "--text=" + 40 * "the "])
+
+
+def test_a_run_without_evaluations_is_an_error(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"n_layer": 1}\n')
+    with pytest.raises(UserError, match="has not been evaluated yet"):
+        read_run(tmp_path)

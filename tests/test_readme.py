@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -13,12 +12,14 @@ import pytest
 from conftest import TINY_RUN, make_text
 
 import evaluate
+import explore
 import export
 import finetune
 import generate
 import plots
 import prepare
 import train
+import utils
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,15 +42,15 @@ def run_command(line: str) -> None:
         )
         subprocess.run(["bash", "-c", script], check=True)
         return
-    if line.startswith("torchrun "):  # tests/test_parallel.py runs it
+    if line.startswith("torchrun "):  # tests/test_distributed.py runs it
         assert line.split()[2] == "train.py"
         return
     program, *words = shlex.split(line)[1:]
-    if program.startswith("experiments/"):  # tests/test_studies.py runs them
-        assert (ROOT / program).exists(), line
+    if program == "-m" and words[0].startswith("experiments."):  # test_experiments.py runs them
+        assert (ROOT / f"{words[0].replace('.', '/')}.py").exists(), line
         return
     if program == "demo.py" or "--tensorboard" in words:
-        return  # test_demo.py and test_live.py, for those who have the packages
+        return  # test_demo.py and test_run_log.py, for those who have the packages
     if program == "train.py":
         resumed = "--resume" in words
         tiny = ["--max_steps=80"] if resumed else [*TINY_RUN, "--max_steps=60", "--eval_every=30"]
@@ -57,6 +58,8 @@ def run_command(line: str) -> None:
         assert status == (1 if "--overfit_batch" in words else 0)  # 60 steps are too few for that
     elif program == "generate.py":
         assert generate.main([*words, "--max_new_tokens=5"]) == 0
+    elif program == "explore.py":
+        assert explore.main([*words, "--max_new_tokens=5"]) == 0
     elif program == "finetune.py":
         tiny = ["--max_steps=4", "--eval_every=2", "--sample_tokens=10", "--no-compile"]
         assert finetune.main([*words, *([] if "--merge" in words else tiny)]) == 0
@@ -105,17 +108,35 @@ def test_the_test_command_is_what_ci_runs():
     assert "\npython -m pytest\n" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_lines_to_read_are_those_of_what_is_named():
-    """`name` ([file.py 3-9](file.py#L3-L9)) is where the class or function begins and ends."""
-    links = re.findall(r"`([\w.]+)`\s\(\[(\S+) (\d+)-(\d+)\]\((\S+)#L(\d+)-L(\d+)\)\)", README)
-    assert len(links) == README.count("#L") > 10
-    for name, file, first, last, path, *lines in links:
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        kinds = (ast.FunctionDef, ast.ClassDef)
-        defined = {n.name: n for n in ast.walk(tree) if isinstance(n, kinds)}
-        found = defined[name.split(".")[-1]]
-        assert (file, [first, last]) == (path, lines)
-        assert (int(first), int(last)) == (found.lineno, found.end_lineno), f"{name} in {file}"
+def definitions(tree: ast.AST) -> dict[str, ast.AST]:
+    """The functions and classes of a file, methods as Class.method."""
+    found = {}
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found |= {node.name: node}
+            found |= {f"{node.name}.{name}": n for name, n in definitions(node).items()}
+    return found
+
+
+def test_the_code_to_read_is_in_the_file_that_is_named():
+    """`name` (file.py) is a class or function of that file."""
+    names = re.findall(r"`([\w.]+)`\s\((\S+\.py)\)", README)
+    assert len(names) > 10 and "#L" not in README
+    for name, file in names:
+        assert name in definitions(ast.parse((ROOT / file).read_text(encoding="utf-8"))), name
+
+
+def test_the_custom_loss_is_trained_and_logged(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    (snippet,) = re.findall(r"```python\n(import torch.*?)```", README, re.S)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    original = train.main
+    monkeypatch.setattr(train, "main", lambda argv, task: original([*argv, *TINY_RUN], task))
+    exec(compile(snippet, "README.md", "exec"), {})
+    lines = Path("checkpoints/smoothed/log.jsonl").read_text().splitlines()
+    last = json.loads(lines[-2])
+    state = utils.read_checkpoint(Path("checkpoints/smoothed/latest.pt"))
+    assert last["step"] == 20 and state["log"][-1]["plain"] == last["plain"]
+    assert 0 < last["plain"] < 4 and last["plain"] != last["train"]
 
 
 def test_the_files_named_exist():
@@ -124,4 +145,5 @@ def test_the_files_named_exist():
     tree = re.search(r"## The files.*?```\n(.*?)```", README, re.S)[1]
     for name in re.findall(r"^(\S+\.(?:py|txt))", tree, re.M):
         assert (ROOT / name).exists(), name
-    assert not os.path.isabs(tree.split()[0])
+    for folder in re.findall(r"^(\w+)/", tree, re.M):
+        assert (ROOT / folder).is_dir(), folder

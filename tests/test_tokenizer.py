@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import tokenizer as tokenizers
 from config import ENCODINGS, UserError
+from corpus.bpe import count_pieces, learn_merges, train_bpe
 from tokenizer import END_OF_TEXT, QA_SPECIALS, BPETokenizer, CharTokenizer, from_dict
 
 # --- characters
@@ -86,27 +87,27 @@ def naive_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes
 @settings(max_examples=300)
 @given(st.lists(st.text(alphabet="abé \n", max_size=30), max_size=8), st.integers(1, 60))
 def test_merges_equal_those_of_counting_everything_anew(texts: list[str], n_merges: int):
-    counts = tokenizers.count_pieces(texts)
-    assert tokenizers.learn_merges(counts, n_merges) == naive_merges(counts, n_merges)
+    counts = count_pieces(texts)
+    assert learn_merges(counts, n_merges) == naive_merges(counts, n_merges)
 
 
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from("the then other there mother loth ether".split()), min_size=50))
 def test_merges_equal_those_of_counting_everything_anew_on_words(words: list[str]):
-    counts = tokenizers.count_pieces([" ".join(words)])
-    assert tokenizers.learn_merges(counts, 100) == naive_merges(counts, 100)
+    counts = count_pieces([" ".join(words)])
+    assert learn_merges(counts, 100) == naive_merges(counts, 100)
 
 
 def test_merges_of_the_worked_example_of_sennrich_et_al_2016():
     # The paper's toy vocabulary: low 5, lower 2, newest 6, widest 3. Its first three merges, e+s,
     # es+t and (with its end-of-word mark left out) l+o, hold here but for the ties.
     counts = Counter({"low": 5, "lower": 2, "newest": 6, "widest": 3})
-    merges = tokenizers.learn_merges(counts, 4)
+    merges = learn_merges(counts, 4)
     assert merges == [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow")]
 
 
 def test_pieces_are_those_of_gpt2():
-    counts = tokenizers.count_pieces(["I'll pay  £30, they've said:\n\n ok"])
+    counts = count_pieces(["I'll pay  £30, they've said:\n\n ok"])
     pieces = ["I", "'ll", " pay", " ", " £", "30", ",", " they", "'ve", " said", ":", "\n\n", " ok"]
     assert counts == Counter(pieces)
 
@@ -118,7 +119,7 @@ LESSON = "the cat sat on the mat, and that cat's 42 hats — naïve, 日本語 �
 
 
 def make_bpe(vocab_size: int = 330, first: tuple[str, ...] = ()) -> BPETokenizer:
-    return BPETokenizer.train(tokenizers.count_pieces([LESSON]), vocab_size, first)
+    return train_bpe(count_pieces([LESSON]), vocab_size, first)
 
 
 BPE = make_bpe()
@@ -133,7 +134,7 @@ def test_special_tokens_have_the_ids_that_were_asked_for():
 
 
 def test_too_little_text_gives_a_smaller_vocabulary():
-    tokenizer = BPETokenizer.train(Counter({"ab": 1}), 1000)
+    tokenizer = train_bpe(Counter({"ab": 1}), 1000)
     assert tokenizer.vocab_size == 258  # the bytes, ab, the end of text
     assert tokenizer.encode("ab").tolist() == [256]
 
@@ -173,8 +174,8 @@ def test_text_that_reads_like_a_special_token_stays_text(text: str):
 
 
 @given(st.text(alphabet="ab1' .\n", max_size=200), st.integers(5, 40))
-def test_a_text_in_parts_tokenizes_as_the_whole_does(text: str, size: int):
-    found = list(tokenizers.parts(text, size))
+def test_a_text_in_chunks_has_the_tokens_of_the_full_text(text: str, size: int):
+    found = list(tokenizers.chunks(text, size))
     assert "".join(found) == text and all(len(part) <= size for part in found)
     if all(part[0] == " " for part in found[1:]):
         ids = [i for part in found for i in BPE.encode_plain(part)]
@@ -221,7 +222,7 @@ def test_gpt2_survives_its_dict_and_equals_tiktoken(gpt2: BPETokenizer):
 def test_a_silent_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", lambda name: time.sleep(3))
     began = time.perf_counter()
-    with pytest.raises(UserError, match=f"encoding {name} could not be downloaded .nothing came"):
+    with pytest.raises(UserError, match=f"encoding {name} could not be downloaded .no answer"):
         tokenizers.from_tiktoken(name, seconds=0.1)
     assert time.perf_counter() - began < 1
 

@@ -1,4 +1,4 @@
-"""The training step, the schedule, and runs that are stopped, broken, killed and resumed."""
+"""The schedule, the optimizers, the training step, and runs that are stopped, killed, resumed."""
 
 import json
 import math
@@ -14,44 +14,64 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, make_model, make_text
+from torch import Tensor
 
 import train
 import utils
 from config import ARCHS, TrainConfig, UserError
+from corpus.load import Corpus
 from tokenizer import CharTokenizer
 from train import Trainer, get_lr
+from training.task import Pretraining
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 
 
-def make_trainer(model=None, device: str = "cpu", **settings: object) -> Trainer:
+def make_trainer(model=None, separator: int | None = None, **settings: object) -> Trainer:
     """A trainer of a small model on random tokens."""
     defaults = {"batch_size": 4, "max_steps": 20, "compile": False, "precision": "float32"}
     config = TrainConfig(**{**defaults, **settings})
     ids = np.random.default_rng(0).integers(11, size=500)
-    corpus = utils.Corpus(ids[:450], ids[450:], {"name": "random"}, 450, 50)
+    corpus = Corpus(ids[:450], ids[450:], {"name": "random"}, 450, 50, separator=separator)
+    model = model or make_model()
     tokenizer = CharTokenizer.train(["abcdefghijk"])
-    return Trainer(model or make_model(), tokenizer, corpus, config, torch.device(device))
+    task = Pretraining(corpus, tokenizer, model.config.block_size, config, CPU)
+    return Trainer(model, task, config, CPU)
 
 
 def final_state(run_dir: str | Path = "checkpoints") -> dict:
     return utils.read_checkpoint(Path(run_dir, "latest.pt"))
 
 
+def assert_same(one: object, other: object, where: str = "state") -> None:
+    """Equal to the last bit, in all nested dicts, lists and tensors."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
 def assert_same_run(one: dict, other: dict) -> None:
-    """Equal to the last bit: weights, optimizer, and all that was measured."""
+    """Two checkpoints are equal to the last bit, except for timings and the name of their folder:
+    weights, all optimizers, scaler, settings, records and the lengths of the files."""
     timings = {"tokens_per_second", "ms_per_step", "seconds"}
-    logs = [
-        [{k: v for k, v in record.items() if k not in timings} for record in state["log"]]
-        for state in (one, other)
-    ]
-    assert logs[0] == logs[1]
-    assert one["step"] == other["step"]
-    for name, tensor in one["model"].items():
-        assert torch.equal(tensor, other["model"][name]), name
-    for i, moments in one["optimizers"][0]["state"].items():
-        for name, tensor in moments.items():
-            assert torch.equal(tensor, other["optimizers"][0]["state"][i][name]), name
+    states = []
+    for state in (one, other):
+        records = [{k: v for k, v in r.items() if k not in timings} for r in state["log"]]
+        config = {k: v for k, v in state["train_config"].items() if k not in ("tag", "out_dir")}
+        states.append(state | {"log": records, "train_config": config})
+    assert len(one["optimizers"]) >= 1 and one["optimizers"][0]["state"]
+    assert_same(*states)
 
 
 # --- schedule and optimizer
@@ -95,8 +115,8 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
         {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
         for optimizer in (adamw, muon)
     ]
-    parts = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
-    assert found[1] == {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
+    layers = ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")
+    assert found[1] == {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
     assert found[0] == set(names.values()) - found[1]
 
 
@@ -133,9 +153,12 @@ def test_a_step_does_its_ten_parts_in_order(monkeypatch):
         def __init__(self, tensor):
             self.to = note("move", lambda device, **_: tensor)
 
-    get_batch = trainer.get_batch
+    def get_batch(step: int, micro_step: int):
+        batch, n = Pretraining.get_batch(trainer.task, step, micro_step)
+        return tuple(Batch(t) for t in batch), n
+
     trainer.optimizers[0].zero_grad = note("zero", trainer.optimizers[0].zero_grad)
-    trainer.get_batch = note("batch", lambda part: [Batch(t) for t in get_batch(part)])
+    trainer.task.get_batch = note("batch", get_batch)
     trainer.model.forward = note("forward and loss", trainer.model.forward)
     backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.Tensor, "backward", note("backward", backward))
@@ -144,9 +167,10 @@ def test_a_step_does_its_ten_parts_in_order(monkeypatch):
     trainer.optimizers[0].step = note("step", trainer.optimizers[0].step)
     trainer.scaler.update = note("count was still 0", lambda: None if trainer.step == 0 else 1 / 0)
     trainer.train_step()
-    once = ["batch", "move", "move", "forward and loss", "backward"]
+    once = ["move", "move", "forward and loss", "backward"]
     rates = ["rate"] * len(trainer.optimizers[0].param_groups)
-    assert done == ["zero", *once, *once, "clip", *rates, "step", "count was still 0"]
+    end = ["clip", *rates, "step", "count was still 0"]
+    assert done == ["zero", "batch", "batch", *once, *once, *end]
     assert trainer.step == 1
 
 
@@ -155,19 +179,19 @@ def test_two_accumulated_batches_are_one_of_twice_the_size():
     for settings in ({"batch_size": 8}, {"batch_size": 4, "grad_accum": 2}):
         trainer = make_trainer(**settings, warmup_steps=0)
         trainer.step = 3
-        loss, norm = trainer.train_step()
-        results.append([loss, norm, *trainer.model.state_dict().values()])
+        metrics = trainer.train_step()
+        results.append([*metrics.values(), *trainer.model.state_dict().values()])
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_the_gradient_is_clipped_to_its_largest_norm():
     trainer = make_trainer(grad_clip=0.01, warmup_steps=0)
-    _, norm = trainer.train_step()
+    norm = trainer.train_step()["grad_norm"]
     clipped = math.sqrt(sum(p.grad.square().sum() for p in trainer.model.parameters()))
     assert norm > 0.02 and clipped == pytest.approx(0.01, rel=1e-3)
     trainer.config.grad_clip = 0.0
-    _, norm = trainer.train_step()
+    norm = trainer.train_step()["grad_norm"]
     free = math.sqrt(sum(p.grad.square().sum() for p in trainer.model.parameters()))
     assert free == pytest.approx(norm.item(), rel=1e-5)
 
@@ -179,9 +203,30 @@ def test_the_rate_of_each_step_is_the_schedules():
         assert trainer.optimizers[0].param_groups[0]["lr"] == get_lr(step, trainer.config)
 
 
+def test_the_loss_of_a_step_is_the_mean_over_its_tokens_and_other_terms_are_averaged_too():
+    """Micro-batches of 2 and 6 tokens with losses 1 and 5: (2 * 1 + 6 * 5) / 8 = 4, not 3."""
+    trainer = make_trainer(grad_accum=2)
+    weight = trainer.model.head.weight
+
+    class Uneven:
+        def get_batch(self, step: int, micro_step: int):
+            return (torch.tensor([1.0, 5.0][micro_step]),), torch.tensor([2, 6][micro_step])
+
+        def loss(self, model, value):
+            return {"loss": value + 0 * weight.sum(), "square": value**2}
+
+    trainer.task = Uneven()
+    metrics = trainer.train_step()
+    assert {name: value.item() for name, value in metrics.items()} == {
+        "loss": 4.0,
+        "square": (2 * 1 + 6 * 25) / 8,
+        "grad_norm": 0.0,
+    }
+
+
 def test_evaluation_covers_the_split_and_keeps_the_mode():
     trainer = make_trainer(make_model(dropout=0.5))
-    ids = trainer.corpus.val_ids.astype(int)  # 50 tokens: four windows of 12, and one target more
+    ids = trainer.task.corpus.val_ids.astype(int)  # 50 tokens: 4 windows of 12, and 1 target
     total = 0.0
     trainer.model.eval()
     for first in (0, 12, 24, 36, 48):
@@ -189,10 +234,12 @@ def test_evaluation_covers_the_split_and_keeps_the_mode():
         logits, _ = trainer.model(torch.from_numpy(ids[first : first + len(y)])[None])
         total += torch.nn.functional.cross_entropy(logits[0], y, reduction="sum").item()
     trainer.model.train()
-    assert trainer.evaluate(trainer.corpus.val_ids, None) == pytest.approx(total / 49, rel=1e-5)
-    assert trainer.model.training
+    metrics = trainer.evaluate(full=True)
+    assert metrics["val"] == pytest.approx(total / 49, rel=1e-5)
+    assert metrics["ppl"] == pytest.approx(math.exp(total / 49), rel=1e-5)
+    assert "train" not in metrics and trainer.model.training
     trainer.model.eval()
-    trainer.evaluate(trainer.corpus.val_ids, 2)
+    assert set(trainer.evaluate()) == {"train", "val", "ppl", "bpb"}
     assert not trainer.model.training
 
 
@@ -202,49 +249,67 @@ def test_float16_goes_on_after_an_overflow():
     trainer.scaler.scale(torch.zeros(()))  # it sets itself up at its first use
     trainer.scaler.update(2.0**40)  # overflows
     before = [p.clone() for p in trainer.model.parameters()]
-    _, norm = trainer.train_step()
-    assert not math.isfinite(norm)
+    assert not math.isfinite(trainer.train_step()["grad_norm"])
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert trainer.scaler.get_scale() < 2.0**40
 
 
-# --- what a stage may bring
+# --- other tasks
 
 
-def test_a_stage_brings_its_own_batches_loss_and_measures(tmp_path, capsys):
-    x, y = torch.arange(8).view(2, 4) % 11, torch.arange(1, 9).view(2, 4) % 11
-    asked, handed = [], []
+class OwnTask:
+    """A task with its own batches, loss, metrics and checkpoints."""
 
-    def get_batch(step: int, part: int) -> tuple[torch.Tensor, ...]:
-        asked.append((step, part))
-        return x, y, torch.tensor([1.0, 0.0])
+    tokens_per_step = None
 
-    def loss(model, x, y, weights):
-        handed.append(model)
+    class format:
+        entries = {"tokenizer": {}, "corpus": {"name": "numbers"}}  # noqa: RUF012
+
+        @classmethod
+        def pack(cls, weights):
+            return {"model": {k: v + 1 for k, v in weights.items()}, "kept": 7, **cls.entries}
+
+        @staticmethod
+        def unpack(state):
+            return {k: v - 1 for k, v in state["model"].items()}
+
+    def __init__(self):
+        self.asked: list[tuple[int, int]] = []
+        self.models: list[object] = []
+
+    def get_batch(self, step: int, micro_step: int):
+        self.asked.append((step, micro_step))
+        x, y = torch.arange(8).view(2, 4) % 11, torch.arange(1, 9).view(2, 4) % 11
+        return (x, y, torch.tensor([1.0, 0.0])), torch.tensor(1)
+
+    def loss(self, model, x, y, weights):
+        self.models.append(model)
         logits, _ = model(x)
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), y, reduction="none")
-        return (losses.mean(dim=1) * weights).sum()
+        return {"loss": (losses.mean(dim=1) * weights).sum()}
 
-    objective = train.Objective(
-        get_batch=get_batch,
-        loss=loss,
-        evaluate=lambda model, split, n: {"train": 1.25, "val": 1.5 if n else 1.75}[split],
-        measure=lambda model: {"margin": 0.0 if model.training else 0.25},
-        sample=lambda model: "a sample\n",
-        pack=lambda weights: {"model": {k: v + 1 for k, v in weights.items()}, "kept": 7},
-        unpack=lambda state: {k: v - 1 for k, v in state["model"].items()},
-    )
-    base = make_trainer(grad_accum=2, max_steps=2, eval_every=2, out_dir=str(tmp_path), lr_max=1e-9)
-    parts = (base.model, base.tokenizer, base.corpus, base.config, base.device)
-    trainer = Trainer(*parts, objective)
-    expected = loss(trainer.model, x, y, torch.tensor([1.0, 0.0])).item()
-    assert trainer.train_step()[0] == pytest.approx(expected, rel=1e-6)
+    def evaluate(self, model, full: bool = False):
+        train = {} if full else {"train": 1.25}
+        return train | {"val": 1.75 if full else 1.5, "margin": 0.0 if model.training else 0.25}
+
+    def sample(self, model):
+        return "a sample\n"
+
+
+def test_a_task_defines_its_batches_loss_metrics_and_checkpoints(tmp_path, capsys):
+    settings = {"grad_accum": 2, "max_steps": 2, "eval_every": 2, "lr_max": 1e-9}
+    config = TrainConfig(**settings, out_dir=str(tmp_path), compile=False, precision="float32")
+    task = OwnTask()
+    trainer = Trainer(make_model(), task, config, CPU)
+    logits = trainer.model(torch.arange(4)[None])[0][0]
+    by_hand = -sum(logits[t].log_softmax(-1)[t + 1] for t in range(4)) / 4  # the first row alone
+    assert trainer.train_step()["loss"] == pytest.approx(by_hand.item(), rel=1e-5)
     trainer.step = 0
-    trainer.train()
-    trainer.finish()
-    assert asked == [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 1)]
-    assert all(model is trainer.model for model in handed)
-    record = trainer.log[-1]
+    status, log = train.run_training(trainer)
+    assert status == 0
+    assert task.asked == [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(model is trainer.model for model in task.models)
+    record = log.records[-1]
     assert (record["train"], record["val"], record["margin"]) == (1.25, 1.5, 0.25)
     assert not {"ppl", "bpb"} & record.keys() and record["tokens_per_second"] is None
     out = capsys.readouterr().out
@@ -305,7 +370,7 @@ def test_one_batch_can_be_overfitted(workplace, capsys):
 
 def test_patience_stops_a_run_that_gets_no_better(workplace, monkeypatch):
     losses = iter([3.0, 3.0, 2.0, 2.0, 2.5, 2.5, 2.6, 2.6, 2.7])  # train and val, each evaluation
-    monkeypatch.setattr(Trainer, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(Pretraining, "mean_loss", lambda *_: next(losses))
     train.main([*TINY_RUN, "--patience=2"])
     assert final_state()["step"] == 15
     assert utils.read_checkpoint(Path("checkpoints/best.pt"))["step"] == 5
@@ -314,7 +379,7 @@ def test_patience_stops_a_run_that_gets_no_better(workplace, monkeypatch):
 def test_a_run_is_never_overwritten_silently(workplace):
     train.main(TINY_RUN)
     before = (workplace / "checkpoints" / "latest.pt").read_bytes()
-    with pytest.raises(UserError, match=r"--resume it, --overwrite it, or give this one a --tag"):
+    with pytest.raises(UserError, match=r"--resume it, --overwrite it, or give this run a --tag"):
         train.main(TINY_RUN)
     assert (workplace / "checkpoints" / "latest.pt").read_bytes() == before
     assert train.main([*TINY_RUN, "--tag=other"]) == 0
@@ -346,7 +411,7 @@ def test_resuming_refuses_what_does_not_fit(workplace, flags, message):
 def test_resuming_on_another_text_is_refused(workplace):
     train.main(TINY_RUN)
     Path("data/input.txt").write_text(make_text(401))
-    with pytest.raises(UserError, match="it has changed"):
+    with pytest.raises(UserError, match="has changed since"):
         train.main(["--resume", "--device=cpu"])
 
 
@@ -354,8 +419,8 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
     train_step = Trainer.train_step
 
     def break_at_8(self):
-        loss, norm = train_step(self)
-        return (loss * math.nan, norm) if self.step == 8 else (loss, norm)
+        metrics = train_step(self)
+        return metrics | ({"loss": metrics["loss"] * math.nan} if self.step == 8 else {})
 
     monkeypatch.setattr(Trainer, "train_step", break_at_8)
     with pytest.raises(UserError, match=r"diverged at step 8 \(loss nan.*best\.pt and latest\.pt"):
@@ -471,7 +536,7 @@ def test_no_full_disk_is_silent(workplace, monkeypatch):
 
 def test_byte_pairs_are_trained_and_travel_in_the_checkpoint(workplace, capsys):
     assert train.main([*TINY_RUN, "--tokenizer=bpe", "--vocab_size=300"]) == 0
-    assert "300 kinds" in capsys.readouterr().out
+    assert "vocabulary 300" in capsys.readouterr().out
     tokenizer = utils.load_checkpoint(Path("checkpoints/best.pt"), torch.device("cpu"))[1]
     assert tokenizer.decode(tokenizer.encode("the quick 狐").tolist()) == "the quick 狐"
     (record,) = final_state()["log"][-1:]
@@ -488,13 +553,17 @@ def test_a_text_with_fewer_pairs_than_asked_for_resumes_with_the_same_flags(work
     assert train.main(["--resume", "--max_steps=25", *flags]) == 0
 
 
+def test_the_vocabulary_of_the_model_is_not_a_flag(workplace):
+    with pytest.raises(UserError, match="at least 257, not 99"):
+        train.main([*TINY_RUN, "--tokenizer=bpe", "--vocab_size=99"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--vocab_size=300"], "vocab_size is for --tokenizer bpe"),
-        (["--tokenizer=bpe", "--vocab_size=99"], "at least 257"),
         (["--tokenizer=words"], "tokenizer must be one of char, bpe, gpt2"),
-        (["--doc_mask"], "is one document: --doc_mask is for corpora of several"),
+        (["--doc_mask"], "is one document: --doc_mask is for several documents"),
     ],
 )
 def test_mistakes_about_tokens_are_found_first(workplace, flags, message):
@@ -504,11 +573,12 @@ def test_mistakes_about_tokens_are_found_first(workplace, flags, message):
 
 
 def test_a_document_mask_reaches_the_model():
-    trainer = make_trainer(doc_mask=True)
-    trainer.corpus.separator = 3
+    trainer = make_trainer(doc_mask=True, separator=3)
     x = torch.tensor([[3, 1, 2, 3, 5], [1, 3, 3, 4, 0]])
-    assert trainer.document_numbers(x).tolist() == [[1, 1, 1, 2, 2], [0, 1, 2, 2, 2]]
+    numbers = [[1, 1, 1, 2, 2], [0, 1, 2, 2, 2]]
+    assert trainer.task.document_numbers(x).tolist() == numbers
     seen = []
     trainer.model.register_forward_pre_hook(lambda model, args: seen.append(args[2]))
     trainer.train_step()
-    assert seen[0].max() > 1
+    trainer.evaluate()
+    assert seen[0].max() > 1 and len(seen) > 2 and None not in seen

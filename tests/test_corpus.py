@@ -1,4 +1,4 @@
-"""Texts become documents, documents a corpus: what train.py --data takes."""
+"""Files become documents and documents a corpus, the argument of train.py --data."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,8 @@ from conftest import make_text
 from hypothesis import given
 from hypothesis import strategies as st
 
-import corpora
-import utils
 from config import UserError
+from corpus import files, load
 from tokenizer import END_OF_TEXT, CharTokenizer
 
 STORIES = [f"story {i}: " + "so it goes, " * (i % 7) + "the end." for i in range(60)]
@@ -24,7 +23,7 @@ def write_jsonl(path: Path, texts: list[str] = STORIES, field: str = "text") -> 
 
 
 def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
-    return list(corpora.documents(path, **settings))
+    return list(files.iter_documents(path, **settings))
 
 
 # --- one text, several documents, records
@@ -34,7 +33,7 @@ def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
 def test_one_text_is_split_at_nine_tenths_whatever_the_tokenizer(tmp_path, kind, vocab_size):
     text = make_text()
     (tmp_path / "text.txt").write_text(text)
-    tokenizer, corpus = corpora.load_corpus(str(tmp_path / "text.txt"), kind, vocab_size)
+    tokenizer, corpus = load.load_corpus(str(tmp_path / "text.txt"), kind, vocab_size)
     n = len(text) * 9 // 10
     assert tokenizer.decode(corpus.train_ids.tolist()) == text[:n]
     assert tokenizer.decode(corpus.val_ids.tolist()) == text[n:]
@@ -44,9 +43,9 @@ def test_one_text_is_split_at_nine_tenths_whatever_the_tokenizer(tmp_path, kind,
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_documents_are_whole_in_one_split_and_begin_with_end_of_text(tmp_path, kind):
+def test_each_document_is_in_one_split_and_starts_with_end_of_text(tmp_path, kind):
     path = write_jsonl(tmp_path / "stories.jsonl")
-    tokenizer, corpus = corpora.load_corpus(str(path), kind, 300)
+    tokenizer, corpus = load.load_corpus(str(path), kind, 300)
     splits = [tokenizer.decode(ids.tolist()) for ids in (corpus.train_ids, corpus.val_ids)]
     found = [text.split(END_OF_TEXT)[1:] for text in splits]
     assert sorted(found[0] + found[1]) == sorted(STORIES) and all(found)
@@ -61,24 +60,24 @@ def test_records_become_a_corpus_between_bos_and_eos(tmp_path, kind):
         {"question": f"What is {i}?", "answer": f"One more than {i - 1}."} for i in range(30)
     ]
     (tmp_path / "qa.json").write_text(json.dumps(records))
-    tokenizer, corpus = corpora.load_corpus(str(tmp_path / "qa.json"), kind, 300)
+    tokenizer, corpus = load.load_corpus(str(tmp_path / "qa.json"), kind, 300)
     text = tokenizer.decode(corpus.train_ids.tolist())
     assert text.startswith("<BOS>Question: What is 0?\nAnswer: One more than -1.<EOS><BOS>")
     assert corpus.separator == 2 and tokenizer.specials["<PAD>"] == 0
 
 
-def test_the_share_drawn_for_validation_is_near_the_one_asked_for():
-    drawn = sum(corpora.is_validation(i, 0.1) for i in range(10_000))
-    assert abs(drawn - 1000) < 4 * 30  # four standard deviations of a binomial
-    assert not corpora.is_validation(0, 0.999)
+def test_the_validation_share_is_close_to_the_requested_one():
+    selected = sum(load.is_validation(i, 0.1) for i in range(10_000))
+    assert abs(selected - 1000) < 4 * 30  # four standard deviations of a binomial
+    assert not load.is_validation(0, 0.999)
 
 
-def test_two_documents_are_one_to_train_and_one_to_validate_on():
+def test_both_splits_have_at_least_one_document():
     for texts in ("ab", "abc"):
-        train, val = corpora.split_documents(list(texts))
+        train, val = load.split_documents(list(texts))
         assert train and val and sorted(train + val) == list(texts)
-    with pytest.raises(UserError, match="two documents at least"):
-        corpora.split_documents(["a"])
+    with pytest.raises(UserError, match="at least two documents"):
+        load.split_documents(["a"])
 
 
 @pytest.mark.parametrize(
@@ -86,39 +85,71 @@ def test_two_documents_are_one_to_train_and_one_to_validate_on():
     [
         ("nowhere.txt", r"there is no nowhere\.txt"),
         ("tinystories", r"python prepare\.py tinystories"),
-        (".", r"no data set that prepare\.py made"),
+        (".", r"not a data set made by prepare\.py"),
     ],
 )
-def test_a_corpus_that_is_not_there_is_an_error(workplace, data, message):
+def test_a_missing_corpus_is_an_error(workplace, data, message):
     with pytest.raises(UserError, match=message):
-        corpora.load_corpus(data, "char", 0)
+        load.load_corpus(data, "char", 0)
 
 
 @pytest.mark.parametrize("name", ["plays", "tinystories", "shakespeare"])
-def test_a_file_goes_before_a_name(workplace, monkeypatch, name):
-    monkeypatch.setattr(corpora, "fetch", lambda name: 1 / 0)
+def test_a_file_takes_precedence_over_a_named_data_set(workplace, monkeypatch, name):
+    monkeypatch.setattr(load, "fetch", lambda name: 1 / 0)
     (workplace / name).write_text("of my own")
-    assert corpora.find_corpus(name) == Path(name)
+    assert load.find_corpus(name) == Path(name)
 
 
-def test_a_large_text_is_for_prepare(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "IN_MEMORY", 100)
+def test_a_large_text_needs_prepare(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "MAX_IN_MEMORY", 100)
     (tmp_path / "large.txt").write_text("a" * 101)
     with pytest.raises(UserError, match=r"run `python prepare\.py .*large\.txt"):
-        corpora.load_corpus(str(tmp_path / "large.txt"), "char", 0)
+        load.load_corpus(str(tmp_path / "large.txt"), "char", 0)
 
 
-def test_a_tokenizer_without_a_separator_cannot_take_documents(tmp_path):
+def test_documents_need_a_tokenizer_with_a_separator(tmp_path):
     path = write_jsonl(tmp_path / "stories.jsonl")
     tokenizer = CharTokenizer.train(STORIES)
-    with pytest.raises(UserError, match=r"no <.endoftext.> to begin"):
-        corpora.load_corpus(str(path), "char", 0, tokenizer)
+    with pytest.raises(UserError, match=r"no <.endoftext.> to separate"):
+        load.load_corpus(str(path), "char", 0, tokenizer)
+
+
+def test_a_corpus_shorter_than_a_window_is_rejected():
+    corpus = load.Corpus(np.zeros(45), np.zeros(5), {}, 45, 5)
+    with pytest.raises(UserError, match="45 tokens to train and 5 to validate on, and a window"):
+        load.check_length(corpus, 8)
+    corpus.val_ids = np.zeros(9)  # one window and its last target
+    load.check_length(corpus, 8)
+    corpus.train_ids = np.zeros(8)
+    with pytest.raises(UserError, match="8 tokens to train and 9 to validate on"):
+        load.check_length(corpus, 8)
 
 
 # --- files to documents
 
 
-def test_a_text_file_is_one_document_or_cut_at_separators(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"good \xff bad", r"not UTF-8 text \(byte 5 is 0xff\)"),
+        (b"\x00\x01\x80", r"binary file \(byte 0 is 0\)"),
+        (b"\xff\xfea\x00", "is UTF-16 text"),
+        (b"\xef\xbb\xbf good \xff", r"not UTF-8 text \(byte 9 is 0xff\)"),
+    ],
+)
+def test_a_file_that_is_empty_or_not_utf8_is_rejected(tmp_path, content, message):
+    (tmp_path / "text").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        files.read_text(tmp_path / "text")
+
+
+def test_a_text_is_read_without_byte_order_mark_and_with_plain_line_ends(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    assert files.read_text(tmp_path / "text") == "a\nb\n"
+
+
+def test_a_text_file_is_one_document_or_split_at_separators(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n--\r\ntwo")
     assert read(path) == [("one\n--\ntwo", True)]
@@ -127,17 +158,17 @@ def test_a_text_file_is_one_document_or_cut_at_separators(tmp_path):
 
 
 @given(st.text(alphabet="ab|\n", max_size=60), st.integers(1, 9))
-def test_cutting_does_not_depend_on_the_blocks(text: str, size: int):
-    blocks = [text[i : i + size] for i in range(0, len(text), size)]
-    assert [piece for piece, _ in corpora.cut(blocks, "|\n")] == text.split("|\n")
-    parts = list(corpora.cut(blocks, "", part_size=size))
-    assert "".join(part for part, _ in parts) == text
-    assert [ends for _, ends in parts] == [False] * (len(parts) - 1) + [True]
-    assert all(len(part) <= size for part, _ in parts)
+def test_splitting_does_not_depend_on_the_size_of_reads(text: str, size: int):
+    stream = [text[i : i + size] for i in range(0, len(text), size)]
+    assert [document for document, _ in files.split_stream(stream, "|\n")] == text.split("|\n")
+    chunks = list(files.split_stream(stream, "", chunk_size=size))
+    assert "".join(chunk for chunk, _ in chunks) == text
+    assert [ends for _, ends in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert all(len(chunk) <= size for chunk, _ in chunks)
 
 
-def test_characters_are_whole_over_the_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "BLOCK_SIZE", 5)
+def test_characters_and_line_ends_across_reads_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "READ_SIZE", 5)
     (tmp_path / "text.txt").write_bytes("日本語\r\nnaïve".encode())
     assert read(tmp_path / "text.txt") == [("日本語\nnaïve", True)]
 
@@ -150,8 +181,10 @@ def test_characters_are_whole_over_the_blocks(tmp_path, monkeypatch):
         (b"1234567\x00", r"binary file \(byte 7 is 0\)"),
     ],
 )
-def test_what_is_not_text_is_refused_with_its_place(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(utils, "BLOCK_SIZE", 4)
+def test_files_that_are_not_text_are_rejected_with_the_position(
+    tmp_path, monkeypatch, content, message
+):
+    monkeypatch.setattr(files, "READ_SIZE", 4)
     (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "text.txt")
@@ -167,7 +200,7 @@ def test_jsonl_records_are_documents(tmp_path):
     assert read(path, text_field="body") == [("one\nline", True), ("two \u2028 three", True)]
 
 
-def test_half_characters_in_json_become_question_marks(tmp_path):
+def test_lone_surrogates_in_json_become_question_marks(tmp_path):
     (tmp_path / "posts.JSONL").write_text('{"text": "a \\ud83d b"}')
     assert read(tmp_path / "posts.JSONL") == [("a ? b", True)]
 
@@ -175,15 +208,18 @@ def test_half_characters_in_json_become_question_marks(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"title": "b"}', "line 2: no text in 'text' .there is text in: title.*--text_field"),
-        ('{"text": 5}', "line 2: no text in 'text'"),
-        ("[1]", "line 2: no text .* in no field"),
-        ('{"text": "b"', "line 2: no JSON"),
-        ('{"n": ' + "9" * 5000 + "}", "line 2: no JSON"),
-        ("[" * 100_000, "line 2: no JSON"),
+        (
+            '{"title": "b"}',
+            "line 2: no text in field 'text' .fields with text: title.*--text_field",
+        ),
+        ('{"text": 5}', "line 2: no text in field 'text'"),
+        ("[1]", "line 2: no text .*: none"),
+        ('{"text": "b"', "line 2: invalid JSON"),
+        ('{"n": ' + "9" * 5000 + "}", "line 2: invalid JSON"),
+        ("[" * 100_000, "line 2: invalid JSON"),
     ],
 )
-def test_a_bad_jsonl_line_is_named(tmp_path, line, message):
+def test_an_invalid_jsonl_line_is_reported_with_its_number(tmp_path, line, message):
     path = tmp_path / "posts.jsonl"
     path.write_text('{"text": "a"}\n' + line + "\n")
     with pytest.raises(UserError, match=message):

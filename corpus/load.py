@@ -1,0 +1,282 @@
+"""The corpus that a model is trained on: tokenized and split into training and validation ids.
+
+It is loaded from a text file, a .jsonl file of documents, a .json file of question/answer records,
+a named data set, or a folder made by prepare.py. A text is split at nine tenths of its characters.
+Of several documents, each is assigned to one split, pseudo-randomly, by its number. In the token
+stream each document starts with <|endoftext|>, each record with <BOS>.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+import tokenizer as tokenizers
+from config import ENCODINGS, UserError
+from corpus.bpe import count_pieces, train_bpe
+from corpus.download import DATASETS, fetch, known_name
+from corpus.files import (
+    Shards,
+    file_sha256,
+    iter_documents,
+    map_token_files,
+    read_text,
+    token_dtype,
+    token_files,
+)
+from corpus.records import Record, encode_record, read_records, record_text
+from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
+
+MAX_IN_MEMORY = 1 << 28  # bytes; larger files must be streamed, by prepare.py
+SPLIT_SEED = 1337
+
+Document = TypeVar("Document")
+
+
+@dataclass
+class Corpus:
+    """The token ids of a training and a validation split, and where they come from."""
+
+    train_ids: np.ndarray | Shards  # (tokens,), in the smallest type for the vocabulary
+    val_ids: np.ndarray | Shards
+    info: dict[str, Any]  # name, bytes and sha256 of the text; documents, if it has several
+    train_bytes: int  # of the text, in UTF-8
+    val_bytes: int
+    train_docs: np.ndarray | None = None  # (documents,), where each starts in train_ids
+    separator: int | None = None  # the id that starts each document, if there are several
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per token, in the validation split."""
+        return self.val_bytes / len(self.val_ids)
+
+
+def check_length(corpus: Corpus, block_size: int) -> None:
+    """Raise UserError if a split is too short for one window and its targets."""
+    n_train, n_val = len(corpus.train_ids), len(corpus.val_ids)
+    if min(n_train, n_val) <= block_size:
+        raise UserError(
+            f"the corpus is too short: {n_train} tokens to train and {n_val} to validate on, and a "
+            f"window needs {block_size + 1}: use a longer text or a smaller --block_size"
+        )
+
+
+# --- splits
+
+
+def hash_to_unit(number: int, seed: int = SPLIT_SEED) -> float:
+    """A pseudo-random number in [0, 1), a pure function of a document's number and the seed."""
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def is_validation(number: int, share: float = 0.1, seed: int = SPLIT_SEED) -> bool:
+    """Whether the document of this number is in the validation split; the first never is."""
+    return number > 0 and hash_to_unit(number, seed) < share
+
+
+def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """The training and the validation documents, at least one of each. Raises UserError for less
+    than two documents."""
+    if len(documents) < 2:
+        raise UserError(f"a corpus needs at least two documents, and this one has {len(documents)}")
+    val = {i for i in range(len(documents)) if is_validation(i)} or {len(documents) - 1}
+    return (
+        [document for i, document in enumerate(documents) if i not in val],
+        [document for i, document in enumerate(documents) if i in val],
+    )
+
+
+def split_records(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The training and the validation records: those marked "held_out": true are for validation; if
+    none or all are marked, they are split as documents are."""
+    val = [record for record in records if record.get("held_out") is True]
+    if not 0 < len(val) < len(records):
+        return split_documents(records)
+    return [record for record in records if record.get("held_out") is not True], val
+
+
+# --- files to a corpus
+
+
+def make_tokenizer(
+    kind: str,
+    bpe_vocab_size: int,
+    texts: Sequence[list[str]],
+    specials: tuple[str, ...] = (),
+) -> Tokenizer:
+    """A tokenizer for the texts of both splits: all their characters (char), byte pairs learned
+    from the training split (bpe), or one of tiktoken's encodings."""
+    train_texts, val_texts = texts
+    if kind in ENCODINGS:
+        return tokenizers.from_tiktoken(kind)
+    if kind == "char":
+        return tokenizers.CharTokenizer.train(train_texts + val_texts, specials)
+    counts = count_pieces(train_texts)
+    first_specials = [text for text in specials if text != END_OF_TEXT]  # train_bpe adds that one
+    return train_bpe(counts, bpe_vocab_size, first_specials)
+
+
+def utf8_length(texts: list[str]) -> int:
+    """The total length of texts in UTF-8, in bytes."""
+    return sum(len(text.encode()) for text in texts)
+
+
+def file_info(path: Path) -> dict[str, Any]:
+    """What identifies the text of a corpus, in checkpoints and logs."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def build_corpus(
+    ids: Sequence[list[np.ndarray]],
+    texts: Sequence[list[str]],
+    info: dict[str, Any],
+    separator: int,
+    vocab_size: int,
+) -> Corpus:
+    """The corpus of encoded documents. ids and texts: the documents of the training and of the
+    validation split, as ids (T,) and as text."""
+    dtype = token_dtype(vocab_size)
+    train_ids, val_ids = (np.concatenate(split).astype(dtype) for split in ids)
+    train_docs = np.cumsum([0] + [len(document) for document in ids[0][:-1]])
+    info = info | {"documents": sum(map(len, ids))}
+    train_bytes, val_bytes = map(utf8_length, texts)
+    return Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
+
+
+def load_text(
+    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus of a text file."""
+    info = file_info(path)
+    info["name"] = known_name(path, info["sha256"])
+    text = read_text(path)
+    boundary = len(text) * 9 // 10
+    train, val = text[:boundary], text[boundary:]
+    tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, ([train], [val]))
+    dtype = token_dtype(tokenizer.vocab_size)
+    train_ids, val_ids = (tokenizer.encode(split).astype(dtype) for split in (train, val))
+    return tokenizer, Corpus(train_ids, val_ids, info, utf8_length([train]), utf8_length([val]))
+
+
+def load_documents(
+    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus of a .jsonl file, one document per line."""
+    info = file_info(path)
+    texts = split_documents([text for text, _ in iter_documents(path) if text.strip()])
+    tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
+    separator = tokenizer.specials.get(END_OF_TEXT)
+    if separator is None:
+        raise UserError(f"the tokenizer has no {END_OF_TEXT} to separate the documents of {path}")
+    ids = [
+        [np.concatenate([[separator], tokenizer.encode(text)]) for text in split] for split in texts
+    ]
+    return tokenizer, build_corpus(ids, texts, info, separator, tokenizer.vocab_size)
+
+
+def load_records(
+    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus of a file of question/answer records, each one a document."""
+    info = file_info(path)
+    splits = split_records(read_records(path))
+    texts = [[record_text(record) for record in split] for split in splits]
+    tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, QA_SPECIALS)
+    ids = [[encode_record(tokenizer, record)[0] for record in split] for split in splits]
+    return tokenizer, build_corpus(
+        ids, texts, info, tokenizer.specials["<BOS>"], tokenizer.vocab_size
+    )
+
+
+# --- folders made by prepare.py
+
+
+def is_dataset(data: str) -> bool:
+    """Whether `data` is a folder, as prepare.py makes it, not a file."""
+    if data == "tinystories" and not Path(data).exists():
+        return Path("data/tinystories").is_dir()
+    return Path(data).is_dir()
+
+
+def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, Corpus]:
+    """Open a data set made by prepare.py, through memory maps. Raises UserError if it is damaged,
+    or if its tokenizer differs from `tokenizer`."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        tokenizer_dict = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        splits = [manifest["splits"][split] for split in ("train", "val")]
+        train_ids, val_ids = (
+            map_token_files(token_files(folder, split), manifest["dtype"])
+            for split in ("train", "val")
+        )
+        lengths, expected = [len(train_ids), len(val_ids)], [split["tokens"] for split in splits]
+        if lengths != expected:
+            raise ValueError(f"{lengths} tokens, but the manifest says {expected}")
+        info = {
+            "name": manifest["name"],
+            "sha256": manifest["sha256"],
+            "bytes": sum(source["bytes"] for source in manifest["sources"]),
+            "documents": sum(split["documents"] for split in splits),
+        }
+        train_bytes, val_bytes = (split["bytes"] for split in splits)
+        train_docs = np.load(folder / "train_docs.npy", mmap_mode="r")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/ is not a data set made by prepare.py, or is damaged ({error}): run "
+            "`python prepare.py FILE ... --name NAME`, then give --data data/NAME"
+        ) from None
+    if tokenizer is not None and tokenizer.to_dict() != tokenizer_dict:
+        raise UserError(f"{folder}/ was made with another tokenizer than the checkpoint's")
+    tokenizer = tokenizers.from_dict(tokenizer_dict)
+    separator = tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
+    corpus = Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
+    return tokenizer, corpus
+
+
+# --- any corpus
+
+
+def find_corpus(data: str) -> Path:
+    """The path of a corpus; a named data set is downloaded if it does not exist. Raises UserError
+    if there is no such corpus."""
+    path = Path(data)
+    if data == "tinystories" and not path.exists():
+        path = Path("data/tinystories")
+        if not path.is_dir():
+            raise UserError(
+                "tinystories has 2 GB: run `python prepare.py tinystories` once to download it"
+            )
+    elif data in DATASETS and not path.exists():
+        path = fetch(data)["all"]
+    if not path.exists():
+        raise UserError(
+            f"there is no {path}: give --data a file, a folder made by prepare.py, or one of "
+            f"{', '.join(DATASETS)}"
+        )
+    return path
+
+
+def load_corpus(
+    data: str, kind: str = "char", bpe_vocab_size: int = 2000, tokenizer: Tokenizer | None = None
+) -> tuple[Tokenizer, Corpus]:
+    """Load the corpus `data`, a path or the name of a data set, and its tokenizer.
+
+    If `tokenizer` is None, one is created: kind is "char", "bpe" (learned, with bpe_vocab_size
+    tokens) or one of tiktoken's encodings. A folder made by prepare.py has its own tokenizer.
+    Raises UserError if the corpus does not exist, is invalid or is too large.
+    """
+    path = find_corpus(data)
+    if path.is_dir():
+        return open_dataset(path, tokenizer)
+    if path.stat().st_size > MAX_IN_MEMORY:
+        raise UserError(
+            f"{path} has {path.stat().st_size / 1e6:,.0f} MB: run `python prepare.py {path} --name "
+            "NAME` once, then give --data data/NAME"
+        )
+    load = {".json": load_records, ".jsonl": load_documents}.get(path.suffix.lower(), load_text)
+    return load(path, kind, bpe_vocab_size, tokenizer)

@@ -1,0 +1,146 @@
+"""Question/answer records and preference pairs, for fine-tuning.
+
+Records are a JSON file, [{"id", "category", "question", "answer"}, ...]; the last two keys are
+required. A record is encoded as
+
+    <BOS>Question: What is RoPE?\nAnswer: Positions as rotations.<EOS>
+
+Preference pairs are a .jsonl file, one {"prompt", "chosen", "rejected"} per line.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import UserError
+from corpus.files import read_text, replace_surrogates
+from tokenizer import Tokenizer
+
+Record = dict[str, Any]
+
+RECORD_KEYS = ("question", "answer")
+PAIR_KEYS = ("prompt", "chosen", "rejected")
+MAX_PROBLEMS = 5  # shown; a file with a wrong key has one problem per record
+
+
+# --- reading and validation
+
+
+def raise_invalid(path: Path, problems: list[str]) -> None:
+    """Raise a UserError that lists the first problems of a file, if there are any."""
+    if len(problems) > MAX_PROBLEMS:
+        problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more"]
+    if problems:
+        raise UserError(f"{path}: {', '.join(problems)}")
+
+
+def text_problems(record: Any, keys: tuple[str, ...], blank: str | None = None) -> list[str]:
+    """What is invalid in an object that must have text in all keys; text of only `blank` characters
+    (None: whitespace) is invalid too."""
+    if not isinstance(record, dict):
+        return [f"not an object with {', '.join(keys)}: {json.dumps(record)[:40]}"]
+    found = []
+    for key in keys:
+        text = record.get(key)
+        if not isinstance(text, str):
+            found.append(f"{key} is missing or not text")
+        elif not text.strip(blank):
+            found.append(f"{key} is empty")
+    return found
+
+
+def pair_problems(pair: Any) -> list[str]:
+    """What is invalid in a preference pair."""
+    # A line end alone is a valid prompt or text: only spaces count as empty.
+    found = text_problems(pair, PAIR_KEYS, blank=" ")
+    if not found and pair["chosen"] == pair["rejected"]:
+        return ["chosen and rejected are the same"]
+    return found
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a .json file. Raises UserError, which gives the position of each invalid
+    record."""
+    try:
+        records = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON in UTF-8: {error}") from None
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{path} must be a list of records, each with a question and an answer")
+    raise_invalid(
+        path,
+        [
+            f"record {number}: {problem}"
+            for number, record in enumerate(records, 1)
+            for problem in text_problems(record, RECORD_KEYS)
+        ],
+    )
+    return [
+        record | {key: replace_surrogates(record[key]) for key in RECORD_KEYS} for record in records
+    ]
+
+
+def read_pairs(path: Path) -> list[dict[str, str]]:
+    """The preference pairs of a .jsonl file. Raises UserError, which gives the number of each
+    invalid line."""
+    pairs: list[dict[str, str]] = []
+    problems: list[str] = []
+    lines: dict[tuple[str, ...], int] = {}  # the texts of a pair -> the line that has them
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            pair = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: invalid JSON ({error})")
+            continue
+        if found := pair_problems(pair):
+            problems += [f"line {number}: {problem}" for problem in found]
+            continue
+        pair = {key: replace_surrogates(pair[key]) for key in PAIR_KEYS}
+        # A pair with chosen and rejected exchanged is a contradiction, so their order is ignored.
+        texts = (pair["prompt"], *sorted((pair["chosen"], pair["rejected"])))
+        if (first := lines.setdefault(texts, number)) != number:
+            problems.append(f"line {number}: the same texts as in line {first}")
+        pairs.append(pair)
+    raise_invalid(path, problems)
+    return pairs
+
+
+# --- records as text and as ids
+
+
+def prompt_text(question: str) -> str:
+    """The prompt of a question, up to where the answer begins."""
+    return f"Question: {question.strip()}\nAnswer:"
+
+
+def record_text(record: Record) -> str:
+    """A record as text, without <BOS> and <EOS>."""
+    return f"{prompt_text(record['question'])} {record['answer'].strip()}"
+
+
+def special_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a special token. Raises UserError if the tokenizer does not have it."""
+    if text not in tokenizer.specials:
+        raise UserError(
+            f"the tokenizer has no {text} token: question/answer data needs --tokenizer bpe or char"
+        )
+    return tokenizer.specials[text]
+
+
+def encode_record(tokenizer: Tokenizer, record: Record) -> tuple[np.ndarray, int]:
+    """The ids of a record (T,), with <BOS> and <EOS>, and the number of ids before the answer.
+
+    Raises UserError if the tokenizer does not have these tokens.
+    """
+    bos, eos = (special_id(tokenizer, text) for text in ("<BOS>", "<EOS>"))
+    prompt = tokenizer.encode(prompt_text(record["question"]))
+    # A BPE piece starts at the space before the answer, so encoding both separately gives the same
+    # ids as encoding the full text.
+    answer = tokenizer.encode(f" {record['answer'].strip()}")
+    return np.concatenate([[bos], prompt, answer, [eos]]), 1 + len(prompt)

@@ -1,0 +1,256 @@
+"""Explore a trained model: chat with it, see its token probabilities, compare sampling settings.
+
+    python explore.py chat
+    python explore.py probs checkpoints/best.pt --max_tokens 20
+    python explore.py sweep --settings "temperature=0.5,0.8,1.1 top_k=20,40"
+
+chat continues a conversation; a model fine-tuned on questions answers them. probs prints the most
+likely tokens at each step. sweep samples with every combination of --settings, prints statistics of
+the samples and writes the samples to sweep.md, or to --output_file.
+"""
+
+import itertools
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import SampleConfig, UserError, all_problems, convert, parse_args, run, setting
+from corpus.records import prompt_text
+from generate import (
+    adjust_logits,
+    encode_prompt,
+    end_tokens,
+    generate,
+    header,
+    load_for_sampling,
+    sample_text,
+    sampling_problems,
+    sampling_settings,
+    stream_texts,
+)
+from model import GPT
+from tokenizer import Tokenizer
+from utils import atomic_write
+
+# The actions, and the flags that each of them would ignore.
+UNUSED_FLAGS: dict[str, tuple[str, ...]] = {
+    "chat": ("settings", "prompt", "prompt_file", "num_samples", "beams", "stream", "output_file"),
+    "probs": ("settings", "num_samples", "beams", "stop", "stream", "output_file"),
+    "sweep": ("beams", "stream"),
+}
+SWEPT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+N_SHOWN = 5  # probabilities per step of probs
+
+
+@dataclass
+class ExploreConfig:
+    """What to do."""
+
+    action: str = setting("", "chat, probs or sweep", positional=True)
+    settings: str = setting("temperature=0.5,0.8,1.1", "sweep: values to compare")
+
+    def problems(self) -> list[str]:
+        """A missing or unknown action."""
+        if self.action in UNUSED_FLAGS:
+            return []
+        given = f", not {self.action!r}" if self.action else ""
+        return [f"give chat, probs or sweep as the first argument{given}"]
+
+
+# --- chat
+
+
+def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+    """Talk with a model until an empty line or Ctrl-D. A model fine-tuned on questions gets each
+    line as a question, any other model continues the line. The conversation stays in the context
+    until /new."""
+    answers_questions = "<BOS>" in tokenizer.specials
+    print("an empty line ends the chat, /new starts a new one")
+    context: list[int] = []
+    while line := read_user_line():
+        if line == "/new":
+            context = []
+            continue
+        if answers_questions:
+            context.append(tokenizer.specials["<BOS>"])
+        text = prompt_text(line) if answers_questions else line
+        context += encode_prompt(tokenizer, text).tolist()
+        prompt = torch.tensor(context, device=model.tok.weight.device)
+        reply = ""
+        for (piece,) in stream_texts(model, tokenizer, config, prompt):
+            reply += piece
+            print(piece, end="", flush=True)
+        print()
+        context += tokenizer.encode(reply).tolist()
+        if answers_questions:
+            context.append(tokenizer.specials["<EOS>"])
+
+
+def read_user_line() -> str:
+    """A line from the terminal without surrounding spaces; empty at the end of the input."""
+    try:
+        return input("> ").strip()
+    except EOFError:
+        print()
+        return ""
+
+
+# --- token probabilities
+
+
+def token_probabilities(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
+    """Generate one sample; yields a line per token: the sampled token, and the most likely tokens
+    with their probabilities under the sampling settings."""
+    prompt = encode_prompt(tokenizer, config.prompt).to(model.tok.weight.device)
+    for step in generate(model, prompt, config, end_tokens(tokenizer)):
+        probs, ids = adjust_logits(step.logits, **sampling_settings(config))  # (1, V) both
+        most_likely = zip(probs[0, :N_SHOWN].tolist(), ids[0, :N_SHOWN].tolist(), strict=True)
+        shown = "  ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for p, i in most_likely if p)
+        yield f"{tokenizer.decode(step.ids.tolist())!r:14} from  {shown}"
+
+
+# --- sweeps
+
+
+def parse_sweep(text: str) -> list[dict[str, Any]]:
+    """All combinations of the settings of a sweep. Raises UserError if the text is invalid.
+
+    >>> parse_sweep("temperature=0.5,1 top_k=20")
+    [{'temperature': 0.5, 'top_k': 20}, {'temperature': 1.0, 'top_k': 20}]
+    """
+    known = {f.name: f for f in fields(SampleConfig) if f.name in SWEPT}
+    lists: dict[str, list[Any]] = {}
+    for word in text.split():
+        name, equals, values = word.partition("=")
+        name = name.replace("-", "_")
+        if name not in known or not equals:
+            raise UserError(
+                f"--settings: {word!r} is not NAME=A,B,... with one of {', '.join(SWEPT)}"
+            )
+        try:
+            lists[name] = [convert(known[name], value) for value in values.split(",")]
+        except ValueError as error:
+            raise UserError(f"--settings: {error}") from None
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
+def sample_statistics(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> dict[str, float]:
+    """Statistics of num_samples samples:
+
+    entropy: mean entropy, in nats, of the distributions that the tokens were sampled from
+    distinct-1, distinct-2: distinct tokens and token pairs, as a share of all (Li et al. 2016)
+    log-probability: mean log-probability of the tokens at temperature 1, without top-k etc.
+    """
+    prompt = encode_prompt(tokenizer, config.prompt).to(model.tok.weight.device)
+    entropies: list[float] = []
+    log_probs: list[float] = []
+    texts: list[list[int]] = [[] for _ in range(config.num_samples)]
+    for step in generate(model, prompt, config, end_tokens(tokenizer)):
+        probs, _ = adjust_logits(step.logits, **sampling_settings(config))
+        entropy = -torch.xlogy(probs, probs).sum(dim=-1)  # (B,)
+        log_prob = token_log_probs(step.logits, step.ids)  # (B,)
+        for i, token in enumerate(step.ids.tolist()):
+            if token >= 0:  # -1: this sample has ended
+                texts[i].append(token)
+                entropies.append(entropy[i].item())
+                log_probs.append(log_prob[i].item())
+    return {
+        "entropy": sum(entropies) / len(entropies),
+        "distinct-1": distinct_ngrams(texts, 1),
+        "distinct-2": distinct_ngrams(texts, 2),
+        "log-probability": sum(log_probs) / len(log_probs),
+    }
+
+
+def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """The log-probability of one token per row, (B,): logits (B, V), ids (B,). Where ids is -1, the
+    result has no meaning."""
+    return logits.float().log_softmax(dim=-1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
+
+
+def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
+    """The number of different n-grams in the texts, as a share of all their n-grams.
+
+    >>> distinct_ngrams([[1, 2, 1, 2, 3]], 2)  # 12, 21, 12, 23
+    0.75
+    """
+    ngrams = [tuple(text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
+    return len(set(ngrams)) / max(len(ngrams), 1)
+
+
+def run_sweep(
+    model: GPT,
+    tokenizer: Tokenizer,
+    config: SampleConfig,
+    combinations: list[dict[str, Any]],
+    first_lines: str,
+) -> str:
+    """Sample with each combination of settings. Writes the samples as one Markdown table below
+    `first_lines`, and returns the table of their statistics as text."""
+    path = Path(config.output_file or "sweep.md")
+    lines = ["settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"]
+    rows = ["| settings | sample |", "|---|---|"]
+    for values in combinations:
+        name = " ".join(f"{key}={value:g}" for key, value in values.items())
+        settings = replace(config, **values)
+        found = sample_statistics(model, tokenizer, settings)
+        lines.append(
+            f"{name:40}{found['entropy']:7.3f}{found['distinct-1']:12.3f}"
+            f"{found['distinct-2']:12.3f}{found['log-probability']:17.3f}"
+        )
+        for sample in sample_text(model, tokenizer, settings):
+            cell = sample.strip("\n").replace("|", "\\|").replace("\n", "<br>")
+            rows.append(f"| {name} | {cell} |")
+    with atomic_write(path) as file:
+        file.write((first_lines + "\n".join(rows) + "\n").encode())
+    return "\n".join([*lines, f"samples: {path}"])
+
+
+# --- command line
+
+
+def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
+    """Flags that the action would ignore, invalid settings of a sweep, and what is invalid in
+    generate.py too."""
+    found = sampling_problems(config)
+    given = vars(config) | vars(explore)
+    defaults = vars(SampleConfig()) | vars(ExploreConfig())
+    unused = UNUSED_FLAGS.get(explore.action, ())
+    ignored = [f"--{name}" for name in unused if given[name] != defaults[name]]
+    if ignored:
+        found.append(f"{explore.action} does not use {', '.join(ignored)}")
+    if explore.action == "sweep":
+        try:
+            for values in parse_sweep(explore.settings):
+                found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]
+        except UserError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))  # several combinations share a bad value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    explore, config = parse_args(
+        (ExploreConfig, SampleConfig), argv, __doc__, check=explore_problems
+    )
+    model, tokenizer, state = load_for_sampling(config)
+    if explore.action == "chat":
+        chat(model, tokenizer, config)
+    elif explore.action == "probs":
+        for line in token_probabilities(model, tokenizer, config):
+            print(line, flush=True)
+    else:
+        command = f"# python explore.py sweep --settings={shlex.quote(explore.settings)}"
+        first_lines = header(config, state).replace("# python generate.py", command)
+        combinations = parse_sweep(explore.settings)
+        print(run_sweep(model, tokenizer, config, combinations, first_lines))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

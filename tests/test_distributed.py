@@ -1,0 +1,355 @@
+"""Two processes on a CPU, started by torchrun, against one; and the weights that they hold."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+from test_finetune import answer_losses, make_task, make_task_model, records_in_order
+from torch import Tensor
+
+import finetune
+import train
+import utils
+from config import GPTConfig, TrainConfig, UserError
+from finetuning import tasks
+from model import GPT
+from training.distributed import (
+    Weights,
+    destroy_process_group,
+    gather,
+    init_process_group,
+    rank,
+    wrap,
+)
+from training.setup import check_run, resolve_train
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SETTINGS = [
+    "--data=data/input.txt", "--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16",
+    "--batch_size=4", "--max_steps=20", "--eval_every=10", "--eval_windows=9", "--save_every=10",
+    "--sample_tokens=5", "--dropout=0.1", "--precision=float32", "--no-compile", "--device=cpu",
+    "--optimizer=adamw", "--lr_max=1e-3",
+]  # fmt: skip
+
+# train.py that records the loss of each step, and that fails, dies or is slow if told so
+TRAIN = """
+import json, os, sys, time
+import config, train
+losses, rank = [], int(os.environ.get("RANK", 0))
+train_step = train.Trainer.train_step
+fault = os.environ.get("DRIVER_FAULT")
+
+def record(self):
+    if self.step == 12 and rank == 1 and fault == "error":
+        raise config.UserError("a fault of process 1")
+    if self.step == 12 and rank == 1 and fault == "death":
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(3)
+    if fault == "slow":
+        time.sleep(0.2)
+    out = train_step(self)
+    losses.append(out["loss"].item())
+    return out
+
+train.Trainer.train_step = record
+def main():
+    status = train.main(sys.argv[1:])
+    if rank == 0:
+        json.dump(losses, open("losses.json", "w"))
+    return status
+config.run(main)
+"""
+CHECK = "import sys, test_distributed; getattr(test_distributed, sys.argv[1])()"
+FINETUNE = "import config, finetune; config.run(finetune.main)"
+
+
+def start_two(folder: Path, script: str, *words: str, fault: str = "", **options: str):
+    """Start two processes of a script under torchrun."""
+    (folder / "driver.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_port=0", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    environment |= {"DRIVER_FAULT": fault, "OMP_NUM_THREADS": "1"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restart finds dead addresses
+    return subprocess.Popen(
+        [*command, "driver.py", *words],
+        cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run_two(folder: Path, script: str, *words: str, **options: str) -> str:
+    """Run a script in two processes. Returns what rank 0 prints."""
+    process = start_two(folder, script, *words, **options)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return out
+
+
+def train_two(folder: Path, *flags: str, **options: str) -> list[float]:
+    """The loss of each step of train.py in two processes."""
+    run_two(folder, TRAIN, *SETTINGS, *flags, **options)
+    return json.loads((folder / "losses.json").read_text())
+
+
+@pytest.fixture
+def train_one(monkeypatch) -> Callable[..., list[float]]:
+    """A function that runs train.py in this process and returns the loss of each step."""
+    losses: list[float] = []
+    train_step = train.Trainer.train_step
+
+    def record(self):
+        out = train_step(self)
+        losses.append(out["loss"].item())
+        return out
+
+    def run(*flags: str) -> list[float]:
+        losses.clear()
+        assert train.main([*SETTINGS, *flags]) == 0
+        return list(losses)
+
+    monkeypatch.setattr(train.Trainer, "train_step", record)
+    return run
+
+
+def set_world_size(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """What torchrun tells one of n processes, without the others."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", str(n))
+
+
+def rewind(tag: str) -> None:
+    """Make step 10 the last one of a run."""
+    shutil.copy(f"checkpoints/{tag}/ckpt_00010.pt", f"checkpoints/{tag}/latest.pt")
+
+
+def assert_equal(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# --- runs
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_the_same_micro_batches(workplace, train_one, parallel):
+    one = train_one("--tag=one", "--grad_accum=4")
+    two = train_two(workplace, "--tag=two", "--grad_accum=4", f"--parallel={parallel}")
+    assert len(two) == 20 and two == pytest.approx(one, abs=1e-5)
+    runs = [Path("checkpoints", tag) for tag in ("one", "two")]
+    logs = [utils.read_checkpoint(run / "latest.pt")["log"] for run in runs]
+    for name in ("train", "val", "grad_norm"):
+        values = [[record[name] for record in log if record[name]] for log in logs]
+        assert values[0] == pytest.approx(values[1], abs=1e-5), name
+    final = [json.loads((run / "loss_log.json").read_text())["final"]["val"] for run in runs]
+    assert final[0] == pytest.approx(final[1], abs=1e-5)
+    # saved by two processes, resumed by one; and the reverse
+    for tag in ("one", "two"):
+        rewind(tag)
+    assert train_one("--tag=two", "--resume") == pytest.approx(one[10:], abs=1e-5)
+    resumed = train_two(workplace, "--tag=one", "--resume", f"--parallel={parallel}")
+    assert resumed == pytest.approx(one[10:], abs=1e-5)
+
+
+def test_muon_updates_full_matrices_of_a_sharded_model(workplace, train_one):
+    flags = ("--optimizer=muon", "--max_steps=6")
+    one = train_one("--tag=one", "--grad_accum=2", *flags)
+    two = train_two(workplace, "--tag=two", "--parallel=fsdp", *flags)  # a micro-batch each
+    assert two == pytest.approx(one, abs=2e-3)  # Muon multiplies in bfloat16
+
+
+def test_a_failing_process_ends_the_job_with_one_error_message(workplace):
+    process = start_two(workplace, TRAIN, *SETTINGS, fault="error")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert errors.count("error in process 1: a fault of process 1") == 1
+
+
+def test_sigterm_saves_once_and_ends_all_processes(workplace):
+    words = (TRAIN, *SETTINGS, "--max_steps=1000", "--eval_every=1000")
+    process = start_two(workplace, *words, fault="slow")
+    deadline = time.monotonic() + 60
+    while not Path("checkpoints/latest.pt").exists():  # of step 0
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert out.count("stopped and saved at step") == 1, errors
+    assert utils.read_checkpoint(Path("checkpoints/latest.pt"))["step"] > 0
+
+
+def test_a_restarted_job_resumes_from_its_checkpoint(workplace, train_one):
+    one = train_one("--tag=one", "--grad_accum=2")
+    two = train_two(workplace, "--tag=two", fault="death", max_restarts="1")
+    assert two == pytest.approx(one[10:], abs=1e-5)
+
+
+def test_two_processes_fine_tune_like_one_with_the_same_micro_batches(workplace):
+    assert train.main([*SETTINGS, "--max_steps=1", "--block_size=48"]) == 0
+    records = [{"question": "fox", "answer": "jumps " * n} for n in (1, 2, 3, 4)]
+    Path("qa.json").write_text(json.dumps(records))
+    flags = ["checkpoints/best.pt", "--objective=qa", "--data=qa.json", "--lora_rank=2"]
+    flags += ["--device=cpu", "--precision=float32", "--batch_size=1", "--max_steps=4"]
+    flags += ["--eval_every=4", "--lr_max=1e-2", "--sample_tokens=5"]
+    assert finetune.main([*flags, "--tag=one", "--grad_accum=2"]) == 0
+    run_two(workplace, FINETUNE, *flags, "--tag=two")
+    one, two = (torch.load(f"checkpoints/{tag}/adapter.pt")["tensors"] for tag in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in one.items() if name.endswith(".B"))
+
+
+# --- the loss of a step
+
+
+def save_step_gradients() -> None:
+    """In each of two processes: one step on answers of different lengths, under DDP and FSDP."""
+    init_process_group(CPU)
+    tasks.random_items = records_in_order
+    for parallel in ("ddp", "fsdp"):
+        config = TrainConfig(
+            batch_size=2, grad_accum=2, grad_clip=0.0, precision="float32", compile=False,
+            parallel=parallel,
+        )  # fmt: skip
+        task = make_task("qa", config)
+        model = make_task_model(task.tokenizer.vocab_size)
+        metrics = train.Trainer(model, task, config, CPU).train_step()
+        metrics |= {name: gather(p.grad) for name, p in model.named_parameters()}
+        torch.save(metrics, f"{parallel}_{rank()}.pt")
+    destroy_process_group()
+
+
+def test_two_processes_average_over_the_tokens_of_both(workplace):
+    task = make_task("qa", TrainConfig())
+    model = make_task_model(task.tokenizer.vocab_size)
+    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.splits["train"]]
+    assert sum(n_tokens[:2]) != sum(n_tokens[2:])  # of the two processes
+    loss = sum(answer_losses(task, model)) / sum(n_tokens)
+    loss.backward()
+    run_two(workplace, CHECK, "save_step_gradients")
+    for name in ("ddp_0", "ddp_1", "fsdp_0", "fsdp_1"):
+        metrics = torch.load(f"{name}.pt")
+        assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        for parameter, p in model.named_parameters():
+            torch.testing.assert_close(metrics[parameter], p.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_must_share_the_micro_batches_of_a_step_equally(monkeypatch):
+    set_world_size(monkeypatch, 2)
+    (problem,) = check_run(GPTConfig(), TrainConfig(grad_accum=3, device="cpu"), None)
+    assert problem.startswith("2 processes cannot share 3 micro-batches per step: ")
+    assert check_run(GPTConfig(), TrainConfig(grad_accum=4, device="cpu"), None) == []
+
+
+def test_each_process_has_one_micro_batch_by_default(workplace, monkeypatch):
+    flags = {"device": "cpu", "data": "data/input.txt"}
+    train.main([*SETTINGS, "--max_steps=1"])
+    tuned = {"source": "checkpoints/best.pt", "data": "data/input.txt"}
+    for n in (1, 2, 6):
+        set_world_size(monkeypatch, n)
+        assert resolve_train(flags)[1].grad_accum == n
+        assert resolve_train(flags | {"grad_accum": 12})[1].grad_accum == 12
+        assert resolve_train(flags | {"resume": True})[1].grad_accum == 1  # the checkpoint's
+        assert finetune.resolve_finetune(tuned)[2].grad_accum == n
+        assert finetune.resolve_finetune(tuned | {"grad_accum": 12})[2].grad_accum == 12
+
+
+def test_a_checkpoint_for_fewer_micro_batches_than_processes_is_rejected(workplace, monkeypatch):
+    train.main([*SETTINGS, "--max_steps=1"])
+    set_world_size(monkeypatch, 2)
+    with pytest.raises(UserError, match="2 processes cannot share 1 micro-batches per step"):
+        train.main(["--resume", "--device=cpu"])
+
+
+def test_fsdp_needs_torchrun_and_no_float16(workplace, monkeypatch):
+    with pytest.raises(UserError, match=r"--parallel fsdp needs several processes: .*torchrun"):
+        train.main([*SETTINGS, "--parallel=fsdp"])
+    set_world_size(monkeypatch, 1)
+    with pytest.raises(UserError, match="--parallel fsdp has no loss scaling for float16"):
+        train.main([*SETTINGS, "--parallel=fsdp", "--precision=float16"])
+    assert not Path("checkpoints").exists()
+
+
+# --- weights
+
+
+def check_weights(model: GPT, before: dict[str, Tensor], tied: bool) -> None:
+    """All that `Weights` promises. before: a copy of the weights, from before sharding."""
+    weights = Weights(model)
+    idx = torch.arange(8)[None]
+    other = make_model(1, tie_weights=tied)
+    others = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert_equal(weights.get(), before)
+    for tensor in weights.get().values():
+        tensor.zero_()
+    assert_equal(weights.get(), before)  # a copy was overwritten, not the model
+    with weights.swapped(others):
+        assert_equal(weights.get(), others)
+        assert torch.allclose(model(idx)[0], other(idx)[0], atol=1e-5)
+    assert_equal(weights.get(), before)
+    with pytest.raises(KeyError), weights.swapped(others):
+        raise KeyError
+    assert_equal(weights.get(), before)
+    parameters = list(model.parameters())
+    weights.set(others)
+    assert_equal(weights.get(), others)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert (model.head.weight is model.tok.weight) == tied
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # one update moves both, if tied
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    found = weights.get()
+    assert not torch.equal(found["tok.weight"], others["tok.weight"])
+    assert torch.equal(found["tok.weight"], found["head.weight"]) == tied
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_copied_set_and_swapped(tied):
+    model = make_model(tie_weights=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    check_weights(model, before, tied)
+    found = Weights(model).get()  # tied ones are stored once
+    assert (found["tok.weight"].data_ptr() == found["head.weight"].data_ptr()) == tied
+
+
+def check_sharded_weights() -> None:
+    """In each of two processes: `check_weights` of a model under FSDP."""
+    init_process_group(CPU)
+    for tied in (True, False):
+        model = make_model(tie_weights=tied)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        wrap(model, "fsdp", CPU, "float32")
+        assert all(p.to_local().numel() < p.numel() for p in model.parameters())
+        check_weights(model, before, tied)
+    destroy_process_group()
+
+
+def test_sharded_weights_are_gathered_copied_set_and_swapped(workplace):
+    run_two(workplace, CHECK, "check_sharded_weights")
+
+
+# --- memory
+
+
+def test_recomputed_activations_change_no_gradient():
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_embd=16, n_head=2)
+    model, x = GPT(config), torch.randint(11, (2, 8))
+    gradients = []
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        model(x, x)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

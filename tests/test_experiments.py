@@ -1,0 +1,477 @@
+"""The studies at a tiny size: their tables match their runs, and finished runs are not repeated."""
+
+import csv
+import doctest
+import importlib
+import json
+import math
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config import ARCH_FIELDS, ARCHS, GPTConfig, UserError
+from experiments import (
+    bench,
+    lr_context,
+    sampling,
+    scaling,
+    short_speeches,
+    sizes,
+    study,
+    swaps,
+    timing,
+    tokenization,
+)
+from model import GPT
+from train import Trainer
+from training.run_log import RunLog
+
+EXPERIMENTS = Path(study.__file__).parent
+CHOICES = {f.name: f.metadata["choices"] for f in fields(GPTConfig) if "choices" in f.metadata}
+COMMANDS = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if "def main(" in path.read_text())
+TINY = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "batch_size": 4, "max_steps": 6}
+TINY |= {"eval_every": 3, "eval_windows": 4, "compile": False, "precision": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def no_loss_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plotting the curve of each run would take most of the time; test_live.py tests it."""
+    monkeypatch.setattr(RunLog, "plot", lambda log: None)
+
+
+def parse_tiny_study(*words: str) -> study.Study:
+    return study.parse_study("some", ["--device=cpu", *words], "")
+
+
+def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[dict[str, str]]:
+    """Run a quick study with two seeds, then again with training forbidden. Returns the rows of its
+    first table."""
+    words = ("--quick", "--seeds=2", "--device=cpu", *words)
+    assert module.main(list(words)) == 0
+    name = Path("experiments/results", module.__name__.removeprefix("experiments.") + "_quick")
+    table = name.with_suffix(".csv").read_text()
+    assert name.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "train_one", lambda *args: pytest.fail("trained again"))
+        assert module.main(list(words)) == 0
+    assert name.with_suffix(".csv").read_text().splitlines()[0] == table.splitlines()[0]
+    assert (
+        f"`python -m {module.__name__} --quick --seeds 2` on cpu"
+        in name.with_suffix(".md").read_text()
+    )
+    return list(csv.DictReader(table.splitlines()))
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """The results of a study's runs, by folder name."""
+    folder = Path("checkpoints/studies", name)
+    return {f.parent.name: json.loads(f.read_text()) for f in folder.glob("*/study.json")}
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """The rows of a table that a study wrote."""
+    return list(csv.DictReader(Path(f"experiments/results/{name}.csv").read_text().splitlines()))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_how_to_run_it(name: str, capsys: pytest.CaptureFixture):
+    module = importlib.import_module(f"experiments.{name}")
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert f"python -m experiments.{name}" in text and "--help, --version" in text
+
+
+def test_the_commands_in_the_documentation_exist():
+    text = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    text += "".join(path.read_text(encoding="utf-8") for path in EXPERIMENTS.glob("*.py"))
+    commands = set(re.findall(r"python -m experiments\.(\w+)", text))
+    assert commands == set(COMMANDS)
+    assert "python experiments/" not in text
+
+
+def test_all_problems_of_a_command_line_are_reported_together():
+    with pytest.raises(UserError, match=r"unknown flag --sed.*seeds must be at least 1.*'gpu'"):
+        study.parse_study("some", ["--sed=1", "--seeds=0", "--device=gpu"], "")
+
+
+def test_the_swaps_cover_every_component():
+    base = ARCHS["gpt2"]
+    for name in ARCH_FIELDS:
+        others = set(CHOICES.get(name, (False, True))) - {base[name]}
+        assert {swap[name] for swap in swaps.SWAPS.values() if set(swap) == {name}} == others
+
+
+def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(swaps, "QUICK", TINY)
+    some = (swaps.BASE, "learned positions to RoPE", "post-norm")
+    monkeypatch.setattr(swaps, "SWAPS", {name: swaps.SWAPS[name] for name in some})
+    cache_rows = [{"tokens generated": 64, "tokens/s with cache": 9, "tokens/s without": 3}]
+    monkeypatch.setattr(swaps, "cache_speed", lambda *args: cache_rows)
+    rows = run_twice(swaps, monkeypatch)
+    runs = results("swaps_quick")
+    assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
+    rope = [runs[f"learned-positions-to-RoPE-{seed}"] for seed in (1, 2)]
+    row = next(row for row in rows if "RoPE" in row["swap"])
+    assert float(row["validation loss"]) == pytest.approx((rope[0]["val"] + rope[1]["val"]) / 2)
+    assert float(row["spread"]) == pytest.approx(abs(rope[0]["val"] - rope[1]["val"]))
+    assert int(rows[0]["parameters"]) - int(row["parameters"]) == 16 * 16  # the learned positions
+    one, two = (runs[f"GPT-2-s-architecture-{seed}"]["flags"] for seed in (1, 2))
+    assert one["arch"] == "gpt2" and (one["seed"], two["seed"]) == (1, 2)
+
+
+def test_sizes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sizes, "QUICK", TINY)
+    monkeypatch.setattr(sizes, "EVALUATIONS", 2)
+    small = {name: {"n_layer": 1, "n_embd": n} for name, n in (("a", 8), ("b", 16), ("c", 24))}
+    monkeypatch.setattr(sizes, "SIZES", {True: small})
+    rows = run_twice(sizes, monkeypatch)
+    assert [row["size"] for row in rows] == [*"abcabc"]
+    assert [row["steps"] for row in rows[:3]] == ["6"] * 3
+    shares = {run["flags"]["share"] for run in results("sizes_quick").values()}
+    assert shares == {0.1, 1 / 3, 1.0}
+
+
+def test_lr_context(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lr_context, "QUICK", TINY)
+    monkeypatch.setattr(lr_context, "WINDOWS", {True: (8, 16)})
+    monkeypatch.setattr(lr_context, "RATES", {True: (1e-3, 1e-2)})
+    rows = run_twice(lr_context, monkeypatch)
+    assert [(row["window"], row["peak rate"]) for row in rows] == [
+        ("8", "0.001"),
+        ("8", "0.01"),
+        ("16", "0.001"),
+        ("16", "0.01"),
+    ]
+    runs = results("lr_context_quick")
+    one, four = runs["accumulate1-1"], runs["accumulate4-1"]  # the same windows per step
+    assert (one["flags"]["batch_size"], four["flags"]["batch_size"]) == (4, 1)
+    assert {run["flags"]["batch_size"] * run["flags"]["block_size"] for run in runs.values()} == {
+        64,
+        16,
+        32,
+    }
+
+
+def test_a_folder_with_a_run_of_other_settings_is_refused(workplace: Path):
+    some = parse_tiny_study()
+    study.make_run(some, "a", TINY)
+    with pytest.raises(UserError, match="other settings"):
+        study.make_run(some, "a", TINY | {"lr_max": 0.5})
+
+
+def test_an_interrupted_run_is_resumed(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    complete, interrupted = (parse_tiny_study(f"--out_dir={name}") for name in "ab")
+    expected = study.make_run(complete, "a", TINY)
+    with monkeypatch.context() as patch:
+        train_step = Trainer.train_step
+
+        def fail_at_step_5(trainer: Any) -> Any:
+            return train_step(trainer) if trainer.step < 4 else 1 / 0
+
+        patch.setattr(Trainer, "train_step", fail_at_step_5)
+        with pytest.raises(ZeroDivisionError):
+            study.make_run(interrupted, "a", TINY)
+    result = study.make_run(interrupted, "a", TINY)
+    assert result["val"] == expected["val"]
+    assert [record["step"] for record in result["log"]] == [0, 3, 6]
+
+
+def test_a_study_stopped_by_ctrl_c_is_resumed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    complete, stopped = (parse_tiny_study(f"--out_dir={name}") for name in "ab")
+    expected = study.make_run(complete, "a", TINY)
+    with monkeypatch.context() as patch:
+        train_step = Trainer.train_step
+
+        def press_ctrl_c(trainer: Any) -> Any:
+            if trainer.step == 3:
+                signal.raise_signal(signal.SIGINT)
+            return train_step(trainer)
+
+        patch.setattr(Trainer, "train_step", press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            study.make_run(stopped, "a", TINY)
+    assert "stopped; the same command resumes it" in capsys.readouterr().out
+    assert study.make_run(stopped, "a", TINY)["val"] == expected["val"]
+
+
+def test_a_diverged_run_is_a_result(workplace: Path):
+    some = parse_tiny_study()
+    flags = TINY | {"lr_max": 1e30, "warmup_steps": 0, "arch": "gpt2"}
+    result = study.make_run(some, "a", flags)
+    assert math.isinf(result["val"]) and math.isinf(result["bpb"])
+    assert [record["step"] for record in result["log"]] == [0]
+    assert study.difference([1.0, 1.1], [result["val"], 1.0]) == "diverged"
+    assert study.make_run(some, "a", flags) == result
+
+
+def test_the_time_of_the_steps_excludes_evaluations():
+    log = [
+        {"step": 0, "ms_per_step": None, "seconds": 7.0},
+        {"step": 1, "ms_per_step": None, "seconds": 9.0},  # the first step alone is not timed
+        {"step": 11, "ms_per_step": 100.0, "seconds": 50.0},
+        {"step": 21, "ms_per_step": 210.0, "seconds": 70.0},
+    ]
+    times = study.step_times(log)
+    assert times == pytest.approx({"seconds": 1.0 + 2.1, "ms_per_step": 3100 / 21})
+
+
+def test_a_difference_within_the_spread_is_not_significant():
+    base = [1.50, 1.52]  # spread 0.02
+    assert study.difference(base, [1.50, 1.49]) == "not significant"  # 0.015 less
+    assert study.difference(base, [1.53, 1.55]) == "+0.0300"
+    assert study.difference(base, [1.40, 1.70]) == "not significant"  # 0.04 more, spread 0.3
+    assert study.difference([1.5], [1.4]) == "-0.1000 (one run)"
+
+
+def test_tables_as_markdown_and_csv():
+    rows = [{"name": "a", "loss": 1.23456, "n": 1234567}, {"name": "b", "loss": math.nan, "n": 2}]
+    assert study.to_markdown(rows).splitlines() == [
+        "| name | loss | n |",
+        "| --- | --- | --- |",
+        "| a | 1.2346 | 1,234,567 |",
+        "| b | - | 2 |",
+    ]
+    assert study.to_csv(rows).splitlines() == ["name,loss,n", "a,1.23456,1234567", "b,nan,2"]
+
+
+# --- scaling
+
+# Hoffmann et al. (2022), equation 10: L(N, D) = E + A / N^alpha + B / D^beta. The best size for a
+# budget is G (C / 6)^(beta / (alpha + beta)), equation 4.
+E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
+G = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
+
+
+def hoffmann_loss(n: float, budget: float) -> float:
+    """The loss of a model with n weights, trained with this budget, by that law."""
+    return E + A / n**ALPHA + B / (budget / (6 * n)) ** BETA
+
+
+def test_a_known_law_is_recovered_from_its_profiles():
+    budgets = [1e19, 2e19, 4e19, 8e19]
+    best = {c: G * (c / 6) ** (BETA / (ALPHA + BETA)) for c in (*budgets, 1.6e20)}
+    shifts = (0.45, 0.6, 1.1, 1.5, 2.2)  # sizes around the best one, which is not among them
+    losses = {
+        c: {round(x * best[c]): hoffmann_loss(x * best[c], c) for x in shifts} for c in budgets
+    }
+    found = scaling.best_sizes(losses)
+    for budget in budgets:
+        assert found[budget].weights == pytest.approx(best[budget], rel=0.05)
+        assert found[budget].tokens * found[budget].weights * 6 == pytest.approx(budget)
+        assert found[budget].loss == pytest.approx(hoffmann_loss(best[budget], budget), abs=2e-3)
+        assert found[budget].minimum == "within the sizes"
+    laws = scaling.fit_laws(found)
+    assert laws["weights"][1] == pytest.approx(BETA / (ALPHA + BETA), abs=0.005)  # 0.452
+    assert laws["tokens"][1] == pytest.approx(ALPHA / (ALPHA + BETA), abs=0.005)  # 0.548
+    error = hoffmann_loss(best[1.6e20], 1.6e20) - scaling.evaluate_law(laws["loss"], 1.6e20)
+    assert 0 < error < 0.02  # the prediction is too low: the power law of the best losses has no E
+
+
+def test_parabola_minimum():
+    def losses(weights: list[int], curvature: float) -> list[float]:
+        return [3 + curvature * math.log(n / 50_000) ** 2 for n in weights]
+
+    for weights in ([10_000, 40_000, 90_000], [20_000, 30_000, 100_000, 400_000]):
+        n, loss, found = scaling.parabola_minimum(weights, losses(weights, 0.2))
+        assert (n, loss) == pytest.approx((50_000, 3.0)) and found == "within the sizes"
+    small = [5_000, 10_000, 20_000]
+    n, loss, found = scaling.parabola_minimum(small, losses(small, 0.2))
+    assert (n, loss) == pytest.approx((20_000, losses(small, 0.2)[-1])) and "beyond" in found
+    n, loss, found = scaling.parabola_minimum(small, losses(small, -0.2))
+    assert (n, loss) == (5_000, losses(small, -0.2)[0]) and "no minimum" in found
+
+
+def test_a_power_law_is_fitted():
+    x = [1.0, 2.0, 8.0]
+    assert scaling.fit_power_law(x, [3 * v**-0.25 for v in x]) == pytest.approx((3, -0.25))
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_matrix_weights_of_gpt2(tie_weights: bool):
+    """12 L C^2 in the blocks and V C in the output layer, without tables, biases and gains."""
+    sizes = {"vocab_size": 100, "n_layer": 3, "n_embd": 32, "mlp": "gelu", "pos": "learned"}
+    config = GPTConfig(**sizes, bias=True, tie_weights=tie_weights)
+    assert scaling.matrix_weights(config) == 12 * 3 * 32**2 + 100 * 32
+
+
+def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    flags = {key: value for key, value in TINY.items() if key not in ("max_steps", "eval_every")}
+    widths = {4e6: (8, 12, 16), 8e6: (8, 12, 16)}
+    plan = scaling.Plan(flags | {"lr_max": 1e-2}, widths, check_budget=1.6e7, width_step=4)
+    monkeypatch.setattr(scaling, "QUICK", plan)
+    run_twice(scaling, monkeypatch, "--data=data/input.txt")
+    runs = results("scaling_quick")
+    *rows, check_run = table("scaling_quick_runs")
+    assert len(runs) == 2 * (len(rows) + 1) == 14
+    for row in (*rows, check_run):
+        budget = 1e12 * float(row["TFLOP"])
+        pair = [runs[f"{budget:.1e}-{row['channels']}-{seed}"] for seed in (1, 2)]
+        losses = [one["val"] for one in pair]
+        assert float(row["validation loss"]) == pytest.approx(sum(losses) / 2)
+        assert float(row["spread"]) == pytest.approx(max(losses) - min(losses))
+        flops_per_step = 6 * int(row["weights"]) * 4 * 16  # batch_size x block_size tokens
+        assert abs(int(row["steps"]) * flops_per_step - budget) <= flops_per_step / 2
+        assert {one["flags"]["max_steps"] for one in pair} == {int(row["steps"])}
+    (check,) = table("scaling_quick_check")
+    assert float(check["measured loss"]) == float(check_run["validation loss"])
+    assert check["trained size"] == check_run["weights"]
+    best = [float(row["validation loss"]) for row in table("scaling_quick")]
+    # the line through log a and log b, extrapolated by one more step: b (b / a)
+    assert float(check["predicted loss"]) == pytest.approx(best[1] ** 2 / best[0])
+
+
+# --- tokenization
+
+
+def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(tokenization, "QUICK", tokenization.Plan(TINY, (260, 300), seconds=1.0))
+    times = iter((0.1, 0.2, 0.25))  # per step; a second measurement would fail
+    monkeypatch.setattr(tokenization, "step_seconds", lambda *args: next(times))
+
+    def no_network(name: str) -> None:
+        raise UserError("no network")
+
+    monkeypatch.setattr(tokenization.tokenizers, "from_tiktoken", no_network)
+    rows = run_twice(tokenization, monkeypatch, "--data=data/input.txt")
+    assert "without GPT-2's tokenizer: no network" in capsys.readouterr().out
+    assert [row["steps"] for row in rows] == ["10", "5", "4"]
+    runs = results("tokenization_quick")
+    names = ("char-1s", "bpe-260-1s", "bpe-300-1s")
+    for row, name in zip(rows, names, strict=True):
+        pair = [runs[f"{name}-{seed}"] for seed in (1, 2)]
+        assert [one["flags"]["max_steps"] for one in pair] == [int(row["steps"])] * 2
+        assert float(row["loss per token"]) == pytest.approx((pair[0]["val"] + pair[1]["val"]) / 2)
+        bits = float(row["loss per token"]) / math.log(2) / float(row["bytes per token"])
+        assert float(row["bits per byte"]) == pytest.approx(bits, rel=0.01)
+        assert float(row["spread"]) == pytest.approx(abs(pair[0]["bpb"] - pair[1]["bpb"]))
+    assert float(rows[0]["bytes per token"]) == 1  # the text is ASCII
+    assert [row["vocabulary"] for row in rows[1:]] == ["260", "300"]
+
+
+def test_the_time_of_a_step_is_measured(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    some = parse_tiny_study("--data=data/input.txt")
+    train_step = Trainer.train_step
+
+    def slow_step(trainer: Any) -> Any:
+        time.sleep(0.02)
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", slow_step)
+    assert 0.02 < tokenization.step_seconds(some, TINY | {"tokenizer": "char"}) < 0.2
+
+
+def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
+    with pytest.raises(UserError, match="already has a tokenizer"):
+        tokenization.main(["--quick", "--device=cpu", "--data=data"])
+
+
+# --- sampling
+
+
+def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    plan = sampling.Plan(TINY | {"save_every": 2}, num_samples=2, length=20)
+    monkeypatch.setattr(sampling, "QUICK", plan)
+    monkeypatch.setattr(sampling, "SWEEPS", {"temperature": (0.5, 1.0), "top_k": (1, 99)})
+    rows = run_twice(sampling, monkeypatch)
+    assert [(row["setting"], row["value"]) for row in rows] == [
+        ("temperature", "0.5"),
+        ("temperature", "1"),
+        ("top_k", "1"),
+        ("top_k", "99"),
+    ]
+    low, off, greedy, every = rows
+    assert float(low["entropy"]) < float(off["entropy"])
+    assert float(greedy["entropy"]) == float(greedy["spread of surprise"]) == 0  # always one text
+    assert float(off["spread of surprise"]) > 0  # another seed gives another text
+    assert list(every.values())[2:] == list(off.values())[2:]  # both are the full distribution
+    run = results("sampling_quick")["model"]
+    checkpoints = table("sampling_quick_checkpoints")
+    assert [row["step"] for row in checkpoints] == ["2", "4", "6"]
+    assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
+    (validation,) = table("sampling_quick_validation")
+    assert float(validation["surprise"]) == pytest.approx(run["val"], abs=1e-5)
+
+    shutil.copy("checkpoints/studies/sampling_quick/model/best.pt", "alone.pt")  # the user's own
+    assert sampling.main(["alone.pt", "--quick", "--seeds=2", "--device=cpu"]) == 0
+    assert "no ckpt_*.pt next to alone.pt" in capsys.readouterr().out
+    assert table("sampling_quick") == rows
+    assert table("sampling_quick_checkpoints") == checkpoints[-1:]
+    Path("data/input.txt").write_text("something else " * 100, encoding="utf-8")
+    with pytest.raises(UserError, match=r"alone\.pt was not trained on"):
+        sampling.main(["alone.pt", "--quick", "--device=cpu"])
+
+
+# --- short speeches
+
+
+def test_pairs_prefer_a_short_speech_to_a_long_one_of_another_speaker():
+    short, long, longer = "Ay.", "x" * 120, "y" * 300  # the last one is too long
+    text = f"A:\n{short}\n\nB:\n{long}\n\nC:\n{longer}\n\nno speaker"
+    pairs = short_speeches.make_pairs(text, short_speeches.SpeechesConfig())
+    assert pairs == [{"prompt": "\nA:\n", "chosen": "Ay.\n\n", "rejected": f"{long}\n\n"}]
+
+
+# --- benchmarks
+
+
+def test_the_training_step_of_the_benchmark_trains():
+    flags = TINY | {"vocab_size": bench.VOCAB_SIZE, "lr_max": 1e-2, "warmup_steps": 0}
+    step = bench.our_step(flags, "float32", False, "cpu")
+    losses = [step().item() for _ in range(30)]
+    assert losses[0] == pytest.approx(math.log(bench.VOCAB_SIZE), abs=0.2)  # a uniform guess
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("pos", CHOICES["pos"])
+def test_flops_per_token(pos: str, tie_weights: bool):
+    """6 (12 L C^2 + V C) in the matrices and 12 L T C in attention (Chowdhery et al. 2022)."""
+    settings = {"pos": pos, "tie_weights": tie_weights, "mlp": "gelu", "qk_norm": False}
+    gpt = GPTConfig(vocab_size=100, block_size=8, n_layer=3, n_head=2, n_embd=32, **settings)
+    gains = 2 * 3 + 1  # of the norms, which count as weights too
+    expected = 6 * (12 * 3 * 32**2 + 100 * 32 + gains * 32) + 12 * 3 * 8 * 32
+    assert bench.flops_per_token(GPT(gpt)) == expected
+
+
+def test_the_tokenizer_benchmark_prints_a_row_for_each(
+    workplace: Path, capsys: pytest.CaptureFixture
+):
+    words = ["tokenizers", "--data=data/input.txt", "--vocab_size=300", "--repeats=1"]
+    assert bench.main(words) == 0
+    names = ("data/input.txt", "ours, train", "ours, encode", "tiktoken, encode")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MB" in line]
+    assert [line.startswith(name) for line, name in zip(lines, names, strict=False)] == [True] * 4
+
+
+def test_the_time_to_a_loss_is_that_of_the_last_one_printed(tmp_path: Path):
+    script = "import time; print('step 1: val loss 3.5'); time.sleep(0.3); print('{}')"
+    command = [sys.executable, "-c", script.format("validation loss 1.25 over the whole split")]
+    seconds, loss = timing.time_to_loss(command, str(tmp_path), {})
+    assert loss == 1.25 and seconds > 0.3
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        timing.time_to_loss([sys.executable, "-c", "1 / 0"], str(tmp_path), {})
+
+
+def test_functions_are_timed_in_turns():
+    calls: list[str] = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = timing.median_seconds(functions, repeats=3)
+    assert "".join(calls) == "ababab"
+    assert set(times) == {"a", "b"} and min(times.values()) >= 0
+
+
+@pytest.mark.parametrize("module", [sampling, study])
+def test_docstring_examples(module: Any):
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0

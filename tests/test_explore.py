@@ -1,0 +1,181 @@
+"""explore.py: chats, token probabilities and sweeps, against the model's own logits."""
+
+import itertools
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_model
+
+import explore
+from config import SampleConfig, UserError
+from generate import generate
+from sampling.quantize import Int8Linear
+from tokenizer import CharTokenizer
+from utils import load_checkpoint
+
+TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
+
+
+def record_prompts(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> list[torch.Tensor]:
+    """Type these lines in the next chat; returns the list that its prompts will be added to."""
+    typed = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    prompts: list[torch.Tensor] = []
+    original = explore.stream_texts
+
+    def spy(model, tokenizer, config, prompt):
+        prompts.append(prompt)
+        return original(model, tokenizer, config, prompt)
+
+    monkeypatch.setattr(explore, "stream_texts", spy)
+    return prompts
+
+
+# --- chat
+
+
+def test_a_chat_keeps_its_context_until_new(trained, monkeypatch):
+    prompts = record_prompts(monkeypatch, ["the quick", "brown", "/new", "fox", ""])
+    assert explore.main(["chat", "--max_tokens=5"]) == 0
+    _, tokenizer, _ = load_checkpoint(Path("checkpoints/best.pt"), torch.device("cpu"))
+    first, second, third = (tokenizer.decode(prompt.tolist()) for prompt in prompts)
+    assert first == "the quick" and third == "fox"
+    assert second.startswith("the quick") and second.endswith("brown")
+    assert len(second) == len("the quick") + 5 + len("brown")
+
+
+def test_a_model_with_question_tokens_is_asked_questions(monkeypatch, capsys):
+    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], ["<BOS>", "<EOS>"])
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
+    prompts = record_prompts(monkeypatch, ["Who?", "Who?", ""])
+    explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3))
+    bos, eos = (tokenizer.specials[name] for name in ("<BOS>", "<EOS>"))
+    question = [bos, *tokenizer.encode("Question: Who?\nAnswer:").tolist()]
+    first, second = (prompt.tolist() for prompt in prompts)
+    assert first == question
+    assert second[: len(question)] == question and second[-len(question) - 1 :] == [eos, *question]
+    reply = tokenizer.decode(second[len(question) : -len(question) - 1])
+    assert capsys.readouterr().out.partition("\n")[2].startswith(reply + "\n")
+
+
+def test_a_chat_ends_with_the_input(trained, monkeypatch):
+    def end_of_input(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end_of_input)
+    assert explore.main(["chat"]) == 0
+
+
+# --- token probabilities
+
+
+def test_probabilities_are_those_under_the_sampling_settings(trained, capsys):
+    explore.main(["probs", "--max_tokens=4", "--temperature=0.5", "--prompt=the "])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        shown = [float(p) for p in re.findall(r" (0\.\d{3}|1\.000)", line.split("from")[1])]
+        assert len(shown) == 5 and shown == sorted(shown, reverse=True) and sum(shown) <= 1.001
+    model, tokenizer, _ = load_checkpoint(Path("checkpoints/best.pt"), torch.device("cpu"))
+    logits = model(torch.from_numpy(tokenizer.encode("the "))[None])[0][0, -1]
+    probs, ids = (logits / 0.5).softmax(dim=-1).topk(5)
+    pairs = zip(ids.tolist(), probs.tolist(), strict=True)
+    wanted = "  ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for i, p in pairs)
+    assert lines[0].split("from  ")[1] == wanted
+
+
+def test_a_prompt_file_is_the_prompt(trained, capsys):
+    Path("prompt.txt").write_text("the quick ")
+    explore.main(["probs", "--max_tokens=4", "--prompt=the quick "])
+    wanted = capsys.readouterr().out
+    explore.main(["probs", "--max_tokens=4", "--prompt_file=prompt.txt"])
+    assert capsys.readouterr().out == wanted
+    explore.main(["probs", "--max_tokens=4", "--prompt=a lazy dog "])
+    assert capsys.readouterr().out != wanted
+
+
+# --- sweeps
+
+
+def test_a_sweep_measures_each_combination(trained, capsys):
+    flags = ["--settings=temperature=0,0.8,5 top_k=3,9", "--max_tokens=40", "--num_samples=2"]
+    assert explore.main(["sweep", *flags]) == 0
+    title, *rows, where = capsys.readouterr().out.splitlines()
+    assert title.split() == ["settings", "entropy", "distinct-1", "distinct-2", "log-probability"]
+    assert len(rows) == 6 and where == "samples: sweep.md"
+    measures = {tuple(row.split()[:2]): list(map(float, row.split()[2:])) for row in rows}
+    assert measures["temperature=0", "top_k=3"][0] == 0  # greedy leaves no choice
+    assert measures["temperature=5", "top_k=3"][0] <= math.log(3) + 1e-3
+    assert measures["temperature=5", "top_k=9"][0] > measures["temperature=0.8", "top_k=9"][0]
+    assert measures["temperature=5", "top_k=9"][3] < measures["temperature=0", "top_k=9"][3] < 0
+    table = Path("sweep.md").read_text()
+    assert table.count("| temperature=0.8 top_k=9 |") == 2
+
+
+def test_the_file_of_a_sweep_contains_the_command_that_reproduces_it(trained):
+    flags = ["--settings=temperature=0.5,1 top_k=3", "--max_tokens=10", "--output_file=one.md"]
+    explore.main(["sweep", *flags])
+    first = Path("one.md").read_text()
+    command = re.search(r"^# python explore\.py (.*)$", first, re.M)[1]
+    Path("one.md").unlink()
+    explore.main(shlex.split(command))
+    assert Path("one.md").read_text() == first
+
+
+def test_statistics_are_those_of_the_distributions_that_were_sampled_from():
+    model = make_model()
+    config = SampleConfig(prompt="abc", max_new_tokens=8, num_samples=3, temperature=0.7)
+    prompt = torch.from_numpy(TOKENIZER.encode("abc"))
+    steps = generate(model, prompt, config)
+    ids = torch.stack([step.ids for step in steps], dim=1)  # (B, T)
+    text = torch.cat([prompt.repeat(3, 1), ids], dim=1)
+    logits = model(text[:, :-1])[0][:, len(prompt) - 1 :].detach()  # (B, T, V)
+    sampled_from = torch.distributions.Categorical(logits=logits / 0.7)
+    log_probs = torch.distributions.Categorical(logits=logits).log_prob(ids)
+    found = explore.sample_statistics(model, TOKENIZER, config)
+    assert found["entropy"] == pytest.approx(sampled_from.entropy().mean().item(), abs=1e-4)
+    assert found["log-probability"] == pytest.approx(log_probs.mean().item(), abs=1e-4)
+    pairs = {(a, b) for row in ids.tolist() for a, b in itertools.pairwise(row)}
+    assert found["distinct-1"] == len(set(ids.flatten().tolist())) / 24
+    assert found["distinct-2"] == len(pairs) / 21
+
+
+# --- the command line
+
+
+def test_precision_and_compile_apply_to_the_model(trained, monkeypatch):
+    models = []
+    monkeypatch.setattr(explore, "chat", lambda model, tokenizer, config: models.append(model))
+    explore.main(["chat", "--precision=int8", "--compile"])
+    explore.main(["chat"])
+    lowered, plain = models
+    assert isinstance(lowered.blocks[0].attn.qkv, Int8Linear)
+    assert isinstance(plain.blocks[0].attn.qkv, torch.nn.Linear)
+    assert lowered._compiled_call_impl is not None and plain._compiled_call_impl is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give chat, probs or sweep"),
+        (["checkpoints/best.pt"], "give chat, probs or sweep .*'checkpoints/best.pt'"),
+        (["--temperature=-1"], "give chat, probs or sweep.*temperature must be at least 0"),
+        (["chat", "--num_samples=2", "--output_file=a.txt"], "--num_samples, --output_file"),
+        (["chat", "--prompt=the"], "chat does not use --prompt"),
+        (["probs", "--beams=2", "--settings=top_k=3"], "probs does not use --settings, --beams"),
+        (["sweep", "--beams=2"], "sweep does not use --beams"),
+        (["sweep", "--settings=colour=3"], "'colour=3' is not NAME="),
+        (["sweep", "--settings=top_k=a"], "--settings: --top_k must be a whole number"),
+        (["sweep", "--settings=top_k=-1 top_p=0.5,1"], "--settings: top_k must be at least 0"),
+        (["sweep", "--output_file=no/a.md"], "there is no folder no"),
+        (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),
+    ],
+)
+def test_user_errors_are_reported_before_a_model_is_loaded(workplace, flags, message):
+    """There is no checkpoint here, which would be reported otherwise."""
+    with pytest.raises(UserError, match=message):
+        explore.main(flags)

@@ -1,0 +1,320 @@
+"""The files of a run, its status lines, and the logs of other tools, read by their own readers."""
+
+import importlib.util
+import itertools
+import json
+import shutil
+import struct
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_RUN
+
+import train
+from config import GPTConfig, TrainConfig, UserError
+from train import Trainer
+from training import run_log
+from training.run_log import RunLog, status_line
+from training.task import Pretraining
+
+HEADER = {"corpus": {"name": "a text"}} | asdict(GPTConfig()) | asdict(TrainConfig())
+TIMINGS = ("tokens_per_second", "ms_per_step", "seconds")
+# The learning rate does not depend on max_steps, so a longer run is the shorter one continued.
+CONSTANT_RATE = ["--lr_max=1e-2", "--lr_min=1e-2", "--warmup_steps=2"]
+
+
+def make_log(**settings: object) -> RunLog:
+    """A new log, in the current folder."""
+    return RunLog(TrainConfig(**{"max_steps": 1000, **settings}), HEADER)
+
+
+def log_validation_losses(log: RunLog, losses: list[float]) -> list[bool]:
+    """Log an evaluation for each loss. Returns which of them were the best so far."""
+    step = len(log.records)
+    return [
+        log.evaluation(step + i, {"train": val, "val": val}, 1e-3, "a sample")
+        for i, val in enumerate(losses)
+    ]
+
+
+def read_lines(run: Path) -> list[dict]:
+    """The lines of log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def read_records(run: Path, without: tuple[str, ...] = ()) -> list[dict]:
+    """The records of log.jsonl, without empty values."""
+    return [
+        {name: value for name, value in line.items() if value is not None and name not in without}
+        for line in read_lines(run)
+        if "step" in line
+    ]
+
+
+def files_in(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+# --- status lines
+
+
+def test_the_status_line_does_not_depend_on_the_order_of_the_metrics():
+    record = {"step": 10, "val": 1.23456, "lr": 0.001, "grad_norm": 0.5, "seconds": 7.0}
+    expected = "step 10 | val 1.2346 | lr 1.00e-03 | grad 0.50"
+    for names in itertools.permutations(record):
+        assert status_line({name: record[name] for name in names}) == expected
+
+
+def test_unknown_metrics_are_shown_before_the_learning_rate_in_their_order():
+    record = {"margin": 0.5, "ms_per_step": 2.0, "lr": 0.001, "old": 3.14159, "bpb": 2.0, "step": 1}
+    expected = "step 1 | bpb 2.000 | margin 0.500 | old 3.142 | lr 1.00e-03 | 2.0 ms/step"
+    assert status_line(record) == expected
+
+
+def test_metrics_without_a_value_are_not_shown():
+    record = {"step": 0, "val": 2.0, "margin": None, "lr": 0.0, "grad_norm": None}
+    assert status_line(record) == "step 0 | val 2.0000 | lr 0.00e+00"
+
+
+def test_further_terms_of_the_loss_reach_the_log_and_the_status_line(workplace, capsys):
+    calls = itertools.count(1)
+
+    class TwoTerms(Pretraining):
+        def loss(self, model, x, y):
+            return super().loss(model, x, y) | {"calls": torch.tensor(float(next(calls)))}
+
+    flags = [*TINY_RUN, "--grad_accum=2", "--max_steps=10"]
+    assert train.main(flags, task_type=TwoTerms) == 0
+    records = read_records(Path("checkpoints"))
+    # before the first step there is no loss; the micro-batches of step 5 are calls 9 and 10
+    assert [record.get("calls") for record in records] == [None, 9.5, 19.5]
+    assert not any("loss" in record for record in records)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert "calls" not in lines[0]
+    assert "| calls 9.500 | lr" in lines[1] and "| calls 19.500 | lr" in lines[2]
+
+
+# --- timing
+
+
+def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
+    workplace, monkeypatch
+):
+    now = 0.0
+
+    def slow(name: str, seconds: float) -> None:
+        method = getattr(Trainer, name)
+
+        def wrapper(trainer: Trainer, *args: object, **options: object) -> object:
+            nonlocal now
+            compiling = name == "train_step" and trainer.step == 0
+            now += 60.0 if compiling else seconds
+            return method(trainer, *args, **options)
+
+        monkeypatch.setattr(Trainer, name, wrapper)
+
+    slow("train_step", 0.25)
+    slow("evaluate", 3.0)
+    slow("save", 7.0)
+    monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: now))
+    train.main([*TINY_RUN, "--grad_accum=2"])
+    first, *records = read_records(Path("checkpoints"))
+    assert "ms_per_step" not in first
+    for record in records:  # steps have 2 micro-batches of 4 windows of 16 tokens
+        assert record["ms_per_step"] == pytest.approx(250)
+        assert record["tokens_per_second"] == pytest.approx(4 * 128)
+    assert records[0]["seconds"] == 3 + 2 * 7 + 60 + 4 * 0.25 + 3
+
+
+# --- patience
+
+
+def test_patience_counts_the_evaluations_without_improvement(workplace):
+    log = make_log(patience=2)
+    for loss, expected in [(3.0, 0), (2.5, 0), (2.6, 1), (2.4, 0), (2.4, 1), (2.5, 2), (2.45, 3)]:
+        log_validation_losses(log, [loss])
+        assert log.out_of_patience() == (expected >= 2), loss
+    log_validation_losses(log, [2.3])
+    assert not log.out_of_patience()
+
+
+def test_without_patience_a_run_never_stops_early(workplace):
+    log = make_log()
+    log_validation_losses(log, [1.0, *[2.0] * 20])
+    assert not log.out_of_patience()
+
+
+def test_patience_counts_evaluations_from_before_a_resume(workplace):
+    log = make_log(patience=3)
+    log_validation_losses(log, [1.0, 2.0, 2.0])
+    resumed = RunLog(log.config, HEADER, state=log.state())
+    assert not resumed.out_of_patience()
+    log_validation_losses(resumed, [2.0])
+    assert resumed.out_of_patience()
+
+
+def test_an_evaluation_is_the_best_only_if_its_loss_is_lower_than_all_before(workplace):
+    log = make_log()
+    found = log_validation_losses(log, [3.0, 2.5, 2.6, 2.5, 2.4])
+    assert found == [True, True, False, False, True]
+    assert log.best()["step"] == 4
+
+
+# --- the files of a run
+
+
+def test_a_resumed_run_has_the_samples_and_the_log_of_an_uninterrupted_one(workplace):
+    flags = [*TINY_RUN, *CONSTANT_RATE, "--sample_tokens=30"]
+    assert train.main([*flags, "--tag=whole", "--max_steps=20"]) == 0
+    assert train.main([*flags, "--tag=killed", "--max_steps=10"]) == 0
+    whole, killed = (Path("checkpoints", tag) for tag in ("whole", "killed"))
+    with open(killed / "samples.txt", "a") as file:  # written after the last checkpoint
+        file.write("--- step 15\na sample that latest.pt does not know\n\n")
+    with open(killed / "log.jsonl", "a") as file:
+        file.write('{"step": 15, "val": 0.0}\n')
+    assert train.main(["--resume", "--tag=killed", "--device=cpu", "--max_steps=20"]) == 0
+    assert (killed / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    assert (whole / "samples.txt").read_text().count("--- step") == 5
+    assert read_records(killed, TIMINGS) == read_records(whole, TIMINGS)
+
+
+@pytest.mark.parametrize("name", ["samples.txt", "../notes.txt"])
+def test_a_resume_only_shortens_files_and_only_those_of_the_run(workplace, name):
+    """A checkpoint may be from a stranger, and samples.txt may have been edited."""
+    log = make_log()
+    log_validation_losses(log, [3.0, 2.0])
+    file = log.run_dir / name
+    file.write_text("a short text")
+    size = 1000 if name == "samples.txt" else 0
+    RunLog(log.config, HEADER, state=log.state() | {"files": {name: size}})
+    assert file.read_text() == "a short text"
+
+
+@pytest.mark.parametrize("more", [[], ["--max_steps=20"]])
+def test_resuming_a_finished_run_leaves_one_final_line(workplace, more):
+    train.main([*TINY_RUN, *CONSTANT_RATE, "--max_steps=10"])
+    assert train.main(["--resume", "--device=cpu", *more]) == 0
+    header, *records, final = read_lines(Path("checkpoints"))
+    assert header["corpus"]["name"] == "input.txt"
+    steps = [0, 5, 10, 15, 20] if more else [0, 5, 10]
+    assert [record["step"] for record in records] == steps  # each once, and no other line
+    best = min(records, key=lambda record: record["val"])
+    assert final.keys() == {"final"} and final["final"]["step"] == best["step"]
+    summary = json.loads(Path("checkpoints/loss_log.json").read_text())
+    assert summary["final"] == final["final"] and summary["log"] == records
+
+
+def test_a_new_run_deletes_the_files_of_the_old_one_and_no_others(workplace, monkeypatch):
+    assert train.main([*TINY_RUN, "--save_every=10"]) == 0
+    run = Path("checkpoints")
+    (run / "tensorboard").mkdir()
+    (run / "tensorboard" / "events").write_text("of TensorBoard")
+    written = {"log.jsonl", "loss_log.json", "loss_curve.png", "samples.txt", "latest.pt"}
+    written |= {"best.pt", "ckpt_00010.pt", "ckpt_00020.pt", "tensorboard/events"}
+    assert files_in(run) == written
+    own = {"notes.txt", "samples_notes.txt", "my_best.pt", "log.jsonl.txt", "figures/a.png"}
+    own |= {"other_run/latest.pt", "other_run/log.jsonl"}
+    for name in own:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(f"my own {name}")
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", interrupt)  # before the new run writes anything
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*TINY_RUN, "--overwrite"])
+    assert files_in(run) == own
+    assert all((run / name).read_text() == f"my own {name}" for name in own)
+
+
+def test_only_rank_0_writes_and_all_ranks_decide_alike(workplace, monkeypatch):
+    decisions, files = [], []
+    for rank in (0, 1):
+        monkeypatch.setattr(run_log, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(run_log, "PLOT_INTERVAL", -1.0)  # plot at every evaluation
+        log = make_log(patience=2)
+        best = log_validation_losses(log, [3.0, 2.0, 2.5, 2.5])
+        decisions.append((best, log.best()["step"], log.out_of_patience()))
+        log.stopped(3)
+        log.finish({"val": 2.0})
+        run = Path("checkpoints")
+        files.append(files_in(run) if run.exists() else None)
+        shutil.rmtree(run, ignore_errors=True)
+    assert decisions[0] == decisions[1] == ([True, True, False, False], 1, True)
+    assert files == [{"log.jsonl", "loss_log.json", "loss_curve.png", "samples.txt"}, None]
+
+
+# --- other tools
+
+
+def test_tensorboard_has_the_numbers_of_the_log_also_after_a_resume(workplace):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("torch.utils.tensorboard")
+    run = workplace / "checkpoints"
+    train.main([*TINY_RUN, "--max_steps=10"])  # without it; what is logged later begins at step 0
+    for flags in (["--max_steps=15", "--tensorboard"], ["--max_steps=20"]):
+        train.main(["--resume", "--device=cpu", *flags])
+        events = reader.EventAccumulator(str(run / "tensorboard")).Reload()
+        records = read_records(run)
+        assert set(events.Tags()["scalars"]) == set().union(*records)
+        for name in events.Tags()["scalars"]:
+            wanted = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]
+            assert [(e.step, e.value) for e in events.Scalars(name)] == wanted
+    train.main([*TINY_RUN, "--overwrite", "--max_steps=5"])
+    assert not (run / "tensorboard").exists()
+
+
+def test_wandb_has_the_numbers_of_the_log_offline(workplace, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train.main([*TINY_RUN, "--max_steps=10", "--wandb", "--tag=a"])
+    wandb.finish()
+    run = workplace / "checkpoints" / "a"
+    (file,) = run.glob("wandb/offline-run-*/*.wandb")
+    for _ in range(100):  # another process writes it, and may not have finished
+        records = [messages.Record.FromString(data) for data in leveldb_records(file.read_bytes())]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    history = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            names = [(i.key or i.nested_key[0], json.loads(i.value_json)) for i in items]
+            history.append({k: v for k, v in names if not k.startswith("_")})
+    assert history == read_records(run)
+
+
+def leveldb_records(data: bytes) -> Iterator[bytes]:
+    """The complete records of a file in LevelDB's log format, which Weights & Biases writes after a
+    header of 7 bytes. It consists of blocks of 32 KiB, and these of fragments, each with a checksum
+    (4 bytes), a length (2) and a kind (1: a full record, 2: its first fragment, 3: a middle one,
+    4: its last)."""
+    position, record = 7, b""
+    while position + 7 <= len(data):
+        left = 2**15 - position % 2**15
+        if left < 7:  # a header does not fit: the rest of the block is empty
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4) and position <= len(data):
+            yield record
+            record = b""
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_an_error_before_anything_is_written(workplace, monkeypatch, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"pip install {name}"):
+        train.main([*TINY_RUN, f"--{name}"])
+    assert not (workplace / "checkpoints").exists()

@@ -1,0 +1,102 @@
+"""What this machine can do: precision, compilation, memory."""
+
+import ctypes
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import GPTConfig, TrainConfig
+from utils import TokenStream
+
+MAX_GPU_TOKENS = 1 << 28  # as int32, a gigabyte of GPU memory
+WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
+
+
+def to_gpu_if_small(ids: TokenStream, device: torch.device) -> TokenStream | Tensor:
+    """Token ids in GPU memory if they take at most a gigabyte: then no step waits for the host.
+    Others stay where they are, which may be files larger than memory."""
+    if device.type == "cpu" or not isinstance(ids, np.ndarray) or len(ids) > MAX_GPU_TOKENS:
+        return ids
+    return torch.from_numpy(ids.astype(np.int32)).to(device)
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """The precision of matrix products, and the reason: `auto` is the fastest one on the device
+    that trains well."""
+    if name != "auto":
+        return name, "as requested"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "supported by this GPU"
+        return "float16", "this GPU has no bfloat16"
+    if device.type == "cpu":
+        ratio = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
+        reason = f"bfloat16 matrix products are {ratio:.1f} times as fast as float32 here"
+        return "bfloat16" if ratio > WORTHWHILE_SPEEDUP else "float32", reason
+    return "float32", "the default on this device"
+
+
+def matmul_seconds(dtype: torch.dtype) -> float:
+    """The time of a product of two 512 x 512 matrices on the CPU, the best of eight."""
+    a = torch.ones(512, 512, dtype=dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def pick_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to use torch.compile: as requested, else if compiling a small function works (on a
+    CPU it needs a C++ compiler)."""
+    if wanted is not None or device.type == "mps":
+        return bool(wanted)
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # any error means that compiling does not work here
+        print(f"not compiling: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones. Otherwise Linux takes
+    it back and clears it every step, and training on a CPU takes a quarter longer."""
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        m_mmap_max, m_trim_threshold = -4, -1  # from malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def memory_estimate(
+    gpt: GPTConfig, n_params: int, config: TrainConfig, n_shards: int = 1
+) -> dict[str, int]:
+    """The memory that training needs per process, in bytes, by use: weights, gradients, optimizer
+    state (two averages for AdamW, one for Muon), and activations kept for the backward pass. FSDP
+    divides the first three by n_shards.
+
+    The activations are counted from the formulas of model.py: for GPT-2's components, 10 C + 3 F
+    numbers per block and token; newer components have more operations (compiling fuses some of
+    them). With grad_checkpoint there are C per block, and those of one block. The logits count
+    twice, once in float32, with their gradient.
+    """
+    width = 4 if config.precision == "float32" else 2
+    C = 10 + 4 * (gpt.norm == "rmsnorm") + 4 * gpt.qk_norm + 2 * (gpt.pos == "rope")
+    per_block = (C * gpt.n_embd + (5 if gpt.mlp == "swiglu" else 3) * gpt.n_inner) * width
+    all_blocks = gpt.n_layer * per_block
+    if config.grad_checkpoint:
+        all_blocks = gpt.n_layer * gpt.n_embd * 4 + per_block
+    per_token = all_blocks + gpt.vocab_size * (width + 8)
+    weights = 4 * n_params // n_shards
+    return {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": weights * (1 if config.optimizer == "muon" else 2),
+        "activations": config.batch_size * gpt.block_size * per_token,
+    }

@@ -1,0 +1,280 @@
+"""The record of a training run: its files, what it prints, its best step."""
+
+import importlib.util
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from config import TrainConfig
+from training.distributed import rank
+from utils import atomic_write
+from viz.runs import best_record, plot_runs, read_run, save_figure, verdict
+
+Record = dict[str, Any]  # the metrics of one evaluation, by name
+Writer = Callable[[Record], None]  # forwards them to another tool
+
+# The files of a run, by what happens to them. A new run deletes them all.
+REWRITTEN = ("log.jsonl", "loss_log.json", "loss_curve.png")  # at each evaluation or at the end
+APPENDED = ("samples.txt",)  # on resume, cut back to their length at the checkpoint
+CHECKPOINTS = ("best.pt", "latest.pt", "ckpt_*.pt", "adapter.pt")
+
+# How metrics are shown in the status line, in this order. Others come before the learning rate.
+FORMATS: dict[str, Callable[[float], str]] = {
+    "step": "step {}".format,
+    "train": "train {:.4f}".format,
+    "val": "val {:.4f}".format,
+    "ppl": "ppl {:.2f}".format,
+    "bpb": "bpb {:.3f}".format,
+    "lr": "lr {:.2e}".format,
+    "grad_norm": "grad {:.2f}".format,
+    "tokens_per_second": lambda value: f"{value / 1000:.1f}k tok/s",
+    "ms_per_step": "{:.1f} ms/step".format,
+    "seconds": lambda value: "",
+}
+FINAL_FORMATS: dict[str, Callable[[float], str]] = {
+    "ppl": "perplexity {:.2f}".format,
+    "bpb": "{:.4f} bits per byte".format,
+}
+PLOT_INTERVAL = 5.0  # seconds; drawing the curve takes a fraction of one
+SAMPLE_LINES = 4  # of a sample that are printed
+
+
+class RunLog:
+    """Receives the metrics of every step and evaluation; prints, writes, plots and forwards them.
+    Ranks other than 0 only keep the records, which decide when a run stops."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        header: Record,
+        tokens_per_step: int | None = None,
+        state: Record | None = None,
+    ):
+        """header: the first line of log.jsonl, what is trained. tokens_per_step: for tokens per
+        second. state: the checkpoint of the run to resume; without one, a new run begins and the
+        files of an earlier run in the folder are deleted."""
+        self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
+        self.run_dir = Path(config.out_dir, config.tag)
+        self.records: list[Record] = state["log"] if state else []
+        self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
+        self.started = self.plotted = time.perf_counter()
+        self.clock_time, self.clock_step = self.started, 0  # timing begins after this step ...
+        self.timed_step: int | None = None  # ... and ends after this one,
+        self.timed_until = self.started  # at this time
+        self.metrics: dict[str, float] = {}  # of the last step that was read
+        self.bar: tqdm | None = None
+        self.writers: list[Writer] = []
+        if rank() == 0:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.prepare_files(state)
+            self.writers = open_writers(config, self.run_dir, header)
+            for record in self.records:
+                self.forward(record)
+
+    def prepare_files(self, state: Record | None) -> None:
+        """Delete the files of an earlier run, or cut the appended ones back to the checkpoint."""
+        if state:
+            for name, size in state.get("files", {}).items():
+                file = self.run_dir / name
+                if name in APPENDED and file.exists() and file.stat().st_size > size:
+                    os.truncate(file, size)
+            return
+        for pattern in (*REWRITTEN, *APPENDED, *CHECKPOINTS):
+            for file in self.run_dir.glob(pattern):
+                file.unlink()
+        shutil.rmtree(self.run_dir / "tensorboard", ignore_errors=True)
+
+    def state(self) -> Record:
+        """What a checkpoint keeps of this log."""
+        files = (self.run_dir / name for name in APPENDED)
+        return {
+            "log": self.records,
+            "files": {file.name: file.stat().st_size for file in files if file.exists()},
+        }
+
+    # --- during training
+
+    def progress_bar(self, step: int) -> tqdm:
+        """The bar that shows the steps, to be used as a context."""
+        settings = {"unit": "step", "leave": False, "disable": True if rank() else None}
+        self.bar = tqdm(total=self.config.max_steps, initial=step, **settings)
+        return self.bar
+
+    def training_step(self, step: int, metrics: dict[str, Tensor]) -> None:
+        """Record a step: show its loss every ten steps, and keep its metrics for the evaluation."""
+        first = self.timed_step is None
+        evaluated = step % self.config.eval_every == 0 or step == self.config.max_steps
+        if first or evaluated or step % 10 == 0:  # reading a metric waits for a GPU
+            self.metrics = {name: value.item() for name, value in metrics.items()}
+            self.timed_step, self.timed_until = step, time.perf_counter()
+        if first:  # it may have included compilation
+            self.restart_clock(step)
+        if self.bar is not None:
+            if step % 10 == 0:
+                self.bar.set_postfix_str(f"loss {self.metrics['loss']:.4f}", refresh=False)
+            self.bar.update()
+
+    def restart_clock(self, step: int) -> None:
+        """Time the steps after this one."""
+        self.clock_time, self.clock_step = time.perf_counter(), step
+
+    def evaluation(self, step: int, metrics: dict[str, float], lr: float, sample: str) -> bool:
+        """Record an evaluation. Returns whether its validation loss is the lowest so far."""
+        steps = (self.timed_step or step) - self.clock_step
+        seconds = (self.timed_until - self.clock_time) / steps if steps else None
+        tokens = self.tokens_per_step
+        terms = {n: v for n, v in self.metrics.items() if n not in ("loss", "grad_norm")}
+        record = {
+            "step": step,
+            **metrics,
+            **terms,
+            "lr": lr,
+            "grad_norm": self.metrics.get("grad_norm"),
+            "tokens_per_second": tokens / seconds if tokens and seconds else None,
+            "ms_per_step": 1000 * seconds if seconds else None,
+            "seconds": self.seconds_before + time.perf_counter() - self.started,
+        }
+        self.records.append(record)
+        tqdm.write(status_line(record))
+        if rank() == 0:
+            self.write_sample(step, sample)
+            self.write_log()
+            self.forward(record)
+            if time.perf_counter() > self.plotted + PLOT_INTERVAL and step < self.config.max_steps:
+                self.plot()
+        return record is self.best()
+
+    def best(self) -> Record:
+        """The record with the lowest validation loss."""
+        return best_record(self.records)
+
+    def out_of_patience(self) -> bool:
+        """Whether none of the last `patience` evaluations improved the validation loss."""
+        since_best = len(self.records) - 1 - self.records.index(self.best())
+        return 0 < self.config.patience <= since_best
+
+    # --- output
+
+    def write_sample(self, step: int, sample: str) -> None:
+        """Append a sample to samples.txt, and print its first lines."""
+        if not sample:
+            return
+        with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{sample}\n\n")
+        for line in [line for line in sample.splitlines() if line][:SAMPLE_LINES]:
+            tqdm.write(f"    {line}")
+
+    def write_log(self, *last: Record) -> None:
+        """Write log.jsonl: the header, a line per evaluation, and at the end the final metrics."""
+        with atomic_write(self.run_dir / "log.jsonl") as file:
+            for record in (self.header, *self.records, *last):
+                file.write((json.dumps(record) + "\n").encode())
+
+    def plot(self) -> None:
+        """Draw the curve so far."""
+        save_figure(plot_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
+        self.plotted = time.perf_counter()
+
+    def forward(self, record: Record) -> None:
+        """Send a record to TensorBoard and Weights & Biases, if they are in use."""
+        for write in self.writers:
+            write({name: value for name, value in record.items() if value is not None})
+
+    def stopped(self, step: int) -> None:
+        """Report that a signal stopped the run."""
+        if rank() == 0:
+            self.plot()
+            print(f"stopped and saved at step {step}; --resume continues from here")
+
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Report the metrics of the best checkpoint over the whole validation split."""
+        words = verdict(self.records, self.header["vocab_size"])
+        final = {"step": self.best()["step"], **metrics, "verdict": words}
+        seconds = self.records[-1]["seconds"]
+        if rank():
+            return
+        summary = {"corpus": self.header["corpus"], "log": self.records, "seconds": seconds}
+        with atomic_write(self.run_dir / "loss_log.json") as file:
+            file.write(json.dumps(summary | {"final": final}, indent=1).encode())
+        self.write_log({"final": final})
+        print(
+            f"done in {seconds:.0f} s: best at step {final['step']}, validation loss "
+            f"{metrics['val']:.4f}{format_final(metrics)} over the whole split\n"
+            f"verdict: {words}\n"
+            f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}",
+            flush=True,
+        )
+        self.plot()
+
+
+def status_line(record: Record) -> str:
+    """The metrics of an evaluation in one line.
+
+    >>> status_line({"lr": 0.001, "margin": 0.5, "val": 1.23456, "step": 10, "grad_norm": None})
+    'step 10 | val 1.2346 | margin 0.500 | lr 1.00e-03'
+    """
+    names = list(FORMATS)
+    others = [name for name in record if name not in FORMATS]
+    at = names.index("lr")
+    shown = [name for name in (*names[:at], *others, *names[at:]) if record.get(name) is not None]
+    words = (FORMATS.get(name, f"{name} {{:.3f}}".format)(record[name]) for name in shown)
+    return " | ".join(filter(None, words))
+
+
+def format_final(metrics: dict[str, float]) -> str:
+    """The metrics of the final evaluation besides the loss, in parentheses.
+
+    >>> format_final({"val": 1.5, "ppl": 4.5, "bpb": 2.1847, "margin": 0.5})
+    ' (perplexity 4.50, 2.1847 bits per byte, margin 0.5000)'
+    """
+    others = {name: value for name, value in metrics.items() if name != "val"}
+    words = [FINAL_FORMATS.get(n, f"{n} {{:.4f}}".format)(v) for n, v in others.items()]
+    return f" ({', '.join(words)})" if words else ""
+
+
+# --- other tools
+
+
+def writer_problems(config: TrainConfig) -> list[str]:
+    """The requested tools that are not installed."""
+    return [
+        f"--{name} needs a package: pip install {name}"
+        for name in ("tensorboard", "wandb")
+        if getattr(config, name) and importlib.util.find_spec(name) is None
+    ]
+
+
+def open_writers(config: TrainConfig, run_dir: Path, settings: Record) -> list[Writer]:
+    """A function per requested tool, TensorBoard and Weights & Biases, that takes a record.
+
+    TensorBoard's files in run_dir/tensorboard are written again from step 0; Weights & Biases gets
+    a new run, stored in run_dir/wandb if WANDB_MODE is offline.
+    """
+    writers: list[Writer] = []
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # optional package
+
+        folder = run_dir / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        board = SummaryWriter(folder)
+        board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+
+        def write_board(record: Record) -> None:
+            for name, number in record.items():
+                board.add_scalar(name, number, record["step"])
+            board.flush()
+
+        writers.append(write_board)
+    if config.wandb:
+        import wandb  # optional package
+
+        run = wandb.init(project="tinyllm", name=config.tag or None, dir=run_dir, config=settings)
+        writers.append(lambda record: run.log(record, step=record["step"]))
+    return writers

@@ -1,0 +1,187 @@
+"""Before the first step of a run: its settings, what is wrong with them, the summary."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import (
+    ARCH_FIELDS,
+    ARCHS,
+    PRESET_FIELDS,
+    PRESETS,
+    GPTConfig,
+    TrainConfig,
+    UserError,
+    raise_problems,
+    train_settings,
+)
+from corpus.load import Corpus, check_length, is_dataset
+from training.distributed import broadcast_from_rank0, is_restart, is_torchrun, world_size
+from training.machine import keep_freed_memory, memory_estimate, pick_compile, pick_precision
+from training.run_log import writer_problems
+from utils import device_problems, pick_device, read_checkpoint
+
+Flags = dict[str, Any]  # given on the command line, by name
+State = dict[str, Any]  # the contents of a checkpoint
+
+
+def preset_table() -> str:
+    """The presets and architectures as two tables, for --help."""
+    lines = []
+    for title, columns, table in (("preset", PRESET_FIELDS, PRESETS), ("arch", ARCH_FIELDS, ARCHS)):
+        lines.append(f"{title:9}" + "".join(f"{column:>12}" for column in columns))
+        for name, row in table.items():
+            lines.append(f"{name:9}" + "".join(f"{row[column]!s:>12}" for column in columns))
+            more = [f"{key} {value}" for key, value in row.items() if key not in columns]
+            lines += [f"{'':9}    and {', '.join(more)}"] if more else []
+    return "\n".join(lines)
+
+
+# --- settings
+
+
+def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None]:
+    """The settings of a pretraining run from its flags, and the checkpoint that it resumes. Raises
+    UserError for flags that do not fit the checkpoint or the data."""
+    run_dir = Path(flags.get("out_dir", "checkpoints"), flags.get("tag", ""))
+    flags, state = checkpoint_to_resume(flags, run_dir)
+    if state and "finetune" in state:
+        raise UserError("this is a run of finetune.py: resume it with finetune.py")
+    if state:
+        fixed = {"preset", "arch", "tokenizer", "seed", *state["gpt_config"]} - {"dropout"}
+        flags = resumed_flags(flags, state["gpt_config"] | state["train_config"], fixed)
+        flags |= {"out_dir": str(run_dir), "tag": ""}
+    else:
+        raise_problems(tokenizer_problems(flags))
+        flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
+    return *train_settings(flags, device_type(flags)), state
+
+
+def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | None]:
+    """The last checkpoint of a run, if --resume is given or torchrun restarted the process; and the
+    flags, in that case with --resume."""
+    latest = run_dir / "latest.pt"
+    if is_restart() and latest.exists():
+        flags = flags | {"resume": True, "overwrite": False}
+    return flags, read_checkpoint(latest) if flags.get("resume") else None
+
+
+def resumed_flags(flags: Flags, saved: Flags, fixed: set[str]) -> Flags:
+    """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs
+    from the checkpoint in a setting that cannot change during a run."""
+    raise_problems(
+        [
+            f"--{name} is {saved[name]!r} in the run to resume: leave it out, or start another run"
+            for name in flags
+            if name in fixed and flags[name] != saved[name]
+        ]
+    )
+    return saved | {"parallel": "ddp"} | flags  # how processes share the work is not saved
+
+
+def device_type(flags: Flags) -> str:
+    """The type of the device that the flags name; cpu for an invalid name, which is reported
+    later."""
+    name = flags.get("device", "auto")
+    return "cpu" if device_problems(name) else pick_device(name).type
+
+
+def tokenizer_problems(flags: Flags) -> list[str]:
+    """Tokenizer flags that have no effect."""
+    data, tokenizer = flags.get("data", TrainConfig.data), flags.get("tokenizer", "char")
+    if is_dataset(data) and flags.keys() & {"tokenizer", "bpe_vocab_size"}:
+        return [f"{data} already has a tokenizer: leave out --tokenizer and --vocab_size"]
+    if "bpe_vocab_size" in flags and tokenizer != "bpe":
+        return ["--vocab_size is for --tokenizer bpe; other vocabularies have a fixed size"]
+    return []
+
+
+def check_run(gpt: GPTConfig, config: TrainConfig, state: State | None) -> list[str]:
+    """What prevents this run on this machine, in its folder, or with these processes."""
+    found = device_problems(config.device) + writer_problems(config)
+    if config.parallel == "fsdp" and not is_torchrun():
+        found.append("--parallel fsdp needs several processes: start them with torchrun")
+    if config.parallel == "fsdp" and config.precision == "float16":
+        found.append("--parallel fsdp has no loss scaling for float16: use bfloat16")
+    if config.grad_accum % world_size():
+        found.append(
+            f"{world_size()} processes cannot share {config.grad_accum} micro-batches per step: "
+            "start a number of processes that divides it, or give another --grad_accum"
+        )
+    run_dir = Path(config.out_dir, config.tag)
+    exists = (run_dir / "latest.pt").exists()
+    if exists and not (config.resume or config.overwrite or config.overfit_batch):
+        options = "--resume it, --overwrite it, or give this run a --tag"
+        found.append(f"{run_dir}/ already contains a run: {options}")
+    return found
+
+
+def check_corpus(corpus: Corpus, config: TrainConfig, block_size: int, state: State | None) -> None:
+    """Raise UserError if the corpus does not fit the settings or the run to resume."""
+    check_length(corpus, block_size)
+    check_unchanged(corpus.info, config, state)
+    if config.doc_mask and corpus.separator is None:
+        raise UserError(f"{config.data} is one document: --doc_mask is for several documents")
+
+
+def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | None) -> None:
+    """Raise UserError if the data are not those of the run to resume."""
+    if state and state["corpus"]["sha256"] != info["sha256"]:
+        raise UserError(f"{config.data} has changed since the run that is to be resumed")
+
+
+# --- machine
+
+
+def setup_machine(config: TrainConfig, device: torch.device) -> str:
+    """Decide the precision and whether to compile, in config, and seed the random numbers. Returns
+    the reason for the precision."""
+    config.precision, why = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
+    if device.type == "cpu":
+        keep_freed_memory()
+        # Saves torch.compile nine seconds of testing which instructions the C++ compiler supports.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    config.compile = pick_compile(config.compile, device)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)
+    return why
+
+
+def machine_line(config: TrainConfig, device: torch.device, why_precision: str) -> str:
+    """The device, precision and processes in one line."""
+    compiled = "compiled, so the first step is slow" if config.compile else "eager"
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    if world_size() > 1:
+        threads += f" in {world_size()} processes, {config.parallel}"
+    return f"machine: {device}{threads}, {config.precision} ({why_precision}), {compiled}"
+
+
+def print_summary(
+    gpt: GPTConfig,
+    config: TrainConfig,
+    corpus: Corpus,
+    n_params: int,
+    device: torch.device,
+    why_precision: str,
+) -> None:
+    """Print what will be trained, on what, and how, before anything slow starts."""
+    n_shards = world_size() if config.parallel == "fsdp" else 1
+    memory = memory_estimate(gpt, n_params, config, n_shards)
+    uses = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
+    print(
+        f"{machine_line(config, device, why_precision)}\n"
+        f"corpus: {corpus.info['name']}, {corpus.info['bytes']:,} bytes; {len(corpus.train_ids):,} "
+        f"training tokens, {len(corpus.val_ids):,} validation tokens, vocabulary {gpt.vocab_size}, "
+        f"{corpus.bytes_per_token:.2f} bytes per token\n"
+        f"model: {gpt.n_layer} layers, {gpt.n_head} heads, {gpt.n_embd} channels, window "
+        f"{gpt.block_size}; {gpt.norm}, {gpt.mlp}, {gpt.pos}; {n_params:,} parameters\n"
+        f"memory: about {sum(memory.values()) / 1e6:,.0f} MB ({uses})\n"
+        f"run: preset {config.preset}, {config.max_steps} steps of {config.batch_size} x "
+        f"{config.grad_accum} sequences, learning rate {config.lr_max:g} to {config.lr_min:g}\n"
+        f"uniform guessing would give a loss of ln({gpt.vocab_size}) = "
+        f"{math.log(gpt.vocab_size):.4f}",
+        flush=True,
+    )

@@ -1,0 +1,35 @@
+"""Stopping a run by SIGINT (Ctrl-C) or SIGTERM, at the end of a step."""
+
+import signal
+from types import FrameType
+
+from tqdm import tqdm
+
+from training.distributed import all_reduce_max
+
+
+class StopSignal:
+    """Inside this context, the first SIGINT or SIGTERM only sets `number`; a second one ends the
+    process immediately."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def requested(self) -> bool:
+        """Whether any of the processes has received a signal; then all of them stop."""
+        self.number = all_reduce_max(self.number)
+        return self.number > 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        tqdm.write("stopping after this step; press Ctrl-C again to stop now, without saving")
+        for s in self.handlers:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __enter__(self) -> "StopSignal":
+        self.handlers = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)

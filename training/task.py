@@ -1,0 +1,139 @@
+"""What a Trainer trains: the Task protocol, and pretraining on a corpus."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import SampleConfig, TrainConfig
+from corpus.load import Corpus
+from generate import sample_text
+from model import GPT
+from tokenizer import Tokenizer
+from training.distributed import all_reduce_sum, rank, world_size
+from training.machine import to_gpu_if_small
+from utils import TokenStream, bits_per_byte, document_numbers, even_starts, get_batch, windows
+
+Batch = tuple[Tensor, ...]
+Metrics = dict[str, float]
+
+
+class CheckpointFormat(Protocol):
+    """Translates between the weights of a model and the contents of its checkpoints."""
+
+    entries: dict[str, Any]  # the same in all checkpoints of a run: "tokenizer", "corpus", ...
+
+    def pack(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        """The contents for these weights: "model", and the entries."""
+
+    def unpack(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """The weights in a checkpoint that `pack` wrote."""
+
+
+@dataclass
+class PlainFormat:
+    """All weights as they are."""
+
+    entries: dict[str, Any]
+
+    def pack(self, weights: dict[str, Tensor]) -> dict[str, Any]:
+        return {"model": weights, **self.entries}
+
+    def unpack(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        return state["model"]
+
+
+class Task(Protocol):
+    """What is trained: data, loss, evaluation. More tasks are in finetuning/tasks.py."""
+
+    format: CheckpointFormat
+    tokens_per_step: int | None  # for tokens per second; None if it varies
+
+    def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
+        """A micro-batch, and over how many tokens (or other units) its loss is a mean: a pure
+        function of the arguments and the seed, so that resumed runs see the same data."""
+
+    def loss(self, model: nn.Module, *batch: Any, **unused: Any) -> dict[str, Tensor]:
+        """Scalars by name: "loss" is minimized, the others are only logged."""
+
+    def evaluate(self, model: GPT, full: bool = False) -> Metrics:
+        """The metrics of the model: "val", which decides which step is best, and others. `full`:
+        over the whole validation split, at the end of a run."""
+
+    def sample(self, model: GPT) -> str:
+        """A text that shows what the model does."""
+
+
+class Pretraining:
+    """Next-token prediction on a corpus."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        block_size: int,
+        config: TrainConfig,
+        device: torch.device,
+    ):
+        self.corpus, self.tokenizer, self.block_size = corpus, tokenizer, block_size
+        self.config, self.device = config, device
+        self.train_ids = to_gpu_if_small(corpus.train_ids, device)
+        self.tokens_per_step: int | None = config.batch_size * config.grad_accum * block_size
+        entries = {"tokenizer": tokenizer.to_dict(), "corpus": corpus.info}
+        self.format: CheckpointFormat = PlainFormat(entries)
+
+    def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
+        config = self.config
+        number = step * config.grad_accum + micro_step  # of all the batches of the run
+        docs = self.corpus.train_docs
+        x, y = get_batch(
+            self.train_ids, self.block_size, config.batch_size, config.seed, number, docs
+        )
+        return (x, y), (y != -100).sum()
+
+    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"loss": model(x, y, self.document_numbers(x))[1]}
+
+    def document_numbers(self, x: Tensor) -> Tensor | None:
+        """With doc_mask, the number of each token's document within its window, (B, T)."""
+        separator = self.corpus.separator if self.config.doc_mask else None
+        return None if separator is None else document_numbers(x, separator)
+
+    def evaluate(self, model: GPT, full: bool = False) -> Metrics:
+        n_windows = None if full else self.config.eval_windows
+        metrics = {}
+        if not full:
+            metrics["train"] = self.mean_loss(model, self.corpus.train_ids, n_windows)
+        val = self.mean_loss(model, self.corpus.val_ids, n_windows)
+        bpb = bits_per_byte(val, self.corpus.bytes_per_token)
+        return metrics | {"val": val, "ppl": math.exp(val), "bpb": bpb}
+
+    def mean_loss(self, model: GPT, ids: TokenStream, n_windows: int | None) -> float:
+        """The mean loss in nats per token over evenly spaced windows of a stream, or over all of it
+        (None). The processes share the windows."""
+        starts = even_starts(len(ids), self.block_size, n_windows)
+        # FSDP needs equally many forward passes in all processes: pad with windows past the end
+        starts = np.pad(starts, (0, -len(starts) % world_size()), constant_values=len(ids))
+        starts = starts[rank() :: world_size()]
+        total, count = 0.0, 0
+        for i in range(0, len(starts), self.config.batch_size):
+            x, y = windows(ids, starts[i : i + self.config.batch_size], self.block_size)
+            x, y = x.to(self.device), y.to(self.device)
+            loss = model(x, y, self.document_numbers(x))[1]
+            if n := int((y != -100).sum()):
+                total, count = total + loss.item() * n, count + n
+        sums = all_reduce_sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        return sums[0] / sums[1]
+
+    def sample(self, model: GPT) -> str:
+        return sample_from_newline(model, self.tokenizer, self.config.sample_tokens)
+
+
+def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int) -> str:
+    """A text of so many tokens, as after a newline if the tokenizer has one."""
+    prompt = "" if tokenizer.unknown("\n") else "\n"
+    config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens)
+    return sample_text(model, tokenizer, config)[0]

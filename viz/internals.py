@@ -1,0 +1,251 @@
+"""Plots of a trained model: attention weights, position encodings, token embeddings, and the effect
+of temperature on the next token. `python plots.py --picture ...` draws them."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import UserError
+from generate import adjust_logits, encode_prompt
+from model import GPT, LearnedPositions, rotation_angles
+from tokenizer import Tokenizer
+from utils import load_checkpoint
+from viz.runs import BLACK, BLUE, GREEN, ORANGE, new_figure
+
+if TYPE_CHECKING:  # viz/runs.py says why matplotlib is not imported here
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Number = TypeVar("Number", int, float)
+
+# Equally readable for color-blind people (Nunez, Anderton and Renslow 2018).
+COLOR_MAP = "cividis"
+# Visible characters for whitespace: open box, return arrow, tab arrow.
+VISIBLE_SPACES = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
+MAX_TICK_LABELS = 32  # more tokens than that are not readable along an axis
+MAP_INCHES, TOKEN_INCHES = 2.6, 0.16  # smallest side of an attention map; per labeled token
+MAX_EMBEDDINGS = 150  # tokens in the plot of embeddings
+MAX_BARS = 20  # tokens in the plot of temperatures
+NO_LEARNED_POSITIONS = "this model has no learned positions\n(train with --pos learned)"
+# Groups of tokens by color; a token is in the first group that contains it.
+TOKEN_GROUPS: dict[str, tuple[str, Callable[[str], bool]]] = {
+    "vowels": (ORANGE, lambda text: text.islower() and text.strip("\u2423")[:1] in "aeiou"),
+    "other lowercase": (BLUE, str.islower),
+    "uppercase": (GREEN, lambda text: text[:1].isupper()),
+    "other": (BLACK, lambda text: True),
+}
+
+
+def parse_numbers(text: str, flag: str, kind: type[Number]) -> list[Number]:
+    """The numbers of a flag's comma-separated list. Raises UserError if one is not a finite number
+    of at least 0.
+
+    >>> parse_numbers("0,3", "layers", int)
+    [0, 3]
+    """
+    try:
+        numbers = [kind(word) for word in text.split(",") if word]
+        valid = all(0 <= number < math.inf for number in numbers)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"--{flag} must be a list of numbers, for example 0,1, not {text!r}")
+    return numbers
+
+
+def check_indices(flag: str, indices: Sequence[int], count: int) -> None:
+    """Raise UserError if an index is not below the number of layers or heads."""
+    if max(indices) >= count:
+        raise UserError(f"--{flag} must be from 0 to {count - 1}: the model has {count}")
+
+
+def plot_internals(
+    path: Path,
+    picture: str,
+    text: str,
+    layers: Sequence[int],
+    heads: Sequence[int],
+    temperatures: Sequence[float],
+) -> "Figure":
+    """The figure `picture` (attention, positions, embeddings or temperatures) of a checkpoint.
+
+    Empty `layers` or `heads` select all, empty `temperatures` are 1. Raises UserError if the text
+    does not fit in the window, or if the model has no such layer or head.
+    """
+    model, tokenizer, _ = load_checkpoint(path, torch.device("cpu"))
+    if picture == "positions":
+        return plot_positions(model)
+    if picture == "embeddings":
+        return plot_embeddings(model, tokenizer)
+    config = model.config
+    ids = encode_prompt(tokenizer, text)
+    if len(ids) > config.block_size:
+        raise UserError(f"--text has {len(ids)} tokens, but the window is {config.block_size}")
+    if picture == "temperatures":
+        return plot_temperatures(model, tokenizer, ids, temperatures or [1.0])
+    layers, heads = layers or range(config.n_layer), heads or range(config.n_head)
+    check_indices("layers", layers, config.n_layer)
+    check_indices("heads", heads, config.n_head)
+    return plot_attention(model, tokenizer, ids, layers, heads)
+
+
+def token_labels(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
+    """The text of each token (N,), with whitespace made visible."""
+    return [tokenizer.decode([i]).translate(VISIBLE_SPACES) for i in ids.tolist()]
+
+
+# --- attention
+
+
+@torch.no_grad()
+def plot_attention(
+    model: GPT, tokenizer: Tokenizer, ids: Tensor, layers: Sequence[int], heads: Sequence[int]
+) -> "Figure":
+    """Attention weights for a text (T,): one map per head, one row of maps per layer. Queries are
+    the rows of a map, keys its columns; each row sums to 1."""
+    maps: list[Tensor] = []  # per layer, (1, H, T, T)
+    model(ids[None], maps=maps)
+    ticks = token_labels(tokenizer, ids) if len(ids) <= MAX_TICK_LABELS else []
+    side = max(MAP_INCHES, TOKEN_INCHES * len(ticks))
+    figure = new_figure(1 + side * len(heads), 0.6 + side * len(layers))
+    grid = figure.subplots(len(layers), len(heads), squeeze=False)
+    for layer, row in zip(layers, grid, strict=True):
+        for head, axes in zip(heads, row, strict=True):
+            weights = maps[layer][0, head].numpy()  # (T, T)
+            image = axes.imshow(weights, cmap=COLOR_MAP, vmin=0, vmax=1)
+            axes.set_title(f"layer {layer}, head {head}", fontsize=10)
+            for set_ticks in (axes.set_xticks, axes.set_yticks):
+                set_ticks(range(len(ticks)), ticks, fontsize=8, parse_math=False)
+    figure.colorbar(image, ax=grid, label="attention weight", shrink=0.6)
+    figure.supxlabel("key", fontsize=10)
+    figure.supylabel("query", fontsize=10)
+    return figure
+
+
+# --- positions
+
+
+@torch.no_grad()
+def plot_positions(model: GPT) -> "Figure":
+    """Position encodings with the model's sizes: sinusoidal, RoPE, and the learned ones if the
+    model has them. Nearby positions are similar, distant ones less so."""
+    config = model.config
+    figure = new_figure(8, 7)
+    (top_left, top_right), (bottom_left, bottom_right) = figure.subplots(2, 2)
+    angle = rotation_angles(config.block_size, config.n_embd)[:, : config.n_embd // 2]  # (T, C/2)
+    sinusoidal = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)  # (T, C)
+    plot_matrix(top_left, sinusoidal, "sinusoidal encoding", "value")
+    top_left.set(xlabel="channel", ylabel="position")
+    plot_similarity(top_right, sinusoidal, "similarity of sinusoidal positions")
+    plot_rope(bottom_left, rotation_angles(config.block_size, config.head_size, config.rope_theta))
+    if isinstance(model.pos, LearnedPositions):
+        plot_similarity(bottom_right, model.pos.table.weight, "similarity of learned positions")
+    else:
+        bottom_right.set_axis_off()
+        bottom_right.text(0.1, 0.5, NO_LEARNED_POSITIONS)
+    return figure
+
+
+def plot_rope(axes: "Axes", angle: Tensor) -> None:
+    """Cosine similarity of two equal vectors after RoPE, against their distance, for three channel
+    pairs and for the vector; `angle` is (T, D/2)."""
+    last = angle.size(1) - 1
+    styles = ((last // 4, ORANGE, ":"), (last // 2, GREEN, "--"), (last, BLUE, "-."))
+    for pair, color, style in styles:
+        similarity = angle[:, pair].cos().numpy()
+        axes.plot(similarity, color=color, linestyle=style, label=f"channel pair {pair}")
+    axes.plot(angle.cos().mean(dim=1).numpy(), color=BLACK, label="all channel pairs")
+    axes.set_title("RoPE: two equal vectors", fontsize=10)
+    axes.set(xlabel="distance (tokens)", ylabel="cosine similarity")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+
+def plot_similarity(axes: "Axes", table: Tensor, title: str) -> None:
+    """Cosine similarity of every two rows of a table (T, C), one row per position."""
+    vectors = F.normalize(table, dim=1)
+    plot_matrix(axes, vectors @ vectors.T, title, "cosine similarity")  # (T, T)
+    axes.set(xlabel="position", ylabel="position")
+
+
+def plot_matrix(axes: "Axes", values: Tensor, title: str, label: str) -> None:
+    """Values from -1 to 1, (rows, columns), as colors; `label` is that of the color bar."""
+    image = axes.imshow(
+        values.numpy(), aspect="auto", interpolation="nearest", cmap=COLOR_MAP, vmin=-1, vmax=1
+    )
+    axes.figure.colorbar(image, ax=axes, label=label)
+    axes.set_title(title, fontsize=10)
+
+
+# --- embeddings
+
+
+@torch.no_grad()
+def plot_embeddings(model: GPT, tokenizer: Tokenizer, most: int = MAX_EMBEDDINGS) -> "Figure":
+    """The first `most` printable tokens at the first two principal components (Pearson 1901) of
+    their normalized embeddings."""
+    texts = token_labels(tokenizer, torch.arange(model.config.vocab_size))
+    shown = [i for i, text in enumerate(texts) if text.isprintable() and "\ufffd" not in text]
+    shown = shown[:most]
+    points, shares = principal_components(F.normalize(model.tok.weight[shown]))
+    figure = new_figure(8, 8)
+    axes = figure.subplots()
+    axes.scatter(*points.T.numpy(), alpha=0)  # sets the limits of the axes, which text does not
+    for i, (x, y) in zip(shown, points.tolist(), strict=True):
+        color = next(color for color, contains in TOKEN_GROUPS.values() if contains(texts[i]))
+        axes.text(
+            x, y, texts[i], ha="center", va="center", color=color, fontsize=12, parse_math=False
+        )
+    for name, (color, _) in TOKEN_GROUPS.items():
+        axes.plot([], [], "s", color=color, label=name)
+    axes.legend()
+    axes.set(xlabel=f"first principal component ({shares[0]:.0%} of the variance)")
+    axes.set(ylabel=f"second principal component ({shares[1]:.0%} of the variance)")
+    axes.set_title("token embeddings", fontsize=10)
+    return figure
+
+
+def principal_components(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two principal components of vectors (N, C), (N, 2), and the share of the variance
+    that each explains, (2,)."""
+    centered = vectors - vectors.mean(dim=0)
+    _, sizes, directions = torch.linalg.svd(centered, full_matrices=False)
+    return centered @ directions[:2].T, (sizes**2 / (sizes**2).sum())[:2]
+
+
+# --- temperatures
+
+
+@torch.no_grad()
+def plot_temperatures(
+    model: GPT,
+    tokenizer: Tokenizer,
+    ids: Tensor,
+    temperatures: Sequence[float],
+    most: int = MAX_BARS,
+) -> "Figure":
+    """The probabilities of the `most` most likely tokens after a text (T,), and the entropy of the
+    distribution over all tokens, at each temperature."""
+    logits = model(ids[None])[0][:, -1]  # (1, V)
+    figure = new_figure(8, 1.2 + 1.5 * len(temperatures))
+    rows = figure.subplots(len(temperatures), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    tokens = adjust_logits(logits)[1][0, :most]
+    for temperature, axes in zip(temperatures, rows, strict=True):
+        probs, _ = adjust_logits(logits, temperature)  # (1, V), sorted; (1, 1) at temperature 0
+        entropy = -torch.xlogy(probs, probs).sum()
+        heights = F.pad(probs[0], (0, most))[: len(tokens)]
+        axes.bar(range(len(tokens)), heights.tolist(), color=BLUE)
+        text = f"temperature {temperature:g}: entropy {entropy:.2f} nats"
+        axes.text(0.99, 0.85, text, ha="right", va="top", transform=axes.transAxes)
+        axes.grid(alpha=0.3, axis="y")
+    rows[-1].set_xticks(range(len(tokens)), token_labels(tokenizer, tokens), parse_math=False)
+    rows[-1].set_xlabel("next token, most likely first")
+    prompt = tokenizer.decode(ids.tolist())
+    rows[0].set_title(f"next token after {prompt!r}", fontsize=10, parse_math=False)
+    figure.supylabel("probability", fontsize=10)
+    return figure
