@@ -116,7 +116,7 @@ class GPTConfig:
         if self.head_size == self.n_embd // self.n_head and self.n_embd % self.n_head:
             found.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         elif self.pos == "rope" and self.head_size % 2:
-            found.append(f"rope needs an even head size, but n_embd / n_head is {self.head_size}")
+            found.append(f"rope needs an even head size, not {self.head_size}")
         if self.n_head % self.n_kv_head:
             found.append(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
         if self.pos == "sinusoidal" and self.n_embd % 2:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from config import (
     GPTConfig,
@@ -143,19 +144,20 @@ def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
 
 
 def make_format(
-    settings: FinetuneConfig, adapt: LoRAConfig, model: GPT, base: Base, data: Data
+    settings: FinetuneConfig,
+    adapt: LoRAConfig,
+    model: GPT,
+    plain: dict[str, Tensor],
+    base: Base,
+    data: Data,
 ) -> CheckpointFormat:
-    """The format of the run's checkpoints. With LoRA, also adds the adapter to the model."""
-    base_sha256 = lora.weights_sha256(base.state["model"])
-    origin = asdict(settings) | asdict(adapt) | {"base_sha256": base_sha256}
+    """The format of the run's checkpoints; `plain` are the weights without LoRA."""
+    origin = asdict(settings) | asdict(adapt) | {"base_sha256": base.sha256}
     tokenizer = data.tokenizer.to_dict()
     entries = {"tokenizer": tokenizer, "corpus": data.info, "finetune": origin}
     if not adapt.lora_rank:
         return PlainFormat(entries)
-    plain = model.state_dict()
-    # the vectors of new tokens are trained too
-    lora.add_lora(model, adapt, also=() if data.tokenizer is base.tokenizer else EMBEDDINGS)
-    header = {"lora": asdict(adapt), "base_sha256": base_sha256, "tokenizer": tokenizer}
+    header = {"lora": asdict(adapt), "base_sha256": base.sha256, "tokenizer": tokenizer}
     header |= {"gpt_config": asdict(model.config)}
     return AdapterFormat(entries, header, plain, lora.trained_names(model), adapt.scale)
 
@@ -164,6 +166,7 @@ def make_task(
     settings: FinetuneConfig,
     config: TrainConfig,
     model: GPT,
+    plain: dict[str, Tensor],
     base: Base,
     data: Data,
     splits: Splits | None,
@@ -176,23 +179,22 @@ def make_task(
         return QATask(splits, tokenizer, config, device, format)
     if splits:
         reference = GPT(model.config)
-        reference.load_state_dict(format.pack(model.state_dict())["model"])
+        reference.load_state_dict(plain)
         reference = reference.to(device).eval().requires_grad_(False)
         return DPOTask(splits, tokenizer, reference, settings.beta, config, device, format)
     assert data.corpus is not None
-    text = Pretraining(data.corpus, tokenizer, model.config.block_size, config, device)
+    text = Pretraining(data.corpus, tokenizer, model.config.block_size, config, device, format)
     if settings.objective == "text":
-        return TextTask(text, old_corpus(base, tokenizer), format, text.tokens_per_step)
+        return TextTask(text, old_corpus(base, tokenizer))
     path = Path(settings.teacher)
     teacher = load_teacher(path, tokenizer, model.config, bool(config.compile), device)
-    softness = (settings.temperature_kd, settings.alpha)
-    return DistillationTask(text, teacher, *softness, format, text.tokens_per_step)
+    return DistillationTask(text, teacher, settings.temperature_kd, settings.alpha)
 
 
 # --- runs
 
 
-def merge_adapter(settings: FinetuneConfig, target: Path, overwrite: bool) -> int:
+def write_merged(settings: FinetuneConfig, target: Path, overwrite: bool) -> int:
     """Write the checkpoint of an adapter merged into its base."""
     if not settings.source:
         raise UserError("name the base too: python finetune.py BASE.pt --merge ADAPTER.pt")
@@ -242,32 +244,38 @@ def main(argv: list[str] | None = None) -> int:
     )
     run_dir = Path(config.out_dir, config.tag)
     if settings.merge:
-        return merge_adapter(settings, run_dir / "best.pt", config.overwrite)
+        return write_merged(settings, run_dir / "best.pt", config.overwrite)
     device = init_process_group(pick_device(config.device))
     with local_rank_zero_first():
         data = load_data(settings.objective, config.data, base.tokenizer)
-    check_unchanged(data.info, config, state)
     why_precision = setup_machine(config, device)
     model = new_model(settings, gpt_config, base, data)
     splits = None
     if data.records:
         sizes = (model.config.block_size, settings.long == "skip")
+        check_unchanged(data.info, config, state)
         splits = encode_splits(settings.objective, data.records, data.tokenizer, *sizes)
     else:
         assert data.corpus is not None
         check_corpus(data.corpus, config, model.config.block_size, state)
-    format = make_format(settings, adapt, model, base, data)
-    task = make_task(settings, config, model, base, data, splits, format, device)
+    plain = model.state_dict()
+    if adapt.lora_rank:  # the vectors of new tokens are trained too
+        new_tokens = data.tokenizer is not base.tokenizer
+        lora.add_lora(model, adapt, also=EMBEDDINGS if new_tokens else ())
+    format = make_format(settings, adapt, model, plain, base, data)
+    task = make_task(settings, config, model, plain, base, data, splits, format, device)
     trainer = Trainer(model, task, config, device)
     print(machine_line(config, device, why_precision))
     print_summary(settings, config, model, data, splits)
     if config.overfit_batch:
-        return overfit_batch(trainer)
-    status, log = run_training(trainer, state)
-    if adapt.lora_rank and rank() == 0:
-        best = read_checkpoint(log.run_dir / "best.pt")
-        lora.save_adapter(run_dir / "adapter.pt", best["adapter"])
-        print(f"adapter: {run_dir / 'adapter.pt'}, for {settings.source}")
+        status = overfit_batch(trainer)
+    else:
+        status, _ = run_training(trainer, state)
+        if adapt.lora_rank and rank() == 0:
+            best = read_checkpoint(run_dir / "best.pt")
+            lora.save_adapter(run_dir / "adapter.pt", best["adapter"])
+            print(f"adapter: {run_dir / 'adapter.pt'}, for {settings.source}")
+    del trainer, task, model, plain, format
     destroy_process_group()
     return status
 

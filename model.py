@@ -194,10 +194,9 @@ def fused_attention(
         return plain_attention(q, k, v, visible, bias)[0]
     if visible is None and (1 < T < S or bias is not None):
         visible = causal_mask(T, S, q.device)
-    mask = visible
+    mask, dtype = visible, torch.float32 if on_cpu else v.dtype
     if bias is not None and visible is not None:
-        mask = bias.masked_fill(~visible, -math.inf).to(q.dtype)
-    dtype = torch.float32 if on_cpu else v.dtype
+        mask = bias.masked_fill(~visible, -math.inf).to(dtype)
     causal = mask is None and 1 < T == S
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -32,6 +32,7 @@ from training.distributed import (
     all_reduce_sum,
     broadcast_from_rank0,
     destroy_process_group,
+    full_tensor,
     gather,
     init_process_group,
     load_optimizer,
@@ -41,7 +42,7 @@ from training.distributed import (
     world_size,
     wrap,
 )
-from training.run_log import RunLog
+from training.run_log import READ_INTERVAL, RunLog
 from training.setup import (
     check_corpus,
     check_run,
@@ -95,8 +96,10 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
     if any(group["params"] for group in groups):
         optimizers += [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
     if hidden:
-        scale = "match_rms_adamw"
-        optimizers += [torch.optim.Muon(hidden.values(), lr, decay, 0.9, adjust_lr_fn=scale)]
+        muon = torch.optim.Muon(
+            hidden.values(), lr, weight_decay=decay, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+        )
+        optimizers += [muon]
     return optimizers
 
 
@@ -133,10 +136,10 @@ class Trainer:
                     break
                 metrics = self.train_step()
                 self.unchecked.append((self.step, metrics))
-                if self.step % 10 == 0:  # reading a metric waits for the GPU
+                if self.step % READ_INTERVAL == 0:
                     self.check_finite()
                 log.training_step(self.step, metrics)
-                if self.step % config.eval_every == 0 or self.step == config.max_steps:
+                if log.is_evaluation_step(self.step):
                     self.evaluate_and_save(log)
                 if config.save_every and self.step % config.save_every == 0:
                     self.save(f"ckpt_{self.step:05d}.pt", log)
@@ -176,7 +179,8 @@ class Trainer:
             self.scaler.step(optimizer)  # 9. optimizer step
         self.scaler.update()
         self.step += 1  # 10. increment step
-        return {n: all_reduce_mean(t) for n, t in metrics.items()} | {"grad_norm": gather(norm)}
+        metrics = {name: all_reduce_mean(term) for name, term in metrics.items()}
+        return metrics | {"grad_norm": full_tensor(norm)}
 
     @contextlib.contextmanager
     def eval_mode(self) -> Iterator[None]:
@@ -190,7 +194,8 @@ class Trainer:
     def evaluate(self, full: bool = False) -> Metrics:
         """The metrics of the task. Raises UserError if one of the losses is not finite."""
         with self.eval_mode(), autocast(self.device, self.config.precision):
-            metrics = self.task.evaluate(self.model, full)
+            own_metrics = self.task.evaluate(self.model, full)
+        metrics = broadcast_from_rank0(lambda: own_metrics)  # all ranks must decide alike
         losses: Metrics = {n: metrics[n] for n in ("train", "val") if n in metrics}
         if not all(map(math.isfinite, losses.values())):
             raise diverged(self.step, losses)
@@ -253,7 +258,8 @@ class Trainer:
         self.weights.set(self.task.format.unpack(state))
         for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, optimizer_state)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless the run used float16
+            self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
 
@@ -261,8 +267,8 @@ def diverged(step: int, numbers: Metrics) -> UserError:
     """The error of a run whose loss or gradient is infinite or not a number."""
     what = ", ".join(f"{name} {value}" for name, value in numbers.items())
     return UserError(
-        f"diverged at step {step} ({what}): try a lower --lr_max; checkpoints of earlier steps, "
-        "best.pt and latest.pt, are kept"
+        f"diverged at step {step} ({what}): try a lower --lr_max; checkpoints of earlier steps "
+        "are kept"
     )
 
 
@@ -302,7 +308,11 @@ def overfit_batch(trainer: Trainer) -> int:
 def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraining) -> int:
     """The command line."""
     gpt_config, config, state = parse_args(
-        (GPTConfig, TrainConfig), argv, f"{__doc__}\n{preset_table()}", resolve_train, check_run
+        (GPTConfig, TrainConfig),
+        argv,
+        f"{__doc__}\n{preset_table()}",
+        resolve_train,
+        lambda gpt_config, config, state: check_run(config),
     )
     device = init_process_group(pick_device(config.device))
     tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
@@ -319,6 +329,7 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
     trainer = Trainer(model, task, config, device)
     print_summary(model.config, config, corpus, model.num_params(), device, why_precision)
     status = overfit_batch(trainer) if config.overfit_batch else run_training(trainer, state)[0]
+    del trainer, task, model
     destroy_process_group()
     return status
 

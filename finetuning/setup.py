@@ -70,6 +70,7 @@ class Base(NamedTuple):
     model: GPT
     tokenizer: Tokenizer
     state: dict[str, Any]  # its checkpoint
+    sha256: str  # of its weights
 
     @property
     def imported(self) -> bool:
@@ -101,7 +102,8 @@ def resolve_finetune(flags: dict[str, Any]) -> tuple[Any, ...]:
     problems = all_problems(settings) + all_problems(adapt)
     raise_problems(problems + ([] if state else flag_problems(flags, settings, adapt)))
     source = Path(settings.source or settings.teacher)
-    base = Base(*load_checkpoint(source, torch.device("cpu")))
+    model, tokenizer, base_state = load_checkpoint(source, torch.device("cpu"))
+    base = Base(model, tokenizer, base_state, lora.weights_sha256(base_state["model"]))
     if not state:
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
     gpt_config = base.model.config
@@ -172,12 +174,13 @@ def check_finetune(
     state: dict[str, Any] | None,
 ) -> list[str]:
     """What prevents this run on this machine or in its folder."""
-    if settings.merge or base is None:
+    if settings.merge:
         return []
-    found = check_run(gpt_config, config, state)
+    if base is None:  # no flags at all
+        return ["name the checkpoint to fine-tune: python finetune.py checkpoints/best.pt ..."]
+    found = check_run(config)
     source, run_dir = Path(settings.source or settings.teacher), Path(config.out_dir, config.tag)
-    base_sha256 = lora.weights_sha256(base.state["model"])
-    if state and state["finetune"]["base_sha256"] != base_sha256:
+    if state and state["finetune"]["base_sha256"] != base.sha256:
         found.append(f"{source} has changed since the run that is to be resumed")
     if config.parallel == "fsdp":
         found.append("--parallel fsdp is for train.py: leave it out")

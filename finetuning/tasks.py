@@ -30,14 +30,11 @@ class TextTask:
 
     pretraining: Pretraining
     old: Corpus | None
-    format: CheckpointFormat
-    tokens_per_step: int | None
 
-    def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
-        return self.pretraining.get_batch(step, micro_step)
-
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return self.pretraining.loss(model, x, y)
+    def __post_init__(self) -> None:
+        text = self.pretraining
+        self.format, self.tokens_per_step = text.format, text.tokens_per_step
+        self.get_batch, self.loss, self.sample = text.get_batch, text.loss, text.sample
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         metrics = self.pretraining.evaluate(model, full)
@@ -45,9 +42,6 @@ class TextTask:
             return metrics
         n_windows = self.pretraining.config.eval_windows
         return metrics | {"old": self.pretraining.mean_loss(model, self.old.val_ids, n_windows)}
-
-    def sample(self, model: GPT) -> str:
-        return self.pretraining.sample(model)
 
 
 # --- distillation
@@ -75,11 +69,11 @@ class DistillationTask:
     teacher: GPT
     temperature: float
     alpha: float
-    format: CheckpointFormat
-    tokens_per_step: int | None
 
-    def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
-        return self.pretraining.get_batch(step, micro_step)
+    def __post_init__(self) -> None:
+        text = self.pretraining
+        self.format, self.tokens_per_step = text.format, text.tokens_per_step
+        self.get_batch, self.evaluate, self.sample = text.get_batch, text.evaluate, text.sample
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         docs = self.pretraining.document_numbers(x)
@@ -88,12 +82,6 @@ class DistillationTask:
         logits, hard = model(x, y, docs)
         loss = distillation_loss(logits, teacher_logits, hard, self.temperature, self.alpha)
         return {"loss": loss}
-
-    def evaluate(self, model: GPT, full: bool = False) -> Metrics:
-        return self.pretraining.evaluate(model, full)
-
-    def sample(self, model: GPT) -> str:
-        return self.pretraining.sample(model)
 
 
 # --- questions and answers
@@ -249,7 +237,7 @@ def encode_pair(tokenizer: Tokenizer, pair: dict[str, str]) -> list[Example]:
     """The chosen and the rejected text of a preference pair, each after the prompt, and with an end
     token if the tokenizer has one."""
     prompt = encode_prompt(tokenizer, pair["prompt"]).numpy()
-    end = sorted(end_tokens(tokenizer))[:1]  # <EOS> before <|endoftext|>
+    end = sorted(end_tokens(tokenizer))[:1]  # the end token of the lowest id
     texts = (np.concatenate([tokenizer.encode(pair[key]), end]) for key in ("chosen", "rejected"))
     return [(np.concatenate([prompt, text]).astype(np.int64), len(prompt)) for text in texts]
 

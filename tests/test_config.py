@@ -134,7 +134,7 @@ def test_defaults_follow_what_is_given():
     ("line", "message"),
     [
         ("--n_embd 100 --n_head 3", "n_embd 100 is not divisible by n_head 3"),
-        ("--n_embd 9 --n_head 3", "rope needs an even head size, but n_embd / n_head is 3"),
+        ("--n_embd 9 --n_head 3", "rope needs an even head size, not 3"),
         ("--pos sinusoidal --n_embd 9", "sinusoidal positions need an even n_embd"),
         ("--token_shift --n_embd 9", "token_shift needs an even n_embd, not 9"),
         ("--lr_min 1 --lr_max 0.1", "lr_min 1 is above lr_max 0.1"),

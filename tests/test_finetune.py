@@ -599,3 +599,8 @@ def test_the_shipped_questions_are_many_valid_and_fairly_split():
     assert len(set(asked)) == len(asked)
     answers = {record["answer"] for record in records if record.get("held_out") is not True}
     assert all(record["answer"] in answers for record in held_out)  # known, in other words
+
+
+def test_without_arguments_the_error_says_what_to_give():
+    with pytest.raises(UserError, match="name the checkpoint to fine-tune"):
+        finetune.main([])

@@ -423,7 +423,7 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
         return metrics | ({"loss": metrics["loss"] * math.nan} if self.step == 8 else {})
 
     monkeypatch.setattr(Trainer, "train_step", break_at_8)
-    with pytest.raises(UserError, match=r"diverged at step 8 \(loss nan.*best\.pt and latest\.pt"):
+    with pytest.raises(UserError, match=r"diverged at step 8 \(loss nan.*earlier steps are kept"):
         train.main(TINY_RUN)
     assert final_state()["step"] == 5
     assert all(torch.isfinite(tensor).all() for tensor in final_state()["model"].values())
@@ -513,8 +513,8 @@ def test_two_runs_of_one_seed_are_equal(workplace):
         train.main([*TINY_RUN, "--dropout=0.1", f"--tag={tag}"])
     assert_same_run(final_state("checkpoints/one"), final_state("checkpoints/two"))
     train.main([*TINY_RUN, "--dropout=0.1", "--tag=three", "--seed=5"])
-    with pytest.raises(AssertionError):
-        assert_same_run(final_state("checkpoints/one"), final_state("checkpoints/three"))
+    one, three = (final_state(f"checkpoints/{tag}")["model"] for tag in ("one", "three"))
+    assert not torch.equal(one["tok.weight"], three["tok.weight"])
 
 
 def test_no_full_disk_is_silent(workplace, monkeypatch):
@@ -582,3 +582,10 @@ def test_a_document_mask_reaches_the_model():
     trainer.train_step()
     trainer.evaluate()
     assert seen[0].max() > 1 and len(seen) > 2 and None not in seen
+
+
+@pytest.mark.parametrize("flag", ["--optimizer=adamw", "--weight_decay=0.5"])
+def test_settings_of_the_optimizer_cannot_change_on_resume(workplace, flag):
+    train.main([*TINY_RUN, "--optimizer=muon"])
+    with pytest.raises(UserError, match="in the run to resume"):
+        train.main(["--resume", "--device=cpu", flag])

@@ -9,6 +9,7 @@ here do nothing.
 
 import contextlib
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -64,8 +65,11 @@ def init_process_group(device: torch.device) -> torch.device:
 
 
 def destroy_process_group() -> None:
-    """Disconnect from the other processes at the end of a run."""
+    """Disconnect from the other processes at the end of a run. The caller must have deleted the
+    model: a process that exits with a sharded model or before the others sometimes aborts."""
     if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -198,10 +202,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                     values[name] = shard_like(parameter, value)
 
 
+def full_tensor(tensor: Any) -> Tensor:
+    """A tensor with its shards gathered, if it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def gather(value: Any) -> Any:
-    """A state dict, list or tensor with all shards gathered, on the CPU."""
+    """A state dict or list with all sharded tensors gathered on the CPU."""
     if hasattr(value, "full_tensor"):
-        return value.full_tensor().cpu()
+        return full_tensor(value).cpu()
     if isinstance(value, dict):
         return {key: gather(item) for key, item in value.items()}
     return [gather(item) for item in value] if isinstance(value, list) else value

@@ -17,31 +17,31 @@ from training.distributed import rank
 from utils import atomic_write
 from viz.runs import best_record, plot_runs, read_run, save_figure, verdict
 
-Record = dict[str, Any]  # the metrics of one evaluation, by name
-Writer = Callable[[Record], None]  # forwards them to another tool
+Evaluation = dict[str, Any]  # the metrics of one evaluation, by name
+Writer = Callable[[Evaluation], None]  # forwards them to another tool
 
-# The files of a run, by what happens to them. A new run deletes them all.
+# The files and folders of a run, by what happens to them. A new run deletes them all.
 REWRITTEN = ("log.jsonl", "loss_log.json", "loss_curve.png")  # at each evaluation or at the end
 APPENDED = ("samples.txt",)  # on resume, cut back to their length at the checkpoint
 CHECKPOINTS = ("best.pt", "latest.pt", "ckpt_*.pt", "adapter.pt")
+FOLDERS = ("tensorboard",)  # rewritten when a run starts or resumes
 
-# How metrics are shown in the status line, in this order. Others come before the learning rate.
-FORMATS: dict[str, Callable[[float], str]] = {
-    "step": "step {}".format,
-    "train": "train {:.4f}".format,
-    "val": "val {:.4f}".format,
-    "ppl": "ppl {:.2f}".format,
-    "bpb": "bpb {:.3f}".format,
-    "lr": "lr {:.2e}".format,
-    "grad_norm": "grad {:.2f}".format,
-    "tokens_per_second": lambda value: f"{value / 1000:.1f}k tok/s",
-    "ms_per_step": "{:.1f} ms/step".format,
-    "seconds": lambda value: "",
+# Metrics in the order in which they are shown, with their format in the status line and in the
+# final summary ("": not shown there). Others are shown by name, before the learning rate.
+FORMATS: dict[str, tuple[str, str]] = {
+    "step": ("step {}", ""),
+    "train": ("train {:.4f}", ""),
+    "val": ("val {:.4f}", ""),
+    "ppl": ("ppl {:.2f}", "perplexity {:.2f}"),
+    "bpb": ("bpb {:.3f}", "{:.4f} bits per byte"),
+    "lr": ("lr {:.2e}", ""),
+    "grad_norm": ("grad {:.2f}", ""),
+    "tokens_per_second": ("{thousands:.1f}k tok/s", ""),
+    "ms_per_step": ("{:.1f} ms/step", ""),
+    "seconds": ("", ""),
 }
-FINAL_FORMATS: dict[str, Callable[[float], str]] = {
-    "ppl": "perplexity {:.2f}".format,
-    "bpb": "{:.4f} bits per byte".format,
-}
+OTHER_FORMATS = ("{name} {:.3f}", "{name} {:.4f}")
+READ_INTERVAL = 10  # steps; reading a metric waits for a GPU
 PLOT_INTERVAL = 5.0  # seconds; drawing the curve takes a fraction of one
 SAMPLE_LINES = 4  # of a sample that are printed
 
@@ -53,16 +53,16 @@ class RunLog:
     def __init__(
         self,
         config: TrainConfig,
-        header: Record,
+        header: dict[str, Any],
         tokens_per_step: int | None = None,
-        state: Record | None = None,
+        state: dict[str, Any] | None = None,
     ):
         """header: the first line of log.jsonl, what is trained. tokens_per_step: for tokens per
         second. state: the checkpoint of the run to resume; without one, a new run begins and the
         files of an earlier run in the folder are deleted."""
         self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
         self.run_dir = Path(config.out_dir, config.tag)
-        self.records: list[Record] = state["log"] if state else []
+        self.records: list[Evaluation] = state["log"] if state else []
         self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
         self.started = self.plotted = time.perf_counter()
         self.clock_time, self.clock_step = self.started, 0  # timing begins after this step ...
@@ -78,7 +78,7 @@ class RunLog:
             for record in self.records:
                 self.forward(record)
 
-    def prepare_files(self, state: Record | None) -> None:
+    def prepare_files(self, state: dict[str, Any] | None) -> None:
         """Delete the files of an earlier run, or cut the appended ones back to the checkpoint."""
         if state:
             for name, size in state.get("files", {}).items():
@@ -89,9 +89,10 @@ class RunLog:
         for pattern in (*REWRITTEN, *APPENDED, *CHECKPOINTS):
             for file in self.run_dir.glob(pattern):
                 file.unlink()
-        shutil.rmtree(self.run_dir / "tensorboard", ignore_errors=True)
+        for name in FOLDERS:
+            shutil.rmtree(self.run_dir / name, ignore_errors=True)
 
-    def state(self) -> Record:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this log."""
         files = (self.run_dir / name for name in APPENDED)
         return {
@@ -108,18 +109,21 @@ class RunLog:
         return self.bar
 
     def training_step(self, step: int, metrics: dict[str, Tensor]) -> None:
-        """Record a step: show its loss every ten steps, and keep its metrics for the evaluation."""
+        """Record a step: show its loss now and then, and keep its metrics for the evaluation."""
         first = self.timed_step is None
-        evaluated = step % self.config.eval_every == 0 or step == self.config.max_steps
-        if first or evaluated or step % 10 == 0:  # reading a metric waits for a GPU
+        if first or step % READ_INTERVAL == 0 or self.is_evaluation_step(step):
             self.metrics = {name: value.item() for name, value in metrics.items()}
             self.timed_step, self.timed_until = step, time.perf_counter()
         if first:  # it may have included compilation
             self.restart_clock(step)
         if self.bar is not None:
-            if step % 10 == 0:
+            if step % READ_INTERVAL == 0:
                 self.bar.set_postfix_str(f"loss {self.metrics['loss']:.4f}", refresh=False)
             self.bar.update()
+
+    def is_evaluation_step(self, step: int) -> bool:
+        """Whether the model is evaluated after this step."""
+        return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def restart_clock(self, step: int) -> None:
         """Time the steps after this one."""
@@ -151,7 +155,7 @@ class RunLog:
                 self.plot()
         return record is self.best()
 
-    def best(self) -> Record:
+    def best(self) -> Evaluation:
         """The record with the lowest validation loss."""
         return best_record(self.records)
 
@@ -171,7 +175,7 @@ class RunLog:
         for line in [line for line in sample.splitlines() if line][:SAMPLE_LINES]:
             tqdm.write(f"    {line}")
 
-    def write_log(self, *last: Record) -> None:
+    def write_log(self, *last: dict[str, Any]) -> None:
         """Write log.jsonl: the header, a line per evaluation, and at the end the final metrics."""
         with atomic_write(self.run_dir / "log.jsonl") as file:
             for record in (self.header, *self.records, *last):
@@ -182,7 +186,7 @@ class RunLog:
         save_figure(plot_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
         self.plotted = time.perf_counter()
 
-    def forward(self, record: Record) -> None:
+    def forward(self, record: Evaluation) -> None:
         """Send a record to TensorBoard and Weights & Biases, if they are in use."""
         for write in self.writers:
             write({name: value for name, value in record.items() if value is not None})
@@ -214,18 +218,26 @@ class RunLog:
         self.plot()
 
 
-def status_line(record: Record) -> str:
+def format_metrics(metrics: dict[str, Any], final: bool = False) -> list[str]:
+    """The metrics that are known and shown, formatted for the status line or the final summary."""
+    names = list(FORMATS)
+    at = names.index("lr")
+    names[at:at] = [name for name in metrics if name not in FORMATS]
+    words = []
+    for name in names:
+        text, value = FORMATS.get(name, OTHER_FORMATS)[final], metrics.get(name)
+        if text and value is not None:
+            words.append(text.format(value, name=name, thousands=value / 1000))
+    return words
+
+
+def status_line(record: Evaluation) -> str:
     """The metrics of an evaluation in one line.
 
     >>> status_line({"lr": 0.001, "margin": 0.5, "val": 1.23456, "step": 10, "grad_norm": None})
     'step 10 | val 1.2346 | margin 0.500 | lr 1.00e-03'
     """
-    names = list(FORMATS)
-    others = [name for name in record if name not in FORMATS]
-    at = names.index("lr")
-    shown = [name for name in (*names[:at], *others, *names[at:]) if record.get(name) is not None]
-    words = (FORMATS.get(name, f"{name} {{:.3f}}".format)(record[name]) for name in shown)
-    return " | ".join(filter(None, words))
+    return " | ".join(format_metrics(record))
 
 
 def format_final(metrics: dict[str, float]) -> str:
@@ -234,8 +246,7 @@ def format_final(metrics: dict[str, float]) -> str:
     >>> format_final({"val": 1.5, "ppl": 4.5, "bpb": 2.1847, "margin": 0.5})
     ' (perplexity 4.50, 2.1847 bits per byte, margin 0.5000)'
     """
-    others = {name: value for name, value in metrics.items() if name != "val"}
-    words = [FINAL_FORMATS.get(n, f"{n} {{:.4f}}".format)(v) for n, v in others.items()]
+    words = format_metrics(metrics, final=True)
     return f" ({', '.join(words)})" if words else ""
 
 
@@ -251,7 +262,7 @@ def writer_problems(config: TrainConfig) -> list[str]:
     ]
 
 
-def open_writers(config: TrainConfig, run_dir: Path, settings: Record) -> list[Writer]:
+def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -> list[Writer]:
     """A function per requested tool, TensorBoard and Weights & Biases, that takes a record.
 
     TensorBoard's files in run_dir/tensorboard are written again from step 0; Weights & Biases gets
@@ -261,12 +272,12 @@ def open_writers(config: TrainConfig, run_dir: Path, settings: Record) -> list[W
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # optional package
 
-        folder = run_dir / "tensorboard"
+        folder = run_dir / FOLDERS[0]
         shutil.rmtree(folder, ignore_errors=True)
         board = SummaryWriter(folder)
         board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
-        def write_board(record: Record) -> None:
+        def write_board(record: Evaluation) -> None:
             for name, number in record.items():
                 board.add_scalar(name, number, record["step"])
             board.flush()

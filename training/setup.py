@@ -72,11 +72,12 @@ def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | No
 def resumed_flags(flags: Flags, saved: Flags, fixed: set[str]) -> Flags:
     """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs
     from the checkpoint in a setting that cannot change during a run."""
+    fixed = fixed | {"optimizer", "weight_decay", "bpe_vocab_size"}
     raise_problems(
         [
             f"--{name} is {saved[name]!r} in the run to resume: leave it out, or start another run"
             for name in flags
-            if name in fixed and flags[name] != saved[name]
+            if name in fixed and flags[name] != saved.get(name, flags[name])
         ]
     )
     return saved | {"parallel": "ddp"} | flags  # how processes share the work is not saved
@@ -99,7 +100,7 @@ def tokenizer_problems(flags: Flags) -> list[str]:
     return []
 
 
-def check_run(gpt: GPTConfig, config: TrainConfig, state: State | None) -> list[str]:
+def check_run(config: TrainConfig) -> list[str]:
     """What prevents this run on this machine, in its folder, or with these processes."""
     found = device_problems(config.device) + writer_problems(config)
     if config.parallel == "fsdp" and not is_torchrun():

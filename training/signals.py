@@ -17,8 +17,9 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether any of the processes has received a signal; then all of them stop."""
-        self.number = all_reduce_max(self.number)
-        return self.number > 0
+        agreed = all_reduce_max(self.number)
+        self.number = agreed or self.number  # a signal may have arrived meanwhile
+        return agreed > 0
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number

@@ -19,6 +19,7 @@ from utils import TokenStream, bits_per_byte, document_numbers, even_starts, get
 
 Batch = tuple[Tensor, ...]
 Metrics = dict[str, float]
+MAX_EXP = 700.0  # exp overflows above 709; a diverged loss can be larger
 
 
 class CheckpointFormat(Protocol):
@@ -56,7 +57,7 @@ class Task(Protocol):
         """A micro-batch, and over how many tokens (or other units) its loss is a mean: a pure
         function of the arguments and the seed, so that resumed runs see the same data."""
 
-    def loss(self, model: nn.Module, *batch: Any, **unused: Any) -> dict[str, Tensor]:
+    def loss(self, model: nn.Module, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Scalars by name: "loss" is minimized, the others are only logged."""
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
@@ -77,13 +78,14 @@ class Pretraining:
         block_size: int,
         config: TrainConfig,
         device: torch.device,
+        format: CheckpointFormat | None = None,
     ):
         self.corpus, self.tokenizer, self.block_size = corpus, tokenizer, block_size
         self.config, self.device = config, device
         self.train_ids = to_gpu_if_small(corpus.train_ids, device)
         self.tokens_per_step: int | None = config.batch_size * config.grad_accum * block_size
         entries = {"tokenizer": tokenizer.to_dict(), "corpus": corpus.info}
-        self.format: CheckpointFormat = PlainFormat(entries)
+        self.format = format or PlainFormat(entries)
 
     def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
         config = self.config
@@ -109,7 +111,7 @@ class Pretraining:
             metrics["train"] = self.mean_loss(model, self.corpus.train_ids, n_windows)
         val = self.mean_loss(model, self.corpus.val_ids, n_windows)
         bpb = bits_per_byte(val, self.corpus.bytes_per_token)
-        return metrics | {"val": val, "ppl": math.exp(val), "bpb": bpb}
+        return metrics | {"val": val, "ppl": math.exp(min(val, MAX_EXP)), "bpb": bpb}
 
     def mean_loss(self, model: GPT, ids: TokenStream, n_windows: int | None) -> float:
         """The mean loss in nats per token over evenly spaced windows of a stream, or over all of it
