@@ -32,7 +32,7 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     Limits: low and high (inclusive), above and below (exclusive), choices. `group` starts a section
     of --help. `positional=True` also accepts the value without its flag. `alias` is another
     name of the flag, used by other code bases. `flag=False` leaves the field out of the command
-    line. A tuple takes all the positional arguments.
+    line. A field of type tuple takes all positional arguments.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -79,7 +79,9 @@ class GPTConfig:
     """The model. The defaults have GPT-2's vocabulary and today's usual components."""
 
     vocab_size: int = setting(50257, "token ids; the tokenizer's", low=1, flag=False)
-    block_size: int = setting(256, "window", low=1, group="model: sizes", alias="context_length")
+    block_size: int = setting(
+        256, "context window", low=1, group="model sizes", alias="context_length"
+    )
     n_layer: int = setting(6, "number of blocks", low=1, alias="n_layers")
     n_head: int = setting(0, "attention heads; 0: n_embd // 64", low=0, alias="n_heads")
     n_embd: int = setting(384, "channels of the residual stream", low=1, alias="d_model")
@@ -87,7 +89,7 @@ class GPTConfig:
     head_size: int = setting(0, "channels per head; 0: n_embd / n_head", low=0)
     n_inner: int = setting(0, "hidden width of the MLP; 0: 4 or 8/3 n_embd", low=0, alias="d_ff")
     dropout: float = setting(0.0, "dropout probability on residual branches", low=0, below=1)
-    norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model: components")
+    norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model components")
     mlp: str = setting("swiglu", "", choices=("gelu", "relu", "silu", "relu2", "swiglu"))
     pos: str = setting("rope", "", choices=("none", "learned", "sinusoidal", "rope"))
     post_norm: bool = setting(False, "post-norm: normalize after the residual addition")
@@ -130,11 +132,11 @@ class GPTConfig:
 class TrainConfig:
     """A training run."""
 
-    preset: str = setting("auto", "see below", choices=("auto", *PRESETS), group="run")
+    preset: str = setting("auto", "named settings", choices=("auto", *PRESETS), group="run")
     arch: str = setting("", "named architecture", choices=("", *ARCHS))
     data: str = setting("shakespeare", "file or folder, or shakespeare | plays | tinystories")
     tokenizer: str = setting("char", "", choices=("char", "bpe", *ENCODINGS))
-    bpe_vocab_size: int = setting(2000, "of --tokenizer bpe", low=257, alias="vocab_size")
+    bpe_vocab_size: int = setting(2000, "for --tokenizer bpe", low=257, alias="vocab_size")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of all runs")
     tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG")
@@ -151,9 +153,9 @@ class TrainConfig:
         None, "at most max_steps / 10 by default", low=0, alias="warmup"
     )
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", low=0)
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", low=0)
+    grad_clip: float = setting(1.0, "clip gradients to this norm; 0: no clipping", low=0)
     patience: int = setting(0, "stop after N evaluations without improvement; 0: never", low=0)
-    optimizer: str = setting("adamw", "muon: for the blocks", choices=("adamw", "muon"))
+    optimizer: str = setting("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"))
     overfit_batch: bool = setting(False, "sanity check: train on one batch to a loss below 0.01")
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")
     eval_windows: int = setting(128, "windows per split and evaluation", low=1)
@@ -163,7 +165,7 @@ class TrainConfig:
     wandb: bool = setting(False, "also log to Weights & Biases")
     device: str = setting("auto", DEVICE_HELP, group="machine")
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
-    compile: bool | None = setting(None, "torch.compile; default: the preset's, or if it works")
+    compile: bool | None = setting(None, "torch.compile; default: if it works here")
     grad_checkpoint: bool = setting(False, "recompute activations in the backward pass")
     parallel: str = setting("ddp", "replicate or shard the model", choices=("ddp", "fsdp"))
 
@@ -189,7 +191,7 @@ class TrainConfig:
 class SampleConfig:
     """How text is sampled."""
 
-    checkpoint: str = setting("", "default: best.pt of the newest run", positional=True)
+    checkpoint: str = setting("", "model; default: best.pt of the newest run", positional=True)
     prompt: str = setting("\n", "text to continue", group="sampling")
     prompt_file: str = setting("", "file with the text to continue")
     max_new_tokens: int = setting(500, "tokens to generate", low=1, alias="max_tokens")
@@ -197,15 +199,15 @@ class SampleConfig:
     temperature: float = setting(0.8, "below 1 sharpens the distribution, 0 is greedy", low=0)
     top_k: int = setting(0, "sample from the k most likely tokens; 0: all", low=0)
     top_p: float = setting(1.0, "nucleus sampling: total probability kept", above=0, high=1)
-    min_p: float = setting(0.0, "drop tokens below this share of the highest", low=0, below=1)
-    repetition_penalty: float = setting(1.0, "above 1: repeat fewer tokens", above=0)
+    min_p: float = setting(0.0, "drop tokens below this times the highest", low=0, below=1)
+    repetition_penalty: float = setting(1.0, "above 1: less repetition", above=0)
     beams: int = setting(0, "beam search with this many beams, no sampling; 0: off", low=0)
-    stop: str = setting("", "end the text before this string, or one of several: 'A|B'")
+    stop: str = setting("", "stop before this string, or one of several: 'A|B'")
     seed: int = setting(1337, "random seed; sample i of a seed is always the same text", low=0)
-    stream: bool | None = setting(None, "print tokens as they come; default: in a terminal")
+    stream: bool | None = setting(None, "print tokens as they come; default: on a terminal")
     output_file: str = setting("", "write to this file, below the command that reproduces it")
     device: str = setting("auto", DEVICE_HELP, group="machine")
-    precision: str = setting("float32", "of the weights", choices=(*PRECISIONS[1:], "int8"))
+    precision: str = setting("float32", "of weights", choices=(*PRECISIONS[1:], "int8"))
     compile: bool = setting(False, "torch.compile: takes up to a minute, then faster")
     cache: bool = setting(True, "keep a KV cache; off: recompute everything for each token")
 
@@ -333,7 +335,7 @@ def read_flags(words: list[str], known: dict[str, Field]) -> tuple[dict[str, Any
             if equals:
                 problems.append(f"--{name} takes no value: write --{f.name} or --no-{f.name}")
         elif not equals and (not rest or rest[0].startswith("--")):
-            problems.append(f"--{name} needs a value (one that begins with -- as --{name}=VALUE)")
+            problems.append(f"--{name} needs a value (write --{name}=VALUE if it begins with --)")
         else:
             try:
                 flags[f.name] = convert(f, text if equals else rest.pop(0))

@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     target = Path(config.paths[-1])
     if target.exists() and not config.overwrite:
         raise UserError(f"{target} exists: add --overwrite or choose another path")
+    exported = ("config.json", "adapter_config.json")
+    if target.is_dir() and not any((target / name).is_file() for name in exported):
+        raise UserError(f"{target}/ is not an exported model: choose another path")
     if config.source:
         import_hf(config.source, target)
         return 0

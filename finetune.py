@@ -138,7 +138,7 @@ def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
         if corpus.info["sha256"] != base.state["corpus"]["sha256"]:
             raise UserError(f"{data} is not what the checkpoint was trained on")
     except UserError as error:
-        print(f"without the loss on the old corpus: {error}")
+        print(f"not logging the loss on the old corpus: {error}")
         return None
     return corpus
 

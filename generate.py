@@ -1,8 +1,8 @@
 """Sample text from a checkpoint.
 
-python generate.py                           500 tokens from the best checkpoint of the newest run
-python generate.py checkpoints/best.pt --prompt "ROMEO:" --temperature 0.9 --top_k 50 --seed 42
-python generate.py --num_samples 3 --output_file samples.txt
+    python generate.py                          500 tokens from best.pt of the newest run
+    python generate.py checkpoints/best.pt --prompt "ROMEO:" --temperature 0.9 --top_k 50 --seed 42
+    python generate.py --num_samples 3 --output_file samples.txt
 
 For a chat, token probabilities and comparisons of settings see explore.py.
 """
@@ -204,11 +204,16 @@ class TextWriter:
         return text
 
 
+def stop_strings(config: SampleConfig) -> list[str]:
+    """The strings that end a text; backslash and n, as a shell passes them, are a newline."""
+    return config.stop.replace("\\n", "\n").split("|")
+
+
 def stream_texts(
     model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Tensor
 ) -> Iterator[list[str]]:
     """Continue a prompt (T,); yields the new text of each sample, per step."""
-    writers = [TextWriter(tokenizer, config.stop.split("|")) for _ in range(config.num_samples)]
+    writers = [TextWriter(tokenizer, stop_strings(config)) for _ in range(config.num_samples)]
     for step in generate(model, prompt, config, end_tokens(tokenizer)):
         yield [w.add(i) for w, i in zip(writers, step.ids.tolist(), strict=True)]
         if all(writer.done for writer in writers):
@@ -228,7 +233,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[
     ends = end_tokens(tokenizer)
     texts = []
     for score, ids in beam_search(model, prompt, config.beams, config.max_new_tokens, ends):
-        writer = TextWriter(tokenizer, config.stop.split("|"))
+        writer = TextWriter(tokenizer, stop_strings(config))
         text = "".join(map(writer.add, ids)) + writer.finish()
         texts.append(f"{start}{text}\n[{score:.4f} per token]")
     return texts
@@ -259,7 +264,7 @@ def header(config: SampleConfig, state: dict[str, Any]) -> str:
         if value != field.default and not from_file:
             quoted = shlex.quote(str(value)).replace("\n", "'$'\\n''")  # one line, also in a shell
             command += f" --{name}={quoted}"
-    return f"# a model of {state['corpus']['name']}, step {state['step']}\n# {command}\n\n"
+    return f"# model trained on {state['corpus']['name']}, step {state['step']}\n# {command}\n\n"
 
 
 def sampling_problems(config: SampleConfig) -> list[str]:

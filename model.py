@@ -71,7 +71,7 @@ MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 
 
 # --- positions: each module takes token embeddings (B, T, C), the first at position `start`, and
-# returns them with what it adds, and how attention is to use positions
+# returns them, with position vectors added if it has any, and what attention needs
 class AttentionPositions(NamedTuple):
     """How positions act on attention, computed once per forward pass and used by every layer."""
 
@@ -80,7 +80,7 @@ class AttentionPositions(NamedTuple):
 
 
 class NoPositions(nn.Module):
-    """Adds nothing: the causal mask alone lets a model learn to count (Haviv et al. 2022)."""
+    """No vectors: the causal mask alone lets a model infer positions (Haviv et al. 2022)."""
 
     def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, AttentionPositions]:
         return x, AttentionPositions()

@@ -38,7 +38,7 @@ SAME_SIZES = ("quick", "baseline")  # presets with the sizes of others
 
 @dataclass
 class PrepareConfig:
-    """What else prepare.py does, and how fast."""
+    """Statistics, and the number of processes."""
 
     stats: bool = setting(
         False, "print document lengths and suitable windows and presets", group="other"
@@ -130,7 +130,7 @@ def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
 def usage_problems(
     config: DatasetConfig, cleaning: CleanConfig, options: PrepareConfig
 ) -> list[str]:
-    """Without sources, only the statistics of a named data set can be printed."""
+    """Sources are required, unless --stats and --name are given."""
     if config.sources or (options.stats and config.name):
         return []
     return ["give files, folders, or the name of a data set (see --help)"]

@@ -155,9 +155,9 @@ class BPETokenizer:
 
 
 def chunks(text: str, size: int = 1 << 14) -> Iterator[str]:
-    """A text in chunks of at most `size` characters that give the same tokens as the full text: a
-    chunk ends before a space that follows a word, where every pattern starts a new piece; if there
-    is no such place, anywhere.
+    """A text in chunks of at most `size` characters. A chunk ends before a space that follows a
+    word, where every pattern starts a new piece, so the tokens are those of the full text. Without
+    such a space it ends after `size` characters, and the tokens may differ.
 
     tiktoken's regex engine fails on runs of a million spaces, and its time is quadratic in the
     length of a piece.

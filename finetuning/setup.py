@@ -30,12 +30,12 @@ class FinetuneConfig:
     """What is fine-tuned, and for which objective."""
 
     source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning")
-    objective: str = setting("text", "", choices=("text", "qa", "distill", "dpo"))
+    objective: str = setting("text", "what to train for", choices=("text", "qa", "distill", "dpo"))
     long: str = setting("cut", "records longer than the window: cut the prompt, or skip them",
                         choices=("cut", "skip"))  # fmt: skip
     teacher: str = setting("", "distill: checkpoint of the teacher")
-    temperature_kd: float = setting(4.0, "distill: softens both distributions", above=0)
-    alpha: float = setting(0.5, "distill: weight of the soft loss against the hard", low=0, high=1)
+    temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
+    alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)
     beta: float = setting(0.1, "dpo: KL penalty strength", above=0)
     merge: str = setting("", "adapter.pt to merge into its base, without training")
 
@@ -52,9 +52,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # model forget.
 LR_SCALE = {"text": 0.1, "qa": 1.0, "distill": 0.1, "dpo": 0.01}
 LORA_LR_SCALE = 5  # on top of that: low-rank matrices start at zero
-IMPORTED_LR = 3e-4  # instead of pretraining's peak rate, which an imported model does not know
+IMPORTED_LR = 3e-4  # instead of pretraining's peak rate, which is unknown for an imported model
 MUON_LR_SCALE = 0.5  # for models trained with Muon, whose rates are higher than AdamW's
-# Settings of the teacher that a new student does not inherit if it is given the one on the left.
+# Settings of the teacher that a new student does not inherit if the setting on the left is given.
 DERIVED = {
     "n_embd": ("n_head", "n_kv_head", "head_size", "n_inner"),
     "n_head": ("n_kv_head", "head_size"),
@@ -128,7 +128,9 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
         found.append("--lora_rank adapts a trained model: name its checkpoint")
     fixed = {"preset", "arch", "tokenizer", "bpe_vocab_size"}
     fixed |= set() if student else asdict(GPTConfig()).keys() - {"dropout"}
-    found += [f"--{name} is determined by the checkpoint" for name in flags if name in fixed]
+    found += [
+        f"--{name} is determined by the checkpoint: leave it out" for name in flags if name in fixed
+    ]
     if objective == "distill" and not settings.teacher:
         found.append("--objective distill needs a --teacher")
     if objective != "distill" and not settings.source:
@@ -136,7 +138,7 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
     if objective in ("text", "dpo") and not flags.get("data"):
         found.append(f"--objective {objective} needs --data")
     if objective == "text" and str(flags.get("data")).endswith(".json"):
-        found.append(f"{flags['data']} holds questions and answers: --objective qa")
+        found.append(f"{flags['data']} contains questions and answers: use --objective qa")
     return found
 
 
@@ -181,7 +183,7 @@ def check_finetune(
     found = check_run(config)
     source, run_dir = Path(settings.source or settings.teacher), Path(config.out_dir, config.tag)
     if state and state["finetune"]["base_sha256"] != base.sha256:
-        found.append(f"{source} has changed since the run that is to be resumed")
+        found.append(f"{source} has changed since this run began")
     if config.parallel == "fsdp":
         found.append("--parallel fsdp is for train.py: leave it out")
     if source.resolve().parent == run_dir.resolve():

@@ -288,7 +288,7 @@ def pad_batch(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
     """Examples as a batch, x and y (B, T), padded on the right to the longest.
 
     y[b, t] is the token after x[b, t], or -100, which the loss ignores, in the prompt and the
-    padding. Causal attention never looks at later tokens, so the padding needs no mask.
+    padding. Causal attention never attends to later tokens, so the padding needs no mask.
     """
     T = max(len(ids) for ids, _ in examples) - 1
     x = torch.full((len(examples), T), pad)

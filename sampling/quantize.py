@@ -42,8 +42,8 @@ class Int8Linear(nn.Module):
 
 
 def lower_precision(model: nn.Module, precision: str) -> None:
-    """Convert the model's parameters in place. int8 is for the weights of linear layers; the other
-    parameters become bfloat16 then. RoPE's angles stay in float32."""
+    """Convert the model's parameters in place. With int8, the weights of linear layers become
+    int8 and the other parameters bfloat16. RoPE's angles stay in float32."""
     if precision == "float32":
         return
     if precision == "int8":

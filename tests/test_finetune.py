@@ -321,7 +321,7 @@ def test_text_runs_also_report_the_loss_on_the_old_corpus(place: Path, capsys):
     assert read("text")["log"][-1]["old"] > whole
     Path("data/input.txt").write_text(make_text(500))
     tune("--data=other.txt", "--tag=without")
-    assert "without the loss on the old corpus" in capsys.readouterr().out
+    assert "not logging the loss on the old corpus" in capsys.readouterr().out
     assert "old" not in read("without")["log"][0]
 
 
@@ -480,7 +480,7 @@ def test_long_records_are_reported(place: Path, capsys):
         (["--data=other.txt", "--lora_rank=2", "--lora_targets=x"], "lora_targets must be one of"),
         (["--data=other.txt", "--n_layer=3"], "--n_layer is determined by the checkpoint"),
         (["--data=other.txt", "--tag=../x"], "must be a plain name"),
-        (["--data=data/qa.json"], "holds questions and answers: --objective qa"),
+        (["--data=data/qa.json"], "contains questions and answers: use --objective qa"),
         (["--objective=qa", "--alpha=0.5", "--foo"], "unknown flag --foo.*--alpha is for"),
         (["--objective=distill", "--teacher=checkpoints/other.pt"], "different tokenizers"),
         (["--objective=distill", "--teacher=checkpoints/short.pt"], "window of 16 .* is shorter"),
@@ -521,12 +521,12 @@ def test_resume_rejects_other_settings_data_or_bases(place: Path):
     with pytest.raises(UserError, match=r"a run of train\.py: resume it with train\.py"):
         finetune.main(["--resume", "--tag=", "--device=cpu"])
     Path("data/qa.json").write_text(json.dumps(RECORDS[1:]))
-    with pytest.raises(UserError, match=r"qa\.json has changed since the run"):
+    with pytest.raises(UserError, match=r"qa\.json has changed since this run"):
         finetune.main(["--resume", "--tag=qa", "--device=cpu"])
     state = read("", "best.pt")
     state["model"]["norm.weight"] += 1
     utils.save_checkpoint(Path("checkpoints/best.pt"), state)
-    with pytest.raises(UserError, match=r"best\.pt has changed since the run"):
+    with pytest.raises(UserError, match=r"best\.pt has changed since this run"):
         finetune.main(["--resume", "--tag=qa", "--device=cpu"])
 
 

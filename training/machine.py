@@ -83,8 +83,8 @@ def memory_estimate(
 
     The activations are counted from the formulas of model.py: for GPT-2's components, 10 C + 3 F
     numbers per block and token; newer components have more operations (compiling fuses some of
-    them). With grad_checkpoint there are C per block, and those of one block. The logits count
-    twice, once in float32, with their gradient.
+    them). With grad_checkpoint only C per block and token are kept, plus all those of the block
+    being recomputed. The logits count twice, once in float32, with their gradient.
     """
     width = 4 if config.precision == "float32" else 2
     C = 10 + 4 * (gpt.norm == "rmsnorm") + 4 * gpt.qk_norm + 2 * (gpt.pos == "rope")

@@ -65,9 +65,12 @@ class RunLog:
         self.records: list[Evaluation] = state["log"] if state else []
         self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
         self.started = self.plotted = time.perf_counter()
-        self.clock_time, self.clock_step = self.started, 0  # timing begins after this step ...
-        self.timed_step: int | None = None  # ... and ends after this one,
-        self.timed_until = self.started  # at this time
+        self.clock_time, self.clock_step = (
+            self.started,
+            0,
+        )  # when the timed interval began, and after which step
+        self.timed_step: int | None = None  # the last step whose metrics were read
+        self.timed_until = self.started  # when they were read
         self.metrics: dict[str, float] = {}  # of the last step that was read
         self.bar: tqdm | None = None
         self.writers: list[Writer] = []

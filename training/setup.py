@@ -1,4 +1,4 @@
-"""Before the first step of a run: its settings, what is wrong with them, the summary."""
+"""Prepare a run: resolve and check its settings, set up the machine, print a summary."""
 
 import math
 import os
@@ -131,7 +131,7 @@ def check_corpus(corpus: Corpus, config: TrainConfig, block_size: int, state: St
 def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | None) -> None:
     """Raise UserError if the data are not those of the run to resume."""
     if state and state["corpus"]["sha256"] != info["sha256"]:
-        raise UserError(f"{config.data} has changed since the run that is to be resumed")
+        raise UserError(f"{config.data} has changed since this run began")
 
 
 # --- machine

@@ -36,7 +36,7 @@ class CheckpointFormat(Protocol):
 
 @dataclass
 class PlainFormat:
-    """All weights as they are."""
+    """Checkpoints that contain the weights unchanged."""
 
     entries: dict[str, Any]
 
@@ -54,7 +54,7 @@ class Task(Protocol):
     tokens_per_step: int | None  # for tokens per second; None if it varies
 
     def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
-        """A micro-batch, and over how many tokens (or other units) its loss is a mean: a pure
+        """A micro-batch, and the number of tokens (or pairs) that its loss averages. A pure
         function of the arguments and the seed, so that resumed runs see the same data."""
 
     def loss(self, model: nn.Module, *batch: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class Task(Protocol):
         over the whole validation split, at the end of a run."""
 
     def sample(self, model: GPT) -> str:
-        """A text that shows what the model does."""
+        """Sample text for the log."""
 
 
 class Pretraining:
@@ -135,7 +135,7 @@ class Pretraining:
 
 
 def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int) -> str:
-    """A text of so many tokens, as after a newline if the tokenizer has one."""
+    """n_tokens tokens after a newline, or after an empty prompt if the tokenizer has no newline."""
     prompt = "" if tokenizer.unknown("\n") else "\n"
     config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens)
     return sample_text(model, tokenizer, config)[0]

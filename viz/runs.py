@@ -51,6 +51,8 @@ def read_run(path: Path) -> Run:
     if path.suffix == ".pt":
         state = read_checkpoint(path)
         settings = state["gpt_config"] | state["train_config"] | {"corpus": state["corpus"]}
+        if not state["log"]:
+            raise UserError(f"{path} cannot be plotted: it contains no evaluations")
         return Run(str(path), settings, state["log"])
     file = path if path.suffix == ".jsonl" else path / "log.jsonl"
     try:
