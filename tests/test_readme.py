@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -131,7 +132,8 @@ def test_the_custom_loss_is_trained_and_logged(workplace: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     original = train.main
     monkeypatch.setattr(train, "main", lambda argv, task: original([*argv, *TINY_RUN], task))
-    exec(compile(snippet, "README.md", "exec"), {})
+    Path("custom_loss.py").write_text(snippet)
+    runpy.run_path("custom_loss.py")
     lines = Path("checkpoints/smoothed/log.jsonl").read_text().splitlines()
     last = json.loads(lines[-2])
     state = utils.read_checkpoint(Path("checkpoints/smoothed/latest.pt"))
