@@ -150,7 +150,7 @@ class TrainConfig:
     lr_min: float = setting(0.0, "final learning rate", low=0)
     schedule: str = setting("cosine", "decay to lr_min", choices=("cosine", "linear"))
     warmup_steps: int | None = setting(
-        None, "at most max_steps / 10 by default", low=0, alias="warmup"
+        None, "linear warmup; default: 100, or max_steps / 10 if less", low=0, alias="warmup"
     )
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", low=0)
     grad_clip: float = setting(1.0, "clip gradients to this norm; 0: no clipping", low=0)

@@ -157,9 +157,10 @@ def is_adapter(path: Path) -> bool:
 
 def read_adapter(path: Path) -> dict[str, Any]:
     """The contents of an adapter file, on the CPU. Raises UserError if it is not an adapter."""
-    if not is_adapter(path):
+    adapter = utils.read_data(path)
+    if not isinstance(adapter, dict) or not adapter.keys() >= ADAPTER_KEYS:
         raise UserError(f"{path} is not an adapter of this program")
-    return utils.read_data(path)
+    return adapter
 
 
 def check_adapter(adapter: dict[str, Any], plain: dict[str, Tensor], path: Path) -> None:

@@ -65,10 +65,8 @@ class RunLog:
         self.records: list[Evaluation] = state["log"] if state else []
         self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
         self.started = self.plotted = time.perf_counter()
-        self.clock_time, self.clock_step = (
-            self.started,
-            0,
-        )  # when the timed interval began, and after which step
+        # when the timed interval began, and after which step
+        self.clock_time, self.clock_step = self.started, 0
         self.timed_step: int | None = None  # the last step whose metrics were read
         self.timed_until = self.started  # when they were read
         self.metrics: dict[str, float] = {}  # of the last step that was read
