@@ -8,7 +8,6 @@ these that defines it: the flag, --arch, --preset, the default here.
 import difflib
 import math
 import operator
-import os
 import sys
 import textwrap
 import typing
@@ -233,6 +232,7 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 # --- validation
 
 
+FLOAT32 = (1.2e-38, 3.4e38)  # its smallest and largest positive numbers
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "low": ("at least", operator.ge),
     "high": ("at most", operator.le),
@@ -243,20 +243,33 @@ LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def all_problems(config: Any) -> list[str]:
-    """The fields outside the limits of their `setting` line, and what config.problems() finds."""
-    found = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            found.append(f"{f.name} must be a finite number, not {value}")
-            continue
-        for key in LIMITS.keys() & f.metadata.keys() if value is not None else ():
+    """The fields of a wrong type; if there are none, those outside the limits of their `setting`
+    line, and what config.problems() finds."""
+    values = [(f, getattr(config, f.name)) for f in fields(config)]
+    values = [(f, value) for f, value in values if value is not None or kind_of(f) is f.type]
+    found = [f"{f.name} must be {p}, not {v!r}" for f, v in values if (p := type_problem(f, v))]
+    if found:
+        return found
+    for f, value in values:
+        for key in LIMITS.keys() & f.metadata.keys():
             words, holds = LIMITS[key]
             limit = f.metadata[key]
             if not holds(value, limit):
                 limit = ", ".join(filter(None, limit)) if key == "choices" else limit
                 found.append(f"{f.name} must be {words} {limit}, not {value!r}")
     return found + (config.problems() if hasattr(config, "problems") else [])
+
+
+def type_problem(f: Field, value: Any) -> str:
+    """What a field's value must be if it has another type, or is a number out of range."""
+    kind = kind_of(f)
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        return f"of type {kind.__name__}"
+    if kind is int and abs(value) >= 2**63:
+        return "below 2**63"
+    if kind is float and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
+        return "a finite number that float32 can represent"
+    return ""
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -308,7 +321,7 @@ def read_flags(words: list[str], known: dict[str, Field]) -> tuple[dict[str, Any
     `--n_embd 8` and `--n_embd=8` are the same. (argparse stops at the first problem, and takes
     values such as -1e-3 for flags.)"""
     flags: dict[str, Any] = {}
-    problems = []
+    problems = [f"invalid UTF-8: {w!r}" for w in words if w != w.encode(errors="replace").decode()]
     spellings = {name: f for f in known.values() for name in flag_names(f)}
     positionals = [f for f in known.values() if f.metadata.get("positional")]
     rest = list(words)
@@ -385,15 +398,3 @@ def help_text(known: dict[str, Field], defaults: dict[str, Any], doc: str) -> st
             text += f" [{value}]".replace("\n", "\\n")
         lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent=" " * 32))
     return "\n".join(lines)
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit; a UserError is one line on stderr and status 2."""
-    try:
-        sys.exit(main())
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))  # set by torchrun
-        print(f"error{f' in process {rank}' * (rank > 0)}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import DEVICE_HELP, SampleConfig, UserError, from_dict, parse_args, run, setting
+from config import DEVICE_HELP, SampleConfig, UserError, from_dict, parse_args, setting
 from generate import (
     TextWriter,
     adjust_logits,
@@ -30,6 +30,7 @@ from generate import (
     sampling_settings,
 )
 from model import GPT
+from system.errors import run
 from tokenizer import Tokenizer
 from utils import device_problems, load_checkpoint, newest_checkpoint, pick_device
 from viz.internals import token_labels

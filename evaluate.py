@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, UserError, parse_args, run, setting
+from config import DEVICE_HELP, PRECISIONS, UserError, parse_args, setting
 from corpus.load import Corpus, load_corpus
 from model import GPT
+from system.errors import run
 from training.machine import pick_precision
 
 COLUMNS = ("checkpoint", "parameters", "split", "tokens", "loss", "ppl", "bpb", "top-1", "tok/s")

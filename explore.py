@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import SampleConfig, UserError, all_problems, convert, parse_args, run, setting
+from config import SampleConfig, UserError, all_problems, convert, parse_args, setting
 from corpus.records import prompt_text
 from generate import (
     adjust_logits,
@@ -34,6 +34,7 @@ from generate import (
     stream_texts,
 )
 from model import GPT
+from system.errors import run
 from tokenizer import Tokenizer
 from utils import atomic_write
 

@@ -13,10 +13,11 @@ Needs `pip install safetensors`, and for the hub `pip install huggingface_hub`.
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse_args, run, setting
+from config import UserError, parse_args, setting
 from exporting.huggingface import export_hf, import_hf, upload
 from exporting.peft import export_adapter
 from finetuning import lora
+from system.errors import run
 
 
 @dataclass

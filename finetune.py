@@ -25,7 +25,6 @@ from config import (
     UserError,
     from_dict,
     parse_args,
-    run,
 )
 from corpus.files import iter_documents
 from corpus.load import Corpus, file_info, find_corpus, load_corpus, split_documents, split_records
@@ -36,14 +35,16 @@ from finetuning.new_tokens import EMBEDDINGS, extend_tokenizer, extend_weights
 from finetuning.setup import Base, FinetuneConfig, check_finetune, resolve_finetune
 from finetuning.tasks import DistillationTask, DPOTask, QATask, Splits, TextTask, encode_splits
 from model import GPT
+from system.errors import run
 from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer
-from train import Trainer, overfit_batch, run_training
+from train import Trainer, run_training
 from training.distributed import (
     destroy_process_group,
     init_process_group,
     local_rank_zero_first,
     rank,
 )
+from training.overfit import overfit_batch
 from training.setup import (
     check_corpus,
     check_unchanged,

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SampleConfig, parse_args, run
+from config import SampleConfig, parse_args
 from corpus.files import read_text
 from model import GPT, KVCache
 from sampling.beam_search import beam_search
 from sampling.quantize import cache_dtype, lower_precision
+from system.errors import run
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import atomic_write, device_problems, load_checkpoint, newest_checkpoint, pick_device
 

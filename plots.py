@@ -13,7 +13,8 @@ The extension of --output_file, .png or .svg, selects the format.
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse_args, run, setting
+from config import UserError, parse_args, setting
+from system.errors import run
 from utils import newest_checkpoint
 from viz.internals import parse_numbers, plot_internals
 from viz.runs import X_LABELS, plot_runs, read_run, save_figure

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import PRESETS, UserError, parse_args, run, setting, train_settings
+from config import PRESETS, UserError, parse_args, setting, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
 from corpus.load import open_dataset
 from model import GPT
+from system.errors import run
 
 # Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
 TOKENS_PER_PARAMETER = 20

@@ -15,17 +15,19 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from tqdm import tqdm
 
 import tokenizer as tokenizers
-from config import GPTConfig, TrainConfig, UserError, parse_args, run
+from config import GPTConfig, TrainConfig, UserError, from_dict, parse_args
 from corpus.load import is_dataset, load_corpus
 from model import GPT
+from system.errors import run
+from system.folders import locked
 from training.distributed import (
     Weights,
     all_reduce_mean,
@@ -42,9 +44,11 @@ from training.distributed import (
     world_size,
     wrap,
 )
+from training.overfit import overfit_batch
 from training.run_log import READ_INTERVAL, RunLog
 from training.setup import (
     check_corpus,
+    check_current,
     check_run,
     preset_table,
     print_summary,
@@ -53,7 +57,14 @@ from training.setup import (
 )
 from training.signals import StopSignal
 from training.task import Metrics, Pretraining, Task
-from utils import autocast, mix_seed, pick_device, read_checkpoint, save_checkpoint
+from utils import (
+    autocast,
+    matching_contents,
+    mix_seed,
+    pick_device,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 # --- schedule and optimizers
 
@@ -115,7 +126,7 @@ class Trainer:
         if config.compile:  # block by block: they are alike, so one compilation serves all
             for block in model.blocks:
                 block.compile()
-        self.net = wrap(model, config.parallel, device, config.precision)  # with DDP or FSDP
+        self.net = wrap(model, config.parallel, device)  # with DDP or FSDP
         self.weights = Weights(model)
         self.task, self.config, self.device = task, config, device
         self.optimizers = configure_optimizers(model, config)
@@ -141,11 +152,11 @@ class Trainer:
                 log.training_step(self.step, metrics)
                 if log.is_evaluation_step(self.step):
                     self.evaluate_and_save(log)
-                if config.save_every and self.step % config.save_every == 0:
-                    self.save(f"ckpt_{self.step:05d}.pt", log)
+                elif names := self.numbered():
+                    self.save(log, names)
         if not stop.requested():
             return 0
-        self.save("latest.pt", log)
+        self.save(log, ["latest.pt"])
         log.stopped(self.step)
         return 128 + stop.number
 
@@ -153,8 +164,7 @@ class Trainer:
         """One optimizer step. Returns the terms of the loss, averaged over the step's tokens, and
         the norm of the gradient before clipping: scalars on the device."""
         config = self.config
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()  # 1. zero gradients
+        self.model.zero_grad()  # 1. zero gradients
         step = 0 if config.overfit_batch else self.step
         batches = [self.task.get_batch(step, m) for m in self.micro_steps]  # 2. get batch
         n_tokens = all_reduce_sum(torch.stack([n for _, n in batches]).sum())
@@ -173,6 +183,8 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         max_norm = config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)  # 7. clip
+        if self.scaler.is_enabled() and not norm.isfinite():
+            self.model.zero_grad()  # float16 overflowed somewhere: no optimizer takes this step
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(self.step, config)  # 8. set learning rate
@@ -222,20 +234,25 @@ class Trainer:
     # --- checkpoints
 
     def evaluate_and_save(self, log: RunLog) -> None:
-        """Evaluate, log, and save latest.pt, and best.pt if it is the best step so far."""
+        """Evaluate, log, and save the checkpoints that are due."""
         self.check_finite()
         metrics = self.evaluate()
         sample = ""
         if self.config.sample_tokens:
             with self.eval_mode():
                 sample = self.task.sample(self.model).strip("\n")
-        if log.evaluation(self.step, metrics, get_lr(self.step, self.config), sample):
-            self.save("best.pt", log)
-        self.save("latest.pt", log)  # last: all other files are at least as new
+        is_best = log.evaluation(self.step, metrics, get_lr(self.step, self.config), sample)
+        # latest.pt last: a run killed before it is complete repeats these steps and files
+        self.save(log, ["best.pt"] * is_best + self.numbered() + ["latest.pt"])
         log.restart_clock(self.step)
 
-    def save(self, name: str, log: RunLog) -> None:
-        """Write a checkpoint with everything that an exact resume needs, for any number of
+    def numbered(self) -> list[str]:
+        """The name of the checkpoint that save_every asks for after this step, if it does."""
+        due = self.config.save_every and self.step and self.step % self.config.save_every == 0
+        return [f"ckpt_{self.step:05d}.pt"] if due else []
+
+    def save(self, log: RunLog, names: list[str]) -> None:
+        """Write checkpoints with everything that an exact resume needs, for any number of
         processes. (Batches and dropout are functions of the step.)"""
         self.check_finite()
         weights = self.weights.get()
@@ -251,7 +268,8 @@ class Trainer:
             "step": self.step,
             **log.state(),
         }
-        save_checkpoint(log.run_dir / name, state)
+        for name in names:
+            save_checkpoint(log.run_dir / name, state)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: on a CPU, all that follows is bit for bit the same."""
@@ -280,29 +298,26 @@ def run_training(trainer: Trainer, state: dict[str, Any] | None = None) -> tuple
     and the log."""
     settings = asdict(trainer.model.config) | asdict(trainer.config)
     header = {"corpus": trainer.task.format.entries["corpus"]} | settings
-    log = RunLog(trainer.config, header, trainer.task.tokens_per_step, state)
-    if state:
-        trainer.restore(state)
-        print(f"resuming at step {trainer.step}")
-    status = trainer.train(log)
-    if status == 0:
-        log.finish(trainer.evaluate_best(log))
+    run_dir = Path(trainer.config.out_dir, trainer.config.tag)
+    with contextlib.nullcontext() if rank() else locked(run_dir, "a training run"):
+        check_current(run_dir, trainer.config, state)
+        if state:
+            with matching_contents(run_dir / "latest.pt"):
+                trainer.restore(state)
+            warn_if_rate_jumps(trainer.step, trainer.config, state["train_config"])
+            print(f"resuming at step {trainer.step}")
+        log = RunLog(trainer.config, header, trainer.task.tokens_per_step, state)
+        status = trainer.train(log)
+        if status == 0:
+            log.finish(trainer.evaluate_best(log))
     return status, log
 
 
-def overfit_batch(trainer: Trainer) -> int:
-    """A sanity check that writes no files: train on one batch until its loss is below 0.01. Returns
-    the exit status, 0 if that happens within max_steps."""
-    with tqdm(total=trainer.config.max_steps, unit="step", leave=False, disable=None) as bar:
-        while trainer.step < trainer.config.max_steps:
-            loss = trainer.train_step()["loss"].item()
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            if loss < 0.01:
-                print(f"one batch overfitted: loss {loss:.4f} at step {trainer.step}, as expected")
-                return 0
-    print(f"one batch could not be overfitted: loss {loss:.4f} after {trainer.step} steps")
-    return 1
+def warn_if_rate_jumps(step: int, config: TrainConfig, saved: dict[str, Any]) -> None:
+    """Warn if new settings raise the learning rate at the step at which a run resumes."""
+    before, now = (get_lr(step, c) for c in (from_dict(TrainConfig, saved), config))
+    if now > 1.5 * before:
+        print(f"warning: the learning rate at step {step} is now {now:g} instead of {before:g}")
 
 
 def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraining) -> int:
@@ -324,10 +339,11 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
     if is_dataset(config.data):
         config.tokenizer = tokenizer.to_dict()["kind"]
     why_precision = setup_machine(config, device)
-    model = GPT(replace(gpt_config, vocab_size=tokenizer.vocab_size))
+    gpt_config = replace(gpt_config, vocab_size=tokenizer.vocab_size)
+    print_summary(gpt_config, config, corpus, device, why_precision)
+    model = GPT(gpt_config)
     task = task_type(corpus, tokenizer, gpt_config.block_size, config, device)
     trainer = Trainer(model, task, config, device)
-    print_summary(model.config, config, corpus, model.num_params(), device, why_precision)
     status = overfit_batch(trainer) if config.overfit_batch else run_training(trainer, state)[0]
     del trainer, task, model
     destroy_process_group()

@@ -3,10 +3,11 @@
 import contextlib
 import math
 import os
-import pickle
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -36,13 +37,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(tmp_path, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
-        full = shutil.disk_usage(path.parent).free < 1 << 20
-        reason = "the disk is full" if full else str(error).split("\n")[0]
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        with contextlib.suppress(OSError):
+            if shutil.disk_usage(path.parent).free < 1 << 20:
+                reason = "the disk is full"
         raise UserError(
             f"{path} could not be written ({reason}); the previous file is unchanged"
         ) from error
     finally:
-        tmp_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp_path.unlink()
 
 
 # --- batches: windows of a stream of token ids
@@ -93,36 +97,19 @@ def get_batch(
     Each window begins 0.618 of the stream (the golden ratio) after the previous one, wrapping
     around at the end (Weyl 1916). All parts of a text are read about equally often, and the windows
     of a batch are far apart; with random windows, an eighth of the text would not be read in two
-    epochs. The seed sets the first position. With `docs`, the sorted document starts, windows are
-    moved as described in `fit_documents`.
+    epochs. The seed sets the first position. With `docs`, the sorted document starts, a window that
+    begins inside a document no longer than a window is moved to the start of that document.
     """
-    n_starts = len(ids) - block_size if docs is None else len(ids)
+    n_starts = len(ids) - block_size
     count = number * batch_size + np.arange(batch_size, dtype=np.uint64)  # earlier windows
     offset = np.random.default_rng(seed).integers(1 << 64, dtype=np.uint64)
     fraction = offset + count * np.uint64(0x9E3779B97F4A7C15)  # in units of 2^-64: 2^64 / 1.618
     starts = ((fraction >> np.uint64(11)) / (1 << 53) * n_starts).astype(np.int64)
     if docs is not None:
-        starts = fit_documents(starts, docs, len(ids), block_size)
+        document = np.searchsorted(docs, starts, side="right") - 1  # (B,)
+        lengths = np.diff(docs, append=len(ids))
+        starts = np.where(lengths[document] <= block_size, docs[document], starts)
     return windows(ids, starts, block_size)
-
-
-def fit_documents(starts: np.ndarray, docs: np.ndarray, n_ids: int, block_size: int) -> np.ndarray:
-    """Window starts (B,), moved so that no window crosses the end of a document that is longer than
-    a window: of those that would, odd starts move to the start of the document, the others to its
-    end, so that both are read about equally often. A window in a shorter document begins at its
-    start and continues into the following documents.
-
-    >>> fit_documents(np.array([1, 7, 8, 11]), docs=np.array([0, 10]), n_ids=13, block_size=4)
-    array([ 1,  0,  6, 10])
-    """
-    document = np.searchsorted(docs, starts, side="right") - 1  # (B,)
-    begins = docs[document]
-    last = document + 1 == len(docs)
-    ends = np.where(last, n_ids, docs[np.minimum(document + 1, len(docs) - 1)])
-    # The last target may be the separator of the next document, which marks the end of this one.
-    crosses = starts + block_size > ends
-    at_end = np.where(starts % 2 == 0, np.maximum(ends - block_size, begins), begins)
-    return np.where(crosses, at_end, starts)
 
 
 def even_starts(n_ids: int, block_size: int, n_windows: int | None = None) -> np.ndarray:
@@ -196,15 +183,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 # --- checkpoints
 
-CHECKPOINT_KEYS = {
-    *("gpt_config", "train_config", "tokenizer", "corpus"),
-    *("model", "optimizers", "scaler", "step", "log"),
+CHECKPOINT_TYPES = {
+    **dict.fromkeys(("gpt_config", "train_config", "tokenizer", "corpus", "model", "scaler"), dict),
+    **{"optimizers": list, "step": int, "log": list},
 }
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically. It may contain dicts, lists, numbers, strings and tensors."""
-    assert state.keys() >= CHECKPOINT_KEYS
+    """Write a checkpoint, with the keys of CHECKPOINT_TYPES or more, atomically. It may contain
+    dicts, lists, numbers, strings and tensors."""
     with atomic_write(path) as file:
         torch.save(state, file)
 
@@ -213,24 +200,59 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint, on the CPU. Raises UserError if the file is missing, damaged,
     or not a checkpoint of this program."""
     state = read_data(path)
-    if not isinstance(state, dict) or not state.keys() >= CHECKPOINT_KEYS:
-        raise UserError(f"{path} is not a checkpoint of this program")
+    state = state if isinstance(state, dict) else {}
+    if "base_sha256" in state:
+        raise UserError(
+            f"{path} is a LoRA adapter: merge it into its base with finetune.py --merge"
+        )
+    if missing := CHECKPOINT_TYPES.keys() - state.keys():
+        raise UserError(f"{path} is not a checkpoint of this program: no {sorted(missing)[0]!r}")
+    with matching_contents(path):
+        for name, kind in CHECKPOINT_TYPES.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{name} is not a {kind.__name__}")
+        for record in state["log"]:
+            record["step"], float(record["val"])
+        corpus = state["corpus"]
+        corpus["name"], corpus["sha256"]
     return state
 
 
 def read_data(path: Path) -> Any:
     """What torch.save wrote, on the CPU, loaded with weights_only=True, so that a file from a
-    stranger cannot run code. Raises UserError if the file is missing or damaged."""
-    if not path.is_file():
+    stranger cannot run code. The checksums in the file are verified, which torch.load does not do:
+    7 GB/s. Raises UserError if the file is missing or damaged."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a checkpoint in it, such as best.pt")
+    if not path.exists():
         raise UserError(f"there is no checkpoint {path}: train one with `python train.py`")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a checkpoint, or it is incomplete")
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise ValueError(damaged)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are rejected below anyway
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damage raises errors of many types
         unsafe = "GLOBAL" in str(error)  # the pickle names a function to call
         reason = "it contains code, which is never run" if unsafe else "it is damaged"
         raise UserError(f"invalid checkpoint {path}: {reason}") from None
+
+
+@contextlib.contextmanager
+def matching_contents(path: Path) -> Iterator[None]:
+    """Errors from using the contents of a checkpoint become a UserError."""
+    try:
+        yield
+    except Exception as error:  # values of any kind raise errors of any type
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise UserError(
+            f"invalid checkpoint {path}: its contents do not match ({reason})"
+        ) from None
 
 
 def load_checkpoint(
@@ -238,18 +260,26 @@ def load_checkpoint(
 ) -> tuple[GPT, tokenizers.Tokenizer, dict[str, Any]]:
     """The model, on the device and in eval mode, its tokenizer, and the checkpoint's contents."""
     state = read_checkpoint(path)
-    try:
+    with matching_contents(path):
         config = from_dict(GPTConfig, state["gpt_config"])
         raise_problems(all_problems(config))
+        if count_params(config)[0] > sum(weight.numel() for weight in state["model"].values()):
+            raise ValueError("fewer weights than its settings say")
         model = GPT(config)
         model.load_state_dict(state["model"])
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("weights that are not finite numbers")
         tokenizer = tokenizers.from_dict(state["tokenizer"])
-    except (UserError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"invalid checkpoint {path}: its contents do not match ({reason})"
-        ) from None
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} tokens, {config.vocab_size} embeddings")
     return model.to(device).eval(), tokenizer, state
+
+
+def count_params(config: GPTConfig) -> tuple[int, int]:
+    """The number of parameters of a model and of each of its blocks, without allocating memory."""
+    with torch.device("meta"):
+        one, two = (GPT(replace(config, n_layer=n)).num_params() for n in (1, 2))
+    return one + (config.n_layer - 1) * (two - one), two - one
 
 
 def newest_checkpoint(out_dir: Path) -> Path:

@@ -27,7 +27,6 @@ from config import (
     SampleConfig,
     UserError,
     parse_args,
-    run,
     setting,
     train_settings,
 )
@@ -55,6 +54,7 @@ from experiments.timing import (
 from generate import generate
 from model import GPT, LearnedPositions
 from sampling.quantize import Int8Linear, lower_precision
+from system.errors import run
 from tokenizer import CharTokenizer
 from train import Trainer
 from training.setup import Flags

@@ -7,7 +7,7 @@ divergence; and gradient accumulation compared with large batches.
 import math
 from typing import TYPE_CHECKING, Any
 
-from config import run, train_settings
+from config import train_settings
 from experiments.study import (
     Row,
     Study,
@@ -21,6 +21,7 @@ from experiments.study import (
     with_seeds,
     write_results,
 )
+from system.errors import run
 from training.setup import Flags
 from viz.runs import COLORS, new_figure
 

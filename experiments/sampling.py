@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import SampleConfig, UserError, run, setting
+from config import SampleConfig, UserError, setting
 from corpus.load import Corpus, load_corpus
 from evaluate import EvaluateConfig, evaluate_split
 from experiments.study import (
@@ -33,6 +33,7 @@ from experiments.study import (
 from explore import distinct_ngrams, sample_statistics
 from generate import sample_text
 from model import GPT
+from system.errors import run
 from tokenizer import Tokenizer
 from training.setup import Flags
 from utils import TokenStream, even_starts, load_checkpoint

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from config import GPTConfig, from_dict, run
+from config import GPTConfig, from_dict
 from experiments.study import (
     Row,
     Study,
@@ -35,6 +35,7 @@ from experiments.study import (
     write_results,
 )
 from model import GPT
+from system.errors import run
 from training.setup import Flags
 from viz.runs import BLACK, COLORS, new_figure
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 import finetune
-from config import SampleConfig, parse_args, run, setting
+from config import SampleConfig, parse_args, setting
 from corpus.files import read_text
 from corpus.load import find_corpus
 from generate import sample_text
+from system.errors import run
 from utils import atomic_write, load_checkpoint, read_checkpoint
 
 PAIRS_FILE = Path("data/short_speeches.jsonl")

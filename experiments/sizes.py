@@ -6,7 +6,6 @@ python -m experiments.sizes --quick
 import json
 from typing import TYPE_CHECKING
 
-from config import run
 from experiments.study import (
     Result,
     Row,
@@ -19,6 +18,7 @@ from experiments.study import (
     write_json,
     write_results,
 )
+from system.errors import run
 from training.setup import Flags
 from viz.runs import BLUE, GREEN, ORANGE, new_figure
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from config import GPTConfig, SampleConfig, run
+from config import GPTConfig, SampleConfig
 from experiments.study import (
     Row,
     difference,
@@ -25,6 +25,7 @@ from experiments.study import (
 )
 from generate import generate
 from model import GPT
+from system.errors import run
 from training.setup import Flags
 from viz.runs import BLUE, ORANGE, new_figure
 

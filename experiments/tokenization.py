@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tokenizer as tokenizers
-from config import UserError, run, setting
+from config import UserError, setting
 from corpus.load import is_dataset
 from experiments.study import (
     Result,
@@ -34,6 +34,7 @@ from experiments.study import (
     write_json,
     write_results,
 )
+from system.errors import run
 from training.setup import Flags
 from viz.runs import COLORS, new_figure
 

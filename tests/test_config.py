@@ -10,9 +10,9 @@ from config import (
     TrainConfig,
     UserError,
     parse_args,
-    run,
     train_settings,
 )
+from system.errors import run
 
 
 def read(line: str, device: str = "cpu") -> tuple[GPTConfig, TrainConfig]:
@@ -140,7 +140,7 @@ def test_defaults_follow_what_is_given():
         ("--lr_min 1 --lr_max 0.1", "lr_min 1 is above lr_max 0.1"),
         ("--warmup 100 --max_steps 50", "warmup_steps 100 is above max_steps 50"),
         ("--dropout 1", "dropout must be below 1, not 1.0"),
-        ("--lr_max nan", "lr_max must be a finite number, not nan"),
+        ("--lr_max nan", "lr_max must be a finite number that float32 can represent, not nan"),
         ("--lr_max 0", "lr_max must be above 0"),
         ("--mlp tanh", "mlp must be one of gelu, relu, silu, relu2, swiglu, not 'tanh'"),
         ("--preset huge", "preset must be one of auto, laptop, tiny"),

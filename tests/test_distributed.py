@@ -45,6 +45,7 @@ SETTINGS = [
 TRAIN = """
 import json, os, sys, time
 import config, train
+from system.errors import run
 losses, rank = [], int(os.environ.get("RANK", 0))
 train_step = train.Trainer.train_step
 fault = os.environ.get("DRIVER_FAULT")
@@ -67,10 +68,10 @@ def main():
     if rank == 0:
         json.dump(losses, open("losses.json", "w"))
     return status
-config.run(main)
+run(main)
 """
 CHECK = "import sys, test_distributed; getattr(test_distributed, sys.argv[1])()"
-FINETUNE = "import config, finetune; config.run(finetune.main)"
+FINETUNE = "import finetune; from system.errors import run; run(finetune.main)"
 
 
 def start_two(folder: Path, script: str, *words: str, fault: str = "", **options: str):

@@ -302,11 +302,12 @@ def test_sources_and_flags_come_in_any_order(workplace):
 
 
 SLOW = """
-import time, config, prepare
+import time, prepare
+from system.errors import run
 from corpus.dataset import DatasetWriter
 write = DatasetWriter.write
 DatasetWriter.write = lambda self, chunk: (write(self, chunk), time.sleep(1))
-config.run(prepare.main)
+run(prepare.main)
 """
 
 

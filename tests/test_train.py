@@ -157,7 +157,7 @@ def test_a_step_does_its_ten_parts_in_order(monkeypatch):
         batch, n = Pretraining.get_batch(trainer.task, step, micro_step)
         return tuple(Batch(t) for t in batch), n
 
-    trainer.optimizers[0].zero_grad = note("zero", trainer.optimizers[0].zero_grad)
+    trainer.model.zero_grad = note("zero", trainer.model.zero_grad)
     trainer.task.get_batch = note("batch", get_batch)
     trainer.model.forward = note("forward and loss", trainer.model.forward)
     backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
@@ -263,7 +263,7 @@ class OwnTask:
     tokens_per_step = None
 
     class format:
-        entries = {"tokenizer": {}, "corpus": {"name": "numbers"}}  # noqa: RUF012
+        entries = {"tokenizer": {}, "corpus": {"name": "numbers", "sha256": ""}}  # noqa: RUF012
 
         @classmethod
         def pack(cls, weights):
@@ -333,7 +333,7 @@ def test_a_run_leaves_its_files(workplace, capsys):
     run = workplace / "checkpoints" / "a"
     assert {file.name for file in run.iterdir()} == {
         *("latest.pt", "best.pt", "ckpt_00010.pt", "ckpt_00020.pt", "log.jsonl"),
-        *("loss_log.json", "loss_curve.png", "samples.txt"),
+        *("loss_log.json", "loss_curve.png", "samples.txt", "lock"),
     }
     start, *records, final = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     raw = (workplace / "data" / "input.txt").read_bytes()

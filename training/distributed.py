@@ -118,11 +118,13 @@ def local_rank_zero_first() -> Iterator[None]:
 # --- the model in several processes
 
 
-def wrap(model: Any, parallel: str, device: torch.device, precision: str) -> nn.Module:
+def wrap(model: Any, parallel: str, device: torch.device) -> nn.Module:
     """The model with gradients averaged over the processes.
 
     "ddp" replicates it (Li et al. 2020); "fsdp" shards every weight, its gradient and its optimizer
-    state, and gathers the weights of a block when it runs (Zhao et al. 2023).
+    state, and gathers the weights of a block when it runs (Zhao et al. 2023). The weights are
+    gathered in float32, and autocast selects the precision of each operation as it does under DDP;
+    MixedPrecisionPolicy(param_dtype=bfloat16) would also round norms, RoPE and the residual stream.
     """
     if not dist.is_initialized():
         return model
@@ -130,13 +132,11 @@ def wrap(model: Any, parallel: str, device: torch.device, precision: str) -> nn.
         return DistributedDataParallel(model)
     # slow to import, and only needed here
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    dtype = torch.float32 if precision == "float32" else getattr(torch, precision)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh)
     return model
 
 
@@ -196,6 +196,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """Load the full state of an optimizer; under FSDP, this process's shards of it."""
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
         if hasattr(parameter, "full_tensor"):
             for name, value in values.items():
                 if value.shape == parameter.shape:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig
-from utils import TokenStream
+from training.distributed import world_size
+from utils import TokenStream, count_params
 
 MAX_GPU_TOKENS = 1 << 28  # as int32, a gigabyte of GPU memory
 WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
@@ -74,18 +75,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def memory_estimate(
-    gpt: GPTConfig, n_params: int, config: TrainConfig, n_shards: int = 1
-) -> dict[str, int]:
+def memory_estimate(gpt: GPTConfig, config: TrainConfig) -> dict[str, int]:
     """The memory that training needs per process, in bytes, by use: weights, gradients, optimizer
-    state (two averages for AdamW, one for Muon), and activations kept for the backward pass. FSDP
-    divides the first three by n_shards.
+    state (two averages per weight for AdamW, one for Muon, which has the blocks' matrices), and
+    what a step needs. FSDP divides the first three by the number of processes.
 
     The activations are counted from the formulas of model.py: for GPT-2's components, 10 C + 3 F
     numbers per block and token; newer components have more operations (compiling fuses some of
     them). With grad_checkpoint only C per block and token are kept, plus all those of the block
     being recomputed. The logits count twice, once in float32, with their gradient.
     """
+    n_params, n_per_block = count_params(gpt)
+    n_averages = 2 * n_params - (gpt.n_layer * n_per_block if config.optimizer == "muon" else 0)
+    n_shards = world_size() if config.parallel == "fsdp" else 1
     width = 4 if config.precision == "float32" else 2
     C = 10 + 4 * (gpt.norm == "rmsnorm") + 4 * gpt.qk_norm + 2 * (gpt.pos == "rope")
     per_block = (C * gpt.n_embd + (5 if gpt.mlp == "swiglu" else 3) * gpt.n_inner) * width
@@ -93,10 +95,11 @@ def memory_estimate(
     if config.grad_checkpoint:
         all_blocks = gpt.n_layer * gpt.n_embd * 4 + per_block
     per_token = all_blocks + gpt.vocab_size * (width + 8)
-    weights = 4 * n_params // n_shards
+    n_tokens = config.batch_size * gpt.block_size
     return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": weights * (1 if config.optimizer == "muon" else 2),
-        "activations": config.batch_size * gpt.block_size * per_token,
+        "weights": 4 * n_params // n_shards,
+        "gradients": 4 * n_params // n_shards,
+        "optimizer": 4 * n_averages // n_shards,
+        "activations": n_tokens * per_token,
+        "batches": n_tokens * 16 * config.grad_accum // world_size(),
     }

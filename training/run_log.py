@@ -80,16 +80,18 @@ class RunLog:
                 self.forward(record)
 
     def prepare_files(self, state: dict[str, Any] | None) -> None:
-        """Delete the files of an earlier run, or cut the appended ones back to the checkpoint."""
+        """Delete the files of an earlier run, or cut the appended ones back to the checkpoint. What
+        a killed process was writing is deleted in any case."""
+        for file in run_files(self.run_dir, ".part"):
+            file.unlink()
         if state:
             for name, size in state.get("files", {}).items():
                 file = self.run_dir / name
                 if name in APPENDED and file.exists() and file.stat().st_size > size:
                     os.truncate(file, size)
             return
-        for pattern in (*REWRITTEN, *APPENDED, *CHECKPOINTS):
-            for file in self.run_dir.glob(pattern):
-                file.unlink()
+        for file in run_files(self.run_dir):
+            file.unlink()
         for name in FOLDERS:
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
 
@@ -217,6 +219,12 @@ class RunLog:
             flush=True,
         )
         self.plot()
+
+
+def run_files(run_dir: Path, suffix: str = "") -> list[Path]:
+    """The files of a run in a folder, or with ".part" those not completely written."""
+    patterns = (*REWRITTEN, *APPENDED, *CHECKPOINTS)
+    return [file for pattern in patterns for file in run_dir.glob(pattern + suffix)]
 
 
 def format_metrics(metrics: dict[str, Any], final: bool = False) -> list[str]:

@@ -2,11 +2,13 @@
 
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import tokenizer as tokenizers
 from config import (
     ARCH_FIELDS,
     ARCHS,
@@ -15,14 +17,24 @@ from config import (
     GPTConfig,
     TrainConfig,
     UserError,
+    all_problems,
+    from_dict,
     raise_problems,
     train_settings,
 )
 from corpus.load import Corpus, check_length, is_dataset
+from system.folders import folder_problems
+from system.memory import check_memory
 from training.distributed import broadcast_from_rank0, is_restart, is_torchrun, world_size
 from training.machine import keep_freed_memory, memory_estimate, pick_compile, pick_precision
-from training.run_log import writer_problems
-from utils import device_problems, pick_device, read_checkpoint
+from training.run_log import run_files, writer_problems
+from utils import (
+    count_params,
+    device_problems,
+    matching_contents,
+    pick_device,
+    read_checkpoint,
+)
 
 Flags = dict[str, Any]  # given on the command line, by name
 State = dict[str, Any]  # the contents of a checkpoint
@@ -52,12 +64,25 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None]:
         raise UserError("this is a run of finetune.py: resume it with finetune.py")
     if state:
         fixed = {"preset", "arch", "tokenizer", "seed", *state["gpt_config"]} - {"dropout"}
-        flags = resumed_flags(flags, state["gpt_config"] | state["train_config"], fixed)
-        flags |= {"out_dir": str(run_dir), "tag": ""}
+        with matching_contents(run_dir / "latest.pt"):
+            saved = saved_settings(state)
+            tokenizers.from_dict(state["tokenizer"])
+        flags = resumed_flags(flags, saved, fixed) | {"out_dir": str(run_dir), "tag": ""}
     else:
         raise_problems(tokenizer_problems(flags))
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
     return *train_settings(flags, device_type(flags)), state
+
+
+def saved_settings(state: State) -> Flags:
+    """The settings in a checkpoint, those that it lacks with their defaults. Raises UserError if
+    they are not valid."""
+    configs = [
+        from_dict(GPTConfig, state["gpt_config"]),
+        from_dict(TrainConfig, state["train_config"]),
+    ]
+    raise_problems([problem for config in configs for problem in all_problems(config)])
+    return asdict(configs[0]) | asdict(configs[1])
 
 
 def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | None]:
@@ -66,7 +91,12 @@ def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | No
     latest = run_dir / "latest.pt"
     if is_restart() and latest.exists():
         flags = flags | {"resume": True, "overwrite": False}
-    return flags, read_checkpoint(latest) if flags.get("resume") else None
+    state = read_checkpoint(latest) if flags.get("resume") else None
+    if state and flags.get("max_steps", state["step"]) < state["step"]:
+        raise UserError(
+            f"max_steps {flags['max_steps']} is below {state['step']}, where the run resumes"
+        )
+    return flags, state
 
 
 def resumed_flags(flags: Flags, saved: Flags, fixed: set[str]) -> Flags:
@@ -112,12 +142,23 @@ def check_run(config: TrainConfig) -> list[str]:
             f"{world_size()} processes cannot share {config.grad_accum} micro-batches per step: "
             "start a number of processes that divides it, or give another --grad_accum"
         )
+    if config.overfit_batch:  # writes no files
+        return found + ["--resume and --overfit_batch: give one of them"] * config.resume
     run_dir = Path(config.out_dir, config.tag)
-    exists = (run_dir / "latest.pt").exists()
-    if exists and not (config.resume or config.overwrite or config.overfit_batch):
+    found += folder_problems(run_dir)
+    if not found and not (config.resume or config.overwrite) and (files := run_files(run_dir)):
         options = "--resume it, --overwrite it, or give this run a --tag"
-        found.append(f"{run_dir}/ already contains a run: {options}")
+        found.append(f"{run_dir}/ already contains a run ({files[0].name}): {options}")
     return found
+
+
+def check_current(run_dir: Path, config: TrainConfig, state: State | None) -> None:
+    """Raise UserError if another process has changed the run since this one read its checkpoint.
+    Called with the folder locked."""
+    latest = run_dir / "latest.pt"
+    now = read_checkpoint(latest)["step"] if latest.exists() else None
+    if now != (state and state["step"]) and not config.overwrite:
+        raise UserError(f"another process has changed the run in {run_dir}/: start again")
 
 
 def check_corpus(corpus: Corpus, config: TrainConfig, block_size: int, state: State | None) -> None:
@@ -161,16 +202,11 @@ def machine_line(config: TrainConfig, device: torch.device, why_precision: str) 
 
 
 def print_summary(
-    gpt: GPTConfig,
-    config: TrainConfig,
-    corpus: Corpus,
-    n_params: int,
-    device: torch.device,
-    why_precision: str,
+    gpt: GPTConfig, config: TrainConfig, corpus: Corpus, device: torch.device, why_precision: str
 ) -> None:
-    """Print what will be trained, on what, and how, before anything slow starts."""
-    n_shards = world_size() if config.parallel == "fsdp" else 1
-    memory = memory_estimate(gpt, n_params, config, n_shards)
+    """Print what will be trained, on what, and how, before anything slow starts. Raises UserError
+    if it does not fit in memory."""
+    memory = memory_estimate(gpt, config)
     uses = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
     print(
         f"{machine_line(config, device, why_precision)}\n"
@@ -178,7 +214,7 @@ def print_summary(
         f"training tokens, {len(corpus.val_ids):,} validation tokens, vocabulary {gpt.vocab_size}, "
         f"{corpus.bytes_per_token:.2f} bytes per token\n"
         f"model: {gpt.n_layer} layers, {gpt.n_head} heads, {gpt.n_embd} channels, window "
-        f"{gpt.block_size}; {gpt.norm}, {gpt.mlp}, {gpt.pos}; {n_params:,} parameters\n"
+        f"{gpt.block_size}; {gpt.norm}, {gpt.mlp}, {gpt.pos}; {count_params(gpt)[0]:,} parameters\n"
         f"memory: about {sum(memory.values()) / 1e6:,.0f} MB ({uses})\n"
         f"run: preset {config.preset}, {config.max_steps} steps of {config.batch_size} x "
         f"{config.grad_accum} sequences, learning rate {config.lr_max:g} to {config.lr_min:g}\n"
@@ -186,3 +222,4 @@ def print_summary(
         f"{math.log(gpt.vocab_size):.4f}",
         flush=True,
     )
+    check_memory(sum(memory.values()), device, "this run")

@@ -1,9 +1,9 @@
 """Stopping a run by SIGINT (Ctrl-C) or SIGTERM, at the end of a step."""
 
+import contextlib
+import os
 import signal
 from types import FrameType
-
-from tqdm import tqdm
 
 from training.distributed import all_reduce_max
 
@@ -23,7 +23,10 @@ class StopSignal:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        tqdm.write("stopping after this step; press Ctrl-C again to stop now, without saving")
+        text = "\nstopping after this step; press Ctrl-C again to stop now, without saving\n"
+        # print raises RuntimeError if the signal has interrupted another print
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # to standard error
         for s in self.handlers:
             signal.signal(s, signal.SIG_DFL)
 

@@ -1,0 +1,125 @@
+"""One-line errors, locks, memory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import UserError
+from system import memory
+from system.errors import run
+from system.folders import folder_problems, locked
+from system.memory import check_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(code: str, **options: object) -> subprocess.Popen:
+    """Python code in a process of its own that can import this project."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("no such preset\nx"), "no such preset x"),
+        (FileNotFoundError(2, "No such file or directory", "a.txt"), "a.txt: No such file"),
+        (OSError(28, "No space left on device"), "input or output: No space left on device"),
+        (MemoryError(), "not enough memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "not enough memory",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    ],
+)
+def test_errors_that_a_user_can_correct_are_one_line(capsys, error: Exception, line: str):
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == ""
+    assert err.startswith(f"error: {line}") and err.count("\n") == 1
+
+
+def test_a_defect_of_the_program_keeps_its_traceback():
+    def main() -> int:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(main)
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    code = "from system.errors import run\nrun(lambda: print('text\\n' * 100000))"
+    process = start(code)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
+# --- folders
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_problem(tmp_path: Path):
+    (tmp_path / "my.txt").write_text("a file")
+    assert folder_problems(tmp_path) == folder_problems(tmp_path / "new" / "run") == []
+    assert not (tmp_path / "new").exists()
+    for name in ("my.txt", "my.txt/run", "x" * 300):
+        (problem,) = folder_problems(tmp_path / name)
+        assert problem.startswith(f"cannot write to the folder {tmp_path / name}: ")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from system.folders import locked
+with locked(Path("run"), "a test"):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_holder_whose_lock_ends_with_its_process(tmp_path: Path):
+    holder = start(HOLD, cwd=tmp_path)
+    assert holder.stdout.readline() == "locked\n"
+    folder = tmp_path / "run"
+    message = rf"in use by a test, process {holder.pid} on .+ since 20"
+    with pytest.raises(UserError, match=message), locked(folder, "another"):
+        pass
+    holder.kill()
+    holder.communicate()
+    assert (folder / "lock.txt").exists()  # it was killed
+    with locked(folder, "another"):
+        assert f"another, process {os.getpid()}" in (folder / "lock.txt").read_text()
+    assert not (folder / "lock.txt").exists()
+
+
+# --- memory
+
+
+def test_what_does_not_fit_in_memory_is_rejected(monkeypatch):
+    device = torch.device("cpu")
+    size = memory.memory_size(device)
+    assert size is not None and 1e9 < size < 1e14
+    check_memory(size, device, "the model")
+    with pytest.raises(UserError, match=r"the model takes about 99,000.0 GB, and cpu has"):
+        check_memory(99 * 10**12, device, "the model")
+    monkeypatch.setattr(memory, "memory_size", lambda device: None)  # unknown, as on Windows
+    check_memory(99 * 10**12, device, "the model")

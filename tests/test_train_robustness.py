@@ -1,0 +1,293 @@
+"""Runs that are killed, disturbed, or resumed from damaged files or with other settings."""
+
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+from dataclasses import Field, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_RUN, make_model
+
+import train
+import utils
+from config import GPTConfig, TrainConfig, UserError, kind_of
+from system.folders import locked
+from train import Trainer
+from training.setup import resolve_train
+from training.signals import StopSignal
+
+SAVED = Path("checkpoints/latest.pt")
+RESUME = ["--resume", "--device=cpu", "--max_steps=30"]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def kill(*args: object, **kwargs: object) -> None:
+    raise Killed
+
+
+# --- files
+
+
+def test_the_second_run_in_a_folder_is_told_who_holds_it(trained: Path):
+    with locked(Path("checkpoints"), "a training run"):
+        before = SAVED.read_bytes()
+        for flags in (RESUME, [*TINY_RUN, "--overwrite"]):
+            with pytest.raises(
+                UserError, match=rf"in use by a training run, process {os.getpid()}"
+            ):
+                train.main(flags)
+        assert SAVED.read_bytes() == before
+
+
+def test_a_run_that_another_process_has_changed_meanwhile_is_not_continued(
+    trained: Path, monkeypatch
+):
+    state = utils.read_checkpoint(SAVED)
+
+    def change(*args: object) -> None:  # after this process has read its checkpoint
+        utils.save_checkpoint(SAVED, state | {"step": 25})
+
+    monkeypatch.setattr(train, "print_summary", change)
+    with pytest.raises(UserError, match="another process has changed the run"):
+        train.main(RESUME)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "ckpt_00010.pt", "adapter.pt", "samples.txt"])
+def test_files_of_another_run_are_not_deleted_silently(workplace: Path, name: str):
+    Path("checkpoints").mkdir()
+    Path("checkpoints", name).write_text("mine")
+    with pytest.raises(UserError, match=rf"already contains a run \({name}\): --resume"):
+        train.main(TINY_RUN)
+    assert Path("checkpoints", name).read_text() == "mine"
+
+
+def test_a_checkpoint_that_is_due_is_written_before_the_one_to_resume_from(
+    workplace: Path, monkeypatch
+):
+    save = train.save_checkpoint
+
+    def save_or_die(path: Path, state: dict) -> None:
+        if path.name == "latest.pt" and state["step"] == 10:
+            raise Killed
+        save(path, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_or_die)
+    with pytest.raises(Killed):
+        train.main([*TINY_RUN, "--save_every=10"])
+    assert utils.read_checkpoint(Path("checkpoints/ckpt_00010.pt"))["step"] == 10
+    assert utils.read_checkpoint(SAVED)["step"] == 5
+
+
+@pytest.mark.parametrize("flags", [RESUME, [*TINY_RUN, "--overwrite"]])
+def test_what_a_killed_process_was_writing_is_deleted(trained: Path, flags: list[str]):
+    for name in ("best.pt.part", "log.jsonl.part", "ckpt_00010.pt.part"):
+        Path("checkpoints", name).write_text("incomplete")
+    Path("checkpoints/photo.png.part").write_text("mine")
+    assert train.main(flags) == 0
+    assert [file.name for file in Path("checkpoints").glob("*.part")] == ["photo.png.part"]
+
+
+def test_a_run_folder_that_disappears_is_one_error(workplace: Path, monkeypatch):
+    train_step = Trainer.train_step
+
+    def delete(self: Trainer) -> dict:
+        if self.step == 7:
+            shutil.rmtree("checkpoints")
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", delete)
+    with pytest.raises((UserError, FileNotFoundError), match="checkpoints"):
+        train.main(TINY_RUN)
+
+
+@pytest.mark.parametrize("folder", ["data/input.txt", "data/input.txt/runs", "x" * 300])
+def test_an_impossible_folder_is_found_before_anything_else(workplace: Path, folder: str):
+    with pytest.raises(UserError, match=f"cannot write to the folder {folder}: "):
+        train.main([*TINY_RUN, f"--out_dir={folder}"])
+
+
+def test_a_signal_during_output_is_not_lost(monkeypatch, capfd):
+    class Busy:
+        """A standard output in the middle of a write, which cannot be entered a second time."""
+
+        def write(self, text: str) -> None:
+            raise RuntimeError("reentrant call")
+
+        flush = write
+
+    with StopSignal() as stop:
+        monkeypatch.setattr(sys, "stdout", Busy())
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.undo()
+        assert stop.requested() and stop.number == signal.SIGTERM
+    assert "stopping after this step" in capfd.readouterr().err
+
+
+# --- damaged checkpoints
+
+
+def test_a_flipped_bit_is_detected_or_without_effect(trained: Path):
+    original, good = SAVED.read_bytes(), utils.read_checkpoint(SAVED)
+    rng, n_rejected = random.Random(0), 0
+    for _ in range(150):
+        damaged = bytearray(original)
+        damaged[rng.randrange(len(original))] ^= 1 << rng.randrange(8)
+        Path("damaged.pt").write_bytes(damaged)
+        try:
+            state = utils.read_checkpoint(Path("damaged.pt"))
+        except UserError:
+            n_rejected += 1
+            continue
+        assert all(torch.equal(state["model"][name], t) for name, t in good["model"].items())
+        assert state["log"] == good["log"] and state["tokenizer"] == good["tokenizer"]
+    assert n_rejected > 50  # the others are in the padding between records
+
+
+def damages(state: dict) -> list[dict]:
+    """The state with one of its entries missing, or of another type, at any depth."""
+    found: list[dict] = []
+    for key, value in state.items():
+        found.append({k: v for k, v in state.items() if k != key})
+        found += [state | {key: wrong} for wrong in (None, "text", -5, [3], {"a": {}}, 1e300)]
+        if isinstance(value, dict) and key != "model":
+            found += [state | {key: damaged} for damaged in damages(value)]
+        elif isinstance(value, list) and value and isinstance(value[-1], dict):
+            found += [state | {key: [*value[:-1], damaged]} for damaged in damages(value[-1])]
+    return found
+
+
+def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path, capsys):
+    state = utils.read_checkpoint(SAVED)
+    state["model"] = dict(list(state["model"].items())[:-1])
+    variants = damages(state)
+    rng = random.Random(0)
+    results = {"error": 0, "ran": 0}
+    for variant in rng.sample(variants, 60):
+        utils.save_checkpoint(SAVED, variant)
+        try:
+            train.main([*RESUME, "--sample_tokens=0"])
+            results["ran"] += 1  # for example without a field of the log
+        except (UserError, SystemExit):
+            results["error"] += 1
+    assert results["error"] > 40
+
+
+def test_a_checkpoint_of_a_huge_model_is_rejected_at_once(trained: Path):
+    state = utils.read_checkpoint(SAVED)
+    for name in ("n_layer", "n_embd", "block_size", "n_inner", "vocab_size"):
+        config = state["gpt_config"] | {name: 10**9, "pos": "learned"}
+        utils.save_checkpoint(Path("huge.pt"), state | {"gpt_config": config})
+        with pytest.raises(UserError, match=r"invalid checkpoint huge\.pt"):
+            utils.load_checkpoint(Path("huge.pt"), torch.device("cpu"))
+
+
+def test_weights_that_are_not_finite_are_rejected(trained: Path):
+    state = utils.read_checkpoint(SAVED)
+    state["model"]["norm.weight"][3] = math.nan
+    utils.save_checkpoint(Path("nan.pt"), state)
+    with pytest.raises(UserError, match=r"nan\.pt: .*not finite"):
+        utils.load_checkpoint(Path("nan.pt"), torch.device("cpu"))
+
+
+# --- settings of resumed runs
+
+FIXED = {"preset", "arch", "tokenizer", "seed", "optimizer", "weight_decay", "bpe_vocab_size"}
+FIXED |= {f.name for f in fields(GPTConfig)} - {"dropout"}
+PLACES = {"out_dir", "tag", "resume", "overwrite", "overfit_batch", "device", "data", "vocab_size"}
+
+
+def other_value(field: Field, value: Any) -> Any:
+    """A valid value of a setting that is not this one."""
+    if choices := field.metadata.get("choices"):
+        return next(choice for choice in choices if choice and choice != value)
+    return {bool: not value, int: (value or 0) + 32, float: (value or 0) + 0.5}[kind_of(field)]
+
+
+def test_resuming_honors_or_rejects_every_setting(trained: Path):
+    state = utils.read_checkpoint(SAVED)
+    saved = state["gpt_config"] | state["train_config"]
+    for field in (*fields(GPTConfig), *fields(TrainConfig)):
+        name = field.name
+        if name in PLACES:
+            continue
+        value = other_value(field, saved[name])
+        if name in FIXED:
+            with pytest.raises(UserError, match=f"--{name} is .* in the run to resume"):
+                resolve_train({"resume": True, name: value})
+            continue
+        gpt_config, config, _ = resolve_train({"resume": True, name: value})
+        resolved = asdict(gpt_config) | asdict(config)
+        assert resolved[name] == value
+        assert {k for k in saved if resolved[k] != saved[k]} <= {name, "out_dir", "resume"}
+
+
+def test_a_run_cannot_be_resumed_to_an_earlier_step(trained: Path):
+    with pytest.raises(UserError, match="max_steps 10 is below 20, where the run resumes"):
+        train.main(["--resume", "--device=cpu", "--max_steps=10"])
+
+
+def test_an_extended_run_warns_that_its_rate_rises_again(trained: Path, capsys):
+    train.main(RESUME)
+    # cosine at 18 of 28 steps after 2 steps of warmup, instead of the end of the cosine
+    rate = 6e-3 * (1 - 18 / 28)  # the preset's decay is linear
+    line = f"warning: the learning rate at step 20 is now {rate:g} instead of 0\n"
+    assert line in capsys.readouterr().out
+
+
+# --- memory
+
+
+HUGE = "n_layer=1000000000 n_embd=1000000 n_inner=10000000000 block_size=100000000000"
+HUGE += " batch_size=100000000 grad_accum=1000000000"
+
+
+@pytest.mark.parametrize("flag", HUGE.split())
+def test_sizes_that_cannot_fit_are_rejected_before_the_model_is_made(workplace: Path, flag: str):
+    with pytest.raises(UserError, match=r"GB: use smaller sizes|too short|too large"):
+        train.main([*TINY_RUN, f"--{flag}"])
+    assert not Path("checkpoints").exists()
+
+
+# --- float16
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.weight", "tok.weight"])
+def test_an_overflow_anywhere_skips_the_step_of_all_optimizers(bad: float, name: str, monkeypatch):
+    model = make_model(norm="layernorm")
+    parameters = dict(model.named_parameters())
+    assert name in parameters, sorted(parameters)
+    config = TrainConfig(optimizer="muon", precision="float16", compile=False, max_steps=10)
+    trainer = Trainer(model, FixedBatch(), config, torch.device("cpu"))
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    scale = trainer.scaler.get_scale()
+    handle = parameters[name].register_hook(lambda grad: grad * bad)
+    trainer.train_step()
+    assert all(torch.equal(p, before[n]) for n, p in parameters.items())
+    assert trainer.scaler.get_scale() == scale / 2
+    handle.remove()
+    trainer.train_step()
+    assert not torch.equal(parameters[name], before[name])
+    assert all(p.isfinite().all() for p in parameters.values())
+
+
+class FixedBatch:
+    """A task with the same batch in each step."""
+
+    tokens_per_step = None
+
+    def get_batch(self, step: int, micro_step: int):
+        x = torch.arange(12).view(2, 6) % 11
+        return (x, x.roll(-1, dims=1)), torch.tensor(12)
+
+    def loss(self, model, x, y):
+        return {"loss": model(x, y)[1]}
