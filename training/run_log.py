@@ -202,7 +202,7 @@ class RunLog:
 
     def finish(self, metrics: dict[str, float]) -> None:
         """Report the metrics of the best checkpoint over the whole validation split."""
-        words = verdict(self.records, self.header["vocab_size"])
+        words = verdict(self.records, self.header)
         final = {"step": self.best()["step"], **metrics, "verdict": words}
         seconds = self.records[-1]["seconds"]
         if rank():
