@@ -17,7 +17,7 @@ from config import UserError, parse_args, setting
 from system.errors import run
 from utils import newest_checkpoint
 from viz.internals import parse_numbers, plot_internals
-from viz.runs import X_LABELS, plot_runs, read_run, save_figure
+from viz.runs import MAX_RUNS, X_LABELS, plot_runs, read_run, save_figure
 
 PICTURES = ("runs", "attention", "positions", "embeddings", "temperatures")
 
@@ -43,8 +43,9 @@ class PlotConfig:
         path = Path(self.output_file or "x.png")
         if path.suffix not in (".png", ".svg"):
             found.append(f"--output_file {path} must end in .png or .svg")
-        if not path.parent.is_dir():
-            found.append(f"--output_file {path}: there is no folder {path.parent}")
+        found += [f"--output_file {path}: {problem}" for problem in output_problems(path)]
+        if len(self.inputs) > MAX_RUNS:
+            found.append(f"at most {MAX_RUNS} runs fit in a picture, not {len(self.inputs)}")
         if self.picture != "runs" and len(self.inputs) > 1:
             found.append(f"--picture {self.picture} takes one checkpoint, not {len(self.inputs)}")
         for name, kind in (("layers", int), ("heads", int), ("temperatures", float)):
@@ -55,13 +56,32 @@ class PlotConfig:
         return found
 
 
+def output_problems(path: Path) -> list[str]:
+    """Why a picture cannot be written: found out before anything is plotted."""
+    part = path.with_name(path.name + ".part")  # the file that atomic_write writes first
+    try:
+        if not path.parent.is_dir():
+            return [f"there is no folder {path.parent}"]
+        if path.is_dir():
+            return ["it is a folder"]
+        part.open("ab").close()
+        part.unlink()
+    except OSError as error:
+        return [f"it cannot be written: {error.strerror}"]
+    return []
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     config = parse_args(PlotConfig, argv, __doc__)
     paths = [Path(name) for name in config.inputs]
     if config.picture == "runs":
         paths = paths or [newest_checkpoint(Path("checkpoints")).parent]
-        figure = plot_runs([read_run(path) for path in paths], config.x)
+        runs = [read_run(path) for path in paths]
+        for loaded in runs:
+            if loaded.note:
+                print(f"note: {loaded.note}")
+        figure = plot_runs(runs, config.x)
     else:
         figure = plot_internals(
             path=paths[0] if paths else newest_checkpoint(Path("checkpoints")),

@@ -50,6 +50,7 @@ class Run:
     name: str
     settings: dict[str, Any]  # of the model and the run; "corpus" describes the data
     log: list[dict[str, Any]]  # a record per evaluation: step, train, val, lr, grad_norm, seconds
+    note: str = ""  # what is missing of it
 
     @property
     def tokens_per_step(self) -> int:
@@ -58,23 +59,94 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run from its folder, its log.jsonl or one of its checkpoints. Raises UserError if
-    there is no log or no evaluation in it."""
+    """Read a run from its folder, its log.jsonl or one of its checkpoints. The last line of a log
+    may be cut off. Raises UserError if there is no valid log or no evaluation in it."""
+    note = ""
     if path.suffix == ".pt":
         state = read_checkpoint(path)
-        settings = state["gpt_config"] | state["train_config"] | {"corpus": state["corpus"]}
-        if not state["log"]:
-            raise UserError(f"{path} cannot be plotted: it contains no evaluations")
-        return Run(str(path), settings, state["log"])
-    file = path if path.suffix == ".jsonl" else path / "log.jsonl"
-    try:
-        settings, *log = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        log = [record for record in log if "step" in record]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not the folder of a run: {error}") from None
+        parts = [state[key] for key in ("gpt_config", "train_config")]
+        if not all(isinstance(part, dict) for part in parts) or not isinstance(state["log"], list):
+            raise UserError(f"{path} cannot be plotted: its settings or log are damaged")
+        settings = parts[0] | parts[1] | {"corpus": state["corpus"]}
+        log = state["log"]
+    else:
+        settings, log, note = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
     if not log:
         raise UserError(f"{path} cannot be plotted: the run has not been evaluated yet")
-    return Run(str(path), settings, log)
+    if problems := settings_problems(settings) + record_problems(log):
+        raise UserError(f"{path} cannot be plotted: {'; '.join(problems[:3])}")
+    return Run(str(path), settings, log, note)
+
+
+def read_log(file: Path) -> tuple[Any, list[Any], str]:
+    """The settings and evaluations of a log.jsonl, and a note if its last line was cut off."""
+    if file.parent.suffix == ".json" and file.parent.is_file():
+        raise UserError(f"{file.parent} has no settings: plot {file.parent.parent}/log.jsonl")
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.split("\n") if line]
+        values, note = list(map(json.loads, lines[:-1])), ""
+        try:
+            values += map(json.loads, lines[-1:])
+        except ValueError:
+            note = f"{file}: the last line is cut off and left out"
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file.parent} is not the folder of a run: {error}") from None
+    if not values:
+        raise UserError(f"{file} cannot be plotted: it is empty or damaged")
+    final = isinstance(values[-1], dict) and "final" in values[-1]
+    return values[0], values[1 : len(values) - final], note
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a log can be drawn."""
+    kind = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return kind and abs(value) <= MAX_NUMBER
+
+
+def settings_problems(settings: Any) -> list[str]:
+    """The settings that are needed and are not positive integers, or the corpus without a name."""
+    if not isinstance(settings, dict):
+        return ["its first line must contain the settings"]
+    names = ("batch_size", "grad_accum", "block_size", "n_layer", "n_embd", "vocab_size")
+    lows = {name: 2 if name == "vocab_size" else 1 for name in names}
+    found = [
+        f"setting {name} must be an integer of at least {low}, not {settings.get(name)!r:.40}"
+        for name, low in lows.items()
+        if type(settings.get(name)) is not int or not low <= settings[name] <= MAX_NUMBER
+    ]
+    found += [
+        f"setting {name} must be a number, not {settings[name]!r:.40}"
+        for name in ("patience", "max_steps")
+        if name in settings and not is_number(settings[name])
+    ]
+    corpus = settings.get("corpus")
+    if not isinstance(corpus, dict) or not isinstance(corpus.get("name"), str):
+        found.append("setting corpus has no name")
+    return found
+
+
+def record_problems(log: list[Any]) -> list[str]:
+    """The evaluations whose numbers cannot be drawn. Only the training loss may be missing; step 0
+    has no gradient norm, and that of float16 may be infinite."""
+    found, last = [], -1
+    for i, record in enumerate(log, 1):
+        if not isinstance(record, dict):
+            found.append(f"evaluation {i} is not a record")
+            continue
+        record = {"train": 0, **record}
+        norm = record.get("grad_norm")
+        names = [
+            n for n in ("step", "train", "val", "lr", "seconds") if not is_number(record.get(n))
+        ]
+        names += ["grad_norm"] * (norm is not None and not isinstance(norm, (int, float)))
+        found += [
+            f"{n} of evaluation {i} is {record.get(n)!r:.40}, no finite number" for n in names
+        ]
+        if not names and (type(record["step"]) is not int or record["step"] <= last):
+            found.append(f"step of evaluation {i} is {record['step']}, after {last}")
+        last = record["step"] if not names else last
+    return found
 
 
 def best_record(log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -303,18 +375,24 @@ def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
         xs = x_values(run, x)
         plot_losses(losses, run, xs, color, only_run=len(runs) == 1)
         rates.plot(xs, [record["lr"] for record in run.log], color=color)
-        # Step 0 has no gradient norm; NaN leaves a gap.
-        norms.plot(xs, [record["grad_norm"] or math.nan for record in run.log], color=color)
+        norms.plot(xs, [drawable(record.get("grad_norm")) for record in run.log], color=color)
     dashed = "" if len(runs) == 1 else ", training dashed"
-    losses.set_title(runs_title(runs), loc="left", fontsize=10)
+    # A name may contain $, which starts a formula otherwise.
+    losses.set_title(runs_title(runs), loc="left", fontsize=10, parse_math=False)
     losses.set_ylabel(f"loss (nats per token){dashed}")
-    losses.legend()
+    for label in losses.legend().get_texts():
+        label.set_parse_math(False)
     rates.set_ylabel("learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     norms.set(ylabel="gradient norm", xlabel=X_LABELS[x])
     for axes in (losses, rates, norms):
         axes.grid(alpha=0.3)
     return figure
+
+
+def drawable(value: Any) -> float:
+    """A number, or NaN, which leaves a gap: step 0 has no gradient norm."""
+    return value if is_number(value) else math.nan
 
 
 def x_values(run: Run, x: str) -> list[float]:
@@ -331,7 +409,7 @@ def plot_losses(axes: "Axes", run: Run, xs: list[float], color: str, only_run: b
     best = best_record(run.log)
     training_label = "training loss" if only_run else None
     training_color = ORANGE if only_run else color
-    training = [record["train"] for record in run.log]
+    training = [drawable(record.get("train")) for record in run.log]
     axes.plot(xs, training, linestyle="--", color=training_color, label=training_label)
     name = "validation loss, best" if only_run else run.name
     label = f"{name}: {best['val']:.4f} at step {best['step']}"
