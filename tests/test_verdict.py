@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from viz.runs import RULES, verdict, zigzag
+from viz.verdict import RULES, verdict, zigzag
 
 LN65, LN2000, LN50257 = 4.174, 7.601, 10.825
 

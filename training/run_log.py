@@ -15,7 +15,8 @@ from tqdm import tqdm
 from config import TrainConfig
 from training.distributed import rank
 from utils import atomic_write
-from viz.runs import best_record, plot_runs, read_run, save_figure, verdict
+from viz.runs import best_record, plot_runs, read_run, save_figure
+from viz.verdict import verdict
 
 Evaluation = dict[str, Any]  # the metrics of one evaluation, by name
 Writer = Callable[[Evaluation], None]  # forwards them to another tool
