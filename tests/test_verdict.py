@@ -54,6 +54,13 @@ STOPPED = "; --patience 2 stopped the run at step"
 # name: records, settings, words that start the verdict, words that it contains and does not
 CASES: dict[str, tuple[list[dict], dict, str, tuple[str, ...], tuple[str, ...]]] = {
     "healthy": (curve(SLOW, SLOW), {}, f"{HEALTHY} 2000", ("more steps",), ("text",)),
+    "stuck at a high rate": (
+        curve([4.2, 3.4, 3.45, 3.3, 3.35, 3.4, 3.3, 3.1, 3.0, 2.93], lr=cosine),
+        {},
+        "stuck at 2.93",
+        ("lower --lr_max",),
+        ("healthy",),
+    ),
     "healthy, few": (curve([4.17, 2.5, 2.1, 1.8]), {}, HEALTHY, (), ("plateau",)),
     "healthy, noisy": (curve(noisy(SLOW, 0.02), noisy(SLOW, 0.02)), {}, HEALTHY, (), ("jump",)),
     "healthy, gap": (

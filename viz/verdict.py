@@ -34,6 +34,7 @@ def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     solved        the validation loss ends below 1% of ln V
     overfitting   the validation loss ends 1% above its lowest, the training loss falls
     not moving    the best loss is above 97% of ln V, or 99% of a trained model's first loss
+    stuck         the best loss is above 70% of ln V when the learning rate has decayed
     plateaued     the loss falls by less than 1% in the second half of the steps before the
                   learning rate decays to a quarter of its peak
     healthy       otherwise
@@ -180,6 +181,14 @@ def not_moving(curve: Curve) -> str | None:
     return f"{where}: try another --lr_max, and check with --overfit_batch that it can learn"
 
 
+def stuck(curve: Curve) -> str | None:
+    """Little was learned although the learning rate has decayed: it was too high or too low."""
+    level = curve.val[curve.best]
+    if level < STUCK * curve.uniform or not curve.decayed or curve.pretrained:
+        return None
+    return f"stuck at {level:.2f}, little better than token frequencies: try a lower --lr_max"
+
+
 def plateaued(curve: Curve) -> str | None:
     """The curve was flat before the learning rate had decayed."""
     if len(curve.active) <= MIN_EVALUATIONS or tail_fall(curve) >= PLATEAU:
@@ -207,7 +216,7 @@ def healthy(curve: Curve) -> str:
     return f"healthy: best at step {curve.steps[curve.best]}; {advice}"
 
 
-RULES = (diverging, too_short, solved, overfitting, not_moving, plateaued, healthy)
+RULES = (diverging, too_short, solved, overfitting, not_moving, stuck, plateaued, healthy)
 
 
 def notes(curve: Curve) -> str:
