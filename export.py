@@ -10,11 +10,13 @@ The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without c
 Needs `pip install safetensors`, and for the hub `pip install huggingface_hub`.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse_args, setting
-from exporting.huggingface import export_hf, import_hf, upload
+from config import parse_args, setting
+from exporting.folders import check_target
+from exporting.huggingface import export_hf, import_hf, import_optional, upload
 from exporting.peft import export_adapter
 from finetuning import lora
 from system.errors import run
@@ -31,32 +33,36 @@ class ExportConfig:
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
     push: str = setting("", "user/name: upload the exported folder to the hub")
-    overwrite: bool = setting(False, "replace an existing folder or checkpoint")
+    overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
 
     def problems(self) -> list[str]:
-        """A wrong number of paths."""
-        if len(self.paths) == (1 if self.source else 2):
-            return []
-        return ["give a checkpoint and a folder, or --from NAME and a checkpoint"]
+        """A wrong number of paths, or a wrong name on the hub."""
+        found = []
+        if len(self.paths) != (1 if self.source else 2):
+            found.append("give a checkpoint and a folder, or --from NAME and a checkpoint")
+        if self.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            found.append(f"--push must be user/name, not {self.push!r}")
+        if self.push and self.source:
+            found.append("--push uploads an exported folder, and --from imports one")
+        return found
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(ExportConfig, argv, __doc__)
     target = Path(config.paths[-1])
-    if target.exists() and not config.overwrite:
-        raise UserError(f"{target} exists: add --overwrite or choose another path")
-    exported = ("config.json", "adapter_config.json")
-    if target.is_dir() and not any((target / name).is_file() for name in exported):
-        raise UserError(f"{target}/ is not an exported model: choose another path")
     if config.source:
-        import_hf(config.source, target)
+        import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
+    check_target(target, config.overwrite)
+    import_optional("safetensors")
+    if config.push:
+        import_optional("huggingface_hub")
     if lora.is_adapter(checkpoint):
-        export_adapter(checkpoint, target)
+        export_adapter(checkpoint, target, config.overwrite)
         call = f"peft.PeftModel.from_pretrained(model, {str(target)!r})"
     else:
-        export_hf(checkpoint, target)
+        export_hf(checkpoint, target, config.overwrite)
         call = f"transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
     print(f"{target}/: load it with {call}")
     if config.push:

@@ -3,6 +3,7 @@
 `ours` is a name or value of this project and `theirs` the corresponding one of Hugging Face.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from config import ARCH_FIELDS, ARCHS, GPTConfig, UserError, all_problems, raise_problems
+from model import GPT
 
 # --- architectures
 
@@ -35,6 +37,11 @@ def matching_arch(config: GPTConfig) -> str:
     usual_heads = (config.n_head, config.n_embd // config.n_head)
     if nearest == "gpt2" and (config.n_kv_head, config.head_size) != usual_heads:
         raise UserError("GPT-2 has no grouped-query attention (n_kv_head) and no other head_size")
+    if nearest == "llama" and config.n_embd % config.n_head:
+        raise UserError(
+            f"transformers needs a Llama whose n_embd is divisible by n_head, and {config.n_embd} "
+            f"is not divisible by {config.n_head} (train with other sizes, or with --arch qwen3)"
+        )
     return nearest
 
 
@@ -109,36 +116,136 @@ def weights_to_hf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dic
     return converted
 
 
+# Buffers that old versions saved: GPT-2's causal masks, Llama's RoPE frequencies.
+BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|model\..*rotary_emb\.inv_freq")
+
+
+def check_tensors(shapes: dict[str, tuple[int, ...]], config: GPTConfig, arch: str) -> None:
+    """Raise UserError unless the tensors with these shapes, by their names, are exactly those of a
+    model. Takes no memory for weights, whatever sizes the settings claim."""
+    expected: list[tuple[str, list[str]]] = []
+    for ours, theirs in tensor_names(config, arch):
+        if missing := [name for name in theirs if name not in shapes]:
+            raise UserError(f"the model to import has no tensor {missing[0]}")
+        expected.append((ours, theirs))
+    known = {name for _, names in expected for name in names} | {"lm_head.weight"}
+    if extra := [name for name in shapes if name not in known and not BUFFERS.fullmatch(name)]:
+        raise UserError(f"the model to import has a tensor that {arch} does not have: {extra[0]}")
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    if "lm_head.weight" in shapes and config.tie_weights:
+        expected.append(("head.weight", ["lm_head.weight"]))
+    for ours, theirs in expected:
+        rows, *columns = state[ours].shape
+        sizes = split_sizes(config, ours) if len(theirs) > 1 else [rows]
+        for name, n in zip(theirs, sizes, strict=True):
+            shape = (*columns, n) if is_transposed(ours, arch) else (n, *columns)
+            if shapes[name] != shape:
+                raise UserError(
+                    f"the weights do not match config.json: {name} has shape "
+                    f"{list(shapes[name])} instead of {list(shape)}"
+                )
+
+
 def weights_from_hf(tensors: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """Their weights with our names and shapes, in float32. Raises UserError if one is missing."""
-    prefixes = ("transformer.", "model.", "lm_head.")  # the file of OpenAI's GPT-2 has none
-    tensors = {
-        name if name.startswith(prefixes) else f"transformer.{name}": tensor
-        for name, tensor in tensors.items()
-    }
+    """Their weights with our names and shapes, in float32. Raises UserError if one is missing, has
+    another shape, or contains other values than finite numbers."""
+    check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, config, arch)
     state = {}
     for ours, theirs in tensor_names(config, arch):
-        if missing := [name for name in theirs if name not in tensors]:
-            raise UserError(f"the model to import has no tensor {missing[0]}")
+        for name in theirs:
+            if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+                raise UserError(f"{name} contains values that are not finite numbers")
         tensor = torch.cat([tensors[name].float() for name in theirs])
         state[ours] = (tensor.T if is_transposed(ours, arch) else tensor).contiguous()
+    head = tensors.get("lm_head.weight")
+    if (
+        config.tie_weights
+        and head is not None
+        and not torch.equal(head.float(), state["tok.weight"])
+    ):
+        raise UserError(
+            "tie_word_embeddings is true, but lm_head.weight differs from the embedding"
+        )
     state.setdefault("head.weight", state["tok.weight"])
     return state
 
 
 # --- config.json
 
-# The values that our architectures implement; a config.json without the key has the same value.
-SUPPORTED = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "activation_function": "gelu_new",
-    "rope_type": "default",
-    "use_sliding_window": False,
-    "scale_attn_by_inverse_layer_idx": False,
+# Their name, our name, and the default of their config class, which a missing key stands for. Where
+# the default is None, GPTConfig's holds, which is the same; null always means the same there.
+SIZES: dict[str, tuple[tuple[str, str, Any], ...]] = {
+    "gpt2": (
+        ("vocab_size", "vocab_size", 50257),
+        ("n_positions", "block_size", 1024),
+        ("n_layer", "n_layer", 12),
+        ("n_head", "n_head", 12),
+        ("n_embd", "n_embd", 768),
+        ("n_inner", "n_inner", None),
+        ("layer_norm_epsilon", "norm_eps", 1e-5),
+        ("tie_word_embeddings", "tie_weights", True),
+    ),
+    "llama": (
+        ("vocab_size", "vocab_size", 32000),
+        ("max_position_embeddings", "block_size", 2048),
+        ("num_hidden_layers", "n_layer", 32),
+        ("num_attention_heads", "n_head", 32),
+        ("num_key_value_heads", "n_kv_head", None),
+        ("head_dim", "head_size", None),
+        ("hidden_size", "n_embd", 4096),
+        ("intermediate_size", "n_inner", 11008),
+        ("rms_norm_eps", "norm_eps", 1e-6),
+        ("tie_word_embeddings", "tie_weights", False),
+    ),
 }
-QWEN3_HEAD_SIZE = 128  # the default of Qwen3Config; Llama's is hidden_size / num_attention_heads
+QWEN3_DEFAULTS = {
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "intermediate_size": 22016,
+}
+SIZES["qwen3"] = tuple((n, ours, QWEN3_DEFAULTS.get(n, d)) for n, ours, d in SIZES["llama"])
+MAX_SIZE = 1 << 22  # 4 million: the longest window of any published model
+
+# The values that our architectures implement, of the settings that change what a model computes. A
+# missing key has the first of them. (pretraining_tp and reorder_and_upcast_attn only change the
+# order of the same operations, and dropout does not apply to a trained model.)
+FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    },
+    "llama": {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "partial_rotary_factor": (None, 1),
+        "sliding_window": (None,),
+    },
+    "qwen3": {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "partial_rotary_factor": (None, 1),
+        "use_sliding_window": (False,),
+    },
+}
+FIXED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "per_layer_config": (None, {}),
+    "pruned_heads": (None, {}),
+    "quantization_config": (None,),
+}
+GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 def config_to_hf(config: GPTConfig, arch: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
@@ -146,35 +253,20 @@ def config_to_hf(config: GPTConfig, arch: str, token_ids: dict[str, int | None])
     common = {
         "model_type": arch,
         "architectures": [CLASSES[arch]],
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_weights,
+        **{theirs: getattr(config, ours) for theirs, ours, _ in SIZES[arch]},
         "torch_dtype": "float32",
         "use_cache": True,
         **token_ids,
     }
     if arch == "gpt2":
         return common | {
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "n_inner": config.n_inner,
-            "n_positions": config.block_size,
             "activation_function": "gelu_new",
-            "layer_norm_epsilon": config.norm_eps,
             "resid_pdrop": config.dropout,
             "embd_pdrop": config.dropout,
             "attn_pdrop": 0.0,
         }
     return common | {
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head,
-        "head_dim": config.head_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.n_inner,
-        "max_position_embeddings": config.block_size,
         "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
@@ -187,50 +279,68 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
     """Our settings for the content of a config.json, and the architecture's name. Raises UserError
     if it asks for something that our architectures do not have."""
     arch = theirs.get("model_type")
-    if arch not in ARCHS:
+    if not isinstance(arch, str) or arch not in ARCHS:
         raise UserError(f"model_type {arch!r} is not supported: only {', '.join(ARCHS)} are")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    values = theirs | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    raise_problems(
-        [
-            f"{key} is {values[key]!r}, and only {supported!r} is supported"
-            for key, supported in SUPPORTED.items()
-            if values.get(key, supported) != supported
-        ]
-    )
-    sizes = gpt2_sizes(theirs) if arch == "gpt2" else llama_sizes(theirs, arch, rope)
-    config = GPTConfig(**(ARCHS[arch] | {"vocab_size": theirs["vocab_size"]} | sizes))
+    problems = [
+        f"{key} is {theirs[key]!r}, and only {supported[0]!r} is supported"
+        for key, supported in (FIXED[arch] | FIXED_EVERYWHERE).items()
+        if key in theirs and theirs[key] not in supported
+    ]
+    settings = dict(ARCHS[arch])
+    for name, ours, default in SIZES[arch]:
+        value = theirs.get(name, default)
+        if value is None and (default is None or name == "num_key_value_heads"):
+            continue
+        settings[ours] = value
+        problems += number_problems(name, value, type(default) if default is not None else int)
+    if arch == "gpt2":
+        for alias, name in GPT2_ALIASES.items():
+            if alias in theirs and theirs[alias] != theirs.get(name):
+                problems.append(f"{alias} is another name of {name}, and their values differ")
+    else:
+        settings["rope_theta"], found = rope_theta_from_hf(theirs)
+        problems += found
+    layer_types = theirs.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+        problems.append("layer_types has others than 'full_attention', which is not supported")
+    raise_problems(problems)
+    if arch == "gpt2":
+        settings.setdefault("n_inner", 4 * settings["n_embd"])
+    if settings["n_head"] * settings.get("head_size", 1) > MAX_SIZE:
+        raise UserError("num_attention_heads x head_dim is too large")
+    if not settings.get("head_size") and settings["n_head"] > settings["n_embd"]:
+        raise UserError(f"{settings['n_head']} attention heads in {settings['n_embd']} channels")
+    config = GPTConfig(**settings)
     raise_problems(all_problems(config))
     return config, arch
 
 
-def gpt2_sizes(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Our settings for GPT-2's config.json, in which any may be missing; its defaults are those of
-    the smallest model."""
-    return {
-        "n_layer": theirs.get("n_layer", 12),
-        "n_head": theirs.get("n_head", 12),
-        "n_embd": theirs.get("n_embd", 768),
-        "n_inner": theirs.get("n_inner") or 4 * theirs.get("n_embd", 768),
-        "block_size": theirs.get("n_positions", 1024),
-        "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
-        "tie_weights": theirs.get("tie_word_embeddings", True),
-    }
+def number_problems(name: str, value: Any, kind: type) -> list[str]:
+    """What is wrong with the value of a size, an epsilon, a base frequency or a switch."""
+    if kind is bool:
+        return [] if type(value) is bool else [f"{name} must be true or false, not {value!r}"]
+    if kind is float:
+        valid = type(value) in (int, float) and 0 < value < 1e30
+        return [] if valid else [f"{name} must be a positive number, not {value!r:.50}"]
+    valid = type(value) is int and 1 <= value <= MAX_SIZE
+    return [] if valid else [f"{name} must be a number from 1 to {MAX_SIZE}, not {value!r:.50}"]
 
 
-def llama_sizes(theirs: dict[str, Any], arch: str, rope: dict[str, Any]) -> dict[str, Any]:
-    """Our settings for the config.json of Llama or Qwen3, whose RoPE settings are `rope`."""
-    n_head = theirs["num_attention_heads"]
-    usual_size = QWEN3_HEAD_SIZE if arch == "qwen3" else theirs["hidden_size"] // n_head
-    return {
-        "n_layer": theirs["num_hidden_layers"],
-        "n_head": n_head,
-        "n_kv_head": theirs.get("num_key_value_heads") or n_head,
-        "head_size": theirs.get("head_dim") or usual_size,
-        "n_embd": theirs["hidden_size"],
-        "n_inner": theirs["intermediate_size"],
-        "block_size": theirs["max_position_embeddings"],
-        "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(rope.get("rope_theta") or theirs.get("rope_theta", 10000.0)),
-        "tie_weights": theirs.get("tie_word_embeddings", False),
-    }
+def rope_theta_from_hf(theirs: dict[str, Any]) -> tuple[float, list[str]]:
+    """RoPE's base frequency, and what is not supported: every type but the default one. It is in
+    rope_parameters since transformers 5; before, rope_theta and rope_scaling were separate."""
+    rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        return 0.0, [f"rope_parameters must be an object, not {rope!r:.50}"]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        return 0.0, [f"rope_type is {kind!r}, and only 'default' is supported"]
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    problems = [f"{key} in rope_parameters is not supported" for key in rope if key not in known]
+    if rope.get("partial_rotary_factor", 1) != 1:
+        problems.append("partial_rotary_factor must be 1 in rope_parameters")
+    theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
+    problems += number_problems("rope_theta", theta, float)
+    if theirs.get("rope_theta", theta) != theta:
+        problems.append("rope_theta differs from the one in rope_parameters")
+    return (0.0 if problems else float(theta)), problems

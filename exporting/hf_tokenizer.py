@@ -1,22 +1,49 @@
-"""Convert tokenizers to and from tokenizer.json, the format of the `tokenizers` library."""
+"""Write tokenizers as tokenizer.json, the format of the `tokenizers` library, and compare both.
 
+Text that looks like a special token is ordinary text for our tokenizers, and a special token for
+the library, unless its `encode_special_tokens` is set.
+"""
+
+import importlib
+import json
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 from config import UserError
-from tokenizer import (
-    GPT2_PATTERN,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    from_printable,
-    to_printable,
+from exporting.probes import PROBES
+from tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer, to_printable
+
+UNKNOWN = "<UNK>"
+
+# The split patterns whose matches are the same in the regular expressions of tiktoken and of the
+# `tokenizers` library: tiktoken's for GPT-2, o200k_base and cl100k_base, Llama 3's, Qwen's. In
+# cl100k_base's, {1,3} is followed by a +, which only tiktoken reads as "possessive"; without it the
+# matches in tiktoken are the same.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+KNOWN_PATTERNS = {
+    GPT2_PATTERN,
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    LLAMA3_PATTERN,
+    LLAMA3_PATTERN.replace("{1,3}", ""),
+}
+
+# --- export
 
 
 def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of the tokenizer.json of a tokenizer."""
+    """The content of the tokenizer.json of a tokenizer. Raises UserError if the `tokenizers`
+    library, if it is installed, gives other ids with it."""
     added_tokens = [
         {
             "id": i,
@@ -37,20 +64,25 @@ def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
         "normalizer": None,
         "post_processor": None,
     }
-    if isinstance(tokenizer, CharTokenizer):
-        return shared | char_to_hf(tokenizer)
-    return shared | bpe_to_hf(tokenizer)
+    own = char_to_hf(tokenizer) if isinstance(tokenizer, CharTokenizer) else bpe_to_hf(tokenizer)
+    content = shared | own
+    check_equal(tokenizer, content)
+    return content
 
 
 def char_to_hf(tokenizer: CharTokenizer) -> dict[str, Any]:
-    """The entries of tokenizer.json for a character tokenizer: each character is a word."""
-    # The format requires an unknown token: without <UNK> it is the first character.
-    unknown = "<UNK>" if "<UNK>" in tokenizer.specials else tokenizer.chars[0]
+    """The entries of tokenizer.json for a character tokenizer: each character is a word.
+
+    The format requires the name of an unknown token. If the tokenizer has no <UNK>, that name is
+    not in the vocabulary: then the library raises an error for an unknown character, as our encode
+    does. Any id would be wrong: those of the model all mean a character, and for another one the
+    model has no embedding.
+    """
     vocab = {text: i for i, text in enumerate(tokenizer.texts)}
     return {
         "pre_tokenizer": split_rule(r"[\s\S]"),
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": unknown},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN},
     }
 
 
@@ -62,14 +94,17 @@ def bpe_to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
         "trim_offsets": False,
         "use_regex": False,  # the split rule has the pattern
     }
-    pre_tokenizers = [split_rule(tokenizer.pattern), byte_level]
+    pattern = tokenizer.pattern.replace("{1,3}+", "{1,3}")  # see KNOWN_PATTERNS
     merges = [[to_printable(token) for token in pair] for pair in merges_of(tokenizer)]
+    # Special tokens are part of the vocabulary, as in GPT-2's file: the library numbers others
+    # consecutively, whatever their ids are.
+    vocab = {to_printable(token): i for token, i in tokenizer.ranks.items()} | tokenizer.specials
     return {
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizers},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split_rule(pattern), byte_level]},
         "decoder": byte_level,
         "model": {
             "type": "BPE",
-            "vocab": {to_printable(token): i for token, i in tokenizer.ranks.items()},
+            "vocab": vocab,
             "merges": merges,
             "dropout": None,
             "unk_token": None,
@@ -77,7 +112,7 @@ def bpe_to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
+            "ignore_merges": True,  # a piece that is a token is not merged, as in tiktoken
         },
     }
 
@@ -96,7 +131,8 @@ def merges_of(tokenizer: BPETokenizer) -> Iterator[tuple[bytes, bytes]]:
     """The pair that each token is merged from, in order of rank.
 
     A tokenizer stores only the ranks of its tokens, tokenizer.json also the pairs. Encoding the
-    bytes of a token with the tokens of lower rank leaves the pair that the token merges.
+    bytes of a token with the tokens of lower rank leaves the pair that the token merges. If it
+    leaves more, all pairs of tokens that make the token are merges.
     """
     for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1]):
         word = [bytes([b]) for b in token]
@@ -105,30 +141,49 @@ def merges_of(tokenizer: BPETokenizer) -> Iterator[tuple[bytes, bytes]]:
             ranks = [tokenizer.ranks.get(candidate, rank) for candidate in merged]
             i = min(range(len(ranks)), key=ranks.__getitem__)
             if ranks[i] >= rank:
-                break  # no sequence of merges produces this token
+                break  # no sequence of lower merges produces this token
             word[i : i + 2] = [merged[i]]
         if len(word) == 2:
             yield word[0], word[1]
+        elif len(word) > 2:
+            splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+            yield from (pair for pair in splits if all(half in tokenizer.ranks for half in pair))
 
 
-def tokenizer_from_hf(content: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises UserError unless it is byte-level BPE or one that
-    `char_to_hf` wrote."""
-    model = content["model"]
-    specials = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
-    if model["type"] == "WordLevel" and all(len(t) == 1 or t in specials for t in model["vocab"]):
-        chars = [text for text in model["vocab"] if text not in specials]
-        return CharTokenizer(chars, sorted(specials, key=lambda text: specials[text]))
+# --- comparison
 
-    pre_tokenizer = content.get("pre_tokenizer") or {}
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    kinds = [step.get("type") for step in steps]
-    if model["type"] != "BPE" or "ByteLevel" not in kinds:
-        raise UserError(
-            "only byte-level BPE tokenizers can be imported, and this one is "
-            f"{model['type']} after {', '.join(map(str, kinds))}"
-        )
-    patterns = [step["pattern"]["Regex"] for step in steps if step.get("type") == "Split"]
-    vocab = {text: i for text, i in model["vocab"].items() if text not in specials}
-    ranks = {from_printable(text): i for text, i in vocab.items()}
-    return BPETokenizer(ranks, specials, patterns[0] if patterns else GPT2_PATTERN)
+
+def check_equal(tokenizer: Tokenizer, content: dict[str, Any]) -> None:
+    """Compare the ids of about a hundred texts with those of the `tokenizers` library, if it is
+    installed. Raises UserError with the first text for which they differ."""
+    try:
+        library = importlib.import_module("tokenizers")
+    except ImportError:
+        print("note: the tokenizer is not compared with Hugging Face's (pip install tokenizers)")
+        return
+    added = [token | {"special": True} for token in content.get("added_tokens") or ()]
+    try:
+        theirs = library.Tokenizer.from_str(json.dumps(content | {"added_tokens": added}))
+    except Exception as error:  # of no particular type
+        raise UserError(f"tokenizer.json is invalid: {first_line(error)}") from None
+    theirs.encode_special_tokens = True
+    theirs.no_truncation()
+    theirs.no_padding()
+    for text, i in tokenizer.specials.items():
+        if theirs.token_to_id(text) != i:
+            raise UserError(
+                f"tokenizer.json: the special token {text!r:.60} does not get the id {i}"
+            )
+    for text in [*PROBES, *tokenizer.specials]:
+        if isinstance(tokenizer, CharTokenizer):
+            text = "".join(char for char in text if char in tokenizer.chars)
+        ids = tokenizer.encode(text).tolist()
+        if theirs.encode(text, add_special_tokens=False).ids != ids:
+            raise UserError(f"Hugging Face's tokenizer has other ids for the text {text!r}")
+        if theirs.decode(ids, skip_special_tokens=False) != tokenizer.decode(ids):
+            raise UserError(f"Hugging Face's tokenizer decodes the ids of {text!r} differently")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -4,32 +4,34 @@ A model is a folder with config.json, generation_config.json, tokenizer.json, to
 model.safetensors and README.md. The conversions are in hf_model.py and hf_tokenizer.py.
 """
 
-import contextlib
 import importlib
-import json
-import shutil
-from collections.abc import Iterator
+import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig, TrainConfig, UserError
+from exporting.folders import check_files, new_folder, read_json, write_json
 from exporting.hf_model import (
     CLASSES,
+    check_tensors,
     config_from_hf,
     config_to_hf,
     matching_arch,
     weights_from_hf,
     weights_to_hf,
 )
-from exporting.hf_tokenizer import tokenizer_from_hf, tokenizer_to_hf
+from exporting.hf_tokenizer import first_line, tokenizer_to_hf
+from exporting.hf_tokenizer_import import tokenizer_from_hf
 from generate import sample_text
 from model import GPT
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
+
+T = TypeVar("T")
 
 # --- files and the hub
 
@@ -43,42 +45,16 @@ def import_optional(module: str) -> Any:
         raise UserError(f"this needs {package}: pip install {package}") from None
 
 
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to. It replaces `folder` at the end, or is deleted after an
-    error."""
-    tmp_path = folder.with_name(folder.name + ".part")
-    shutil.rmtree(tmp_path, ignore_errors=True)
-    tmp_path.mkdir(parents=True)
-    try:
-        yield tmp_path
-        shutil.rmtree(folder, ignore_errors=True)
-        tmp_path.rename(folder)
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an indented JSON file."""
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def download(name: str) -> Path:
-    """The local folder of a model on the hub. Raises UserError if it cannot be downloaded."""
+def download(name: str, patterns: list[str]) -> Path:
+    """The local folder with some files of a model on the hub. Raises UserError if they cannot be
+    downloaded."""
     hub = import_optional("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of many types: no network, no such name, no access
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{name} is not a folder, and could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from None
 
 
@@ -89,7 +65,7 @@ def upload(folder: Path, name: str) -> None:
         hub.create_repo(name, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # of many types: no network, no token, no access
-        raise UserError(f"could not upload to {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"could not upload {folder}/ to {name}: {first_line(error)}") from None
 
 
 # --- the model card
@@ -143,7 +119,8 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
         "precision": trained.get("precision"),
     }
     if best:
-        rows["loss"] = f"{best['train']:.4f} training, {best['val']:.4f} validation"
+        losses = {"training": best.get("train"), "validation": best["val"]}
+        rows["loss"] = ", ".join(f"{x:.4f} {name}" for name, x in losses.items() if x is not None)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return CARD.format(arch=arch, table=table, sample=sample)
 
@@ -151,19 +128,28 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
 # --- export
 
 
-def export_hf(checkpoint: Path, folder: Path) -> None:
+def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> None:
     """Write the model of a checkpoint as a folder in Hugging Face's format. Raises UserError if no
-    Hugging Face architecture has its components."""
-    save_file = import_optional("safetensors.torch").save_file
-    model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
-    arch = matching_arch(model.config)
-    weights = weights_to_hf(model.state_dict(), model.config, arch)
-    with new_folder(folder) as tmp_path:
+    Hugging Face architecture has its components, or if the folder exists, unless it is an export
+    and `overwrite` is set."""
+    with new_folder(folder, overwrite) as tmp_path:
+        model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
+        arch = matching_arch(model.config)
         for name, content in json_files(model.config, tokenizer, arch).items():
             write_json(tmp_path / name, content)
-        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        weights = weights_to_hf(model.state_dict(), model.config, arch)
+        save_tensors(weights, tmp_path / "model.safetensors")
         card = model_card(model, tokenizer, state, arch)
         (tmp_path / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file."""
+    library = import_optional("safetensors.torch")
+    try:
+        library.save_file(tensors, path, metadata={"format": "pt"})
+    except import_optional("safetensors").SafetensorError as error:
+        raise OSError(first_line(error)) from None
 
 
 def json_files(config: GPTConfig, tokenizer: Tokenizer, arch: str) -> dict[str, dict[str, Any]]:
@@ -197,34 +183,30 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 # --- import
 
 
-def import_hf(source: str, checkpoint: Path) -> None:
+def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     """Write a Hugging Face model, a folder or a name on the hub, as a checkpoint. Raises UserError
-    if it is incomplete or not supported."""
-    load_file = import_optional("safetensors.torch").load_file
-    folder = Path(source) if Path(source).is_dir() else download(source)
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{source} has no {name}")
+    if it is incomplete, damaged or not supported."""
+    check_checkpoint_target(checkpoint, overwrite)
+    import_optional("safetensors")
+    local = Path(source).is_dir()
+    folder = Path(source) if local else download(source, ["*.json"])
     config, arch = config_from_hf(read_json(folder / "config.json"))
     tokenizer = tokenizer_from_hf(read_json(folder / "tokenizer.json"))
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    if not tensors:
-        raise UserError(f"{source} has no weights in *.safetensors")
-
-    model = GPT(config)
-    try:
-        model.load_state_dict(weights_from_hf(tensors, config, arch))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise UserError(f"the weights of {source} do not match its config.json: {reason}") from None
+    exact = isinstance(tokenizer, CharTokenizer)  # no text for other ids
+    low = config.vocab_size if exact else 1
+    if not low <= tokenizer.vocab_size <= config.vocab_size:
+        raise UserError(
+            f"tokenizer.json has {tokenizer.vocab_size} ids, and config.json a vocab_size of "
+            f"{config.vocab_size}"
+        )
+    folder = folder if local else download(source, ["*.json", "*.safetensors"])
+    weights = read_weights(folder, config, arch)
     state = {
         "gpt_config": asdict(config),
         "train_config": asdict(TrainConfig(arch=arch)),
         "tokenizer": tokenizer.to_dict(),
         "corpus": {"name": source, "bytes": 0, "sha256": ""},
-        "model": model.state_dict(),
+        "model": weights,
         "optimizers": [],
         "scaler": {},
         "step": 0,
@@ -232,5 +214,79 @@ def import_hf(source: str, checkpoint: Path) -> None:
     }
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     utils.save_checkpoint(checkpoint, state)
-    print(f"{checkpoint}: {arch}, {model.num_params():,} parameters")
+    n_params = sum(t.numel() for t in weights.values())
+    n_params -= weights["head.weight"].numel() if config.tie_weights else 0
+    print(f"{checkpoint}: {arch}, {n_params:,} parameters")
     print(f"next: python generate.py {checkpoint}")
+
+
+def check_checkpoint_target(path: Path, overwrite: bool) -> None:
+    """Raise UserError unless a checkpoint can be written: there is none, or it may be replaced."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a checkpoint in it, such as best.pt")
+    if os.path.lexists(path):
+        if not overwrite:
+            raise UserError(f"{path} exists: add --overwrite or choose another path")
+        try:
+            utils.read_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"only a checkpoint is replaced, and {error}") from None
+    parent = next(p for p in path.absolute().parents if os.path.lexists(p))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {parent} is not a folder that you can write to")
+
+
+def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor]:
+    """The weights of a folder with our names. Names, types and shapes are compared with the
+    settings before any tensor is read."""
+    files = weight_files(folder)
+    check_files(folder, ["config.json", "tokenizer.json", *(file.name for file in files)])
+    library = import_optional("safetensors")
+    shapes: dict[str, tuple[int, ...]] = {}
+    where: dict[str, str] = {}
+    try:
+        for file in files:
+            with library.safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    tensor = opened.get_slice(name)
+                    if name in where or tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                        raise UserError(f"{file}: {name} occurs twice or is {tensor.get_dtype()}")
+                    where[name], shapes[name] = file.name, tuple(tensor.get_shape())
+        listed = read_json(folder / INDEX)["weight_map"] if files[0].name != WEIGHTS else where
+        if where != listed:
+            raise UserError(f"{folder / INDEX} does not list the tensors of its files")
+        check_tensors(with_prefix(shapes, arch), config, arch)
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= import_optional("safetensors.torch").load_file(file)
+    except (library.SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged: {first_line(error)}") from None
+    return weights_from_hf(with_prefix(tensors, arch), config, arch)
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights: model.safetensors, or those that its index lists."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS} (other formats are not supported)")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{folder / INDEX} has no weight_map of names and files")
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}, which {INDEX} lists")
+    return [folder / name for name in sorted(set(names))]
+
+
+def with_prefix(named: dict[str, T], arch: str) -> dict[str, T]:
+    """Tensors by their full names: OpenAI's GPT-2 was saved without its language-model head."""
+    if arch != "gpt2" or any(name.startswith("transformer.") for name in named):
+        return named
+    return {
+        f"transformer.{name}" if name != "lm_head.weight" else name: x for name, x in named.items()
+    }

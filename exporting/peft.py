@@ -7,19 +7,19 @@ from typing import Any
 from torch import Tensor
 
 from config import GPTConfig, UserError, from_dict
+from exporting.folders import new_folder, write_json
 from exporting.hf_model import matching_arch, split_sizes, tensor_names
-from exporting.huggingface import import_optional, new_folder, write_json
+from exporting.huggingface import save_tensors
 from finetuning import lora
 
 
-def export_adapter(path: Path, folder: Path) -> None:
+def export_adapter(path: Path, folder: Path, overwrite: bool = False) -> None:
     """Write an adapter as a folder that `peft` loads onto the exported base. Raises UserError if it
-    cannot be converted."""
-    save_file = import_optional("safetensors.torch").save_file
-    settings, weights = adapter_to_peft(lora.read_adapter(path))
-    with new_folder(folder) as tmp_path:
+    cannot be converted, or if the folder exists, unless it is an export and `overwrite` is set."""
+    with new_folder(folder, overwrite) as tmp_path:
+        settings, weights = adapter_to_peft(lora.read_adapter(path))
         write_json(tmp_path / "adapter_config.json", settings)
-        save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(weights, tmp_path / "adapter_model.safetensors")
 
 
 def adapter_to_peft(adapter: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
