@@ -1,0 +1,269 @@
+"""A damaged folder is rejected in one line, or imported as if it was not damaged."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_text
+
+import utils
+from config import ARCHS, GPTConfig, TrainConfig, UserError
+from corpus.bpe import count_pieces, train_bpe
+from exporting.folders import MARKER
+from exporting.huggingface import export_hf, import_hf
+from model import GPT
+from tokenizer import CharTokenizer, Tokenizer
+
+pytest.importorskip("safetensors")
+TEXT = make_text(20)
+READ = ("config.json", "tokenizer.json", "model.safetensors")
+
+
+def make_folder(folder: Path, arch: str, tokenizer: Tokenizer) -> Path:
+    """The export of a small random model."""
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_inner": 8, "block_size": 8}
+    config = GPTConfig(**(ARCHS[arch] | sizes | {"vocab_size": tokenizer.vocab_size}))
+    torch.manual_seed(0)
+    state = {
+        "gpt_config": vars(config),
+        "train_config": vars(TrainConfig()),
+        "tokenizer": tokenizer.to_dict(),
+        "corpus": {"name": "text", "bytes": 0, "sha256": ""},
+        "model": GPT(config).state_dict(),
+        "optimizers": [],
+        "scaler": {},
+        "step": 0,
+        "log": [],
+    }
+    utils.save_checkpoint(folder.parent / "model.pt", state)
+    export_hf(folder.parent / "model.pt", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("exported")
+    return {
+        "llama": make_folder(place / "llama", "llama", CharTokenizer.train([TEXT])),
+        "gpt2": make_folder(place / "gpt2", "gpt2", train_bpe(count_pieces([TEXT]), 280)),
+    }
+
+
+def result(folder: Path) -> tuple[torch.Tensor, list[int]]:
+    """The logits of an imported model, and the ids of a text."""
+    path = folder.parent / "imported.pt"
+    path.unlink(missing_ok=True)
+    import_hf(str(folder), path)
+    model, tokenizer, _ = utils.load_checkpoint(path, torch.device("cpu"))
+    return model(torch.arange(8)[None])[0], tokenizer.encode(TEXT).tolist()
+
+
+def check(folder: Path, undamaged: Path, expected: tuple[torch.Tensor, list[int]]) -> bool:
+    """Whether a folder is rejected, in one line; restores it."""
+    try:
+        logits, ids = result(folder)
+    except UserError as error:
+        assert "\n" not in str(error) and str(error)
+        return True
+    finally:
+        shutil.rmtree(folder)
+        shutil.copytree(undamaged, folder)
+    assert torch.equal(logits, expected[0]) and ids == expected[1]
+    return False
+
+
+# --- bytes
+
+
+def truncate(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def flip(data: bytes, rng: random.Random) -> bytes:
+    i = rng.randrange(len(data))
+    return data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :]
+
+
+def delete(data: bytes, rng: random.Random) -> bytes:
+    i = rng.randrange(len(data))
+    return data[:i] + data[i + rng.randrange(1, 50) :]
+
+
+def fill(data: bytes, rng: random.Random) -> bytes:
+    i = rng.randrange(len(data))
+    return data[:i] + bytes(len(data) - i)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [*READ, MARKER])
+def test_changed_bytes_of_an_export_are_found(tmp_path, exported, arch, name):
+    expected, folder = result(exported[arch]), tmp_path / "out"
+    shutil.copytree(exported[arch], folder)
+    rng, data = random.Random(arch + name), (exported[arch] / name).read_bytes()
+    for damage in (truncate, flip, delete, fill) * 6:
+        (folder / name).write_bytes(damage(data, rng))
+        rejected = check(folder, exported[arch], expected)
+        assert rejected or name == MARKER  # a hash of a file that is not read is not compared
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_changed_bytes_of_a_foreign_folder_are_never_a_traceback(tmp_path, exported, arch):
+    folder = tmp_path / "out"
+    (exported[arch] / MARKER).rename(tmp_path / MARKER)  # without hashes
+    try:
+        shutil.copytree(exported[arch], folder)
+        rng = random.Random(arch)
+        for name in READ:
+            data = (exported[arch] / name).read_bytes()
+            for damage in (truncate, flip, delete, fill) * 12:
+                changed = damage(data[:600] if name == READ[2] else data, rng)
+                (folder / name).write_bytes(changed + (data[600:] if name == READ[2] else b""))
+                try:
+                    result(folder)
+                except UserError as error:
+                    assert "\n" not in str(error)
+                (folder / name).write_bytes(data)
+    finally:
+        (tmp_path / MARKER).rename(exported[arch] / MARKER)
+
+
+# --- values
+
+VALUES = (None, True, -1, 0, 7, 1.5, 10**30, float("nan"), "text", "", [], [1], {}, {"a": 1})
+# Settings of which any positive number makes another valid model.
+FREE = {"max_position_embeddings", "rms_norm_eps", "layer_norm_epsilon"}
+
+
+def entries(value: Any) -> list[tuple[Any, Any]]:
+    """Every place of a JSON value, as an object or list and a key or index in it."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [(value, key) for key, _ in items]
+    inner = [entries(value[key]) for key in dict(items) if isinstance(value[key], dict | list)]
+    return found + [place for places in inner for place in places]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_changed_values_are_rejected_or_do_not_matter(tmp_path, exported, arch, name):
+    expected, folder = result(exported[arch]), tmp_path / "out"
+    shutil.copytree(exported[arch], folder)
+    (folder / MARKER).unlink()
+    text = (folder / name).read_text()
+    rng = random.Random(arch + name)
+    n_places = len(entries(json.loads(text)))
+    places = range(n_places) if n_places < 60 else sorted(rng.sample(range(n_places), 60))
+    for place in places:
+        for value in [*rng.sample(VALUES, 3), "delete"]:
+            content = json.loads(text)
+            parent, key = entries(content)[place]
+            if value == "delete":
+                del parent[key]
+            else:
+                parent[key] = value
+            (folder / name).write_text(json.dumps(content))
+            valid = key in FREE and value in (7, 1.5)
+            if not valid and not rejects(folder):
+                assert_same(folder, expected, (name, key, value))
+
+
+def rejects(folder: Path) -> bool:
+    try:
+        result(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return True
+    return False
+
+
+def assert_same(folder: Path, expected: tuple[torch.Tensor, list[int]], what: Any) -> None:
+    logits, ids = result(folder)
+    assert logits.shape == expected[0].shape and torch.equal(logits, expected[0]), what
+    assert ids == expected[1], what
+
+
+# --- files
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def write(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        replace_by_folder,
+        replace_by_loop,
+        *map(write, ["", "{", "[]", "null", "5", "{}", "[" * 100_000, "1" * 5000, '{"a": NaN}']),
+        lambda path: path.write_bytes(b"\xff\xfe\x00"),
+        lambda path: path.write_bytes(b"\xff" * 8 + b"{}"),
+    ],
+)
+def test_files_of_other_kinds_are_errors(tmp_path, exported, name, damage):
+    for marker in (True, False):
+        folder = tmp_path / f"out{marker}"
+        shutil.copytree(exported["llama"], folder)
+        damage(folder / name)
+        if not marker:
+            (folder / MARKER).unlink()
+        assert rejects(folder)
+        assert not (tmp_path / "imported.pt").exists()
+
+
+# --- an index of several files
+
+
+def make_shards(folder: Path) -> dict[str, Any]:
+    """Divide the weights of a folder into two files; returns their index."""
+    library = pytest.importorskip("safetensors.torch")
+    tensors = library.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / MARKER).unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        chosen = {name: tensors[name] for name in names if weight_map[name] == file}
+        library.save_file(chosen, folder / file, metadata={"format": "pt"})
+    return {"metadata": {"total_size": 1}, "weight_map": weight_map}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.pop("weight_map"), "has no weight_map"),
+        (lambda index: index.update(weight_map=[]), "has no weight_map"),
+        (lambda index: index.update(weight_map={}), "has no weight_map"),
+        (lambda index: index["weight_map"].update(a=5), "has no weight_map"),
+        (lambda index: index["weight_map"].update(a="gone.safetensors"), r"no gone\.safetensors"),
+        (lambda index: index["weight_map"].update(a="../../x"), r"has no \.\./\.\./x"),
+        (lambda index: index["weight_map"].update(a="model-0.safetensors"), "does not list"),
+        (lambda index: index["weight_map"].pop("model.norm.weight"), "does not list"),
+    ],
+)
+def test_a_wrong_index_is_an_error(tmp_path, exported, change, message):
+    expected, folder = result(exported["llama"]), tmp_path / "out"
+    shutil.copytree(exported["llama"], folder)
+    index = make_shards(folder)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index))
+    assert_same(folder, expected, "undamaged")
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=message):
+        result(folder)

@@ -1,0 +1,326 @@
+"""Models of Hugging Face are imported with equal logits, or rejected with the reason."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import export
+import utils
+from config import ARCHS, GPTConfig, UserError
+from exporting.hf_model import (
+    MAX_SIZE,
+    check_tensors,
+    config_from_hf,
+    config_to_hf,
+    matching_arch,
+    weights_to_hf,
+)
+from exporting.hf_tokenizer import tokenizer_to_hf
+from exporting.huggingface import weight_files
+from model import GPT
+from tokenizer import CharTokenizer
+
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+SMALL: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 12, "n_positions": 16},
+    "llama": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "max_position_embeddings": 16,
+    },
+}
+SMALL["qwen3"] = SMALL["llama"] | {"head_dim": 6}
+CHARS = CharTokenizer.train(["abcdefg\n"])
+
+
+def write_model(folder: Path, arch: str, **settings: Any) -> torch.nn.Module:
+    """A folder that transformers wrote, with random weights of a visible size."""
+    values = SMALL[arch] | {"vocab_size": CHARS.vocab_size, "pad_token_id": None} | settings
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(arch, **values)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for p in theirs.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    theirs.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_to_hf(CHARS)))
+    return theirs
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def imported(folder: Path) -> GPT:
+    path = folder.parent / "imported.pt"
+    assert export.main(["--from", str(folder), str(path), "--overwrite"]) == 0
+    return utils.load_checkpoint(path, torch.device("cpu"))[0]
+
+
+def assert_equal_logits(ours: GPT, theirs: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    idx = torch.randint(CHARS.vocab_size, (3, 16))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert expected.std() > 0.1
+        assert torch.allclose(ours(idx)[0], expected, atol=1e-4)
+
+
+# --- settings that are supported
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("gpt2", {}),
+        ("gpt2", {"layer_norm_epsilon": 0.3}),
+        ("gpt2", {"n_inner": 30, "tie_word_embeddings": False}),
+        ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
+        ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+        ("gpt2", {"resid_pdrop": 0.4, "summary_type": "last", "initializer_range": 0.5}),
+        ("llama", {}),
+        ("llama", {"rms_norm_eps": 0.3}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
+        ("llama", {"tie_word_embeddings": True, "hidden_act": "swish"}),
+        ("llama", {"pretraining_tp": 2, "num_key_value_heads": 4}),
+        ("llama", {"head_dim": 10}),
+        ("qwen3", {}),
+        ("qwen3", {"rms_norm_eps": 0.3, "tie_word_embeddings": True}),
+        ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
+        ("qwen3", {"sliding_window": 4, "max_window_layers": 1}),  # off by default
+        ("qwen3", {"hidden_size": 14, "num_attention_heads": 4}),  # not divisible
+    ],
+)
+def test_an_imported_model_has_the_same_logits(tmp_path, arch, settings):
+    theirs = write_model(tmp_path / "theirs", arch, **settings)
+    ours = imported(tmp_path / "theirs")
+    assert ours.num_params() == theirs.num_parameters()
+    assert_equal_logits(ours, theirs)
+
+
+def test_rope_theta_of_earlier_versions_is_read(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 7.0}
+    theirs = write_model(tmp_path / "theirs", "llama", rope_parameters=rope)
+    path = tmp_path / "theirs/config.json"
+    old = json.loads(path.read_text())
+    del old["rope_parameters"]
+    path.write_text(json.dumps(old | {"rope_theta": 7.0, "rope_scaling": None}))
+    assert_equal_logits(imported(tmp_path / "theirs"), theirs)
+
+
+@pytest.mark.parametrize("arch", SMALL)
+def test_missing_settings_have_the_defaults_of_transformers(arch):
+    ours = config_from_hf({"model_type": arch})[0]
+    theirs = transformers.AutoConfig.for_model(arch)
+    assert ours.vocab_size == theirs.vocab_size
+    assert ours.block_size == theirs.max_position_embeddings
+    assert ours.n_layer == theirs.num_hidden_layers
+    assert ours.n_head == theirs.num_attention_heads
+    assert ours.n_embd == theirs.hidden_size
+    assert ours.tie_weights == theirs.tie_word_embeddings
+    if arch == "gpt2":
+        assert ours.n_inner == 4 * theirs.n_embd and ours.norm_eps == theirs.layer_norm_epsilon
+    else:
+        assert ours.n_kv_head == theirs.num_key_value_heads
+        assert ours.head_size == theirs.head_dim
+        assert ours.n_inner == theirs.intermediate_size
+        assert ours.norm_eps == theirs.rms_norm_eps
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_other_precisions_are_converted_to_float32(tmp_path, dtype):
+    theirs = write_model(tmp_path / "float32", "llama")  # RoPE's frequencies stay in float32
+    rounded = write_model(tmp_path / "theirs", "llama").to(dtype)
+    rounded.save_pretrained(tmp_path / "theirs")
+    theirs.load_state_dict(rounded.state_dict())
+    assert_equal_logits(imported(tmp_path / "theirs"), theirs)
+
+
+def test_a_model_in_several_files_is_imported(tmp_path):
+    theirs = write_model(tmp_path / "theirs", "llama")
+    (tmp_path / "theirs/model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
+    assert len(weight_files(tmp_path / "theirs")) > 2
+    assert_equal_logits(imported(tmp_path / "theirs"), theirs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_and_buffers_of_old_gpt2_files_are_understood(tmp_path, tied):
+    theirs = write_model(tmp_path / "theirs", "gpt2", tie_word_embeddings=tied)
+    path = tmp_path / "theirs/model.safetensors"
+    old = {k.removeprefix("transformer."): v for k, v in safetensors_torch.load_file(path).items()}
+    for i in range(2):
+        old[f"h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+        old[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    safetensors_torch.save_file(old, path, metadata={"format": "pt"})
+    assert_equal_logits(imported(tmp_path / "theirs"), theirs)
+
+
+# --- settings that are not
+
+
+@pytest.mark.parametrize(
+    ("arch", "values", "message"),
+    [
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is False"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is True"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
+        ("gpt2", {"activation_function": "gelu"}, "activation_function is 'gelu'"),
+        ("gpt2", {"activation_function": "relu"}, "only 'gelu_new' is supported"),
+        ("gpt2", {"hidden_size": 24}, "hidden_size is another name of n_embd"),
+        ("llama", {"attention_bias": True}, "attention_bias is True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("llama", {"sliding_window": 8}, "sliding_window is 8"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ("llama", {"rope_parameters": {"factor": 2.0}}, "factor in rope_parameters"),
+        ("llama", {"rope_parameters": {"full_attention": {}}}, "full_attention in rope_param"),
+        ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta diff"),
+        ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta must be a positive"),
+        ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("llama", {"is_causal": False}, "is_causal is False"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ("llama", {"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+    ],
+)
+def test_settings_that_change_the_computation_are_rejected(arch, values, message):
+    with pytest.raises(UserError, match=message):
+        config_from_hf({"model_type": arch} | SMALL[arch] | values)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", [2], {}, 10**9, 10**400, math.nan])
+@pytest.mark.parametrize("arch", SMALL)
+def test_sizes_must_be_numbers_in_range(arch, value):
+    names = [*SMALL[arch], "vocab_size", *(["n_inner"] if arch == "gpt2" else ["head_dim"])]
+    for name in names:
+        with pytest.raises(UserError, match=f"{name} must be a number from 1 to {MAX_SIZE}, not "):
+            config_from_hf({"model_type": arch} | SMALL[arch] | {name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1e-5, True, "1e-5", None, [], math.nan, math.inf, 10**400])
+def test_epsilons_and_base_frequencies_must_be_positive_numbers(value):
+    for arch, name in (("gpt2", "layer_norm_epsilon"), ("llama", "rms_norm_eps")):
+        with pytest.raises(UserError, match=f"{name} must be a positive number"):
+            config_from_hf({"model_type": arch} | SMALL[arch] | {name: value})
+    with pytest.raises(UserError, match="rope_theta must be a positive number"):
+        config_from_hf({"model_type": "llama"} | SMALL["llama"] | {"rope_theta": value})
+
+
+def test_switches_must_be_true_or_false():
+    with pytest.raises(UserError, match="tie_word_embeddings must be true or false, not 1"):
+        config_from_hf({"model_type": "llama"} | SMALL["llama"] | {"tie_word_embeddings": 1})
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "hidden_size", "intermediate_size"])
+def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, name):
+    write_model(tmp_path / "theirs", "llama")
+    change(tmp_path / "theirs/config.json", **{name: MAX_SIZE})
+    with pytest.raises(UserError, match=r"has no tensor|do not match config"):
+        imported(tmp_path / "theirs")
+
+
+# --- tensors
+
+
+def rewrite(path: Path, change: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a damaged copy of a model's tensors."""
+    name, extra = "model.layers.1.mlp.down_proj.weight", torch.ones(2)
+    if change == "missing":
+        del tensors[name]
+    if change == "extra":
+        tensors["model.layers.1.self_attn.q_proj.bias"] = extra
+    if change == "score":
+        tensors["score.weight"] = extra
+    if change == "shape":
+        tensors[name] = tensors[name][:, 1:].contiguous()
+    if change == "transposed":
+        tensors[name] = tensors[name].T.contiguous()
+    if change in ("nan", "inf"):
+        tensors[name][3, 4] = float(change)
+    if change == "integer":
+        tensors[name] = tensors[name].to(torch.int8)
+    if change == "float8":
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"has no tensor model\.layers\.1\.mlp\.down_proj\.weight"),
+        ("extra", r"that llama does not have: model\.layers\.1\.self_attn\.q_proj\.bias"),
+        ("score", r"that llama does not have: score\.weight"),
+        ("shape", r"down_proj\.weight has shape \[16, 19\] instead of \[16, 20\]"),
+        ("transposed", r"down_proj\.weight has shape \[20, 16\] instead of \[16, 20\]"),
+        ("nan", r"down_proj\.weight contains values that are not finite"),
+        ("inf", r"down_proj\.weight contains values that are not finite"),
+        ("integer", r"down_proj\.weight .* is I8"),
+        ("float8", r"down_proj\.weight .* is F8_E4M3"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path, change, message):
+    write_model(tmp_path / "theirs", "llama")
+    path = tmp_path / "theirs/model.safetensors"
+    rewrite(path, change, safetensors_torch.load_file(path))
+    with pytest.raises(UserError, match=message):
+        imported(tmp_path / "theirs")
+    assert not (tmp_path / "imported.pt").exists()
+
+
+def test_an_output_layer_that_is_not_the_embedding_is_rejected_if_they_are_tied(tmp_path):
+    theirs = write_model(tmp_path / "theirs", "llama", tie_word_embeddings=False)
+    change(tmp_path / "theirs/config.json", tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from the embedding"):
+        imported(tmp_path / "theirs")
+    theirs.lm_head.weight.data = theirs.model.embed_tokens.weight.data.clone()
+    tensors = {name: t.clone() for name, t in theirs.state_dict().items()}
+    safetensors_torch.save_file(tensors, tmp_path / "theirs/model.safetensors")
+    assert_equal_logits(imported(tmp_path / "theirs"), theirs)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_shapes_of_our_own_weights_are_accepted(arch):
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 12, "block_size": 8, "vocab_size": 9}
+    config = GPTConfig(**(ARCHS[arch] | sizes))
+    weights = weights_to_hf(GPT(config).state_dict(), config, arch)
+    check_tensors({name: tuple(t.shape) for name, t in weights.items()}, config, arch)
+
+
+# --- sizes that transformers does not load
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+@pytest.mark.parametrize("sizes", [(28, 3, 10), (28, 4, 10), (30, 3, 10), (24, 3, 4)])
+def test_a_model_with_another_head_size_is_exported_or_rejected(tmp_path, arch, sizes):
+    n_embd, n_head, head_size = sizes
+    values = {"n_layer": 1, "n_embd": n_embd, "n_head": n_head, "head_size": head_size}
+    config = GPTConfig(**(ARCHS[arch] | values | {"vocab_size": 8, "block_size": 16}))
+    if arch == "llama" and n_embd % n_head:
+        with pytest.raises(UserError, match="28 is not divisible by 3"):
+            matching_arch(config)
+        return
+    assert matching_arch(config) == arch
+    ours = GPT(config).eval()
+    for p in ours.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    weights = weights_to_hf(ours.state_dict(), config, arch)
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, arch, {})))
+    safetensors_torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_equal_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval())

@@ -1,0 +1,404 @@
+"""Tokenizers written for the `tokenizers` library give its ids, and so do those that are read."""
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import pytest
+from conftest import make_text
+from hypothesis import strategies as st
+
+from config import ENCODINGS, UserError
+from corpus.bpe import count_pieces, train_bpe
+from exporting import hf_tokenizer
+from exporting.hf_tokenizer import (
+    KNOWN_PATTERNS,
+    LLAMA3_PATTERN,
+    check_equal,
+    merges_of,
+    split_rule,
+    tokenizer_to_hf,
+)
+from exporting.hf_tokenizer_import import tokenizer_from_hf
+from exporting.probes import PROBES
+from tokenizer import (
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    PRINTABLE,
+    QA_SPECIALS,
+    BPETokenizer,
+    CharTokenizer,
+    to_printable,
+)
+
+library = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+openai_public = pytest.importorskip("tiktoken_ext.openai_public")
+
+# Texts that are hard to split: contractions, digits, runs of whitespace, several scripts.
+PARTS = ["'s", "'S", "'ll", "'Re", " ", "  ", "\n", "\r\n", "\t", "\xa0", "\u3000", "12", "345"]
+PARTS += [
+    "½",
+    "²",
+    "٣",
+    "é",
+    "e\u0301",
+    "\u017f",
+    "Ω",
+    "日本",
+    "हि",
+    "🙂",
+    "word",
+    "Word",
+    "WORD",
+    ".",
+    "!?",
+]
+TEXTS = st.lists(st.one_of(st.sampled_from(PARTS), st.characters(codec="utf-8")), max_size=30)
+FUZZ = hypothesis.settings(max_examples=200, derandomize=True, deadline=None, database=None)
+
+
+def bpe(pattern: str = GPT2_PATTERN, specials: dict[str, int] | None = None) -> BPETokenizer:
+    """Merges learned from English, digits and whitespace, split by a pattern."""
+    text = make_text() + "it's we'll 12 345 1999 2024\n\n  indented\n" * 20 + "héé 日本語 🙂" * 5
+    learned = train_bpe(count_pieces([text]), 420)
+    return BPETokenizer(learned.ranks, specials or {END_OF_TEXT: 500}, pattern)
+
+
+def theirs_of(content: dict[str, Any]) -> Any:
+    theirs = library.Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True
+    return theirs
+
+
+@pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
+def test_all_known_patterns_split_alike(pattern):
+    ours = bpe(pattern)
+    content = tokenizer_to_hf(ours)
+    theirs = theirs_of(content)
+    assert content["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": pattern}
+    assert tokenizer_from_hf(content).to_dict() == ours.to_dict()
+
+    @FUZZ
+    @hypothesis.given(TEXTS)
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        ids = ours.encode(text).tolist()
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids) == text
+
+    check()
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_tokenizers_with_the_patterns_of_tiktoken_are_exported(monkeypatch, name):
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **settings: {})
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **settings: {})
+    pattern = getattr(openai_public, name)()["pat_str"]
+    ours = bpe(pattern)
+    back = tokenizer_from_hf(tokenizer_to_hf(ours))
+    assert isinstance(back, BPETokenizer) and back.pattern in KNOWN_PATTERNS
+
+    @FUZZ
+    @hypothesis.given(TEXTS)
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        assert back.encode(text).tolist() == ours.encode(text).tolist()
+
+    check()
+
+
+def test_special_tokens_keep_their_ids_with_gaps_between_them(tmp_path):
+    ours = bpe(specials={"<|a|>": 450, "<|b|>": 600, "<|c|>": 421})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_to_hf(ours)))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    assert words("<|a|><|b|><|c|>").input_ids == [450, 600, 421]
+    assert words.decode([600, 450]) == "<|b|><|a|>"
+    assert tokenizer_from_hf(json.loads(path.read_text())).to_dict() == ours.to_dict()
+
+
+def test_a_token_that_no_lower_merge_makes_is_still_found():
+    # "abc" has a lower id than both "ab" and "bc", so it is only found as a full piece, or once
+    # "ab" was merged, as in tiktoken.
+    ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256, b"xyz": 257, b"ab": 258}
+    ours = BPETokenizer(ranks, {}, GPT2_PATTERN)
+    theirs = theirs_of(tokenizer_to_hf(ours))
+    assert list(merges_of(ours)) == [(b"ab", b"c"), (b"a", b"b")]
+    cases = {"abc": [256], "xyz": [257], "xyza": [120, 121, 122, 97], "zabc": [122, 256]}
+    for text, ids in cases.items():
+        assert theirs.encode(text).ids == ours.encode(text).tolist() == ids
+
+
+# --- characters
+
+
+def test_an_unknown_character_is_an_error_and_not_another_character(tmp_path):
+    ours = CharTokenizer.train(["abc\n"])
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_to_hf(ours)))
+    words = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    assert words("cab\n").input_ids == [3, 1, 2, 0]
+    assert len(words) == ours.vocab_size == 4
+    for text in ("abd", "é", "<UNK>", "日"):
+        with pytest.raises(Exception, match=r"Missing .* token from the vocabulary"):
+            words(text)
+    assert tokenizer_from_hf(json.loads(path.read_text())).to_dict() == ours.to_dict()
+
+
+def test_a_tokenizer_with_an_unknown_token_keeps_it():
+    ours = CharTokenizer.train(["abc\n"], QA_SPECIALS)
+    theirs = theirs_of(tokenizer_to_hf(ours))
+    assert theirs.encode("aéb").ids == ours.encode("aéb").tolist() == [5, 1, 6]
+
+
+@FUZZ
+@hypothesis.given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
+def test_characters_of_every_script_have_the_same_ids(text):
+    ours = CharTokenizer.train([text])
+    content = tokenizer_to_hf(ours)
+    assert theirs_of(content).encode(text).ids == ours.encode(text).tolist()
+    assert tokenizer_from_hf(content).to_dict() == ours.to_dict()
+
+
+# --- import
+
+
+def byte_level(**values: Any) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True} | values
+
+
+def as_gpt2(content: dict[str, Any]) -> None:
+    """As in the file of OpenAI's GPT-2: merges are strings, ByteLevel has the pattern."""
+    content["pre_tokenizer"] = content["decoder"] = byte_level()
+    content["post_processor"] = byte_level()
+    content["model"] = {
+        "type": "BPE",
+        "dropout": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "vocab": content["model"]["vocab"],
+        "merges": [" ".join(pair) for pair in content["model"]["merges"]],
+    }
+
+
+def as_llama3(content: dict[str, Any]) -> None:
+    """As in the files of Llama 3: all pairs that make a token are merges, a template adds <BOS>."""
+    vocab = content["model"]["vocab"]
+    content["pre_tokenizer"]["pretokenizers"][0] = split_rule(LLAMA3_PATTERN)
+    content["model"]["merges"] = [
+        f"{token[:i]} {token[i:]}"
+        for token in sorted(vocab, key=vocab.__getitem__)
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab and token != END_OF_TEXT
+    ]
+    piece = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [piece, text], "pair": [text]}
+    template["special_tokens"] = {
+        END_OF_TEXT: {"id": END_OF_TEXT, "ids": [500], "tokens": [END_OF_TEXT]}
+    }
+    content["post_processor"] = {"type": "Sequence", "processors": [byte_level(), template]}
+
+
+@pytest.mark.parametrize("rewrite", [as_gpt2, as_llama3])
+def test_other_forms_of_the_same_pipeline_are_imported(rewrite):
+    content = tokenizer_to_hf(bpe())
+    rewrite(content)
+    ours, theirs = tokenizer_from_hf(content), theirs_of(content)
+
+    @FUZZ
+    @hypothesis.given(TEXTS)
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text).tolist()
+
+    check()
+
+
+def rename_token(content: dict[str, Any], old: str, new: str) -> None:
+    vocab = content["model"]["vocab"]
+    vocab[new] = vocab.pop(old)
+
+
+def swap_merges(content: dict[str, Any]) -> None:
+    merges = content["model"]["merges"]
+    merges[0], merges[-1] = merges[-1], merges[0]
+
+
+def add_token(tokenizer: dict[str, Any], **values: Any) -> None:
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | values)
+
+
+ADDED = {"content": "the", "id": 501, "special": False}
+SPLIT = split_rule(GPT2_PATTERN)
+BYTES = byte_level(use_regex=False)
+CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
+    ("normalizer 'NFC'", lambda c: c.update(normalizer={"type": "NFC"})),
+    ("normalizer 'Lowercase'", lambda c: c.update(normalizer={"type": "Lowercase"})),
+    ("normalizer 'Sequence'", lambda c: c.update(normalizer={"type": "Sequence"})),
+    ("add_prefix_space True", lambda c: c.update(pre_tokenizer=byte_level(add_prefix_space=True))),
+    ("use_regex False", lambda c: c.update(pre_tokenizer=BYTES)),
+    ("'Whitespace'", lambda c: c.update(pre_tokenizer={"type": "Whitespace"})),
+    ("pre_tokenizer is None", lambda c: c.update(pre_tokenizer=None)),
+    ("pre_tokenizer is 5", lambda c: c.update(pre_tokenizer=5)),
+    ("'Digits'", lambda c: c["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits"})),
+    (
+        "'Punctuation'",
+        lambda c: c["pre_tokenizer"]["pretokenizers"].append({"type": "Punctuation"}),
+    ),
+    ("'Removed'", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
+    ("'invert': True", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(invert=True)),
+    ("'String'", lambda c: c["pre_tokenizer"]["pretokenizers"][0].update(pattern={"String": " "})),
+    (
+        "'Split'.*is not supported",
+        lambda c: c["pre_tokenizer"]["pretokenizers"].__setitem__(0, split_rule(".+")),
+    ),
+    ("decoder is None", lambda c: c.update(decoder=None)),
+    ("decoder.type 'Metaspace'", lambda c: c.update(decoder={"type": "Metaspace"})),
+    ("post_processor.type 'Bert", lambda c: c.update(post_processor={"type": "BertProcessing"})),
+    ("model.type 'Unigram'", lambda c: c["model"].update(type="Unigram")),
+    ("model.type 'WordPiece'", lambda c: c["model"].update(type="WordPiece")),
+    ("model.dropout 0.1", lambda c: c["model"].update(dropout=0.1)),
+    ("byte_fallback True", lambda c: c["model"].update(byte_fallback=True)),
+    ("continuing_subword_prefix '##'", lambda c: c["model"].update(continuing_subword_prefix="##")),
+    ("end_of_word_suffix '</w>'", lambda c: c["model"].update(end_of_word_suffix="</w>")),
+    ("no token for the byte 0x41", lambda c: rename_token(c, "A", "QQQ")),
+    ("token '日本' is not one of bytes", lambda c: rename_token(c, "A", "日本")),
+    ("no vocab", lambda c: c["model"]["vocab"].update(A=7)),
+    ("no vocab", lambda c: c["model"]["vocab"].update(A=-7)),
+    ("no vocab", lambda c: c["model"]["vocab"].update(A="7")),
+    ("no vocab", lambda c: c["model"]["vocab"].update(A=True)),
+    ("no vocab", lambda c: c["model"].update(vocab=[])),
+    ("no vocab", lambda c: c.update(model=None)),
+    ("in merges does not make a token", lambda c: c["model"].update(merges=["a  b"])),
+    ("in merges does not make a token", lambda c: c["model"]["merges"].append(["A", "Q"])),
+    ("in merges does not make a token", lambda c: c["model"].update(merges=None)),
+    ("are not among the merges", lambda c: c["model"]["merges"].pop()),
+    ("not in the order of the ids", swap_merges),
+    ("added token 'the' is not supported", lambda c: add_token(c, **ADDED)),
+    ("added token '<\\\\|end", lambda c: add_token(c, id=501)),
+    ("must be a list of texts with ids", lambda c: add_token(c, content=None)),
+    ("must be a list of texts with ids", lambda c: c.update(added_tokens={})),
+    ("no vocab", lambda c: add_token(c, content="<x>", id=5)),
+]
+
+
+@pytest.mark.parametrize(("message", "change"), CHANGES)
+def test_components_that_are_not_known_to_be_equal_are_named(message, change):
+    content = tokenizer_to_hf(bpe())
+    change(content)
+    with pytest.raises(UserError, match=message):
+        tokenizer_from_hf(content)
+
+
+def test_tokens_that_no_merge_makes_need_ignore_merges():
+    ranks = {bytes([b]): b for b in range(256)} | {b"abc": 256}
+    content = tokenizer_to_hf(BPETokenizer(ranks, {}, GPT2_PATTERN))
+    tokenizer_from_hf(content)
+    content["model"]["ignore_merges"] = False
+    with pytest.raises(UserError, match="tokens that no merge makes"):
+        tokenizer_from_hf(content)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("ids from 0 without gaps", lambda c: c["model"]["vocab"].update(a=9)),
+        ("ids from 0 without gaps", lambda c: c["model"].update(vocab={"b": 1, "a": 2, "\n": 0})),
+        ("words of one character", lambda c: c["model"]["vocab"].update(ab=4)),
+        ("unk_token 'a'", lambda c: c["model"].update(unk_token="a")),
+        ("unk_token None", lambda c: c["model"].update(unk_token=None)),
+        ("normalizer 'NFC'", lambda c: c.update(normalizer={"type": "NFC"})),
+        (
+            "pre_tokenizer.type 'Whitespace'",
+            lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
+        ),
+        ("decoder is None", lambda c: c.update(decoder=None)),
+        ("post_processor 'Bert", lambda c: c.update(post_processor={"type": "BertProcessing"})),
+        ("no vocab", lambda c: c["model"].update(vocab={})),
+    ],
+)
+def test_character_tokenizers_of_others_are_rejected(message, change):
+    content = tokenizer_to_hf(CharTokenizer.train(["abc\n"]))
+    change(content)
+    with pytest.raises(UserError, match=message):
+        tokenizer_from_hf(content)
+
+
+# --- comparison with the library
+
+
+def test_the_probes_cover_what_pipelines_differ_in():
+    text = "".join(PROBES)
+    assert len(PROBES) > 100
+    for part in (
+        "'ll",
+        "'S",
+        "  ",
+        "\r\n",
+        "\xa0",
+        "1234567",
+        "é",
+        "e\u0301",
+        "日",
+        "ह",
+        "😀",
+        "<PAD>",
+    ):
+        assert part in text
+
+
+def test_a_difference_is_reported_with_the_first_text():
+    ours, content = bpe(), tokenizer_to_hf(bpe())
+    other = copy.deepcopy(content)
+    other["pre_tokenizer"] = byte_level(add_prefix_space=True)
+    with pytest.raises(UserError, match="other ids for the text 'The quick brown fox"):
+        check_equal(ours, other)
+    other = content | {"decoder": {"type": "Fuse"}}
+    with pytest.raises(UserError, match=r"decodes the ids of 'The quick .* differently"):
+        check_equal(ours, other)
+    with pytest.raises(UserError, match=r"tokenizer\.json is invalid: "):
+        check_equal(ours, content | {"model": {"type": "none"}})
+
+
+def test_digits_that_tiktoken_groups_are_not_exported_in_other_groups():
+    # In the library's regular expressions, {1,3}+ matches any number of digits.
+    ours = bpe(LLAMA3_PATTERN.replace("{1,3}", "{1,3}+"))
+    content = tokenizer_to_hf(ours)
+    assert theirs_of(content).encode("1999345").ids == ours.encode("1999345").tolist()
+    content["pre_tokenizer"]["pretokenizers"][0] = split_rule(ours.pattern)
+    with pytest.raises(UserError, match="other ids for the text"):
+        check_equal(ours, content)
+
+
+def test_without_the_library_a_note_says_that_nothing_was_compared(monkeypatch, capsys):
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    content = tokenizer_to_hf(bpe())
+    capsys.readouterr()
+    monkeypatch.setattr(hf_tokenizer.importlib, "import_module", missing)
+    assert tokenizer_from_hf(content).vocab_size == 501
+    assert "is not compared with Hugging Face's (pip install tokenizers)" in capsys.readouterr().out
+
+
+def test_random_vocabularies_give_the_same_ids():
+    rng = random.Random(0)
+    for _ in range(20):
+        tokens = {bytes([b]): b for b in range(256)}
+        parts = [b"a", b"b", b"c", b" "]
+        for i in range(256, 300):
+            token = rng.choice(parts) + rng.choice(parts)
+            if token not in tokens and to_printable(token).count(PRINTABLE[32]) < 2:
+                tokens[token] = i
+                parts.append(token)
+        ours = BPETokenizer(tokens, {}, GPT2_PATTERN)
+        theirs = theirs_of(tokenizer_to_hf(ours))
+        for _ in range(100):
+            text = "".join(rng.choices("abc ", k=rng.randrange(12)))
+            assert theirs.encode(text).ids == ours.encode(text).tolist() == ours.encode_plain(text)
