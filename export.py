@@ -1,12 +1,14 @@
 """Convert checkpoints to and from Hugging Face's format.
 
-    python export.py checkpoints/best.pt out/              a folder that `transformers` loads
-    python export.py checkpoints/best.pt out/ --push user/name      and upload it to the hub
+    python train.py --arch qwen3 --tag qwen3               (or llama, or gpt2)
+    python export.py checkpoints/qwen3/best.pt out/        a folder that `transformers` loads
+    python export.py checkpoints/qwen3/best.pt out/ --push user/name     and upload it to the hub
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
+--overwrite replaces an earlier export, and nothing else, once the new one is complete.
 Needs `pip install safetensors`, and for the hub `pip install huggingface_hub`.
 """
 

@@ -57,7 +57,7 @@ def read_marker(folder: Path) -> dict[str, str]:
     return files
 
 
-def check_files(folder: Path, names: list[str]) -> None:
+def check_files(folder: Path, names: list[str], advice: str) -> None:
     """Raise UserError if an export wrote the folder and one of these files has changed since."""
     if not (folder / MARKER).exists():
         return
@@ -66,7 +66,7 @@ def check_files(folder: Path, names: list[str]) -> None:
         if name in known and sha256(folder / name) != known[name]:
             raise UserError(
                 f"{folder / name} was changed or damaged after the export (its sha256 is not the "
-                f"one in {MARKER})"
+                f"one in {MARKER}): {advice}"
             )
 
 
@@ -94,7 +94,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
                 f"{folder}/ contains {path.name}, which export.py did not write: move it, or "
                 "choose another path"
             )
-    check_files(folder, [name for name in known if (folder / name).exists()])
+    present = [name for name in known if (folder / name).exists()]
+    check_files(folder, present, "choose another path, or move it")
 
 
 def remove_export(folder: Path) -> None:

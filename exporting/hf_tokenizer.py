@@ -17,15 +17,18 @@ from tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer, to_p
 UNKNOWN = "<UNK>"
 
 # The split patterns whose matches are the same in the regular expressions of tiktoken and of the
-# `tokenizers` library: tiktoken's for GPT-2, o200k_base and cl100k_base, Llama 3's, Qwen's. In
-# cl100k_base's, {1,3} is followed by a +, which only tiktoken reads as "possessive"; without it the
-# matches in tiktoken are the same.
+# `tokenizers` library: tiktoken's of GPT-2, o200k_base and cl100k_base, Llama 3's, Qwen's, SmolLM's.
+# In cl100k_base's, {1,3} is followed by a +, which for the library is another repetition, and for
+# tiktoken forbids to match less ("possessive"); without it tiktoken's matches are the same.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# GPT-2's after a separation of all digits, so that whitespace before a digit is one piece.
+DIGITS_PATTERN = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}|\s+(?=\p{N})")
 KNOWN_PATTERNS = {
     GPT2_PATTERN,
+    DIGITS_PATTERN,
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s",

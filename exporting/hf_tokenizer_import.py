@@ -9,6 +9,7 @@ from typing import Any
 
 from config import UserError
 from exporting.hf_tokenizer import (
+    DIGITS_PATTERN,
     KNOWN_PATTERNS,
     UNKNOWN,
     check_equal,
@@ -104,7 +105,7 @@ def char_from_hf(content: dict[str, Any], specials: dict[str, int]) -> CharToken
     )
     require(content.get("pre_tokenizer"), "pre_tokenizer", allowed_values(split_rule(r"[\s\S]")))
     require(content.get("decoder"), "decoder", {"type": ("Fuse",)})
-    require(content, "", {"post_processor": (None,)}, others=True)
+    check_post_processor(content.get("post_processor"))
     ordered = sorted(specials, key=specials.__getitem__)
     chars = sorted(text for text in model["vocab"] if text not in specials)
     if any(len(char) != 1 for char in chars):
@@ -159,8 +160,9 @@ def bpe_from_hf(content: dict[str, Any], specials: dict[str, int]) -> BPETokeniz
 
 
 def pattern_from_hf(pre_tokenizer: Any) -> str:
-    """The split pattern of GPT-2's pre-tokenizer, ByteLevel, or of the one of Llama 3 and of
-    `bpe_to_hf`: a split by a pattern, then ByteLevel without its own."""
+    """The split pattern of GPT-2's pre-tokenizer, ByteLevel; of SmolLM's, which separates digits
+    first; or of that of Llama 3 and `bpe_to_hf`: a split by a pattern, then ByteLevel without its
+    own."""
     byte_level: dict[str, tuple[Any, ...]] = {
         "type": ("ByteLevel",),
         "add_prefix_space": (False,),
@@ -173,6 +175,10 @@ def pattern_from_hf(pre_tokenizer: Any) -> str:
     steps = pre_tokenizer.get("pretokenizers")
     steps = steps if isinstance(steps, list) else []
     kinds = [step.get("type") if isinstance(step, dict) else step for step in steps]
+    if kinds == ["Digits", "ByteLevel"]:
+        require(steps[0], "pre_tokenizer", {"type": ("Digits",), "individual_digits": (True,)})
+        require(steps[1], "pre_tokenizer", byte_level)
+        return DIGITS_PATTERN
     if kinds != ["Split", "ByteLevel"]:
         raise UserError(f"tokenizer.json: the pre_tokenizer {kinds!r:.200} is not supported")
     require(steps[1], "pre_tokenizer", byte_level | {"use_regex": (False,)})

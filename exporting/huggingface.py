@@ -15,7 +15,7 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig, TrainConfig, UserError
-from exporting.folders import check_files, new_folder, read_json, write_json
+from exporting.folders import MARKER, check_files, new_folder, read_json, write_json
 from exporting.hf_model import (
     CLASSES,
     check_tensors,
@@ -240,7 +240,8 @@ def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor
     """The weights of a folder with our names. Names, types and shapes are compared with the
     settings before any tensor is read."""
     files = weight_files(folder)
-    check_files(folder, ["config.json", "tokenizer.json", *(file.name for file in files)])
+    names = ["config.json", "tokenizer.json", *(file.name for file in files)]
+    check_files(folder, names, f"delete {MARKER} if this is what you want to import")
     library = import_optional("safetensors")
     shapes: dict[str, tuple[int, ...]] = {}
     where: dict[str, str] = {}

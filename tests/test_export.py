@@ -202,6 +202,26 @@ def test_a_failed_download_is_a_user_error(workplace, monkeypatch):
     assert not Path("gpt2.pt").exists()
 
 
+def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return "hub"
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    path = make_checkpoint("char", "llama")
+    assert export.main([str(path), "hub"]) == 0
+    Path("hub/README.md").unlink()  # not downloaded
+    assert export.main(["--from", "someone/model", "model.pt"]) == 0
+    assert asked == [["*.json"], ["*.json", "*.safetensors"]]
+    Path("hub/config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="model_type 'bert' is not supported"):
+        export.main(["--from", "someone/model", "model.pt", "--overwrite"])
+    assert asked[2:] == [["*.json"]]
+
+
 def test_push_uploads_the_folder(workplace, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     path, sent = make_checkpoint("char", "llama"), []
