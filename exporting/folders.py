@@ -132,7 +132,6 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
     """
     check_target(folder, overwrite)
     folder = Path(os.path.realpath(folder))  # a link stays a link
-    report_leftovers(folder)
     tmp_path, old = aside(folder, "part"), aside(folder, "old")
     missing = [parent for parent in folder.parents if not os.path.lexists(parent)]
     try:
@@ -153,7 +152,9 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
             raise
         sync(folder.parent)
         if old.exists():
-            remove_export(old)
+            with contextlib.suppress(OSError, UserError):
+                remove_export(old)
+        report_leftovers(folder)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
     finally:

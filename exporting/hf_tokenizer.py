@@ -17,8 +17,8 @@ from tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer, to_p
 UNKNOWN = "<UNK>"
 
 # The split patterns whose matches are the same in the regular expressions of tiktoken and of the
-# `tokenizers` library: tiktoken's of GPT-2, o200k_base and cl100k_base, Llama 3's, Qwen's, SmolLM's.
-# In cl100k_base's, {1,3} is followed by a +, which for the library is another repetition, and for
+# `tokenizers` library: those of GPT-2, o200k_base, cl100k_base, Llama 3, Qwen and SmolLM. In
+# cl100k_base's, {1,3} is followed by a +, which for the library is another repetition, and for
 # tiktoken forbids to match less ("possessive"); without it tiktoken's matches are the same.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
