@@ -40,6 +40,8 @@ def adapter_to_peft(adapter: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     arch, rank = matching_arch(config), adapter["lora"]["lora_rank"]
     weights: dict[str, Tensor] = {}
     targets, used = set(), set()
+    if config.n_layer > len(tensors):
+        raise ValueError(f"it has {len(tensors)} tensors for {config.n_layer} layers")
     with torch.device("meta"):  # for the shapes
         state = GPT(config).state_dict()
     for ours, theirs in tensor_names(config, arch):

@@ -57,6 +57,8 @@ NAME = "blocks.0.attn.qkv.B"
         lambda adapter: adapter["gpt_config"].update(n_layer="1"),
         lambda adapter: adapter["gpt_config"].update(n_head=3),
         lambda adapter: adapter["gpt_config"].update(n_head=8),
+        lambda adapter: adapter["gpt_config"].update(n_layer=10**9),
+        lambda adapter: adapter["gpt_config"].update(n_embd=10**9),
         lambda adapter: adapter["lora"].pop("lora_rank"),
         lambda adapter: adapter["lora"].pop("lora_alpha"),
         lambda adapter: adapter["lora"].update(lora_rank=3),
