@@ -136,6 +136,12 @@ def test_missing_settings_have_the_defaults_of_transformers(arch):
         assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
 
 
+def test_qwen3_has_32_key_value_heads_unless_it_says_otherwise():
+    theirs = {"model_type": "qwen3", "num_attention_heads": 64}
+    expected = transformers.AutoConfig.for_model(**theirs).num_key_value_heads
+    assert config_from_hf(theirs)[0].n_kv_head == expected == 32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_of_other_precisions_are_converted_to_float32(tmp_path, dtype):
     theirs = write_model(tmp_path / "float32", "llama")  # RoPE's frequencies stay in float32
