@@ -19,7 +19,7 @@ from torch import Tensor
 import finetune
 import train
 import utils
-from config import GPTConfig, TrainConfig, UserError
+from config import ARCH_FIELDS, PRESETS, GPTConfig, TrainConfig, UserError, train_settings
 from finetuning import tasks
 from model import GPT
 from training.distributed import (
@@ -332,7 +332,7 @@ def check_sharded_weights() -> None:
     for tied in (True, False):
         model = make_model(tie_weights=tied)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        wrap(model, "fsdp", CPU, "float32")
+        wrap(model, "fsdp", CPU)
         assert all(p.to_local().numel() < p.numel() for p in model.parameters())
         check_weights(model, before, tied)
     del model
@@ -341,6 +341,36 @@ def check_sharded_weights() -> None:
 
 def test_sharded_weights_are_gathered_copied_set_and_swapped(workplace):
     run_two(workplace, CHECK, "check_sharded_weights")
+
+
+def check_bfloat16() -> None:
+    """In each of two processes: FSDP's loss and gradients are DDP's, for every preset."""
+    init_process_group(CPU)
+    torch.manual_seed(rank())
+    x = torch.randint(11, (2, 8))
+    small = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    for preset in PRESETS:
+        settings = vars(train_settings({"preset": preset}, "cpu")[0]) | small
+        components = {k: settings[k] for k in (*ARCH_FIELDS, *small)}
+        results = []
+        for parallel in ("ddp", "fsdp"):
+            model = make_model(**components)
+            net = wrap(model, parallel, CPU)
+            with utils.autocast(CPU, "bfloat16"):
+                loss = net(x, x)[1]
+            loss.backward()
+            gradients = {n: gather(p.grad) for n, p in model.named_parameters()}
+            results.append((loss.detach(), gradients))
+        (loss, expected), (found, gradients) = results
+        assert torch.equal(found, loss), preset
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, expected[name], atol=1e-6), (preset, name)
+    del model, net, loss
+    destroy_process_group()
+
+
+def test_sharded_training_in_bfloat16_equals_replicated_training(workplace):
+    run_two(workplace, CHECK, "check_bfloat16")
 
 
 # --- memory
