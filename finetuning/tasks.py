@@ -1,7 +1,8 @@
 """The tasks of fine-tuning, each next to the formula of its loss: another text, questions and
 answers, distillation, preferences (DPO)."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from config import SampleConfig, TrainConfig, UserError
 from corpus.load import Corpus
 from corpus.records import encode_record
-from generate import encode_prompt, end_tokens, stream_texts
+from generate import stream_texts
 from model import GPT
-from tokenizer import Tokenizer
+from tokenizer import END_OF_TEXT, Tokenizer
+from training.distributed import all_reduce_sum, rank, world_size
 from training.task import Batch, CheckpointFormat, Metrics, Pretraining, sample_from_newline
 
 Example = tuple[np.ndarray, int]  # the ids of a text (T,), and how many of them are its prompt
@@ -48,17 +50,23 @@ class TextTask:
 
 
 def distillation_loss(
-    student: Tensor, teacher: Tensor, hard: Tensor, temperature: float, alpha: float
+    student: Tensor,
+    teacher: Tensor,
+    y: Tensor,
+    hard: Tensor,
+    temperature: float,
+    alpha: float,
 ) -> Tensor:
     """alpha T^2 KL(p || q) + (1 - alpha) hard, where p and q are softmax(logits / T) of teacher and
     student, logits (B, T, V) both, and hard is the usual loss (Hinton et al. 2015, section 2). T^2
-    because the gradient of the soft loss shrinks with 1/T^2."""
+    because the gradient of the soft loss shrinks with 1/T^2. Both losses are averaged over the
+    tokens y (B, T) that are not -100."""
     log_p, log_q = (
-        F.log_softmax(logits.float().flatten(0, 1) / temperature, dim=-1)  # (B T, V)
+        F.log_softmax(logits.float() / temperature, dim=-1)  # (B, T, V)
         for logits in (teacher, student)
     )
-    soft = F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    return alpha * temperature**2 * soft + (1 - alpha) * hard
+    soft = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)  # (B, T)
+    return alpha * temperature**2 * soft[y != -100].mean() + (1 - alpha) * hard
 
 
 @dataclass
@@ -80,8 +88,8 @@ class DistillationTask:
         with torch.no_grad():
             teacher_logits = self.teacher(x, docs=docs)[0]
         logits, hard = model(x, y, docs)
-        loss = distillation_loss(logits, teacher_logits, hard, self.temperature, self.alpha)
-        return {"loss": loss}
+        settings = (self.temperature, self.alpha)
+        return {"loss": distillation_loss(logits, teacher_logits, y, hard, *settings)}
 
 
 # --- questions and answers
@@ -110,32 +118,26 @@ class QATask:
         return {"loss": model(x, y)[1]}
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
-        n = None if full else self.config.eval_windows
-        metrics = {} if full else {"train": self.mean_loss(model, "train", n)}
-        metrics["val"] = self.mean_loss(model, "val", n)
-        metrics["exact"] = self.exact_answers(model, "val")
-        metrics["exact_train"] = self.exact_answers(model, "train")
-        return metrics
+        n = self.config.eval_windows
+        train, exact_train = self.score(model, "train", n)
+        val, exact = self.score(model, "val", None if full else n)
+        metrics = {} if full else {"train": train}
+        return metrics | {"val": val, "exact": exact, "exact_train": exact_train}
 
-    def mean_loss(self, model: GPT, split: str, n: int | None) -> float:
-        """The mean loss per scored token over n evenly spaced records of a split, or all (None)."""
-        total, count = 0.0, 0
-        for records in in_batches(evenly_spaced(self.splits[split], n), self.config.batch_size):
+    def score(self, model: GPT, split: str, n: int | None) -> tuple[float, float]:
+        """The mean loss per scored token, and the fraction of exact answers, over n evenly spaced
+        records of a split, or all (None). Greedy generation gives an answer exactly if each of its
+        tokens is the most likely one after the correct tokens before it."""
+
+        def measure(records: Sequence[list[Example]]) -> Tensor:
             x, y = (t.to(self.device) for t in self.batch(records))
-            scored = int((y != -100).sum())
-            total, count = total + model(x, y)[1].item() * scored, count + scored
-        return total / count
+            logits, scored = model(x)[0], y != -100
+            exact = ((logits.argmax(dim=-1) == y) | ~scored).all(dim=1)
+            return torch.stack([-log_probability(logits, y), scored.sum(dim=1), exact], dim=1)
 
-    def exact_answers(self, model: GPT, split: str) -> float:
-        """The fraction of answers that greedy generation gives word for word: those of which every
-        token is the most likely one after the correct tokens before it."""
-        found: list[bool] = []
-        records = evenly_spaced(self.splits[split], self.config.eval_windows)
-        for some in in_batches(records, self.config.batch_size):
-            x, y = (t.to(self.device) for t in self.batch(some))
-            correct = (model(x)[0].argmax(dim=-1) == y) | (y == -100)  # (B, T)
-            found += correct.all(dim=1).tolist()
-        return sum(found) / len(found)
+        records = evenly_spaced(self.splits[split], n)
+        loss, n_tokens, n_exact = sum_rows(measure, records, self.config.batch_size)
+        return loss / n_tokens, n_exact / len(records)
 
     def sample(self, model: GPT) -> str:
         greedy = SampleConfig(temperature=0, max_new_tokens=self.config.sample_tokens)
@@ -152,9 +154,9 @@ class QATask:
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r(chosen) - r(rejected)), averaged over the pairs, from the `rewards` (B,) of
-    both (DPO, Rafailov et al. 2023, equation 7)."""
-    return -F.logsigmoid(chosen - rejected).mean()
+    """-log sigmoid(r(chosen) - r(rejected)) of each pair, (B,), from the `rewards` (B,) of both
+    (DPO, Rafailov et al. 2023, equation 7)."""
+    return -F.logsigmoid(chosen - rejected)
 
 
 def rewards(model: nn.Module, reference: GPT, x: Tensor, y: Tensor, beta: float) -> Tensor:
@@ -173,7 +175,11 @@ def log_probability(logits: Tensor, y: Tensor) -> Tensor:
 
 @dataclass
 class DPOTask:
-    """Preferring the chosen text of each pair to the rejected one, close to the reference model."""
+    """Preferring the chosen text of each pair to the rejected one, close to the reference model.
+
+    Trained without dropout, as in Hugging Face's TRL: the model equals its reference at first, so
+    that all rewards are 0, and later a reward is the effect of training, not of dropped channels.
+    """
 
     splits: Splits
     tokenizer: Tokenizer
@@ -198,33 +204,28 @@ class DPOTask:
         return rewards(model, self.reference, x, y, self.beta).chunk(2)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return {"loss": dpo_loss(*self.rewards(model, x, y))}
+        return {"loss": dpo_loss(*self.rewards(model, x, y)).mean()}
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         n = None if full else self.config.eval_windows
-        metrics = {} if full else {"train": self.mean_loss(model, "train", n)}
-        metrics["val"] = self.mean_loss(model, "val", n)
-        margins = torch.cat([self.margins(model, pairs) for pairs in self.batches("val", None)])
-        metrics["margin"] = margins.mean().item()
-        metrics["accuracy"] = (margins > 0).float().mean().item()  # of pairs in the right order
-        return metrics
+        metrics = {} if full else {"train": self.score(model, "train", n)["loss"]}
+        val = self.score(model, "val", n)
+        return metrics | {"val": val.pop("loss")} | val
 
-    def batches(self, split: str, n: int | None) -> Iterator[Sequence[list[Example]]]:
-        return in_batches(evenly_spaced(self.splits[split], n), self.config.batch_size)
+    def score(self, model: GPT, split: str, n: int | None) -> Metrics:
+        """Over n evenly spaced pairs of a split, or all (None): the mean loss, the mean margin
+        r(chosen) - r(rejected), and the accuracy, the fraction of pairs with a positive margin."""
 
-    def margins(self, model: GPT, pairs: Sequence[list[Example]]) -> Tensor:
-        """r(chosen) - r(rejected) of each pair, (B,)."""
-        x, y = (t.to(self.device) for t in self.batch(pairs))
-        return torch.sub(*self.rewards(model, x, y))
-
-    def mean_loss(self, model: GPT, split: str, n: int | None) -> float:
-        """The mean loss per pair over n evenly spaced pairs of a split, or all (None)."""
-        total, count = 0.0, 0
-        for pairs in self.batches(split, n):
+        def measure(pairs: Sequence[list[Example]]) -> Tensor:
             x, y = (t.to(self.device) for t in self.batch(pairs))
-            total += self.loss(model, x, y)["loss"].item() * len(pairs)
-            count += len(pairs)
-        return total / count
+            chosen, rejected = self.rewards(model, x, y)
+            columns = [dpo_loss(chosen, rejected), chosen - rejected, chosen > rejected]
+            return torch.stack(columns, dim=1)
+
+        pairs = evenly_spaced(self.splits[split], n)
+        sums = sum_rows(measure, pairs, self.config.batch_size)
+        names = ("loss", "margin", "accuracy")
+        return {name: total / len(pairs) for name, total in zip(names, sums, strict=True)}
 
     def sample(self, model: GPT) -> str:
         return sample_from_newline(model, self.tokenizer, self.config.sample_tokens)
@@ -234,11 +235,14 @@ class DPOTask:
 
 
 def encode_pair(tokenizer: Tokenizer, pair: dict[str, str]) -> list[Example]:
-    """The chosen and the rejected text of a preference pair, each after the prompt, and with an end
-    token if the tokenizer has one."""
-    prompt = encode_prompt(tokenizer, pair["prompt"]).numpy()
-    end = sorted(end_tokens(tokenizer))[:1]  # the end token of the lowest id
-    texts = (np.concatenate([tokenizer.encode(pair[key]), end]) for key in ("chosen", "rejected"))
+    """The chosen and the rejected text of a preference pair, each after the prompt, and with the
+    token that ends a text of this model: <EOS> if it has answered questions, else <|endoftext|> if
+    it knows it."""
+    prompt = tokenizer.encode(pair["prompt"])
+    ends = [tokenizer.specials[end] for end in ("<EOS>", END_OF_TEXT) if end in tokenizer.specials]
+    texts = (
+        np.concatenate([tokenizer.encode(pair[key]), ends[:1]]) for key in ("chosen", "rejected")
+    )
     return [(np.concatenate([prompt, text]).astype(np.int64), len(prompt)) for text in texts]
 
 
@@ -303,10 +307,13 @@ def pad_batch(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 def random_items(
     items: Sequence[Any], config: TrainConfig, step: int, micro_step: int
 ) -> list[Any]:
-    """The items of a micro-batch, without repetition: a function of (seed, step, micro_step)."""
-    rng = np.random.default_rng((config.seed, step, micro_step))
-    chosen = rng.choice(len(items), min(config.batch_size, len(items)), replace=False)
-    return [items[i] for i in chosen]
+    """The items of a micro-batch, without repetition: a function of (seed, step, micro_step). The
+    micro-batches of a step together are the batch that a larger batch_size would give."""
+    size, n_micro_steps = min(config.batch_size, len(items)), config.grad_accum
+    rng = np.random.default_rng((config.seed, step, 0))
+    chosen = rng.choice(len(items), min(size * n_micro_steps, len(items)), replace=False)
+    chosen = np.resize(chosen, size * n_micro_steps)  # repeats them if there are too few
+    return [items[i] for i in chosen[size * micro_step :][:size]]
 
 
 def evenly_spaced(items: Sequence[Any], n: int | None) -> Sequence[Any]:
@@ -319,3 +326,16 @@ def evenly_spaced(items: Sequence[Any], n: int | None) -> Sequence[Any]:
 def in_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """The items in batches of this size."""
     return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def sum_rows(
+    measure: Callable[[Sequence[Any]], Tensor], items: Sequence[Any], batch_size: int
+) -> list[float]:
+    """The sums of the columns that measure(batch) -> (B, n) returns, a row per item, over all
+    items. The processes share the items; each computes equally many batches, as FSDP requires, so
+    its last one may include an item that another process counts."""
+    own = items[rank() :: world_size()]
+    missing = math.ceil(len(items) / world_size()) - len(own)
+    batches = in_batches([*own, *items[:missing]], batch_size)
+    rows = torch.cat([measure(batch).cpu() for batch in batches])[: len(own)]
+    return all_reduce_sum(rows.double().sum(dim=0)).tolist()
