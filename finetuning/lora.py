@@ -11,7 +11,7 @@ has the name `.linear.weight` instead of `.weight` for a frozen matrix, and its 
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import tokenizer as tokenizers
 import utils
-from config import UserError, setting
+from config import GPTConfig, UserError, all_problems, from_dict, raise_problems, setting
+from finetuning.new_tokens import EMBEDDINGS, is_extension
 from model import GPT
+from tokenizer import Tokenizer
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "qkv": ("attn.qkv",),
@@ -31,7 +34,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 # The contents of an adapter file: its LoRAConfig, the hash of the base's weights, the settings and
 # tokenizer of the adapted model, which may have more tokens than the base, the trained tensors.
-ADAPTER_KEYS = {"lora", "base_sha256", "gpt_config", "tokenizer", "tensors"}
+ADAPTER_TYPES: dict[str, type] = {
+    **dict.fromkeys(("lora", "gpt_config", "tokenizer", "tensors"), dict),
+    "base_sha256": str,
+}
 
 
 @dataclass
@@ -41,7 +47,7 @@ class LoRAConfig:
     lora_rank: int = setting(
         0, "rank of the LoRA matrices; 0: train all weights", low=0, group="LoRA"
     )
-    lora_alpha: float = setting(32.0, "the update is scaled by alpha / rank", above=0)
+    lora_alpha: float = setting(32.0, "the update is scaled by alpha / rank", above=0, high=1e6)
     lora_dropout: float = setting(0.05, "dropout probability of the LoRA input", low=0, below=1)
     lora_targets: str = setting("attn", "which matrices are adapted", choices=tuple(TARGETS))
 
@@ -144,7 +150,7 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def save_adapter(path: Path, adapter: dict[str, Any]) -> None:
-    """Write an adapter file atomically; `adapter` has the keys ADAPTER_KEYS."""
+    """Write an adapter file atomically; `adapter` has the keys of ADAPTER_TYPES."""
     with utils.atomic_write(path) as file:
         torch.save(adapter, file)
 
@@ -152,37 +158,80 @@ def save_adapter(path: Path, adapter: dict[str, Any]) -> None:
 def is_adapter(path: Path) -> bool:
     """Whether a file is an adapter. Raises UserError if it is missing or damaged."""
     content = utils.read_data(path)
-    return isinstance(content, dict) and content.keys() >= ADAPTER_KEYS
+    return isinstance(content, dict) and "base_sha256" in content
 
 
 def read_adapter(path: Path) -> dict[str, Any]:
-    """The contents of an adapter file, on the CPU. Raises UserError if it is not an adapter."""
+    """The contents of an adapter file, on the CPU. Raises UserError if it is missing, damaged or
+    not an adapter."""
+    if not path.is_file():
+        raise UserError(f"there is no adapter {path}: name the adapter.pt of a --lora_rank run")
     adapter = utils.read_data(path)
-    if not isinstance(adapter, dict) or not adapter.keys() >= ADAPTER_KEYS:
-        raise UserError(f"{path} is not an adapter of this program")
+    adapter = adapter if isinstance(adapter, dict) else {}
+    if "model" in adapter:
+        raise UserError(f"{path} is a checkpoint, not the adapter.pt of a --lora_rank run")
+    if missing := ADAPTER_TYPES.keys() - adapter.keys():
+        raise UserError(f"{path} is not an adapter of this program: no {sorted(missing)[0]!r}")
+    check_contents(adapter, path)
     return adapter
 
 
-def check_adapter(adapter: dict[str, Any], plain: dict[str, Tensor], path: Path) -> None:
-    """Raise UserError unless an adapter belongs to a base with these weights. Shapes are compared
-    first, because they make a more precise message than the hash."""
-    tensors, rank = adapter["tensors"], adapter["lora"]["lora_rank"]
-    for name, tensor in tensors.items():
-        layer, _, kind = name.rpartition(".")
-        weight = plain.get(f"{layer}.weight" if kind in "AB" else name)
-        if weight is None:
-            raise UserError(f"{path} is for another base: this one has no {layer}")
-        n_out, n_in = weight.shape
-        expected = {"A": (rank, n_in), "B": (n_out, rank)}.get(kind, (len(tensor), n_in))
-        if tensor.shape != expected:
-            raise UserError(
-                f"{path} is for another base: {name} has shape {tuple(tensor.shape)}, and this "
-                f"base needs {expected}"
-            )
-    if weights_sha256(plain) != adapter["base_sha256"]:
-        raise UserError(
-            f"{path} is for another base: the shapes are the same, but the weights are different"
-        )
+def check_contents(adapter: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless the settings of an adapter are valid, and its tensors those of a model
+    with these settings."""
+    with utils.matching_contents(path):
+        for name, kind in ADAPTER_TYPES.items():
+            if not isinstance(adapter[name], kind):
+                raise ValueError(f"{name} is not a {kind.__name__}")
+        lora, tensors = adapter["lora"], adapter["tensors"]
+        if missing := {f.name for f in fields(LoRAConfig)} - lora.keys():
+            raise KeyError(min(missing))
+        config, gpt_config = LoRAConfig(**lora), from_dict(GPTConfig, adapter["gpt_config"])
+        raise_problems(all_problems(config) + all_problems(gpt_config))
+        if not config.lora_rank or gpt_config.n_layer > len(tensors):
+            raise ValueError("fewer tensors than its settings say")
+        tokenizer = tokenizers.from_dict(adapter["tokenizer"])
+        if tokenizer.vocab_size > gpt_config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} tokens, {gpt_config.vocab_size} embeddings")
+        with torch.device("meta"):
+            model = GPT(gpt_config)
+            add_lora(model, config, also=EMBEDDINGS if EMBEDDINGS[0] in tensors else ())
+        weights, trained = model.state_dict(), trained_names(model)
+        if trained != tensors.keys():
+            raise ValueError(f"{sorted(map(str, trained ^ tensors.keys()))[0]} in only one of both")
+        for name, tensor in tensors.items():
+            if tensor.shape != weights[name].shape:
+                raise ValueError(f"shape of {name}: {(*tensor.shape,)}")
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise ValueError(f"{name} is not of finite float32 numbers")
+
+
+def check_adapter(
+    adapter: dict[str, Any],
+    config: GPTConfig,
+    tokenizer: Tokenizer,
+    weights_hash: str,
+    path: Path,
+) -> None:
+    """Raise UserError unless an adapter, which `check_contents` accepts, belongs to the base with
+    these settings, this tokenizer and this hash of its weights."""
+    problem = f"{path} is for another base"
+    own = from_dict(GPTConfig, adapter["gpt_config"])
+    embeddings = EMBEDDINGS[0] in adapter["tensors"]
+    may_differ = {"dropout", "vocab_size"} if embeddings else {"dropout"}
+    differences = [
+        f"{name} {value} instead of {getattr(own, name)}"
+        for name, value in asdict(config).items()
+        if name not in may_differ and getattr(own, name) != value
+    ]
+    if differences:
+        raise UserError(f"{problem}: this one has {', '.join(differences)}")
+    if weights_hash != adapter["base_sha256"]:
+        raise UserError(f"{problem}: the sizes are the same, but the weights are different")
+    new = tokenizers.from_dict(adapter["tokenizer"])
+    same = new.to_dict() == tokenizer.to_dict()
+    if not (same or (embeddings and is_extension(new, tokenizer))):
+        raise UserError(f"{problem}: the weights are the same, but the tokenizer is different")
 
 
 @dataclass
@@ -190,7 +239,7 @@ class AdapterFormat:
     """Checkpoints of an adapted model: all weights with the adapter merged in, and the adapter."""
 
     entries: dict[str, Any]
-    header: dict[str, Any]  # of the adapter: ADAPTER_KEYS without its tensors
+    header: dict[str, Any]  # of the adapter: ADAPTER_TYPES without its tensors
     plain: dict[str, Tensor]  # the weights of the base
     trained: set[str]  # the names of the tensors that are trained
     scale: float

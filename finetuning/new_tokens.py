@@ -29,6 +29,12 @@ def extend_tokenizer(
     return CharTokenizer(chars, [*tokenizer.specials, *missing])
 
 
+def is_extension(new: Tokenizer, old: Tokenizer) -> bool:
+    """Whether `extend_tokenizer` can make the tokenizer `new` from `old`."""
+    chars = new.chars if isinstance(new, CharTokenizer) else ()
+    return extend_tokenizer(old, list(new.specials), chars).to_dict() == new.to_dict()
+
+
 def extend_weights(weights: dict[str, Tensor], old: Tokenizer, new: Tokenizer) -> dict[str, Tensor]:
     """The weights for the vocabulary of `new`, which extends `old`.
 
