@@ -12,6 +12,7 @@ pretraining run, and --resume. Its best.pt is an ordinary checkpoint; with --lor
 adapter.pt, the trained matrices alone. Next: python explore.py chat checkpoints/qa/best.pt
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,23 +20,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import (
-    GPTConfig,
-    TrainConfig,
-    UserError,
-    from_dict,
-    parse_args,
-)
+from config import GPTConfig, TrainConfig, UserError, parse_args, raise_problems
 from corpus.files import iter_documents
-from corpus.load import Corpus, file_info, find_corpus, load_corpus, split_documents, split_records
-from corpus.records import read_pairs, read_records, record_text
+from corpus.load import (
+    MAX_IN_MEMORY,
+    Corpus,
+    file_info,
+    find_corpus,
+    load_corpus,
+    split_documents,
+    split_records,
+)
+from corpus.records import PAIR_KEYS, read_pairs, read_records, record_text
 from finetuning import lora
 from finetuning.lora import AdapterFormat, LoRAConfig
 from finetuning.new_tokens import EMBEDDINGS, extend_tokenizer, extend_weights
-from finetuning.setup import Base, FinetuneConfig, check_finetune, resolve_finetune
+from finetuning.setup import (
+    Base,
+    FinetuneConfig,
+    check_finetune,
+    load_base,
+    merge_problems,
+    resolve_finetune,
+)
 from finetuning.tasks import DistillationTask, DPOTask, QATask, Splits, TextTask, encode_splits
 from model import GPT
 from system.errors import run
+from system.folders import locked
 from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer
 from train import Trainer, run_training
 from training.distributed import (
@@ -52,7 +63,7 @@ from training.setup import (
     setup_machine,
 )
 from training.task import CheckpointFormat, PlainFormat, Pretraining, Task
-from utils import load_checkpoint, pick_device, read_checkpoint, save_checkpoint
+from utils import pick_device, read_checkpoint, save_checkpoint
 
 # --- data and models
 
@@ -66,27 +77,34 @@ class Data(NamedTuple):
     records: list[list[Any]] | None
 
 
-def load_data(objective: str, data: str, tokenizer: Tokenizer) -> Data:
+def load_data(settings: FinetuneConfig, data: str, tokenizer: Tokenizer) -> Data:
     """The data of a run, and the tokenizer for them."""
-    if objective in ("text", "distill"):
-        if objective == "text":  # a student cannot learn tokens that its teacher does not know
+    if settings.objective in ("text", "distill"):
+        if settings.objective == "text":  # a student cannot learn tokens unknown to its teacher
             tokenizer = extend_for_text(find_corpus(data), tokenizer)
-        tokenizer, corpus = load_corpus(data, tokenizer=tokenizer)
+        _, corpus = load_corpus(data, tokenizer=tokenizer)
         return Data(tokenizer, corpus.info, corpus, None)
     path = find_corpus(data)
-    if objective == "dpo":
-        splits = split_documents(read_pairs(path))
+    split: Callable[[list[Any]], tuple[list[Any], list[Any]]]
+    if settings.objective == "dpo":
+        records, split = read_pairs(path), split_documents
+        if unknown := tokenizer.unknown(
+            "".join(pair[key] for pair in records for key in PAIR_KEYS)
+        ):
+            names = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
+            raise UserError(f"{path} has characters that the model does not know: {names}")
     else:
-        records = read_records(path)
-        splits = split_records(records)
+        records, split = read_records(path), split_records
         tokenizer = extend_tokenizer(tokenizer, QA_SPECIALS, [record_text(r) for r in records])
-    info = file_info(path)
-    return Data(tokenizer, info, None, list(splits))
+    if settings.hold_out and len(records) < 2:
+        raise UserError(f"{path} has {len(records)} records, and one is held out: --no-hold_out")
+    splits = split(records) if settings.hold_out else (records, records)
+    return Data(tokenizer, file_info(path), None, list(splits))
 
 
 def extend_for_text(path: Path, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with what a text or .jsonl file needs."""
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size > MAX_IN_MEMORY:  # load_corpus rejects that
         return tokenizer
     specials = (END_OF_TEXT,) if path.suffix.lower() == ".jsonl" else ()
     texts = []
@@ -108,30 +126,9 @@ def new_model(settings: FinetuneConfig, gpt_config: GPTConfig, base: Base, data:
     return model
 
 
-def load_teacher(
-    path: Path, tokenizer: Tokenizer, student: GPTConfig, compiled: bool, device: torch.device
-) -> GPT:
-    """The teacher. Raises UserError if it cannot teach this student."""
-    teacher, own, _ = load_checkpoint(path, device)
-    if own.to_dict() != tokenizer.to_dict() or teacher.config.vocab_size != student.vocab_size:
-        raise UserError(
-            f"teacher and student have different tokenizers ({own.vocab_size} and "
-            f"{tokenizer.vocab_size} tokens): a student needs its teacher's"
-        )
-    if teacher.config.block_size < student.block_size:
-        raise UserError(
-            f"the teacher's window of {teacher.config.block_size} tokens is shorter than the "
-            f"student's, {student.block_size}"
-        )
-    if compiled:
-        for block in teacher.blocks:
-            block.compile()
-    return teacher.requires_grad_(False)
-
-
 def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
     """The corpus that the base was trained on, if it still exists."""
-    data = base.state["train_config"]["data"]
+    data = base.trained.data
     if base.imported:
         return None
     try:
@@ -150,10 +147,12 @@ def make_format(
     model: GPT,
     plain: dict[str, Tensor],
     base: Base,
+    teacher: Base | None,
     data: Data,
 ) -> CheckpointFormat:
     """The format of the run's checkpoints; `plain` are the weights without LoRA."""
     origin = asdict(settings) | asdict(adapt) | {"base_sha256": base.sha256}
+    origin |= {"teacher_sha256": teacher.sha256} if teacher else {}
     tokenizer = data.tokenizer.to_dict()
     entries = {"tokenizer": tokenizer, "corpus": data.info, "finetune": origin}
     if not adapt.lora_rank:
@@ -169,6 +168,7 @@ def make_task(
     model: GPT,
     plain: dict[str, Tensor],
     base: Base,
+    teacher: Base | None,
     data: Data,
     splits: Splits | None,
     format: CheckpointFormat,
@@ -185,31 +185,33 @@ def make_task(
         return DPOTask(splits, tokenizer, reference, settings.beta, config, device, format)
     assert data.corpus is not None
     text = Pretraining(data.corpus, tokenizer, model.config.block_size, config, device, format)
-    if settings.objective == "text":
+    if not teacher:
         return TextTask(text, old_corpus(base, tokenizer))
-    path = Path(settings.teacher)
-    teacher = load_teacher(path, tokenizer, model.config, bool(config.compile), device)
-    return DistillationTask(text, teacher, settings.temperature_kd, settings.alpha)
+    for block in teacher.model.blocks if config.compile else ():
+        block.compile()
+    frozen = teacher.model.to(device).eval().requires_grad_(False)
+    return DistillationTask(text, frozen, settings.temperature_kd, settings.alpha)
 
 
 # --- runs
 
 
-def write_merged(settings: FinetuneConfig, target: Path, overwrite: bool) -> int:
-    """Write the checkpoint of an adapter merged into its base."""
-    if not settings.source:
-        raise UserError("name the base too: python finetune.py BASE.pt --merge ADAPTER.pt")
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists: --overwrite it, or give another --tag")
-    state, path = read_checkpoint(Path(settings.source)), Path(settings.merge)
-    adapter = lora.read_adapter(path)
-    lora.check_adapter(adapter, state["model"], path)
-    scale = from_dict(LoRAConfig, adapter["lora"]).scale
-    merged = lora.merge_adapter(state["model"], adapter["tensors"], scale)
-    changed = {"model": merged, "optimizers": [], "scaler": {}, "log": []}
-    changed |= {name: adapter[name] for name in ("gpt_config", "tokenizer")}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(target, state | changed)
+def write_merged(settings: FinetuneConfig, run_dir: Path, overwrite: bool) -> int:
+    """Write the checkpoint of an adapter merged into its base, run_dir/best.pt."""
+    path, target = Path(settings.merge), run_dir / "best.pt"
+    adapter, base = lora.read_adapter(path), load_base(Path(settings.source))
+    lora.check_adapter(adapter, base.model.config, base.tokenizer, base.sha256, path)
+    scale = LoRAConfig(**adapter["lora"]).scale
+    merged = lora.merge_adapter(base.model.state_dict(), adapter["tensors"], scale)
+    if not all(weight.isfinite().all() for weight in merged.values()):
+        raise UserError(f"{path} is invalid: merged weights are infinite")
+    state = {name: value for name, value in base.state.items() if name not in ("adapter", "files")}
+    state |= {"model": merged, "optimizers": [], "scaler": {}, "log": []}
+    state |= {name: adapter[name] for name in ("gpt_config", "tokenizer")}
+    state["merged"] = {"adapter": str(path), "lora": adapter["lora"], "base_sha256": base.sha256}
+    with locked(run_dir, "a merge"):
+        raise_problems(merge_problems(settings, run_dir, overwrite))  # it may have changed
+        save_checkpoint(target, state)
     print(f"{target}: {path} merged into {settings.source}; next: python generate.py {target}")
     return 0
 
@@ -240,15 +242,15 @@ def print_summary(
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     classes = (FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
-    settings, adapt, config, gpt_config, base, state = parse_args(
+    settings, adapt, config, gpt_config, base, teacher, state = parse_args(
         classes, argv, __doc__, resolve_finetune, check_finetune
     )
     run_dir = Path(config.out_dir, config.tag)
     if settings.merge:
-        return write_merged(settings, run_dir / "best.pt", config.overwrite)
+        return write_merged(settings, run_dir, config.overwrite)
     device = init_process_group(pick_device(config.device))
     with local_rank_zero_first():
-        data = load_data(settings.objective, config.data, base.tokenizer)
+        data = load_data(settings, config.data, base.tokenizer)
     why_precision = setup_machine(config, device)
     model = new_model(settings, gpt_config, base, data)
     splits = None
@@ -263,8 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     if adapt.lora_rank:  # the vectors of new tokens are trained too
         new_tokens = data.tokenizer is not base.tokenizer
         lora.add_lora(model, adapt, also=EMBEDDINGS if new_tokens else ())
-    format = make_format(settings, adapt, model, plain, base, data)
-    task = make_task(settings, config, model, plain, base, data, splits, format, device)
+    format = make_format(settings, adapt, model, plain, base, teacher, data)
+    task = make_task(settings, config, model, plain, base, teacher, data, splits, format, device)
     trainer = Trainer(model, task, config, device)
     print(machine_line(config, device, why_precision))
     print_summary(settings, config, model, data, splits)

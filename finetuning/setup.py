@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from config import (
+    ARCHS,
+    ENCODINGS,
     PRESETS,
     GPTConfig,
     TrainConfig,
@@ -19,10 +21,12 @@ from config import (
 from finetuning import lora
 from finetuning.lora import LoRAConfig
 from model import GPT
+from system.folders import folder_problems
 from tokenizer import Tokenizer
-from training.distributed import world_size
+from training.distributed import is_torchrun, world_size
+from training.run_log import run_files
 from training.setup import check_run, checkpoint_to_resume, resumed_flags
-from utils import load_checkpoint
+from utils import load_checkpoint, matching_contents, read_checkpoint
 
 
 @dataclass
@@ -33,6 +37,8 @@ class FinetuneConfig:
     objective: str = setting("text", "what to train for", choices=("text", "qa", "distill", "dpo"))
     long: str = setting("cut", "records longer than the window: cut the prompt, or skip them",
                         choices=("cut", "skip"))  # fmt: skip
+    hold_out: bool = setting(True, "validate on records that are not trained on; off: train on all "
+                             "records, and validate on them too")  # fmt: skip
     teacher: str = setting("", "distill: checkpoint of the teacher")
     temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
     alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)
@@ -61,7 +67,14 @@ DERIVED = {
     "mlp": ("n_inner",),
     "norm": ("norm_eps",),
 }
-ONLY_FOR = {"teacher": "distill", "temperature_kd": "distill", "alpha": "distill", "beta": "dpo"}
+# Flags that have no effect on other objectives than these.
+ONLY_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("teacher", "temperature_kd", "alpha"), ("distill",)),
+    **dict.fromkeys(("long", "hold_out"), ("qa", "dpo")),
+    "beta": ("dpo",),
+    "doc_mask": ("text", "distill"),
+}
+FOR_MERGE = {"source", "merge", "out_dir", "tag", "overwrite", "device"}
 
 
 class Base(NamedTuple):
@@ -71,6 +84,7 @@ class Base(NamedTuple):
     tokenizer: Tokenizer
     state: dict[str, Any]  # its checkpoint
     sha256: str  # of its weights
+    trained: TrainConfig  # how it was trained, as far as that matters here
 
     @property
     def imported(self) -> bool:
@@ -78,32 +92,50 @@ class Base(NamedTuple):
         return not self.state["corpus"]["sha256"]
 
 
+def load_base(path: Path) -> Base:
+    """Read a base or a teacher. Raises UserError if it is invalid. Settings that an older version
+    did not save, and names that this version does not know, become defaults."""
+    model, tokenizer, state = load_checkpoint(path, torch.device("cpu"))
+    state["optimizers"] = []  # twice as large as the weights, and not needed
+    saved = state["train_config"]
+    names = {"preset": PRESETS, "arch": ARCHS, "tokenizer": ("char", "bpe", *ENCODINGS)}
+    known = {name for name, choices in names.items() if saved.get(name) in [*choices]}
+    known |= {"data", "lr_max", "optimizer"}
+    values = {"preset": "laptop"} | {name: saved[name] for name in known & saved.keys()}
+    with matching_contents(path):
+        trained = from_dict(TrainConfig, values)
+        raise_problems(all_problems(trained))
+    return Base(model, tokenizer, state, lora.weights_sha256(state["model"]), trained)
+
+
 # --- from flags to settings
 
 
 def resolve_finetune(flags: dict[str, Any]) -> tuple[Any, ...]:
-    """All settings of a run from its flags, the base, and the checkpoint to resume. Raises
-    UserError for flags that do not fit each other or the checkpoints."""
+    """All settings of a run from its flags, the base, the teacher, and the checkpoint to resume.
+    Raises UserError for flags that do not fit each other or the checkpoints."""
     if not flags:  # for --help
         defaults = from_dict(TrainConfig, DEFAULTS["text"])
-        return FinetuneConfig(), LoRAConfig(), defaults, GPTConfig(), None, None
+        return FinetuneConfig(), LoRAConfig(), defaults, GPTConfig(), None, None, None
     tag = flags.get("tag", "merged" if "merge" in flags else flags.get("objective", "text"))
     flags = flags | {"out_dir": flags.get("out_dir", "checkpoints"), "tag": tag}
+    if "merge" in flags:
+        raise_problems(
+            [f"--{n} has no effect on --merge: leave it out" for n in flags if n not in FOR_MERGE]
+        )
+        settings, config = from_dict(FinetuneConfig, flags), from_dict(TrainConfig, flags)
+        return settings, LoRAConfig(), config, GPTConfig(), None, None, None
     flags, state = checkpoint_to_resume(flags, Path(flags["out_dir"], tag))
-    if state and "finetune" not in state:
-        raise UserError("this is a run of train.py: resume it with train.py")
     if state:
-        saved = state["gpt_config"] | state["train_config"] | state["finetune"]
-        fixed = {*state["finetune"], *state["gpt_config"], "seed", "data"} - {"dropout"}
-        flags = resumed_flags(flags, saved, fixed)
+        flags = finetune_flags(flags, state, Path(flags["out_dir"], tag, "latest.pt"))
     settings, adapt = from_dict(FinetuneConfig, flags), from_dict(LoRAConfig, flags)
-    if settings.merge:
-        return settings, adapt, from_dict(TrainConfig, flags), GPTConfig(), None, None
     problems = all_problems(settings) + all_problems(adapt)
     raise_problems(problems + ([] if state else flag_problems(flags, settings, adapt)))
-    source = Path(settings.source or settings.teacher)
-    model, tokenizer, base_state = load_checkpoint(source, torch.device("cpu"))
-    base = Base(model, tokenizer, base_state, lora.weights_sha256(base_state["model"]))
+    if settings.objective == "dpo":
+        flags = {"dropout": 0.0, "lora_dropout": 0.0} | flags
+        adapt = from_dict(LoRAConfig, flags)
+    teacher = load_base(Path(settings.teacher)) if settings.objective == "distill" else None
+    base = load_base(Path(settings.source)) if settings.source or not teacher else teacher
     if not state:
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
     gpt_config = base.model.config
@@ -111,16 +143,43 @@ def resolve_finetune(flags: dict[str, Any]) -> tuple[Any, ...]:
         gpt_config = replace(gpt_config, dropout=flags.get("dropout", gpt_config.dropout))
     else:
         gpt_config = student_config(gpt_config, flags)
-    return settings, adapt, run_config(flags, settings, adapt, base), gpt_config, base, state
+    config = run_config(flags, settings, adapt, base)
+    return settings, adapt, config, gpt_config, base, teacher, state
+
+
+def finetune_flags(flags: dict[str, Any], state: dict[str, Any], latest: Path) -> dict[str, Any]:
+    """The settings of a run to resume, overridden by the flags. Settings that an older version did
+    not save become defaults. Raises UserError for an invalid checkpoint, and for flags that cannot
+    change during a run; the base and the teacher may be moved, because their weights are compared.
+    """
+    if "finetune" not in state:
+        raise UserError("this is a run of train.py: resume it with train.py")
+    with matching_contents(latest):
+        origin = state["finetune"]
+        own = [from_dict(cls, origin) for cls in (FinetuneConfig, LoRAConfig)]
+        others = [from_dict(GPTConfig, state["gpt_config"])]
+        others += [from_dict(TrainConfig, state["train_config"])]
+        raise_problems([problem for config in own + others for problem in all_problems(config)])
+        settings, adapt = own
+        if not isinstance(origin["base_sha256"], str):
+            raise ValueError("base_sha256 is not text")
+        raise_problems(flag_problems({"data": others[1].data}, settings, adapt))
+    if adapt.lora_rank:
+        lora.check_contents(state.get("adapter", {}), latest)
+    fixed = {name for config in (*own, others[0]) for name in asdict(config)} - {"dropout"}
+    fixed -= {name for name in ("source", "teacher") if getattr(settings, name)}
+    fixed |= {"seed", "data", "preset", "arch", "tokenizer"}
+    saved = {k: v for config in own + others for k, v in asdict(config).items()}
+    return resumed_flags(flags, saved, fixed)
 
 
 def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig) -> list[str]:
     """What is wrong with the flags of a new run, before any file is read."""
     found, objective = [], settings.objective
     student = objective == "distill" and not settings.source
-    for name, only in ONLY_FOR.items():
-        if name in flags and objective != only:
-            found.append(f"--{name} is for --objective {only}")
+    for name, objectives in ONLY_FOR.items():
+        if name in flags and objective not in objectives:
+            found.append(f"--{name} is for --objective {' or '.join(objectives)}")
     if not adapt.lora_rank:
         names = [f"--{name}" for name in flags if name.startswith("lora_") and name != "lora_rank"]
         found += [f"{', '.join(names)}: give --lora_rank too"] if names else []
@@ -137,7 +196,7 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
         found.append("name the checkpoint to fine-tune: python finetune.py checkpoints/best.pt ...")
     if objective in ("text", "dpo") and not flags.get("data"):
         found.append(f"--objective {objective} needs --data")
-    if objective == "text" and str(flags.get("data")).endswith(".json"):
+    if objective == "text" and str(flags.get("data")).lower().endswith(".json"):
         found.append(f"{flags['data']} contains questions and answers: use --objective qa")
     return found
 
@@ -146,15 +205,15 @@ def run_config(
     flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig, base: Base
 ) -> TrainConfig:
     """The settings of the run: the flags, then the objective's defaults, then the checkpoint's."""
-    trained = base.state["train_config"]
-    lr = IMPORTED_LR if base.imported else trained["lr_max"]
-    lr *= MUON_LR_SCALE if trained["optimizer"] == "muon" else 1
+    trained = base.trained
+    lr = IMPORTED_LR if base.imported else trained.lr_max
+    lr *= MUON_LR_SCALE if trained.optimizer == "muon" else 1
     if settings.source:  # a new student learns everything from the start
         lr *= LR_SCALE[settings.objective] * (LORA_LR_SCALE if adapt.lora_rank else 1)
-    values = {name: trained[name] for name in ("arch", "data", "tokenizer")} | {"lr_max": lr}
+    names = ("preset", "arch", "data", "tokenizer")
+    values = {name: getattr(trained, name) for name in names} | {"lr_max": lr}
     if settings.objective == "qa":
         values["data"] = "data/qa.json"
-    values["preset"] = trained["preset"] if trained["preset"] in PRESETS else "laptop"
     return from_dict(TrainConfig, values | DEFAULTS[settings.objective] | flags)
 
 
@@ -167,25 +226,82 @@ def student_config(teacher: GPTConfig, flags: dict[str, Any]) -> GPTConfig:
     return from_dict(GPTConfig, values | flags)
 
 
+# --- what prevents a run
+
+
 def check_finetune(
     settings: FinetuneConfig,
     adapt: LoRAConfig,
     config: TrainConfig,
     gpt_config: GPTConfig,
     base: Base | None,
+    teacher: Base | None,
     state: dict[str, Any] | None,
 ) -> list[str]:
-    """What prevents this run on this machine or in its folder."""
+    """What prevents this run on this machine, in its folder, or with these checkpoints."""
+    run_dir = Path(config.out_dir, config.tag)
     if settings.merge:
-        return []
+        return merge_problems(settings, run_dir, config.overwrite)
     if base is None:  # no flags at all
         return ["name the checkpoint to fine-tune: python finetune.py checkpoints/best.pt ..."]
     found = check_run(config)
-    source, run_dir = Path(settings.source or settings.teacher), Path(config.out_dir, config.tag)
-    if state and state["finetune"]["base_sha256"] != base.sha256:
-        found.append(f"{source} has changed since this run began")
+    for path in filter(None, (settings.source, settings.teacher)):
+        if Path(path).resolve().parent == run_dir.resolve():
+            found.append(f"{run_dir}/ contains {path}: give the run another --tag")
+    if teacher:
+        found += teacher_problems(teacher, base, gpt_config)
     if config.parallel == "fsdp":
         found.append("--parallel fsdp is for train.py: leave it out")
-    if source.resolve().parent == run_dir.resolve():
-        found.append(f"{run_dir}/ contains the checkpoint to fine-tune: give the run another --tag")
+    if settings.objective == "dpo" and (gpt_config.dropout or adapt.lora_dropout):
+        found.append("--objective dpo trains without dropout: leave out --dropout, --lora_dropout")
+    if not state:
+        return found
+    if config.overfit_batch:
+        found.append("--overfit_batch is for a new run: leave out --resume")
+    origin = state["finetune"]
+    if origin["base_sha256"] != base.sha256:
+        found.append(f"{settings.source or settings.teacher} has changed since this run began")
+    elif teacher and origin.get("teacher_sha256", teacher.sha256) != teacher.sha256:
+        found.append(f"{settings.teacher} has changed since this run began")
+    elif adapt.lora_rank:
+        latest = run_dir / "latest.pt"
+        weights = (base.model.config, base.tokenizer, base.sha256)
+        lora.check_adapter(state["adapter"], *weights, latest)
     return found
+
+
+def teacher_problems(teacher: Base, base: Base, student: GPTConfig) -> list[str]:
+    """Why a teacher cannot teach this student."""
+    own, other = teacher.tokenizer, base.tokenizer
+    if own.to_dict() != other.to_dict() or teacher.model.config.vocab_size != student.vocab_size:
+        return [
+            f"teacher and student have different tokenizers ({own.vocab_size} and "
+            f"{other.vocab_size} tokens): a student needs its teacher's"
+        ]
+    if (size := teacher.model.config.block_size) < student.block_size:
+        return [
+            f"the teacher's window of {size} tokens is shorter than the student's, "
+            f"{student.block_size}"
+        ]
+    return []
+
+
+def merge_problems(settings: FinetuneConfig, folder: Path, overwrite: bool) -> list[str]:
+    """What prevents a merge, which writes folder/best.pt. Of what is there, it replaces only the
+    result of another merge."""
+    target = folder / "best.pt"
+    if not (settings.source and settings.merge):
+        return ["name the base and the adapter: python finetune.py BASE.pt --merge ADAPTER.pt"]
+    if is_torchrun():
+        return ["--merge needs one process: run it without torchrun"]
+    if found := folder_problems(folder):
+        return found
+    if run_files(folder) not in ([], [target]):
+        return [f"{folder}/ contains a run: give another --tag"]
+    if target.exists() and "merged" not in read_checkpoint(target):
+        return [f"{target} is not the result of a merge: give another --tag"]
+    if target.exists() and target.resolve() == Path(settings.source).resolve():
+        return [f"{target} is the base: give another --tag"]
+    if target.exists() and not overwrite:
+        return [f"{target} exists: --overwrite it, or give another --tag"]
+    return []

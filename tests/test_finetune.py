@@ -30,6 +30,7 @@ from finetuning.tasks import (
     QATask,
     distillation_loss,
     dpo_loss,
+    encode_pair,
     encode_splits,
     fit_window,
     log_probability,
@@ -105,20 +106,24 @@ OBJECTIVES = {
 def test_distillation_loss_equals_hintons_formula():
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(size=(2, 2, 3, 5))  # (B, T, V) both
-    T, alpha, soft = 3.0, 0.25, 0.0
+    T, alpha, soft = 3.0, 0.25, []
     for q_row, p_row in zip(student.reshape(-1, 5), teacher.reshape(-1, 5), strict=True):
         p, q = (np.exp(row / T) / np.exp(row / T).sum() for row in (p_row, q_row))
-        soft += (p * np.log(p / q)).sum() / 6
-    found = distillation_loss(
-        torch.tensor(student), torch.tensor(teacher), torch.tensor(2.0), T, alpha
-    )
-    assert found.item() == pytest.approx(alpha * T**2 * soft + (1 - alpha) * 2.0, rel=1e-6)
+        soft.append((p * np.log(p / q)).sum())
+    y = torch.zeros(2, 3, dtype=torch.long)
+    for n_past_end in (0, 2):  # targets of -100, past the end of the text, do not count
+        y[1, 3 - n_past_end :] = -100
+        found = distillation_loss(
+            torch.tensor(student), torch.tensor(teacher), y, torch.tensor(2.0), T, alpha
+        )
+        mean = np.mean(soft[: 6 - n_past_end])
+        assert found.item() == pytest.approx(alpha * T**2 * mean + (1 - alpha) * 2.0, rel=1e-6)
 
 
 def test_gradient_of_the_soft_loss_equals_the_papers():
     """dC/dz_i = (q_i - p_i) / T (Hinton et al. 2015, equation 2), here times T squared."""
     z, v = torch.randn(1, 1, 5, requires_grad=True), torch.randn(1, 1, 5)
-    distillation_loss(z, v, torch.tensor(0.0), 3.0, 1.0).backward()
+    distillation_loss(z, v, torch.tensor([[0]]), torch.tensor(0.0), 3.0, 1.0).backward()
     expected = 3.0 * ((z / 3).softmax(-1) - (v / 3).softmax(-1))
     assert torch.allclose(z.grad, expected.detach(), atol=1e-6)
 
@@ -141,7 +146,7 @@ def test_dpo_gradient_equals_the_papers():
     model, reference, beta = make_model(0), make_model(1), 0.3
     x, y = torch.randint(11, (2, 6)), torch.randint(11, (2, 6))  # one pair: chosen, rejected
     found = rewards(model, reference, x, y, beta)
-    dpo_loss(*found.chunk(2)).backward()
+    dpo_loss(*found.chunk(2)).mean().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     log_p = [[], []]
     for i, m in enumerate((model, reference)):
@@ -157,22 +162,60 @@ def test_dpo_gradient_equals_the_papers():
         assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_dpo_loss_is_ln_2_before_the_first_step(place: Path):
-    assert tune(*OBJECTIVES["dpo"], "--dropout=0.2") == 0
+@pytest.mark.parametrize("flags", [[], ["--lora_rank=2"]])
+def test_all_rewards_of_dpo_are_0_before_the_first_step(place: Path, monkeypatch, flags):
+    """Also in a base that was trained with dropout: TRL, too, turns it off in DPO."""
+    state = read("", "best.pt")
+    state["gpt_config"]["dropout"] = 0.2
+    utils.save_checkpoint(Path("checkpoints/best.pt"), state)
+    training_losses = []
+    loss = DPOTask.loss
+
+    def record(task, model, x, y):
+        assert model.training
+        rewards = task.rewards(model, x, y)
+        training_losses.append([*loss(task, model, x, y).values(), *map(torch.sum, rewards)])
+        return loss(task, model, x, y)
+
+    monkeypatch.setattr(DPOTask, "loss", record)
+    assert tune(*OBJECTIVES["dpo"], *flags) == 0
     first = read("dpo")["log"][0]
     assert first["train"] == first["val"] == pytest.approx(math.log(2), abs=1e-7)
-    assert first["margin"] == 0.0
+    assert first["margin"] == first["accuracy"] == 0.0
+    first_loss, chosen, rejected = training_losses[0]
+    assert first_loss.item() == pytest.approx(math.log(2), abs=1e-7)
+    assert chosen.item() == rejected.item() == 0.0
+
+
+def test_preferences_end_with_the_token_that_ends_a_text_of_the_model():
+    pair = {"prompt": "the fox", "chosen": " sleeps", "rejected": " jumps"}
+    text = make_text(20)
+    qa, plain = CharTokenizer.train([text], QA_SPECIALS), CharTokenizer.train([text])
+    pretrained = train_bpe(count_pieces([text]), 270)
+    answering = extend_tokenizer(pretrained, QA_SPECIALS, [])
+    assert answering.specials["<|endoftext|>"] < answering.specials["<EOS>"]
+    for tokenizer, end in (
+        (qa, "<EOS>"), (plain, ""), (pretrained, "<|endoftext|>"), (answering, "<EOS>")
+    ):  # fmt: skip
+        for (ids, n_prompt), key in zip(
+            encode_pair(tokenizer, pair), ("chosen", "rejected"), strict=True
+        ):
+            assert tokenizer.decode(ids[:n_prompt].tolist()) == pair["prompt"]
+            assert tokenizer.decode(ids[n_prompt:].tolist()) == pair[key] + end
 
 
 # --- a loss is one mean over what a step or an evaluation scores
 
 
+LENGTHS = {"train": [40, 38, 3, 2], "val": [2, 30, 5]}  # of answers, in tokens
+
+
 def make_task(objective: str, config: TrainConfig) -> QATask | DPOTask:
-    """A task on records with answers of different lengths, or on preference pairs."""
-    records = RECORDS if objective == "qa" else PAIRS
-    text = json.dumps(records) + "\n"
-    tokenizer = CharTokenizer.train([text], QA_SPECIALS)
-    splits = encode_splits(objective, (records[:4], records[4:]), tokenizer, 64, skip_long=False)
+    """A task on records with answers of these lengths, or on preference pairs."""
+    records = [[{"question": "q", "answer": "a" * (n - 2)} for n in ns] for ns in LENGTHS.values()]
+    records = records if objective == "qa" else [PAIRS[:3], PAIRS[3:]]
+    tokenizer = CharTokenizer.train([json.dumps([RECORDS, PAIRS]) + "\n"], QA_SPECIALS)
+    splits = encode_splits(objective, records, tokenizer, 64, skip_long=False)
     if objective == "qa":
         return QATask(splits, tokenizer, config, CPU, PlainFormat({}))
     reference = make_task_model(tokenizer.vocab_size, seed=1)
@@ -188,29 +231,26 @@ def records_in_order(items: list, config: TrainConfig, step: int, micro_step: in
     return items[micro_step * config.batch_size :][: config.batch_size]
 
 
-def answer_losses(task: QATask, model: GPT) -> list[torch.Tensor]:
-    """For each training record, the sum of the losses of its answer's tokens."""
+def answer_losses(task: QATask, model: GPT, split: str = "train") -> list[torch.Tensor]:
+    """For each record, the sum of the losses of its answer's tokens."""
     losses = []
-    for ((ids, n_prompt),) in task.splits["train"]:
+    for ((ids, n_prompt),) in task.splits[split]:
         logits = model(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :]
         losses.append(F.cross_entropy(logits, torch.from_numpy(ids[n_prompt:]), reduction="sum"))
     return losses
 
 
 @pytest.mark.parametrize(("batch_size", "grad_accum"), [(4, 1), (2, 2), (1, 4)])
-def test_a_step_averages_over_tokens_whatever_the_micro_batches(
-    monkeypatch, batch_size, grad_accum
-):
+def test_a_step_averages_over_tokens_whatever_the_micro_batches(batch_size, grad_accum):
     config = TrainConfig(
         batch_size=batch_size, grad_accum=grad_accum, grad_clip=0.0, precision="float32",
         compile=False, max_steps=10,
     )  # fmt: skip
-    monkeypatch.setattr(tasks, "random_items", records_in_order)
     task = make_task("qa", config)
     model = make_task_model(task.tokenizer.vocab_size)
     n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.splits["train"]]
-    assert sum(n_tokens[:2]) != sum(n_tokens[2:])
-    loss = sum(answer_losses(task, model)) / sum(n_tokens)
+    assert n_tokens == [40, 38, 3, 2]
+    loss = sum(answer_losses(task, model)) / 83
     expected = torch.autograd.grad(loss, list(model.parameters()))
     metrics = Trainer(model, task, config, CPU).train_step()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
@@ -220,18 +260,31 @@ def test_a_step_averages_over_tokens_whatever_the_micro_batches(
     assert metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-5)
 
 
-def test_an_evaluation_of_answers_averages_over_tokens():
-    task = make_task("qa", TrainConfig(batch_size=3))  # of four records
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_an_evaluation_of_answers_averages_over_tokens(batch_size):
+    task = make_task("qa", TrainConfig(batch_size=batch_size))
     model = make_task_model(task.tokenizer.vocab_size)
-    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.splits["train"]]
-    expected = sum(answer_losses(task, model)).item() / sum(n_tokens)
-    assert task.evaluate(model)["train"] == pytest.approx(expected, rel=1e-5)
+    metrics = task.evaluate(model)
+    for split, n_tokens in LENGTHS.items():
+        expected = sum(answer_losses(task, model, split)).item() / sum(n_tokens)
+        assert metrics[split] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_final_evaluation_is_over_the_whole_validation_split():
+    config = TrainConfig(batch_size=2, eval_windows=1)  # one record per evaluation
+    task = make_task("qa", config)
+    model = make_task_model(task.tokenizer.vocab_size)
+    sums = [loss.item() for loss in answer_losses(task, model, "val")]
+    assert task.evaluate(model)["val"] == pytest.approx(sums[0] / LENGTHS["val"][0], rel=1e-6)
+    final = task.evaluate(model, full=True)
+    assert final["val"] == pytest.approx(sum(sums) / sum(LENGTHS["val"]), rel=1e-6)
+    assert "train" not in final
 
 
 def test_an_evaluation_of_preferences_averages_over_pairs():
     task = make_task("dpo", TrainConfig(batch_size=3))  # of four pairs
     model = make_task_model(task.tokenizer.vocab_size)
-    losses = []
+    losses, margins = [], []
     for pair in task.splits["train"]:
         log_p = [
             [
@@ -245,9 +298,14 @@ def test_an_evaluation_of_preferences_averages_over_pairs():
             for m in (model, task.reference)
         ]
         chosen, rejected = (0.3 * (log_p[0][i] - log_p[1][i]) for i in (0, 1))
+        margins.append(chosen - rejected)
         losses.append(math.log1p(math.exp(rejected - chosen)))
     assert max(losses) - min(losses) > 0.1
-    assert task.evaluate(model)["train"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert task.evaluate(model)["train"] == pytest.approx(np.mean(losses), rel=1e-4)
+    task.splits["val"] = task.splits["train"]
+    metrics = task.evaluate(model)  # TRL's rewards/margins and rewards/accuracies
+    assert metrics["margin"] == pytest.approx(np.mean(margins), rel=1e-3)
+    assert metrics["accuracy"] == pytest.approx(np.mean([margin > 0 for margin in margins]))
 
 
 # --- vocabulary
@@ -302,7 +360,8 @@ def test_every_objective_writes_a_checkpoint_for_generate_and_evaluate(
     ("objective", "adapted"), [*((name, False) for name in OBJECTIVES), ("qa", True), ("dpo", True)]
 )
 def test_a_stopped_run_resumes_bit_for_bit(place: Path, monkeypatch, objective, adapted):
-    flags = [*OBJECTIVES[objective], "--dropout=0.1", *(["--lora_rank=2"] if adapted else [])]
+    flags = [*OBJECTIVES[objective], *(["--lora_rank=2"] if adapted else [])]
+    flags += ["--dropout=0.1"] if objective != "dpo" else []
     tune(*flags, "--tag=whole")
     monkeypatch.setattr(RunLog, "out_of_patience", lambda log: log.records[-1]["step"] == 3)
     tune(*flags, "--tag=stopped")
@@ -432,12 +491,18 @@ def test_patience_stops_a_run_that_does_not_improve(place: Path):
 
 
 def test_batches_are_a_pure_function_of_seed_step_and_micro_step():
-    config, items = TrainConfig(batch_size=3, seed=5), list(range(20))
+    config, items = TrainConfig(batch_size=3, grad_accum=2, seed=5), list(range(20))
     batches = {(s, m): random_items(items, config, s, m) for s in range(3) for m in range(2)}
     assert batches[2, 1] == random_items(items, config, 2, 1)
     assert len({tuple(batch) for batch in batches.values()}) == 6
     assert all(len(set(batch)) == 3 for batch in batches.values())
-    assert random_items(items, TrainConfig(batch_size=3, seed=6), 2, 1) != batches[2, 1]
+    other_seed = TrainConfig(batch_size=3, grad_accum=2, seed=6)
+    assert random_items(items, other_seed, 2, 1) != batches[2, 1]
+    for step in range(3):  # one batch of six is the same as two micro-batches of three
+        whole = random_items(items, TrainConfig(batch_size=6, seed=5), step, 0)
+        assert whole == batches[step, 0] + batches[step, 1]
+    few = [random_items(items[:4], config, 0, m) for m in range(2)]
+    assert sorted(set(few[0] + few[1])) == items[:4] and len(few[0]) == len(few[1]) == 3
 
 
 # --- mistakes
@@ -503,13 +568,16 @@ def test_mistakes_are_one_line_and_nothing_is_written(place: Path, words, messag
 
 
 def test_the_base_is_never_overwritten(place: Path):
-    with pytest.raises(UserError, match="contains the checkpoint to fine-tune"):
+    with pytest.raises(UserError, match=r"checkpoints/ contains checkpoints/best\.pt"):
         finetune.main(["checkpoints/best.pt", *QUICK, "--data=other.txt", "--tag="])
     tune("--data=other.txt")
     with pytest.raises(UserError, match="--resume it, --overwrite it"):
         tune("--data=other.txt")
-    with pytest.raises(UserError, match="contains the checkpoint to fine-tune"):
+    with pytest.raises(UserError, match=r"checkpoints/text/ contains checkpoints/text/best\.pt"):
         finetune.main(["checkpoints/text/best.pt", *QUICK, "--data=other.txt", "--overwrite"])
+    teacher = ["--objective=distill", "--teacher=checkpoints/text/best.pt", "--tag=text"]
+    with pytest.raises(UserError, match=r"checkpoints/text/ contains checkpoints/text/best\.pt"):
+        tune(*teacher, "--overwrite")
 
 
 def test_resume_rejects_other_settings_data_or_bases(place: Path):

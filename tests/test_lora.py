@@ -13,9 +13,12 @@ from config import ARCHS, GPTConfig, UserError
 from exporting.hf_model import config_to_hf, weights_from_hf
 from finetuning import lora
 from finetuning.lora import LoRAConfig, LoRALinear
+from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
+from tokenizer import CharTokenizer
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
+TOKENIZER = CharTokenizer([chr(ord("a") + i) for i in range(31)])
 
 
 def make_adapted(arch: str = "gpt2", seed: int = 0, **settings: object) -> tuple[GPT, LoRAConfig]:
@@ -37,7 +40,7 @@ def make_adapter(model: GPT, config: LoRAConfig) -> dict:
         "lora": asdict(config),
         "base_sha256": lora.weights_sha256(plain),
         "gpt_config": asdict(model.config),
-        "tokenizer": {},
+        "tokenizer": TOKENIZER.to_dict(),
         "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
     }
 
@@ -133,23 +136,41 @@ def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_embd": 64}, r"for another base: blocks.0.attn.qkv.A has shape \(3, 32\).* \(3, 64\)"),
-        ({"n_layer": 1}, "for another base: this one has no blocks.1.attn.qkv"),
-        ({}, "the shapes are the same, but the weights are different"),
+        ({"n_embd": 64}, "for another base: this one has n_embd 64 instead of 32, head_size 16"),
+        ({"n_layer": 1}, "for another base: this one has n_layer 1 instead of 2"),
+        ({"n_head": 2}, "for another base: this one has n_head 2 instead of 4"),
+        ({"vocab_size": 32}, "for another base: this one has vocab_size 32 instead of 31"),
+        ({}, "the sizes are the same, but the weights are different"),
     ],
 )
 def test_an_adapter_for_another_base_is_rejected(change, message):
     adapter = make_adapter(*make_adapted())
-    lora.check_adapter(adapter, make_model(0, **SIZES, **ARCHS["gpt2"]).state_dict(), Path("a.pt"))
-    other = make_model(9, **(SIZES | change), **ARCHS["gpt2"])
+
+    def check(model: GPT, tokenizer: CharTokenizer = TOKENIZER) -> None:
+        sha256 = lora.weights_sha256(model.state_dict())
+        lora.check_adapter(adapter, model.config, tokenizer, sha256, Path("a.pt"))
+
+    base = make_model(0, **SIZES, **ARCHS["gpt2"])
+    check(base)
+    with pytest.raises(UserError, match="the tokenizer is different"):
+        check(base, CharTokenizer([*TOKENIZER.chars[:-1], "~"]))
     with pytest.raises(UserError, match=message):
-        lora.check_adapter(adapter, other.state_dict(), Path("a.pt"))
+        check(make_model(9, **(SIZES | change), **ARCHS["gpt2"]))
 
 
 def test_files_that_are_not_adapters_are_rejected(tmp_path: Path):
-    torch.save({"model": {}}, tmp_path / "a.pt")
+    torch.save({"weights": {}}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="not an adapter of this program"):
         lora.read_adapter(tmp_path / "a.pt")
+    torch.save({"model": {}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a checkpoint, not the adapter\.pt of a --lora_rank run"):
+        lora.read_adapter(tmp_path / "a.pt")
+    for path in (tmp_path, tmp_path / "none.pt", tmp_path / "a.pt" / "b", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"there is no adapter {path}"):
+            lora.read_adapter(path)
+    (tmp_path / "c.pt").write_text("text")
+    with pytest.raises(UserError, match=r"c\.pt is not a checkpoint"):
+        lora.read_adapter(tmp_path / "c.pt")
     torch.save(nn.Linear(2, 2), tmp_path / "b.pt")
     with pytest.raises(UserError, match="code, which is never run"):
         lora.read_adapter(tmp_path / "b.pt")
@@ -223,7 +244,7 @@ def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Pat
 def test_an_adapter_with_new_tokens_is_not_exported(tmp_path: Path):
     model, config = make_adapted()
     adapter = make_adapter(model, config)
-    adapter["tensors"]["tok.weight"] = model.tok.weight.detach()
+    adapter["tensors"] |= {name: model.tok.weight.detach() for name in EMBEDDINGS}
     lora.save_adapter(tmp_path / "adapter.pt", adapter)
     with pytest.raises(UserError, match="merge"):
         export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")])
