@@ -216,7 +216,8 @@ def test_two_processes_fine_tune_like_one_with_the_same_micro_batches(workplace)
 
 
 def save_step_gradients() -> None:
-    """In each of two processes: one step on answers of different lengths, under DDP and FSDP."""
+    """In each of two processes: evaluations and one step on answers of different lengths, under DDP
+    and FSDP."""
     init_process_group(CPU)
     tasks.random_items = records_in_order
     for parallel in ("ddp", "fsdp"):
@@ -226,7 +227,12 @@ def save_step_gradients() -> None:
         )  # fmt: skip
         task = make_task("qa", config)
         model = make_task_model(task.tokenizer.vocab_size)
-        metrics = train.Trainer(model, task, config, CPU).train_step()
+        trainer = train.Trainer(model, task, config, CPU)
+        evaluations = {"qa": trainer.evaluate()}
+        trainer.task = make_task("dpo", config)
+        evaluations["dpo"] = trainer.evaluate()
+        trainer.task = task
+        metrics = trainer.train_step() | {"evaluations": evaluations}
         metrics |= {name: gather(p.grad) for name, p in model.named_parameters()}
         torch.save(metrics, f"{parallel}_{rank()}.pt")
         del model
@@ -240,10 +246,13 @@ def test_two_processes_average_over_the_tokens_of_both(workplace):
     assert sum(n_tokens[:2]) != sum(n_tokens[2:])  # of the two processes
     loss = sum(answer_losses(task, model)) / sum(n_tokens)
     loss.backward()
+    expected = {name: make_task(name, TrainConfig()).evaluate(model) for name in ("qa", "dpo")}
     run_two(workplace, CHECK, "save_step_gradients")
     for name in ("ddp_0", "ddp_1", "fsdp_0", "fsdp_1"):
         metrics = torch.load(f"{name}.pt")
         assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        for objective, evaluation in metrics["evaluations"].items():
+            assert evaluation == pytest.approx(expected[objective], rel=1e-5)
         for parameter, p in model.named_parameters():
             torch.testing.assert_close(metrics[parameter], p.grad, rtol=1e-5, atol=1e-6)
 
