@@ -96,8 +96,11 @@ def load_data(settings: FinetuneConfig, data: str, tokenizer: Tokenizer) -> Data
     else:
         records, split = read_records(path), split_records
         tokenizer = extend_tokenizer(tokenizer, QA_SPECIALS, [record_text(r) for r in records])
-    if settings.hold_out and len(records) < 2:
-        raise UserError(f"{path} has {len(records)} records, and one is held out: --no-hold_out")
+    if len(records) < 1 + settings.hold_out:
+        why = (
+            ", because one is held out: add records, or --no-hold_out" if settings.hold_out else ""
+        )
+        raise UserError(f"{path} has too few records{why}")
     splits = split(records) if settings.hold_out else (records, records)
     return Data(tokenizer, file_info(path), None, list(splits))
 

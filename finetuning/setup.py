@@ -120,9 +120,13 @@ def resolve_finetune(flags: dict[str, Any]) -> tuple[Any, ...]:
     tag = flags.get("tag", "merged" if "merge" in flags else flags.get("objective", "text"))
     flags = flags | {"out_dir": flags.get("out_dir", "checkpoints"), "tag": tag}
     if "merge" in flags:
-        raise_problems(
-            [f"--{n} has no effect on --merge: leave it out" for n in flags if n not in FOR_MERGE]
-        )
+        unused = [name for name in flags if name not in FOR_MERGE]
+        found = [f"--{name} has no effect on --merge: leave it out" for name in unused]
+        if not (flags.get("source") and flags["merge"]):
+            found += [
+                "name the base and the adapter: python finetune.py BASE.pt --merge ADAPTER.pt"
+            ]
+        raise_problems(found)
         settings, config = from_dict(FinetuneConfig, flags), from_dict(TrainConfig, flags)
         return settings, LoRAConfig(), config, GPTConfig(), None, None, None
     flags, state = checkpoint_to_resume(flags, Path(flags["out_dir"], tag))
@@ -290,8 +294,6 @@ def merge_problems(settings: FinetuneConfig, folder: Path, overwrite: bool) -> l
     """What prevents a merge, which writes folder/best.pt. Of what is there, it replaces only the
     result of another merge."""
     target = folder / "best.pt"
-    if not (settings.source and settings.merge):
-        return ["name the base and the adapter: python finetune.py BASE.pt --merge ADAPTER.pt"]
     if is_torchrun():
         return ["--merge needs one process: run it without torchrun"]
     if found := folder_problems(folder):

@@ -76,6 +76,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def adapted(trained: Path) -> Path:
+    """The adapter of a run with new tokens in that folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        tune("--objective=qa", "--lora_rank=2", "--tag=adapted", "--lr_max=1e-2")
+    return trained / "checkpoints" / "adapted" / "adapter.pt"
+
+
 @pytest.fixture
 def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of that folder to work in."""
@@ -270,6 +279,26 @@ def test_an_evaluation_of_answers_averages_over_tokens(batch_size):
         assert metrics[split] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_processes_share_the_records_and_make_equally_many_forward_passes(monkeypatch, world_size):
+    items, batches = list(range(1, 5)), []
+
+    def measure(batch):
+        batches[-1].append(len(batch))
+        return torch.tensor([[item, 1] for item in batch])
+
+    monkeypatch.setattr(tasks, "world_size", lambda: world_size)
+    totals = []
+    for rank in range(world_size):
+        monkeypatch.setattr(tasks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(tasks, "all_reduce_sum", lambda tensor: tensor)
+        batches.append([])
+        totals.append(tasks.sum_rows(measure, items, batch_size=1))
+    assert np.sum(totals, axis=0).tolist() == [10, 4]
+    assert all(sizes == batches[0] for sizes in batches)
+    assert len(batches[0]) == math.ceil(4 / world_size)
+
+
 def test_the_final_evaluation_is_over_the_whole_validation_split():
     config = TrainConfig(batch_size=2, eval_windows=1)  # one record per evaluation
     task = make_task("qa", config)
@@ -419,11 +448,78 @@ def test_merging_the_adapter_gives_the_same_model(place: Path):
     merged = read("merged", "best.pt")
     for name, tensor in read("qa", "best.pt")["model"].items():
         assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
+    assert "adapter" not in merged and merged["merged"]["adapter"] == str(adapter)
     assert generate.main(["checkpoints/merged/best.pt", "--max_new_tokens=5", "--device=cpu"]) == 0
-    with pytest.raises(UserError, match="exists: --overwrite"):
-        finetune.main(["checkpoints/best.pt", "--merge", str(adapter)])
+    for flag in ([], ["--no-overwrite"]):
+        with pytest.raises(UserError, match="exists: --overwrite"):
+            finetune.main(["checkpoints/best.pt", "--merge", str(adapter), *flag])
     with pytest.raises(UserError, match="for another base"):
         finetune.main(["checkpoints/qa/best.pt", "--merge", str(adapter), "--overwrite"])
+    again = ["checkpoints/best.pt", "--merge", str(adapter), "--overwrite"]
+    before = Path("checkpoints/merged/best.pt").stat().st_ino
+    assert finetune.main(again) == 0
+    assert Path("checkpoints/merged/best.pt").stat().st_ino != before
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: Path):
+    """With --overwrite, too: not a run, not its base, not a checkpoint from elsewhere."""
+    base = shutil.copy("checkpoints/best.pt", "base.pt")
+    merge = [str(base), f"--merge={adapted}", "--overwrite"]
+    Path("checkpoints/copied").mkdir()
+    shutil.copy("base.pt", "checkpoints/copied/best.pt")
+    Path("checkpoints/stopped").mkdir()
+    shutil.copy("checkpoints/latest.pt", "checkpoints/stopped/latest.pt")
+    before = files_of(place)
+    for tag, message in (
+        ("", r"checkpoints/ contains a run"),
+        ("stopped", r"checkpoints/stopped/ contains a run"),
+        ("copied", r"copied/best\.pt is not the result of a merge"),
+    ):
+        with pytest.raises(UserError, match=message):
+            finetune.main([*merge, f"--tag={tag}"])
+    assert files_of(place) == before
+    assert finetune.main(merge) == 0
+    before = files_of(place)
+    with pytest.raises(UserError, match="is the base"):
+        finetune.main(["checkpoints/merged/best.pt", *merge[1:]])
+    assert files_of(place) == before
+    with pytest.raises(UserError, match=r"checkpoints/merged/ already contains a run \(best\.pt\)"):
+        tune("--data=other.txt", "--tag=merged")
+    assert files_of(place) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["checkpoints/best.pt", "--merge="], "name the base and the adapter"),
+        (["--merge=ADAPTER"], "name the base and the adapter"),
+        (["ADAPTER", "--data=other.txt"], "is a LoRA adapter: merge it into its base"),
+        (["checkpoints/best.pt", "--merge=checkpoints/best.pt"], "a checkpoint, not the adapter"),
+        (["checkpoints/best.pt", "--merge=checkpoints"], "there is no adapter checkpoints"),
+        (["checkpoints/best.pt", "--merge=none.pt"], r"there is no adapter none\.pt"),
+        (["checkpoints/best.pt", "--merge=other.txt"], r"other\.txt is not a checkpoint"),
+        (["checkpoints", "--merge=ADAPTER"], "checkpoints is a folder"),
+        (["none.pt", "--merge=ADAPTER"], r"there is no checkpoint none\.pt"),
+        (["other.txt", "--merge=ADAPTER"], r"other\.txt is not a checkpoint"),
+        (["ADAPTER", "--merge=ADAPTER"], "is a LoRA adapter"),
+        (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "resume has no effect on --merge"),
+        (["checkpoints/best.pt", "--merge=ADAPTER", "--data=x", "--lora_rank=2"],
+         "--data has no effect on --merge.*--lora_rank has no effect"),
+        (["checkpoints/best.pt", "--merge=ADAPTER", "--out_dir=other.txt"], "cannot write"),
+        (["checkpoints/best.pt", "--merge=ADAPTER", "--tag=a/b"], "must be a plain name"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_a_merge_are_one_line_and_nothing_is_written(
+    place: Path, adapted: Path, words, message
+):
+    before = files_of(place)
+    with pytest.raises(UserError, match=message) as error:
+        finetune.main([word.replace("ADAPTER", str(adapted)) for word in words])
+    assert "\n" not in str(error.value) and files_of(place) == before
 
 
 def test_lora_does_not_change_frozen_weights(place: Path):
@@ -541,6 +637,34 @@ def test_long_records_are_reported(place: Path, capsys):
         (["--objective=distill"], "needs a --teacher"),
         (["--data=other.txt", "--teacher=a", "--beta=1"], "teacher is for .*distill; --beta is"),
         (["--data=other.txt", "--lora_alpha=8"], "--lora_alpha: give --lora_rank too"),
+        (["--data=other.txt", "--dropout=1"], "dropout must be below 1"),
+        (["--data=other.txt", "--dropout=nan"], "dropout must be a finite number"),
+        (["--data=other.txt", "--dropout=-1"], "dropout must be at least 0"),
+        (["--data=other.txt", "--lora_rank=2", "--lora_dropout=1"], "lora_dropout must be below 1"),
+        (["--data=other.txt", "--lora_rank=2", "--lora_alpha=1e30"], "lora_alpha must be at most"),
+        (["--data=other.txt", "--lora_rank=-1"], "lora_rank must be at least 0"),
+        (["--data=other.txt", "--lora_rank=1000000000000"], "above the smaller side"),
+        (["--data=other.txt", "--lr_max=nan"], "lr_max must be a finite number"),
+        (["--data=other.txt", "--long=skip", "--no-hold_out"], "long is for .*; --hold_out is for"),
+        (["--objective=qa", "--doc_mask"], "--doc_mask is for --objective text or distill"),
+        (["--objective=qa", "--data=data"], "data"),
+        (["--objective=qa", "--data=other.txt"], r"other\.txt is not JSON"),
+        (
+            ["--objective=qa", "--data=one.json"],
+            "too few records, because one is held",
+        ),
+        (["--objective=dpo", "--data=data"], "data"),
+        (["--objective=dpo", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
+        (
+            ["--objective=dpo", "--data=accents.jsonl"],
+            "the model does not know: 'é'",
+        ),
+        (["--objective=dpo", "--data=pairs.jsonl", "--dropout=0.1"], "trains without dropout"),
+        (["--objective=distill", "--teacher=data"], "data is a folder"),
+        (["--objective=distill", "--teacher=other.txt"], r"other\.txt is not a checkpoint"),
+        (["--objective=distill", "--teacher=none.pt"], r"there is no checkpoint none\.pt"),
+        (["--data=data"], "data/ is not a data set"),
+        (["--data=other.txt", "--out_dir=other.txt"], "cannot write"),
         (["--data=other.txt", "--lora_rank=17"], "lora_rank 17 is above the smaller side .* 16"),
         (["--data=other.txt", "--lora_rank=2", "--lora_targets=x"], "lora_targets must be one of"),
         (["--data=other.txt", "--n_layer=3"], "--n_layer is determined by the checkpoint"),
@@ -554,6 +678,8 @@ def test_long_records_are_reported(place: Path, capsys):
 )
 def test_mistakes_are_one_line_and_nothing_is_written(place: Path, words, message):
     Path("bad.json").write_text("[{]")
+    Path("one.json").write_text(json.dumps(RECORDS[:1]))
+    Path("accents.jsonl").write_text(json.dumps(PAIRS[0] | {"chosen": " café"}) + "\n")
     state = read("")
     tokens = state["tokenizer"]["chars"]
     other = {"tokenizer": {"kind": "char", "chars": ["\x00", *tokens[1:]], "specials": []}}
@@ -578,6 +704,65 @@ def test_the_base_is_never_overwritten(place: Path):
     teacher = ["--objective=distill", "--teacher=checkpoints/text/best.pt", "--tag=text"]
     with pytest.raises(UserError, match=r"checkpoints/text/ contains checkpoints/text/best\.pt"):
         tune(*teacher, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("objective", "words", "message"),
+    [
+        ("qa", ["--objective=dpo", "--tag=qa"], "objective is 'qa' in the run"),
+        ("qa", ["--long=skip"], "long is 'cut' in the run"),
+        ("qa", ["--no-hold_out"], "hold_out is True in the run"),
+        ("qa", ["--lora_rank=2"], "lora_rank is 0 in the run"),
+        ("qa", ["--lora_alpha=2"], "lora_alpha is 32.0 in the run"),
+        ("qa", ["--data=other.json"], r"data is 'data/qa\.json' in the run"),
+        ("qa", ["--seed=1"], "seed is 1337 in the run"),
+        ("qa", ["--preset=tiny"], "preset is 'laptop' in the run"),
+        ("qa", ["--arch=gpt2"], "arch is '' in the run"),
+        ("qa", ["--tokenizer=bpe"], "tokenizer is 'char' in the run"),
+        ("qa", ["--n_layer=3"], "n_layer is 1 in the run"),
+        ("qa", ["--optimizer=muon"], "optimizer is 'adamw' in the run"),
+        ("qa", ["--teacher=checkpoints/best.pt"], "teacher is '' in the run"),
+        ("qa", ["--overwrite"], "give one of them"),
+        ("qa", ["--overfit_batch"], "--overfit_batch is for a new run"),
+        ("qa", ["--parallel=fsdp"], "--parallel fsdp is for train.py"),
+        ("qa", ["other.txt"], r"other\.txt is not a checkpoint"),
+        ("qa", ["other.pt"], r"other\.pt has changed since this run began"),
+        ("distill", ["--alpha=0.1"], "alpha is 0.5 in the run"),
+        ("distill", ["--temperature_kd=1"], "temperature_kd is 4.0 in the run"),
+        ("distill", ["--teacher=other.pt"], r"other\.pt has changed since this run began"),
+        ("dpo", ["--beta=1"], "beta is 0.1 in the run"),
+        ("dpo", ["--dropout=0.1"], "trains without dropout"),
+    ],
+)
+def test_a_resume_rejects_what_cannot_change(runs: Path, monkeypatch, objective, words, message):
+    monkeypatch.chdir(runs)
+    before = files_of(runs)
+    with pytest.raises(UserError, match=message) as error:
+        finetune.main(["--resume", f"--objective={objective}", "--device=cpu", *words])
+    assert "\n" not in str(error.value) and files_of(runs) == before
+
+
+@pytest.fixture(scope="module")
+def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of some objectives, and other.pt, a checkpoint with other weights."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for objective in ("qa", "distill", "dpo"):
+            tune(*OBJECTIVES[objective], "--max_steps=2")
+        state = read("", "best.pt")
+        state["model"]["norm.weight"] += 1
+        utils.save_checkpoint(Path("other.pt"), state)
+    return folder
+
+
+def test_a_resume_finds_a_base_and_a_teacher_that_were_moved(place: Path):
+    tune(*OBJECTIVES["distill"])
+    Path("checkpoints/best.pt").rename("moved.pt")
+    words = ["--resume", "--objective=distill", "moved.pt", "--teacher=moved.pt", "--device=cpu"]
+    assert finetune.main([*words, "--max_steps=7"]) == 0
+    assert read("distill")["step"] == 7
 
 
 def test_resume_rejects_other_settings_data_or_bases(place: Path):
