@@ -97,10 +97,8 @@ def load_data(settings: FinetuneConfig, data: str, tokenizer: Tokenizer) -> Data
         records, split = read_records(path), split_records
         tokenizer = extend_tokenizer(tokenizer, QA_SPECIALS, [record_text(r) for r in records])
     if len(records) < 1 + settings.hold_out:
-        why = (
-            ", because one is held out: add records, or --no-hold_out" if settings.hold_out else ""
-        )
-        raise UserError(f"{path} has too few records{why}")
+        one_out = ", because one is held out: add some, or --no-hold_out" * settings.hold_out
+        raise UserError(f"{path} has too few records{one_out}")
     splits = split(records) if settings.hold_out else (records, records)
     return Data(tokenizer, file_info(path), None, list(splits))
 

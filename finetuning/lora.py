@@ -229,8 +229,8 @@ def check_adapter(
     if weights_hash != adapter["base_sha256"]:
         raise UserError(f"{problem}: the sizes are the same, but the weights are different")
     new = tokenizers.from_dict(adapter["tokenizer"])
-    same = new.to_dict() == tokenizer.to_dict()
-    if not (same or (embeddings and is_extension(new, tokenizer))):
+    same = new.to_dict() == tokenizer.to_dict() or (embeddings and is_extension(new, tokenizer))
+    if not same or own.vocab_size != max(config.vocab_size, new.vocab_size):
         raise UserError(f"{problem}: the weights are the same, but the tokenizer is different")
 
 

@@ -123,9 +123,8 @@ def resolve_finetune(flags: dict[str, Any]) -> tuple[Any, ...]:
         unused = [name for name in flags if name not in FOR_MERGE]
         found = [f"--{name} has no effect on --merge: leave it out" for name in unused]
         if not (flags.get("source") and flags["merge"]):
-            found += [
-                "name the base and the adapter: python finetune.py BASE.pt --merge ADAPTER.pt"
-            ]
+            example = "python finetune.py BASE.pt --merge ADAPTER.pt"
+            found.append(f"name the base and the adapter: {example}")
         raise_problems(found)
         settings, config = from_dict(FinetuneConfig, flags), from_dict(TrainConfig, flags)
         return settings, LoRAConfig(), config, GPTConfig(), None, None, None

@@ -2,10 +2,13 @@
 
 import json
 import math
+import random
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +17,21 @@ import torch.nn.functional as F
 from conftest import TINY_RUN, make_model, make_text
 from test_train import assert_same_run
 
+import config
 import evaluate
 import export
 import finetune
 import generate
+import prepare
 import train
 import utils
-from config import ARCHS, SampleConfig, TrainConfig, UserError
+from config import ARCHS, GPTConfig, SampleConfig, TrainConfig, UserError
 from corpus import records as qa
 from corpus.bpe import count_pieces, train_bpe
-from finetuning import tasks
+from finetuning import lora, tasks
+from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
+from finetuning.setup import FinetuneConfig, check_finetune, resolve_finetune
 from finetuning.tasks import (
     DPOTask,
     QATask,
@@ -781,6 +788,226 @@ def test_resume_rejects_other_settings_data_or_bases(place: Path):
     utils.save_checkpoint(Path("checkpoints/best.pt"), state)
     with pytest.raises(UserError, match=r"best\.pt has changed since this run"):
         finetune.main(["--resume", "--tag=qa", "--device=cpu"])
+
+
+# --- damaged files
+
+
+def changed_copies(content: Any, keys: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Copies of nested dicts with one entry removed, renamed or replaced by something wrong, each
+    with the keys that lead to it and what was done."""
+    wrong = [None, "x", -1, 10**9, [], {}, math.nan, 1e30, "\ud800", torch.zeros(2)]
+    for key, value in content.items():
+        rest = {k: v for k, v in content.items() if k != key}
+        yield (*keys, key, "removed"), rest
+        yield (*keys, key, "renamed"), rest | {f"{key}_": value}
+        replaced: list[Any] = list(wrong)
+        if isinstance(value, torch.Tensor):
+            replaced += [value.double(), value.int(), value[:1], value.flatten(), value * math.nan]
+            replaced += [
+                value + math.inf,
+                value[None],
+                value.to_sparse(),
+                value.to(torch.complex64),
+            ]
+        if isinstance(value, list):
+            replaced += [value[1:], value[::-1], [*value, "x"], [*value, None], [{}]]
+        yield from (((*keys, key, repr(v)[:20]), content | {key: v}) for v in replaced)
+        if isinstance(value, dict):
+            for path, inner in changed_copies(value, (*keys, key)):
+                yield path, content | {key: inner}
+
+
+def some_changed_copies(content: dict, n: int, seed: int) -> list[tuple[tuple, dict]]:
+    copies = list(changed_copies(content))
+    return random.Random(seed).sample(copies, min(n, len(copies)))
+
+
+def test_a_damaged_adapter_is_rejected_or_merges_to_the_same_weights(
+    place: Path, adapted: Path, capsys
+):
+    merge = ["checkpoints/best.pt", "--merge=damaged.pt", "--overwrite"]
+    expected, n_rejected = None, 0
+    adapter = lora.read_adapter(adapted)
+    for path, content in [((), adapter), *some_changed_copies(adapter, 300, seed=1)]:
+        torch.save(content, "damaged.pt")
+        try:
+            assert finetune.main(merge) == 0
+        except UserError as error:
+            assert expected is not None and "\n" not in str(error), path
+            n_rejected += 1
+            continue
+        except Exception as error:
+            raise AssertionError(path) from error
+        merged = read("merged", "best.pt")
+        expected = expected or merged
+        assert merged["tokenizer"] == expected["tokenizer"], path
+        assert merged["model"].keys() == expected["model"].keys(), path
+        for name, tensor in expected["model"].items():
+            assert torch.equal(merged["model"][name], tensor), (path, name)
+    assert n_rejected > 200
+
+
+def test_a_truncated_or_altered_adapter_is_rejected(place: Path, adapted: Path):
+    whole, rng = adapted.read_bytes(), random.Random(2)
+    for i in range(60):
+        content = bytearray(whole)
+        if i % 2:
+            content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        else:
+            del content[rng.randrange(len(whole)) :]
+        Path("damaged.pt").write_bytes(content)
+        try:
+            adapter = lora.read_adapter(Path("damaged.pt"))
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:  # a bit that means nothing, such as a date in the archive
+            assert adapter["tensors"].keys() == lora.read_adapter(adapted)["tensors"].keys()
+            for name, tensor in lora.read_adapter(adapted)["tensors"].items():
+                assert torch.equal(adapter["tensors"][name], tensor)
+
+
+def settings_of(words: list[str]) -> tuple:
+    classes = (FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
+    return config.parse_args(classes, words, "", resolve_finetune, check_finetune)
+
+
+@pytest.mark.parametrize("objective", ["qa", "distill"])
+def test_a_damaged_base_or_teacher_is_rejected_or_has_the_same_weights(place: Path, objective):
+    words = ["--tag=new", "--device=cpu", f"--objective={objective}"]
+    words += ["damaged.pt"] if objective == "qa" else ["--teacher=damaged.pt"]
+    state, n_rejected = read("", "best.pt"), 0
+    state["optimizers"] = []
+    for path, content in some_changed_copies(state, 250, seed=3):
+        torch.save(content, "damaged.pt")
+        try:
+            *_, base, _, _ = settings_of(words)
+        except UserError as error:
+            assert "\n" not in str(error)
+            n_rejected += 1
+        except Exception as error:
+            raise AssertionError(path) from error
+        else:
+            for name, tensor in base.model.state_dict().items():
+                torch.testing.assert_close(tensor, state["model"][name], rtol=0, atol=1)
+    assert n_rejected > 50
+
+
+@pytest.mark.parametrize("objective", ["distill", "adapted"])
+def test_a_damaged_run_is_not_resumed(runs: Path, adapted: Path, objective, monkeypatch):
+    monkeypatch.chdir(runs)
+    if not Path("checkpoints/adapted").exists():
+        shutil.copytree(adapted.parent, "checkpoints/adapted")
+    Path("checkpoints/damaged").mkdir(exist_ok=True)
+    state, n_rejected = read(objective), 0
+    names = ("finetune", "gpt_config", "train_config", "adapter", "corpus")
+    damageable = {name: state[name] for name in names if name in state}
+    for path, content in some_changed_copies(damageable, 250, seed=4):
+        rest = {name: state[name] for name in state.keys() - damageable.keys()}
+        torch.save(rest | content, "checkpoints/damaged/latest.pt")
+        try:
+            settings_of(["--resume", "--tag=damaged", "--device=cpu"])
+        except UserError as error:
+            assert "\n" not in str(error)
+            n_rejected += 1
+        except Exception as error:
+            raise AssertionError(path) from error
+    assert n_rejected > 100
+
+
+def test_a_base_of_an_older_version_without_settings_is_fine_tuned(place: Path):
+    state = read("", "best.pt")
+    sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+    state["train_config"] = {"preset": "huge", "arch": "gpt9", "unknown": 1}
+    state["gpt_config"] = {name: state["gpt_config"][name] for name in (*sizes, "norm", "mlp")}
+    state["gpt_config"] |= {"token_shift": True, "qk_norm": read("")["gpt_config"]["qk_norm"]}
+    torch.save(state, "old.pt")
+    assert finetune.main(["old.pt", *QUICK, "--objective=qa"]) == 0
+    assert read("qa")["train_config"]["preset"] == "laptop"
+
+
+# --- settings that follow from the base
+
+
+@pytest.mark.parametrize(
+    ("origin", "words", "rate"),
+    [
+        ({}, ["SOURCE", "--data=other.txt"], 2e-3),
+        ({}, ["SOURCE", "--objective=qa"], 2e-2),
+        ({}, ["SOURCE", "--objective=dpo", "--data=pairs.jsonl"], 2e-4),
+        ({}, ["SOURCE", "--objective=distill", "--teacher=SOURCE"], 2e-3),
+        ({}, ["--objective=distill", "--teacher=SOURCE"], 2e-2),
+        ({}, ["SOURCE", "--data=other.txt", "--lora_rank=2"], 1e-2),
+        ({}, ["SOURCE", "--objective=qa", "--lr_max=0.5"], 0.5),
+        ({"optimizer": "muon"}, ["SOURCE", "--objective=qa"], 1e-2),
+        ({"imported": True}, ["SOURCE", "--objective=qa"], 3e-4),
+    ],
+)
+def test_the_learning_rate_follows_from_the_base_and_the_objective(
+    place: Path, origin, words, rate
+):
+    state = read("", "best.pt")
+    state["train_config"] |= {"lr_max": 2e-2, "optimizer": "adamw"} | origin
+    if origin.get("imported"):
+        state["corpus"]["sha256"] = ""
+    utils.save_checkpoint(Path("base.pt"), state)
+    words = [word.replace("SOURCE", "base.pt") for word in words]
+    assert settings_of([*words, "--tag=new", "--device=cpu"])[2].lr_max == pytest.approx(rate)
+
+
+def test_the_teacher_has_no_dropout_and_is_not_trained(place: Path, monkeypatch):
+    state = read("", "best.pt")
+    state["gpt_config"]["dropout"] = 0.5
+    utils.save_checkpoint(Path("teacher.pt"), state)
+    tasks_made = []
+    monkeypatch.setattr(
+        finetune, "run_training", lambda trainer, state: (tasks_made.append(trainer.task), 0)[::-1]
+    )
+    words = ["--objective=distill", "--teacher=teacher.pt", "--dropout=0"]
+    assert finetune.main([*QUICK, *words]) == 0
+    (task,) = tasks_made
+    assert not task.teacher.training
+    assert not any(p.requires_grad for p in task.teacher.parameters())
+    x, y = torch.randint(5, (2, 8)), torch.randint(5, (2, 8))
+    student = make_model(**state["gpt_config"] | {"dropout": 0.0})
+    plain = make_model(**state["gpt_config"])
+    plain.load_state_dict(state["model"])
+    hard = student(x, y)[1]
+    p, q = ((m(x)[0] / 4).softmax(-1) for m in (plain.eval(), student))
+    soft = (p * (p / q).log()).sum(-1).mean()
+    assert task.loss(student, x, y)["loss"].item() == pytest.approx(
+        (0.5 * 16 * soft + 0.5 * hard).item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("n_records", [1, 2, 40])
+def test_few_records_can_be_trained_with_none_held_out(place: Path, n_records):
+    records = [{"question": f"fox {i}", "answer": f"{i}"} for i in range(n_records)]
+    Path("few.json").write_text(json.dumps(records))
+    flags = ["--objective=qa", "--data=few.json", "--batch_size=40", "--max_steps=1"]
+    assert tune(*flags, "--no-hold_out", "--eval_windows=40") == 0
+    first = read("qa")["log"][0]
+    assert first["train"] == first["val"]
+    if n_records > 1:
+        assert tune(*flags, "--overwrite") == 0
+        assert read("qa")["log"][0]["train"] != read("qa")["log"][0]["val"]
+
+
+def test_records_marked_as_held_out_are_trained_on_if_none_are_held_out(place: Path, capsys):
+    assert tune("--objective=qa", "--no-hold_out") == 0
+    assert "5 training answers, 5 validation answers" in capsys.readouterr().out
+    assert tune(*OBJECTIVES["dpo"], "--no-hold_out") == 0
+    assert "6 training pairs, 6 validation pairs" in capsys.readouterr().out
+
+
+def test_an_adapter_for_a_data_set_has_no_embeddings(place: Path):
+    """The data set has the base's tokenizer, so there are no new tokens to train."""
+    assert prepare.main(["data/input.txt", "--name=set", "--tokenizer=char"]) == 0
+    train.main([*TINY_RUN, "--data=data/set", "--tag=base"])
+    flags = [*QUICK, "--data=data/set", "--lora_rank=2"]
+    assert finetune.main(["checkpoints/base/best.pt", *flags]) == 0
+    tensors = lora.read_adapter(Path("checkpoints/text/adapter.pt"))["tensors"]
+    assert all(name.endswith((".A", ".B")) for name in tensors)
 
 
 # --- questions about this project
