@@ -811,7 +811,7 @@ def changed_copies(content: Any, keys: tuple = ()) -> Iterator[tuple[tuple, Any]
                 value.to(torch.complex64),
             ]
         if isinstance(value, list):
-            replaced += [value[1:], value[::-1], [*value, "x"], [*value, None], [{}]]
+            replaced += [value[1:], [*value, "x"], [*value, None], [{}]]
         yield from (((*keys, key, repr(v)[:20]), content | {key: v}) for v in replaced)
         if isinstance(value, dict):
             for path, inner in changed_copies(value, (*keys, key)):
@@ -829,7 +829,7 @@ def test_a_damaged_adapter_is_rejected_or_merges_to_the_same_weights(
     merge = ["checkpoints/best.pt", "--merge=damaged.pt", "--overwrite"]
     expected, n_rejected = None, 0
     adapter = lora.read_adapter(adapted)
-    for path, content in [((), adapter), *some_changed_copies(adapter, 300, seed=1)]:
+    for path, content in [((), adapter), *some_changed_copies(adapter, 120, seed=1)]:
         torch.save(content, "damaged.pt")
         try:
             assert finetune.main(merge) == 0
@@ -845,7 +845,7 @@ def test_a_damaged_adapter_is_rejected_or_merges_to_the_same_weights(
         assert merged["model"].keys() == expected["model"].keys(), path
         for name, tensor in expected["model"].items():
             assert torch.equal(merged["model"][name], tensor), (path, name)
-    assert n_rejected > 200
+    assert n_rejected > 80
 
 
 def test_a_truncated_or_altered_adapter_is_rejected(place: Path, adapted: Path):
@@ -878,7 +878,7 @@ def test_a_damaged_base_or_teacher_is_rejected_or_has_the_same_weights(place: Pa
     words += ["damaged.pt"] if objective == "qa" else ["--teacher=damaged.pt"]
     state, n_rejected = read("", "best.pt"), 0
     state["optimizers"] = []
-    for path, content in some_changed_copies(state, 250, seed=3):
+    for path, content in some_changed_copies(state, 80, seed=3):
         torch.save(content, "damaged.pt")
         try:
             *_, base, _, _ = settings_of(words)
@@ -890,7 +890,7 @@ def test_a_damaged_base_or_teacher_is_rejected_or_has_the_same_weights(place: Pa
         else:
             for name, tensor in base.model.state_dict().items():
                 torch.testing.assert_close(tensor, state["model"][name], rtol=0, atol=1)
-    assert n_rejected > 50
+    assert n_rejected > 20
 
 
 @pytest.mark.parametrize("objective", ["distill", "adapted"])
@@ -902,7 +902,7 @@ def test_a_damaged_run_is_not_resumed(runs: Path, adapted: Path, objective, monk
     state, n_rejected = read(objective), 0
     names = ("finetune", "gpt_config", "train_config", "adapter", "corpus")
     damageable = {name: state[name] for name in names if name in state}
-    for path, content in some_changed_copies(damageable, 250, seed=4):
+    for path, content in some_changed_copies(damageable, 80, seed=4):
         rest = {name: state[name] for name in state.keys() - damageable.keys()}
         torch.save(rest | content, "checkpoints/damaged/latest.pt")
         try:
@@ -912,7 +912,7 @@ def test_a_damaged_run_is_not_resumed(runs: Path, adapted: Path, objective, monk
             n_rejected += 1
         except Exception as error:
             raise AssertionError(path) from error
-    assert n_rejected > 100
+    assert n_rejected > 30
 
 
 def test_a_base_of_an_older_version_without_settings_is_fine_tuned(place: Path):
