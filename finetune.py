@@ -190,7 +190,7 @@ def make_task(
         return TextTask(text, old_corpus(base, tokenizer))
     for block in teacher.model.blocks if config.compile else ():
         block.compile()
-    frozen = teacher.model.to(device).eval().requires_grad_(False)
+    frozen = teacher.model.to(device).requires_grad_(False)
     return DistillationTask(text, frozen, settings.temperature_kd, settings.alpha)
 
 

@@ -204,6 +204,9 @@ def check_contents(adapter: dict[str, Any], path: Path) -> None:
                 raise ValueError(f"shape of {name}: {(*tensor.shape,)}")
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise ValueError(f"{name} is not of finite float32 numbers")
+        tables = [tensors[name] for name in EMBEDDINGS if name in tensors]
+        if gpt_config.tie_weights and tables and not torch.equal(*tables):
+            raise ValueError(f"{' and '.join(EMBEDDINGS)} are tied, but different")
 
 
 def check_adapter(

@@ -369,6 +369,19 @@ def test_a_larger_vocabulary_does_not_change_the_old_tokens(kind):
     assert extend_tokenizer(new, QA_SPECIALS, ["ABC"]) is new
 
 
+def test_the_vector_of_a_new_token_is_the_mean_of_the_old_ones_plus_noise():
+    old = CharTokenizer.train(["abcdefgh"])
+    new = extend_tokenizer(old, QA_SPECIALS, ["".join(map(chr, range(200, 250)))])
+    weights = make_model(vocab_size=8, n_embd=64).state_dict()
+    torch.manual_seed(0)
+    extended = extend_weights(weights, old, new)["tok.weight"]
+    rows = [i for i, text in enumerate(new.texts) if text not in old.texts]
+    assert len(rows) == len(QA_SPECIALS) + 50
+    noise = extended[rows] - weights["tok.weight"].mean(dim=0)
+    assert noise.std().item() == pytest.approx(0.02, rel=0.05)
+    assert noise.mean(dim=0).abs().max() < 0.02
+
+
 # --- runs
 
 

@@ -67,6 +67,25 @@ def test_gradients_follow_the_formula():
     assert layer.linear.weight.grad is None
 
 
+def test_a_keeps_the_size_of_its_input_and_b_starts_at_zero():
+    torch.manual_seed(0)
+    for n_in in (100, 1600):
+        layer = LoRALinear(nn.Linear(n_in, 8), LoRAConfig(lora_rank=8))
+        assert layer.A.shape == (8, n_in) and not layer.B.any()
+        assert layer.A.std().item() == pytest.approx(n_in**-0.5, rel=0.1)
+
+
+def test_dropout_applies_to_the_input_of_the_update_only():
+    layer = LoRALinear(nn.Linear(200, 4), LoRAConfig(lora_rank=4, lora_dropout=0.25)).train()
+    layer.B.data.normal_()
+    x = torch.ones(1, 200)
+    torch.manual_seed(1)
+    kept = torch.nn.functional.dropout(x, 0.25)
+    torch.manual_seed(1)
+    expected = layer.linear(x) + 8.0 * (kept @ layer.A.T) @ layer.B.T
+    assert torch.allclose(layer(x), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_new_adapter_changes_nothing(arch):
     base, adapted = (make_model(**SIZES, **ARCHS[arch]) for _ in range(2))
@@ -174,6 +193,32 @@ def test_files_that_are_not_adapters_are_rejected(tmp_path: Path):
     torch.save(nn.Linear(2, 2), tmp_path / "b.pt")
     with pytest.raises(UserError, match="code, which is never run"):
         lora.read_adapter(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lora", {"lora_alpha": float("nan")}, "lora_alpha must be a finite number"),
+        ("lora", {"lora_rank": 2}, "shape of blocks"),
+        ("lora", {"lora_targets": "qkv"}, "in only one of both"),
+        ("lora", {"lora_rank": 0}, "fewer tensors"),
+        ("gpt_config", {"n_layer": 10**9}, "fewer tensors than its settings say"),
+        ("gpt_config", {"n_head": 5}, "not divisible"),
+        ("tensors", {"blocks.0.attn.qkv.A": None}, "shape"),
+        ("tensors", {"blocks.0.attn.qkv.A": torch.full((3, 32), torch.nan)}, "finite float32"),
+        ("tensors", {"blocks.0.attn.qkv.A": torch.zeros(3, 32).double()}, "finite float32"),
+        ("tensors", {"blocks.0.attn.qkv.A": torch.zeros(32, 3)}, "shape of blocks.0.attn.qkv.A"),
+        ("tensors", {"blocks.9.attn.qkv.A": torch.zeros(3, 32)}, "in only one of both"),
+        ("tensors", {"tok.weight": torch.zeros(31, 32), "head.weight": torch.ones(31, 32)},
+         "are tied, but different"),
+    ],
+)  # fmt: skip
+def test_an_adapter_with_invalid_contents_is_rejected(tmp_path: Path, key, value, message):
+    adapter = make_adapter(*make_adapted())
+    torch.save(adapter | {key: adapter[key] | value}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"a.pt: its contents do not match .*({message})") as error:
+        lora.read_adapter(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)
 
 
 # --- peft
