@@ -25,7 +25,7 @@ from system.folders import folder_problems
 from tokenizer import Tokenizer
 from training.distributed import is_torchrun, world_size
 from training.run_log import run_files
-from training.setup import check_run, checkpoint_to_resume, resumed_flags
+from training.setup import check_run, checkpoint_to_resume, resumed_flags, saved_settings
 from utils import load_checkpoint, matching_contents, read_checkpoint
 
 
@@ -159,21 +159,17 @@ def finetune_flags(flags: dict[str, Any], state: dict[str, Any], latest: Path) -
         raise UserError("this is a run of train.py: resume it with train.py")
     with matching_contents(latest):
         origin = state["finetune"]
-        own = [from_dict(cls, origin) for cls in (FinetuneConfig, LoRAConfig)]
-        others = [from_dict(GPTConfig, state["gpt_config"])]
-        others += [from_dict(TrainConfig, state["train_config"])]
-        raise_problems([problem for config in own + others for problem in all_problems(config)])
-        settings, adapt = own
+        settings, adapt = (from_dict(cls, origin) for cls in (FinetuneConfig, LoRAConfig))
+        raise_problems(all_problems(settings) + all_problems(adapt))
+        own, others = asdict(settings) | asdict(adapt), saved_settings(state)
         if not isinstance(origin["base_sha256"], str):
             raise ValueError("base_sha256 is not text")
-        raise_problems(flag_problems({"data": others[1].data}, settings, adapt))
+        raise_problems(flag_problems({"data": others["data"]}, settings, adapt))
     if adapt.lora_rank:
         lora.check_contents(state.get("adapter", {}), latest)
-    fixed = {name for config in (*own, others[0]) for name in asdict(config)} - {"dropout"}
-    fixed -= {name for name in ("source", "teacher") if getattr(settings, name)}
-    fixed |= {"seed", "data", "preset", "arch", "tokenizer"}
-    saved = {k: v for config in own + others for k, v in asdict(config).items()}
-    return resumed_flags(flags, saved, fixed)
+    fixed = {*own, *asdict(GPTConfig()), "seed", "data", "preset", "arch", "tokenizer"}
+    fixed -= {"dropout", *(name for name in ("source", "teacher") if own[name])}
+    return resumed_flags(flags, own | others, fixed)
 
 
 def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig) -> list[str]:
@@ -259,8 +255,6 @@ def check_finetune(
         found.append("--objective dpo trains without dropout: leave out --dropout, --lora_dropout")
     if not state:
         return found
-    if config.overfit_batch:
-        found.append("--overfit_batch is for a new run: leave out --resume")
     origin = state["finetune"]
     if origin["base_sha256"] != base.sha256:
         found.append(f"{settings.source or settings.teacher} has changed since this run began")

@@ -743,7 +743,7 @@ def test_the_base_is_never_overwritten(place: Path):
         ("qa", ["--optimizer=muon"], "optimizer is 'adamw' in the run"),
         ("qa", ["--teacher=checkpoints/best.pt"], "teacher is '' in the run"),
         ("qa", ["--overwrite"], "give one of them"),
-        ("qa", ["--overfit_batch"], "--overfit_batch is for a new run"),
+        ("qa", ["--overfit_batch"], "--resume and --overfit_batch"),
         ("qa", ["--parallel=fsdp"], "--parallel fsdp is for train.py"),
         ("qa", ["other.txt"], r"other\.txt is not a checkpoint"),
         ("qa", ["other.pt"], r"other\.pt has changed since this run began"),
