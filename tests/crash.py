@@ -1,0 +1,355 @@
+"""Kill runs at random moments, resume them, and compare with an uninterrupted run, bit for bit.
+
+    python -m tests.crash --kills 100                  about a minute
+    python -m tests.crash --only train --seed 7 --minutes 10
+
+Half of the kills come at a random time. The others come before or after a random file operation,
+and so hit every moment of a save. A killed training run is resumed, or started again if it had
+saved nothing, until it is finished; then its checkpoints, log and samples must equal those of a run
+that was never killed, except for times. A killed `prepare` or `export` must leave the old folder or
+the new one, complete. In the end no temporary files may remain.
+
+Each command runs in a fork of this process, which has imported everything.
+"""
+
+import builtins
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import config
+import export
+import finetune
+import prepare
+import train
+from config import parse_args, setting
+from training.run_log import RunLog
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+LIMIT = 300  # seconds; a command that takes longer hangs
+MAX_LIVES = 40  # of a run: if it is killed more often, something else is wrong
+# Entries that differ between equal runs, or in a resumed one.
+NOT_COMPARED = {"seconds", "tokens_per_second", "ms_per_step", "files"}
+NOT_COMPARED |= {"out_dir", "tag", "resume", "overwrite"}
+OPERATIONS = [
+    (os, name) for name in "fsync replace rename unlink truncate mkdir rmdir open".split()
+]
+OPERATIONS += [(builtins, "open")]
+
+RUN = (
+    "--data=data/input.txt --tag=run --device=cpu --no-compile --precision=float32 --batch_size=4 "
+)
+RUN += "--eval_every=5 --save_every=10 --eval_windows=4 --sample_tokens=10 --dropout=0.1"
+SIZES = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --arch=llama --optimizer=muon"
+
+
+@dataclass
+class Job:
+    """A command that is killed, and the folder that it writes."""
+
+    main: Callable[[], int | None]
+    argv: str
+    folder: str = "checkpoints/run"
+    replaces: str = ""  # the arguments that make the folder that it replaces; "": it is resumed
+    share: int = 3  # of the trials
+
+
+JOBS = {
+    "train": Job(train.main, f"{RUN} {SIZES} --max_steps=60", share=12),
+    "finetune": Job(finetune.main, f"base.pt {RUN} --lora_rank=2 --max_steps=30"),
+    "prepare": Job(
+        prepare.main,
+        "data/input.txt --name=set --vocab_size=400 --workers=1 --overwrite",
+        "data/set",
+        replaces="data/input.txt --name=set --tokenizer=char --workers=1",
+    ),
+    "export": Job(export.main, "base.pt out --overwrite", "out", replaces="other.pt out"),
+}
+
+
+@dataclass
+class CrashConfig:
+    """How often what is killed."""
+
+    kills: int = setting(100, "number of kills", low=1)
+    seed: int = setting(0, "seed of the moments", low=0)
+    minutes: float = setting(0.0, "stop after this time; 0: never", low=0)
+    only: str = setting("", "one command; default: all", choices=("", *JOBS))
+
+
+# --- one command
+
+
+class Killer:
+    """Counts the file operations of this process, and sends it a signal at one of them."""
+
+    def __init__(self, number: int, at: int):
+        self.number, self.at, self.count = number, at, 0
+        for module, name in OPERATIONS:
+            setattr(module, name, self.counted(getattr(module, name)))
+
+    def counted(self, operation: Callable) -> Callable:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.tick()
+            result = operation(*args, **kwargs)
+            self.tick()
+            return result
+
+        return counting
+
+    def tick(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def run_child(job: Job, argv: str, folder: Path, number: int, at: int) -> None:
+    """Run a command as its script does. Ends the process."""
+    os.chdir(folder)
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
+    sys.argv = ["", *argv.split()]
+    RunLog.plot = lambda self: None  # type: ignore[method-assign]  # slower than everything else
+    signal.alarm(LIMIT)
+    killer, status = Killer(number, at), 1
+    try:
+        config.run(job.main)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    Path(folder, "operations").write_text(str(killer.count))
+    os._exit(status)
+
+
+def run_command(
+    job: Job, argv: str, folder: Path, number: int = 0, at: int = 0, delay: float = 0.0
+) -> tuple[int, str]:
+    """Run a command in a child process. If `number` is given, send it this signal, at a file
+    operation or after a delay. Returns its exit status, negative if a signal ended it, and what it
+    wrote to stderr."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_child(job, argv, folder, number, at)
+        finally:
+            os._exit(99)
+    if delay:
+        time.sleep(delay)
+        os.kill(pid, number)  # if it has ended, it still has its id
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return status, (folder / "stderr").read_text() if (folder / "stderr").exists() else ""
+
+
+# --- comparison
+
+
+def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
+    """Where two nested values differ in more than times."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in (a.keys() | b.keys()) - NOT_COMPARED:
+            yield from differences(a.get(key), b.get(key), f"{place}[{key!r}]")
+    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            yield from differences(x, y, f"{place}[{i}]")
+    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.dtype != b.dtype or not torch.equal(a, b):
+            yield place
+    elif a != b:
+        yield f"{place}: {str(a)[:60]!r}, not {str(b)[:60]!r}"
+
+
+def content(path: Path) -> Any:
+    """The content of a file, to be compared."""
+    if path.suffix == ".pt":
+        return torch.load(path, weights_only=True)
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
+
+
+def compare(folder: Path, expected: Path) -> list[str]:
+    """How the files of a folder differ from the expected ones."""
+    found = []
+    names = {p.name for f in (folder, expected) if f.exists() for p in f.iterdir() if p.is_file()}
+    for name in sorted(names):
+        if not ((folder / name).exists() and (expected / name).exists()):
+            found.append(f"{name} {'is unexpected' if (folder / name).exists() else 'is missing'}")
+            continue
+        try:
+            differ = list(differences(content(folder / name), content(expected / name)))
+        except Exception as error:
+            differ = [f" cannot be read: {error}"]
+        found += [name + text for text in differ[:2]]
+    return found
+
+
+# --- trials
+
+
+class Trials:
+    """Kills commands, and counts what goes wrong."""
+
+    def __init__(self, settings: CrashConfig, top: Path):
+        self.settings, self.top, self.rng = settings, top, random.Random(settings.seed)
+        self.kills: Counter[str] = Counter()
+        self.problems: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+        self.operations: dict[str, int] = {}
+        self.moment = ""
+        self.started = time.monotonic()
+
+    def run(self) -> None:
+        """All trials."""
+        self.make_inputs(self.top / "common")
+        names = [self.settings.only] if self.settings.only else list(JOBS)
+        for name in names:
+            self.run_unkilled(name)
+        self.started = time.monotonic()
+        while not self.done():
+            name = self.rng.choices(names, [JOBS[name].share for name in names])[0]
+            folder = self.top / "trial"
+            shutil.copytree(self.top / f"{name}.old", folder)
+            finished = (self.replace if JOBS[name].replaces else self.resume)(name, folder)
+            if finished:
+                for problem in compare(folder / JOBS[name].folder, self.expected(name, "new")):
+                    self.report(name, f"at the end, {problem}")
+                left = [p.name for p in folder.rglob("*") if re.search(r"\.(part|old)$", p.name)]
+                if left:
+                    self.report(name, f"at the end, there is {', '.join(left)}")
+            shutil.rmtree(folder)
+
+    def done(self) -> bool:
+        """Whether there were enough kills, or no time is left."""
+        late = time.monotonic() - self.started > 60 * (self.settings.minutes or 1e9)
+        return late or self.kills.total() >= self.settings.kills
+
+    def make_inputs(self, folder: Path) -> None:
+        """A text and two small models."""
+        (folder / "data").mkdir(parents=True)
+        words = "the quick brown fox jumps over a lazy dog and then it sleeps".split()
+        lines = (" ".join(words[i * j % 13] for j in range(1, 9)) for i in range(300))
+        (folder / "data/input.txt").write_text("\n".join(lines))
+        for name in ("base", "other"):
+            argv = f"{RUN} {SIZES} --out_dir={name} --seed={len(name)} --max_steps=2"
+            status, stderr = run_command(JOBS["train"], argv, folder)
+            assert status == 0, stderr
+            (folder / name / "run" / "best.pt").rename(folder / f"{name}.pt")
+            shutil.rmtree(folder / name)
+
+    def run_unkilled(self, name: str) -> None:
+        """Make the folder that a command starts from, NAME.old, and what it makes, NAME.new."""
+        job, old, new = JOBS[name], self.top / f"{name}.old", self.top / f"{name}.new"
+        shutil.copytree(self.top / "common", old)
+        if job.replaces:
+            status, stderr = run_command(job, job.replaces, old)
+            assert status == 0, stderr
+        shutil.copytree(old, new)
+        start = time.monotonic()
+        status, stderr = run_command(job, job.argv, new)
+        assert status == 0, stderr
+        self.seconds[name] = time.monotonic() - start
+        self.operations[name] = int((new / "operations").read_text())
+
+    def expected(self, name: str, which: str) -> Path:
+        """The folder that a command replaces ("old") or makes ("new")."""
+        return self.top / f"{name}.{which}" / JOBS[name].folder
+
+    def report(self, name: str, problem: str, detail: str = "") -> None:
+        """Print and count a problem. Numbers are left out of the count, to group similar ones."""
+        self.problems[f"{name}: {re.sub('[0-9.]+', 'N', problem)}"] += 1
+        print(f"{name}: {problem}\n    last kill: {self.moment}\n    {detail[-900:]}", flush=True)
+
+    def kill(self, name: str, argv: str, folder: Path) -> int:
+        """Run a command that is killed, unless it is finished before. Returns its exit status."""
+        number, delay, at = self.rng.choice(SIGNALS), 0.0, 0
+        if self.rng.random() < 0.5:
+            delay = max(1e-3, self.seconds[name] * self.rng.random())
+        else:
+            at = self.rng.randint(1, self.operations[name])
+        self.moment = f"{number.name} {f'after {delay:.2f} s' if delay else f'at operation {at}'}"
+        status, stderr = run_command(JOBS[name], argv, folder, number, at, delay)
+        if status:
+            self.kills[number.name] += 1
+        if "Traceback" in stderr:
+            self.report(name, f"traceback: {stderr.splitlines()[-1]}", stderr)
+        elif status not in (0, -number, 128 + number):
+            self.report(name, f"status {status}", stderr)
+        return status
+
+    def resume(self, name: str, folder: Path) -> bool:
+        """Kill and resume a run until it is finished. Returns whether that succeeds."""
+        job = JOBS[name]
+        for life in range(MAX_LIVES):
+            saved = (folder / job.folder / "latest.pt").exists()
+            argv = "--resume --tag=run" if saved else job.argv
+            if life and (self.done() or self.rng.random() < 0.2):
+                status, stderr = run_command(job, argv, folder)
+            else:
+                status, stderr = self.kill(name, argv, folder), ""
+            if status == 0:
+                return True
+            if status in (1, 2, 99):
+                self.report(name, f"status {status} of {argv[:8]}", stderr)
+                return False
+        return False
+
+    def replace(self, name: str, folder: Path) -> bool:
+        """Kill a command that replaces a folder, which must leave the old or the new one, and run
+        it again. Returns whether that succeeds."""
+        job = JOBS[name]
+        self.kill(name, job.argv, folder)
+        wrong = [
+            compare(folder / job.folder, self.expected(name, which)) for which in ("old", "new")
+        ]
+        if all(wrong):
+            self.report(
+                name, "neither the old nor the new folder", f"{wrong[0][:3]} {wrong[1][:3]}"
+            )
+        status, stderr = run_command(job, job.argv, folder)
+        if status:
+            self.report(name, f"status {status} when it is run again", stderr)
+        return status == 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns 1 if there was a problem."""
+    settings = parse_args(CrashConfig, argv, __doc__ or "")
+    torch.set_num_threads(1)
+    top = Path(tempfile.mkdtemp(prefix="crash"))
+    trials = Trials(settings, top)
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, top, ignore_errors=True)
+        trials.run()
+    minutes = (time.monotonic() - trials.started) / 60
+    print("\nproblems by kind:")
+    for problem, n in trials.problems.most_common():
+        print(f"{n:5} {problem}")
+    n_kills, n_problems = trials.kills.total(), trials.problems.total()
+    by_signal = ", ".join(f"{name}: {n}" for name, n in trials.kills.items())
+    print(
+        f"{n_problems} problems in {n_kills} kills ({by_signal}), {n_kills / minutes:.0f} a minute"
+    )
+    return 1 if n_problems else 0
+
+
+if __name__ == "__main__":
+    config.run(main)

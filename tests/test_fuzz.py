@@ -1,0 +1,76 @@
+"""No script ends in a traceback: a few hundred cases of tests/fuzz.py, and what it reports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import fuzz
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_random_commands_and_damaged_files_never_end_in_a_traceback():
+    command = [sys.executable, "-m", "tests.fuzz", "--n", "250", "--minutes", "0.5"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+
+
+def judged(
+    folder: Path, status: int = 2, stderr: str = "error: no such file\n", stdout: str = "file"
+) -> str | None:
+    """What the fuzzer says about a case with this result."""
+    (folder / "stderr").write_text(stderr)
+    case = fuzz.Case(0, "generate", ["best.pt"], stdout=stdout)
+    problem = fuzz.judge(case, folder, status)
+    return problem[0] if problem else None
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of a case that has a file."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "neighbor.txt").write_text("a")
+    (tmp_path / "work" / "photo.jpg").write_text("b")
+    (tmp_path / "before").write_text(json.dumps(fuzz.checksums(tmp_path)))
+    return tmp_path
+
+
+def test_a_success_and_an_error_of_one_line_are_correct(folder: Path):
+    assert judged(folder) is None
+    assert judged(folder, status=0, stderr="") is None
+    assert judged(folder, stderr="warning: unknown characters\nerror: no such file\n") is None
+
+
+def test_the_fuzzer_reports_wrong_ends(folder: Path):
+    place = f'  File "{ROOT}/utils.py", line 7, in read_data\n    x = y\n'
+    traceback = f"Traceback (most recent call last):\n{place}KeyError: 'model'\n"
+    assert judged(folder, status=1, stderr=traceback) == "KeyError at utils.py:7 (read_data)"
+    assert judged(folder, stderr="error: two\nlines\n") == "more than one line"
+    assert judged(folder, stderr="") == "more than one line"
+    assert judged(folder, status=-11, stderr="") == "SIGSEGV "
+    assert judged(folder, status=120, stderr="") == "status 120"
+
+
+def test_the_fuzzer_reports_changed_files(folder: Path):
+    (folder / "work" / "best.pt.part").write_text("half")
+    assert judged(folder) == "temporary file"
+    (folder / "work" / "photo.jpg").write_text("c")
+    assert judged(folder) == "file changed"
+    (folder / "neighbor.txt").unlink()
+    assert judged(folder) == "file deleted"
+
+
+def test_a_case_is_the_same_every_time(tmp_path: Path):
+    settings = fuzz.FuzzConfig(seed=3)
+    flags = {script: fuzz.settings_of(script) for script in ("train", "generate")}
+    assert {"n_layer", "data", "lr_max"} <= {f.name for f in flags["train"]}
+    settings.only = "train,generate"
+    cases = [[fuzz.make_case(settings, i, flags, tmp_path) for i in range(50)] for _ in range(2)]
+    assert cases[0] == cases[1]
+    assert len({str(case) for case in cases[0]}) > 40
