@@ -14,6 +14,7 @@ Each command runs in a fork of this process, which has imported everything.
 
 import builtins
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -127,6 +128,7 @@ def run_child(job: Job, argv: str, folder: Path, number: int, at: int) -> None:
     sys.argv = ["", *argv.split()]
     RunLog.plot = lambda self: None  # type: ignore[method-assign]  # slower than everything else
     signal.alarm(LIMIT)
+    os.fsync = lambda fd: None  # slow, and without effect on a kill: the pages are the kernel's
     killer, status = Killer(number, at), 1
     try:
         config.run(job.main)
@@ -334,6 +336,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 1 if there was a problem."""
     settings = parse_args(CrashConfig, argv, __doc__ or "")
     torch.set_num_threads(1)
+    for module in ("torch._dynamo", "safetensors.torch"):  # imported here, once
+        importlib.import_module(module)
     top = Path(tempfile.mkdtemp(prefix="crash"))
     trials = Trials(settings, top)
     with contextlib.ExitStack() as stack:

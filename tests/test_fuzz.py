@@ -67,10 +67,11 @@ def test_the_fuzzer_reports_changed_files(folder: Path):
 
 
 def test_a_case_is_the_same_every_time(tmp_path: Path):
-    settings = fuzz.FuzzConfig(seed=3)
     flags = {script: fuzz.settings_of(script) for script in ("train", "generate")}
     assert {"n_layer", "data", "lr_max"} <= {f.name for f in flags["train"]}
-    settings.only = "train,generate"
-    cases = [[fuzz.make_case(settings, i, flags, tmp_path) for i in range(50)] for _ in range(2)]
-    assert cases[0] == cases[1]
-    assert len({str(case) for case in cases[0]}) > 40
+
+    def cases(seed: int) -> list[fuzz.Case]:
+        return [fuzz.make_case(seed, i, list(flags), 0.5, flags, tmp_path) for i in range(50)]
+
+    assert cases(seed=3) == cases(seed=3)
+    assert len({str(case) for case in cases(seed=3) + cases(seed=4)}) > 80

@@ -1,4 +1,4 @@
-"""Ways to damage a file, for tests/fuzz.py."""
+"""The ways in which tests/fuzz.py damages a file."""
 
 import json
 import random
