@@ -56,6 +56,7 @@ from training.run_log import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_SECONDS, WALL_SECONDS = 10, 60  # per case; the machine may be busy
+RARE_SECONDS = 3  # of CPU time, for a study: it may be cut short
 MEMORY = 4 << 30  # bytes that a case may allocate
 NOBODY = 65534  # user id
 
@@ -115,7 +116,7 @@ def run_child(case: Case, base: Path, folder: Path, seed: int) -> None:
     socket.socket.connect = socket.getaddrinfo = no_network  # type: ignore[assignment]
     subprocess.run = subprocess.Popen = no_network  # type: ignore[assignment, misc]
     redirect(case, folder)
-    set_limits()
+    set_limits(RARE_SECONDS if case.script in RARE else CPU_SECONDS)
     sys.argv = [case.script, *case.argv]
     status: Any = 1
     try:
@@ -132,15 +133,15 @@ def run_child(case: Case, base: Path, folder: Path, seed: int) -> None:
     os._exit(status)
 
 
-def set_limits() -> None:
+def set_limits(cpu_seconds: int) -> None:
     """Limit the memory, files and time of this process."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28,) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS + 5,) * 2)  # if stuck outside of Python
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds + 5,) * 2)  # if stuck outside of Python
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, raise_time_limit)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
     signal.alarm(WALL_SECONDS)
 
 
