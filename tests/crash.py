@@ -33,12 +33,12 @@ from typing import Any
 
 import torch
 
-import config
 import export
 import finetune
 import prepare
 import train
 from config import parse_args, setting
+from system.errors import run
 from training.run_log import RunLog
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -131,7 +131,7 @@ def run_child(job: Job, argv: str, folder: Path, number: int, at: int) -> None:
     os.fsync = lambda fd: None  # slow, and without effect on a kill: the pages are the kernel's
     killer, status = Killer(number, at), 1
     try:
-        config.run(job.main)
+        run(job.main)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 0
     except BaseException:
@@ -356,4 +356,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

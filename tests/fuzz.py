@@ -39,8 +39,10 @@ from typing import Any
 
 import torch
 
-import config
+import demo
+import utils
 from config import parse_args, setting
+from system.errors import run
 from tests.fuzz_cases import (
     LONG,
     RARE,
@@ -89,6 +91,16 @@ def raise_time_limit(*args: object) -> None:
     raise TimeLimit
 
 
+class NoServer:
+    """In place of the demo's page."""
+
+    def __init__(self, loaded: object):
+        pass
+
+    def launch(self, **settings: object) -> None:
+        """Start no server."""
+
+
 def no_network(*args: object, **kwargs: object) -> Any:
     raise OSError("no network in this test")
 
@@ -113,6 +125,7 @@ def run_child(case: Case, base: Path, folder: Path, seed: int) -> None:
     Path("../before").write_text(json.dumps(checksums(folder)))
     if rng.random() < 0.9:  # drawing takes longer than everything else
         RunLog.plot = lambda self: None  # type: ignore[method-assign]
+    demo.build_page = lambda checkpoint, device: NoServer(utils.load_checkpoint(checkpoint, device))
     socket.socket.connect = socket.getaddrinfo = no_network  # type: ignore[assignment]
     subprocess.run = subprocess.Popen = no_network  # type: ignore[assignment, misc]
     redirect(case, folder)
@@ -120,7 +133,7 @@ def run_child(case: Case, base: Path, folder: Path, seed: int) -> None:
     sys.argv = [case.script, *case.argv]
     status: Any = 1
     try:
-        config.run(importlib.import_module(case.script).main)
+        run(importlib.import_module(case.script).main)
     except SystemExit as error:
         status = error.code or 0
     except BaseException:
@@ -225,7 +238,7 @@ def parse_traceback(text: str) -> tuple[str, str, str]:
     lines = [line for line in trace.splitlines() if not line.startswith(" ")] or [""]
     frames = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
     ours = [f for f in frames if f[0].startswith(str(ROOT)) and f"{ROOT}/tests" not in f[0]]
-    ours = [f for f in ours if not f[0].endswith("/config.py") or f[2] != "run"]
+    ours = [f for f in ours if f[2] != "run"]
     place = (
         f"at {Path(ours[-1][0]).relative_to(ROOT)}:{ours[-1][1]} ({ours[-1][2]})" if ours else ""
     )
@@ -305,4 +318,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)
