@@ -2,16 +2,16 @@
 
 Every tokenizer has vocab_size, specials (special token -> id), encode(text) -> ids, decode(ids) ->
 text, decode_bytes(ids), unknown(text) -> the characters it cannot encode, and to_dict() for the
-checkpoint. Text that looks like a special token is encoded as ordinary text: `encode` never returns
-the id of a special token. Byte-pair merges are learned in corpus/bpe.py.
+checkpoint. encode_iterable(texts) yields the ids of a stream of text, those of the joined text, in
+constant memory. Text that looks like a special token is encoded as ordinary text, unless the token
+is in `allowed_special`, a set of special tokens or "all". Byte-pair merges are learned in
+corpus/bpe.py.
 """
 
-import json
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
-from itertools import pairwise
-from typing import Any
+from functools import cache, cached_property
+from itertools import chain, pairwise, product, takewhile
+from typing import Any, Protocol
 
 import numpy as np
 import regex  # re with Unicode classes such as \p{L}
@@ -25,18 +25,107 @@ QA_SPECIALS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")  # ids 0 to 3, for question/a
 # GPT-2's pre-tokenization (Radford et al. 2019): English contractions; letters, digits or other
 # characters with the space before them; runs of whitespace. Merges stay within these pieces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+MAX_PIECE = 1 << 16  # characters; longer ones are divided
+Texts = Iterable[str]
+
+
+# --- text in segments
+
+
+def segments(texts: Texts, pattern: str, specials: Texts = ()) -> Iterator[str]:
+    """A stream of text in segments whose pieces, the matches of the pattern, are those of the full
+    text. Special tokens are segments of their own, the longest if several match. Pieces of more
+    than MAX_PIECE characters are divided, because tiktoken fails on a million spaces.
+    """
+    names = sorted(filter(None, specials), key=len, reverse=True)
+    special = regex.compile("|".join(map(regex.escape, names))) if names else None
+    ahead = 2 * MAX_PIECE + max(map(len, names), default=0)  # enough text to find the next cut
+    buffer = ""
+    for text in chain(texts, [None]):
+        buffer += text or ""
+        start = 0
+        while len(buffer) - start > (0 if text is None else ahead):
+            found = special.search(buffer, start, start + ahead) if special else None
+            end = found.start() if found else len(buffer)
+            if found and end == start:
+                end = found.end()
+            elif end - start > MAX_PIECE:
+                end = start + find_cut(buffer[start : min(end, start + 2 * MAX_PIECE)], pattern)
+            yield buffer[start:end]
+            start = end
+        buffer = buffer[start:] if start else buffer
+
+
+def find_cut(text: str, pattern: str) -> int:
+    """The length of the longest prefix of a text, up to MAX_PIECE, that has the same pieces by
+    itself; if spaces start pieces, of the one up to the last space, which is found faster."""
+    space = regex.search(r"(?r)(?<=\S) ", text, 0, MAX_PIECE + 1)
+    if space and space_starts_piece(pattern):
+        return space.start()
+    ends = list(takewhile(MAX_PIECE.__ge__, piece_ends(pattern, text)))
+    # GPT-2's pieces of "a\n\nb" are a, \n, \n, b, and those of "a\n\n" are a, \n\n.
+    while ends and list(piece_ends(pattern, text[: ends[-1]])) != ends:
+        ends.pop()
+    return ends[-1] if ends else MAX_PIECE
+
+
+def piece_ends(pattern: str, text: str) -> Iterator[int]:
+    """Yield where the pieces of a text end."""
+    return (piece.end() for piece in regex.finditer(pattern, text))
+
+
+@cache
+def space_starts_piece(pattern: str) -> bool:
+    """Whether a space after a word always starts a piece, as in the patterns of GPT-2, GPT-4 and
+    Llama 3. Others are tested on letters, marks, digits, punctuation, symbols and whitespace."""
+    kinds = "aS\u5b57\u02b0\u0301\u01c51'./_+$\n "
+    for a, b, c in product(kinds, kinds[:-2], kinds):
+        ends = [*piece_ends(pattern, a + b), *(2 + end for end in piece_ends(pattern, " " + c))]
+        if list(piece_ends(pattern, f"{a}{b} {c}")) != ends:
+            return False
+    return True
+
+
+class Encoder(Protocol):
+    """What all tokenizers share: special tokens, and text of any length."""
+
+    specials: dict[str, int]
+    pattern: str
+
+    def encode_segment(self, text: str) -> np.ndarray: ...
+
+    def encode_segments(self, texts: Texts, allowed_special: Texts) -> Iterator[np.ndarray]:
+        """Yield the ids of each segment. Raises UserError if there is no such special token."""
+        allowed = set(self.specials if allowed_special == "all" else allowed_special)
+        if missing := sorted(allowed - self.specials.keys()):
+            raise UserError(f"the tokenizer has no special token {', '.join(map(repr, missing))}")
+        for text in segments(texts, self.pattern, allowed):
+            special = text in allowed
+            yield np.array([self.specials[text]]) if special else self.encode_segment(text)
+
+    def encode(self, text: str, allowed_special: Texts = ()) -> np.ndarray:
+        """The ids of a text, 1-D int64."""
+        ids = self.encode_segments([text], allowed_special)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *ids])
+
+    def encode_iterable(self, texts: Texts, allowed_special: Texts = ()) -> Iterator[int]:
+        """Yield the ids of a stream of text: those of the joined text, in constant memory."""
+        for ids in self.encode_segments(texts, allowed_special):
+            yield from ids.tolist()
 
 
 # --- characters
 
 
-class CharTokenizer:
+class CharTokenizer(Encoder):
     """One token per character: special tokens first, then the characters in sorted order.
 
     >>> tokenizer = CharTokenizer.train(["hello"])   # e h l o
     >>> tokenizer.encode("hole").tolist()
     [1, 3, 2, 0]
     """
+
+    pattern = f"(?s:.{{1,{MAX_PIECE}}})"  # any division will do
 
     def __init__(self, chars: Sequence[str], specials: Sequence[str] = ()):
         self.chars = list(chars)
@@ -50,7 +139,7 @@ class CharTokenizer:
         """The tokenizer of all characters in some texts."""
         return cls(sorted(set().union(*map(set, texts))), specials)
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode_segment(self, text: str) -> np.ndarray:
         """The ids of a text's characters, (len(text),) int64. Unknown characters become <UNK>;
         raises UserError if the tokenizer does not have that token."""
         if unknown := self.unknown(text):
@@ -88,10 +177,10 @@ def code_points(text: str) -> np.ndarray:
 # --- byte-pair encoding
 
 
-class BPETokenizer:
+class BPETokenizer(Encoder):
     """Byte-pair encoding (Sennrich et al. 2016): text is split into pieces, and within each piece
-    neighboring tokens are merged as long as together they are a token. Every byte is a token, so
-    every text can be encoded.
+    neighbors are merged as long as together they are a token. Every byte is a token, so every text
+    can be encoded.
 
     ranks: byte string -> id, lower ids are merged first; specials: special token -> id.
     """
@@ -108,11 +197,9 @@ class BPETokenizer:
             "tinyllm", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=specials
         )
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode_segment(self, text: str) -> np.ndarray:
         """The ids of a text, 1-D int64: those of encode_plain, a thousand times as fast."""
-        encode = self.encoding.encode_to_numpy
-        ids = [encode(chunk, disallowed_special=()) for chunk in chunks(text)]
-        return np.concatenate(ids).astype(np.int64) if ids else np.zeros(0, dtype=np.int64)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int64)
 
     def encode_plain(self, text: str) -> list[int]:
         """The ids of a text, by the algorithm itself: in each piece, merge the pair of neighbors
@@ -154,35 +241,10 @@ class BPETokenizer:
         return {"kind": "bpe", "pattern": self.pattern, "specials": self.specials, "ranks": ranks}
 
 
-def chunks(text: str, size: int = 1 << 14) -> Iterator[str]:
-    """A text in chunks of at most `size` characters. A chunk ends before a space that follows a
-    word, where every pattern starts a new piece, so the tokens are those of the full text. Without
-    such a space it ends after `size` characters, and the tokens may differ.
-
-    tiktoken's regex engine fails on runs of a million spaces, and its time is quadratic in the
-    length of a piece.
-    """
-    start = 0
-    while len(text) - start > size:
-        end = start + size
-        while end > start and (text[end] != " " or text[end - 1].isspace()):
-            end -= 1
-        end = end if end > start else start + size
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
-
-
-def printable_alphabet() -> list[str]:
-    """GPT-2's character for each byte: printable ones are unchanged, the others are U+0100 and
-    following, so that a space is \u0120."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
-
-PRINTABLE = printable_alphabet()
+# GPT-2's character for each byte: printable ones are unchanged, the others are U+0100 and
+# following, so that a space is \u0120.
+OTHERS = [*range(ord("!")), *range(0x7F, 0xA1), 0xAD]
+PRINTABLE = [chr(0x100 + OTHERS.index(b) if b in OTHERS else b) for b in range(256)]
 PRINTABLE_TO_BYTE = {c: b for b, c in enumerate(PRINTABLE)}
 
 
@@ -196,37 +258,6 @@ def from_printable(text: str) -> bytes:
     return bytes(PRINTABLE_TO_BYTE[c] for c in text)
 
 
-# --- tiktoken's encodings
-
-
-def from_tiktoken(name: str, seconds: float = 20) -> BPETokenizer:
-    """One of the encodings of OpenAI's models, which tiktoken downloads once and caches.
-
-    Raises UserError if it cannot be downloaded within this time.
-    """
-    result: list[tiktoken.Encoding | Exception] = []
-
-    def download() -> None:
-        try:
-            result.append(tiktoken.get_encoding(name))
-        except Exception as error:
-            result.append(error)
-
-    # tiktoken waits for a silent network without a timeout, so it runs in a separate thread.
-    thread = threading.Thread(target=download, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    encoding = result[0] if result else None
-    if not isinstance(encoding, tiktoken.Encoding):
-        reason = type(encoding).__name__ if result else f"no answer within {seconds:g} s"
-        raise UserError(
-            f"the encoding {name} could not be downloaded ({reason}): try again with a network, or "
-            "set TIKTOKEN_CACHE_DIR to a cache folder of tiktoken from another machine, or train a "
-            "tokenizer on your text with --tokenizer bpe"
-        )
-    return BPETokenizer(encoding._mergeable_ranks, encoding._special_tokens, encoding._pat_str)
-
-
 Tokenizer = CharTokenizer | BPETokenizer
 
 
@@ -238,8 +269,3 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
         ranks = {from_printable(text): int(i) for text, i in data["ranks"].items()}
         return BPETokenizer(ranks, dict(data["specials"]), data["pattern"])
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")
-
-
-def to_json(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer as a JSON file that people can read."""
-    return json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0).encode()

@@ -9,7 +9,7 @@ import regex  # the standard library's re with Unicode classes such as \p{L}; ti
 from tqdm import tqdm
 
 from config import UserError
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, chunks
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, segments
 
 Pair = tuple[int, int]  # the ids of two adjacent tokens
 Word = tuple[list[int], int]  # the ids of a piece of text, and how often the piece occurs
@@ -21,8 +21,8 @@ def count_pieces(texts: Iterable[str], pattern: str = GPT2_PATTERN) -> Counter[s
     regular = regex.compile(pattern)
     counts: Counter[str] = Counter()
     for text in texts:
-        for chunk in chunks(text):
-            counts.update(regular.findall(chunk))
+        for segment in segments([text], pattern):
+            counts.update(regular.findall(segment))
     return counts
 
 

@@ -31,6 +31,7 @@ from config import ENCODINGS, UserError, setting
 from corpus.bpe import count_pieces, train_bpe
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.download import DATASETS
+from corpus.encodings import from_tiktoken
 from corpus.files import file_sha256, map_token_files, token_dtype, token_files
 from corpus.sources import SourceReader, find_sources
 from tokenizer import END_OF_TEXT, Tokenizer
@@ -157,7 +158,7 @@ def learn_tokenizer(
     """The tokenizer of the data set: one of tiktoken's, the characters of all documents, or byte
     pairs learned from the training documents (from a sample if the sources are large)."""
     if config.tokenizer in ENCODINGS:
-        return tokenizers.from_tiktoken(config.tokenizer)
+        return from_tiktoken(config.tokenizer)
     if config.tokenizer == "char":
         batches = reader.batches("learning the vocabulary")
         chars: set[str] = set()
@@ -372,7 +373,8 @@ def make_dataset(
     )
     workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
     tokenizer = learn_tokenizer(config, cleaning, reader, workers)
-    (folder / "tokenizer.json").write_bytes(tokenizers.to_json(tokenizer))
+    text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     writer = DatasetWriter(folder, tokenizer)
     removed = write_tokens(writer, cleaning, reader, workers)
     if not writer.counts["train"]["tokens"]:

@@ -19,6 +19,7 @@ import tokenizer as tokenizers
 from config import ENCODINGS, UserError
 from corpus.bpe import count_pieces, train_bpe
 from corpus.download import DATASETS, fetch, known_name
+from corpus.encodings import from_tiktoken
 from corpus.files import (
     Shards,
     file_sha256,
@@ -113,7 +114,7 @@ def make_tokenizer(
     from the training split (bpe), or one of tiktoken's encodings."""
     train_texts, val_texts = texts
     if kind in ENCODINGS:
-        return tokenizers.from_tiktoken(kind)
+        return from_tiktoken(kind)
     if kind == "char":
         return tokenizers.CharTokenizer.train(train_texts + val_texts, specials)
     counts = count_pieces(train_texts)

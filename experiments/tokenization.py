@@ -16,8 +16,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import tokenizer as tokenizers
 from config import UserError, setting
+from corpus.encodings import from_tiktoken
 from corpus.load import is_dataset
 from experiments.study import (
     Result,
@@ -73,7 +73,7 @@ def tokenizer_flags(bpe_vocab_sizes: tuple[int, ...]) -> dict[str, Flags]:
     for size in bpe_vocab_sizes:
         found[f"byte pairs, {size:,}"] = {"tokenizer": "bpe", "bpe_vocab_size": size}
     try:
-        tokenizers.from_tiktoken("gpt2")
+        from_tiktoken("gpt2")
         found["GPT-2's"] = {"tokenizer": "gpt2"}
     except UserError as error:
         print(f"without GPT-2's tokenizer: {error}")

@@ -3,16 +3,29 @@
 import json
 import time
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import islice, pairwise, repeat
 
 import pytest
-from hypothesis import given, settings
+import regex
+import tiktoken
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tokenizers
 from config import ENCODINGS, UserError
+from corpus import encodings
 from corpus.bpe import count_pieces, learn_merges, train_bpe
-from tokenizer import END_OF_TEXT, QA_SPECIALS, BPETokenizer, CharTokenizer, from_dict
+from tokenizer import (
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    MAX_PIECE,
+    QA_SPECIALS,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    from_dict,
+)
 
 # --- characters
 
@@ -173,25 +186,160 @@ def test_text_that_reads_like_a_special_token_stays_text(text: str):
     assert BPE.decode(ids.tolist()) == text + END_OF_TEXT
 
 
-@given(st.text(alphabet="ab1' .\n", max_size=200), st.integers(5, 40))
-def test_a_text_in_chunks_has_the_tokens_of_the_full_text(text: str, size: int):
-    found = list(tokenizers.chunks(text, size))
-    assert "".join(found) == text and all(len(part) <= size for part in found)
-    if all(part[0] == " " for part in found[1:]):
-        ids = [i for part in found for i in BPE.encode_plain(part)]
-        assert ids == BPE.encode_plain(text)
-
-
 @pytest.mark.parametrize("text", ["a" * 50_000, " " * 2_000_000, "\n" * 100_000, "é" * 40_000])
 def test_monotonous_texts_are_encoded(text: str):
     assert BPE.decode(BPE.encode(text).tolist()) == text
 
 
 def test_a_byte_pair_tokenizer_survives_json():
-    copy = from_dict(json.loads(tokenizers.to_json(BPE)))
+    copy = from_dict(json.loads(json.dumps(BPE.to_dict())))
     assert copy.to_dict() == BPE.to_dict()
     assert copy.encode(LESSON).tolist() == BPE.encode(LESSON).tolist()
-    assert '"Ġthe": ' in tokenizers.to_json(BPE).decode()  # and people can read it
+    assert "Ġthe" in BPE.to_dict()["ranks"]  # and people can read it
+
+
+# --- special tokens and streams
+
+# As in tiktoken 0.14 for GPT-2, GPT-4 and GPT-4o
+R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{SUFFIX}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = [GPT2_PATTERN, R50K, CL100K, O200K, r"\w+ ?|[^\w]+"]  # the last joins words and spaces
+SPECIALS = (END_OF_TEXT, "<s>", "</s>")
+WITH_PATTERN = [
+    BPETokenizer(BPE.ranks, {text: BPE.vocab_size + i for i, text in enumerate(SPECIALS)}, pattern)
+    for pattern in PATTERNS
+]
+CHARS = CharTokenizer.train(["abc日本。 \n<s>/|endoftx"], (*SPECIALS, "<s><s>"))
+# What texts are made of: words, runs, contractions, marks, and pieces of special tokens
+FRAGMENTS = st.sampled_from(
+    [
+        *(
+            "the",
+            "Cat",
+            "I'll",
+            "'RE",
+            "don't",
+            "日本語",
+            "かな。",
+            "。",
+            "e\u0301",
+            "ʰ",
+            "42",
+            "½",
+        ),
+        *(
+            "...",
+            "/",
+            "!?",
+            "👍🏽",
+            "_",
+            "'",
+            " ",
+            " ",
+            "  ",
+            "\n",
+            "\r\n",
+            "\t",
+            "\u00a0",
+            "\u3000",
+        ),
+        *("\x1c", "\x85", "\u200b", "<s>", "<s", "><s>", "</s>", "<", END_OF_TEXT),
+    ]
+)
+TEXTS = st.lists(
+    st.tuples(FRAGMENTS, st.sampled_from([1, 1, 1, 2, 9])).map(lambda pair: pair[0] * pair[1]),
+    max_size=60,
+).map("".join)
+SMALL = 40  # characters per piece, instead of MAX_PIECE, to have many cuts in short texts
+
+
+def tiktoken_ids(tokenizer: BPETokenizer, text: str, allowed: object) -> list[int]:
+    return tokenizer.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+
+def in_parts(text: str, sizes: list[int]) -> Iterator[str]:
+    """The text in parts of these sizes, again and again."""
+    start = 0
+    while start < len(text):
+        for size in sizes:
+            yield text[start : start + size]
+            start += size
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizers, "MAX_PIECE", SMALL)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(TEXTS, st.sampled_from(WITH_PATTERN), st.sampled_from([set(), {"<s>", "</s>"}, "all"]))
+def test_ids_equal_tiktokens_wherever_a_long_text_is_cut(small_pieces, text, tokenizer, allowed):
+    pieces = regex.finditer(tokenizer.pattern, text)
+    assume(max((len(piece[0]) for piece in pieces), default=0) <= SMALL)
+    assert tokenizer.encode(text, allowed).tolist() == tiktoken_ids(tokenizer, text, allowed)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    TEXTS,
+    st.sampled_from([*WITH_PATTERN, CHARS]),
+    st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any),
+    st.sampled_from([(), ("<s>",), "all"]),
+)
+def test_a_stream_has_the_ids_of_the_joined_text(small_pieces, text, tokenizer, sizes, allowed):
+    if tokenizer is CHARS:
+        text = "".join(c for c in text if c in CHARS.chars)
+    ids = tokenizer.encode_iterable(in_parts(text, sizes), allowed)
+    assert list(ids) == tokenizer.encode(text, allowed).tolist()
+
+
+@pytest.mark.parametrize("tokenizer", WITH_PATTERN)
+@pytest.mark.parametrize("text", [" ", "\n", "日", "日本。", "7", "!", "a ", "' ", "\n \n", "A"])
+def test_long_runs_are_divided_only_where_a_piece_is_longer_than_the_limit(tokenizer, text):
+    text = "a" + text * (MAX_PIECE // len(text) - 2) + "b"  # shorter than the limit: not divided
+    assert tokenizer.encode(text * 2).tolist() == tiktoken_ids(tokenizer, text * 2, set())
+
+
+@pytest.mark.parametrize("char", [" ", "日"])
+@pytest.mark.parametrize("tokenizer", WITH_PATTERN)
+def test_a_piece_longer_than_the_limit_is_divided_at_the_limit(tokenizer, char):
+    text = char * (3 * MAX_PIECE + 9)
+    parts = in_parts(text, [MAX_PIECE])
+    ids = [i for part in parts for i in tiktoken_ids(tokenizer, part, set())]
+    assert tokenizer.encode(text).tolist() == ids
+    assert list(tokenizer.encode_iterable(in_parts(text, [999]))) == ids
+
+
+@pytest.mark.parametrize("tokenizer", [*WITH_PATTERN, CHARS])
+def test_a_stream_without_end_is_encoded_as_it_comes(tokenizer):
+    ids = islice(tokenizer.encode_iterable(repeat("日本 " * 10)), 200_000)
+    assert tokenizer.decode(list(ids)).startswith("日本 日本 ")
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CHARS])
+def test_special_tokens_are_encoded_only_if_they_are_allowed(tokenizer: Tokenizer):
+    text = f"<s>a{END_OF_TEXT}"
+    end = tokenizer.specials[END_OF_TEXT]
+    assert end not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    for allowed in ("all", {END_OF_TEXT}, [END_OF_TEXT]):
+        ids = tokenizer.encode(text, allowed_special=allowed).tolist()
+        assert ids[-1] == end and ids.count(end) == 1 and tokenizer.decode(ids) == text
+    with pytest.raises(UserError, match="no special token '<magic>'"):
+        tokenizer.encode(text, allowed_special={"<magic>"})
+
+
+def test_of_several_special_tokens_the_longest_counts():
+    ids = CHARS.encode("<s><s><s>", "all").tolist()
+    assert ids == [CHARS.specials["<s><s>"], CHARS.specials["<s>"]]
 
 
 # --- tiktoken's encodings
@@ -200,7 +348,7 @@ def test_a_byte_pair_tokenizer_survives_json():
 @pytest.fixture(scope="module")
 def gpt2() -> BPETokenizer:
     try:
-        return tokenizers.from_tiktoken("gpt2", seconds=5)
+        return encodings.from_tiktoken("gpt2", seconds=5)
     except UserError as error:
         pytest.skip(str(error))
 
@@ -211,8 +359,6 @@ def test_gpt2_ids_are_the_published_ones(gpt2: BPETokenizer):
 
 
 def test_gpt2_survives_its_dict_and_equals_tiktoken(gpt2: BPETokenizer):
-    import tiktoken
-
     copy = from_dict(gpt2.to_dict())
     theirs = tiktoken.get_encoding("gpt2").encode_ordinary(LESSON)
     assert copy.encode(LESSON).tolist() == theirs == copy.encode_plain(LESSON)
@@ -220,10 +366,10 @@ def test_gpt2_survives_its_dict_and_equals_tiktoken(gpt2: BPETokenizer):
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_a_silent_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", lambda name: time.sleep(3))
+    monkeypatch.setattr(encodings.tiktoken, "get_encoding", lambda name: time.sleep(3))
     began = time.perf_counter()
     with pytest.raises(UserError, match=f"encoding {name} could not be downloaded .no answer"):
-        tokenizers.from_tiktoken(name, seconds=0.1)
+        encodings.from_tiktoken(name, seconds=0.1)
     assert time.perf_counter() - began < 1
 
 
@@ -231,6 +377,6 @@ def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     def refuse(name: str) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(tokenizers.tiktoken, "get_encoding", refuse)
+    monkeypatch.setattr(encodings.tiktoken, "get_encoding", refuse)
     with pytest.raises(UserError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
-        tokenizers.from_tiktoken("gpt2")
+        encodings.from_tiktoken("gpt2")
