@@ -136,6 +136,7 @@ class TrainConfig:
     data: str = setting("shakespeare", "file or folder, or shakespeare | plays | tinystories")
     tokenizer: str = setting("char", "", choices=("char", "bpe", *ENCODINGS))
     bpe_vocab_size: int = setting(2000, "for --tokenizer bpe", low=257, alias="vocab_size")
+    separator: str = setting("", "text between the documents of a text file; default: one document")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of all runs")
     tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG")

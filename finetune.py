@@ -77,12 +77,14 @@ class Data(NamedTuple):
     records: list[list[Any]] | None
 
 
-def load_data(settings: FinetuneConfig, data: str, tokenizer: Tokenizer) -> Data:
+def load_data(
+    settings: FinetuneConfig, data: str, tokenizer: Tokenizer, separator: str = ""
+) -> Data:
     """The data of a run, and the tokenizer for them."""
     if settings.objective in ("text", "distill"):
         if settings.objective == "text":  # a student cannot learn tokens unknown to its teacher
-            tokenizer = extend_for_text(find_corpus(data), tokenizer)
-        _, corpus = load_corpus(data, tokenizer=tokenizer)
+            tokenizer = extend_for_text(find_corpus(data), tokenizer, separator)
+        _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator)
         return Data(tokenizer, corpus.info, corpus, None)
     path = find_corpus(data)
     split: Callable[[list[Any]], tuple[list[Any], list[Any]]]
@@ -103,11 +105,11 @@ def load_data(settings: FinetuneConfig, data: str, tokenizer: Tokenizer) -> Data
     return Data(tokenizer, file_info(path), None, list(splits))
 
 
-def extend_for_text(path: Path, tokenizer: Tokenizer) -> Tokenizer:
+def extend_for_text(path: Path, tokenizer: Tokenizer, separator: str) -> Tokenizer:
     """The tokenizer with what a text or .jsonl file needs."""
     if not path.is_file() or path.stat().st_size > MAX_IN_MEMORY:  # load_corpus rejects that
         return tokenizer
-    specials = (END_OF_TEXT,) if path.suffix.lower() == ".jsonl" else ()
+    specials = (END_OF_TEXT,) if separator or path.suffix.lower() == ".jsonl" else ()
     texts = []
     if isinstance(tokenizer, CharTokenizer):  # byte pairs can encode every text
         texts = [text for text, _ in iter_documents(path)]
@@ -133,7 +135,8 @@ def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
     if base.imported:
         return None
     try:
-        _, corpus = load_corpus(data, tokenizer=tokenizer)
+        separator = base.state["train_config"].get("separator", "")
+        _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator)
         if corpus.info["sha256"] != base.state["corpus"]["sha256"]:
             raise UserError(f"{data} is not what the checkpoint was trained on")
     except UserError as error:
@@ -251,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
         return write_merged(settings, run_dir, config.overwrite)
     device = init_process_group(pick_device(config.device))
     with local_rank_zero_first():
-        data = load_data(settings, config.data, base.tokenizer)
+        data = load_data(settings, config.data, base.tokenizer, config.separator)
     why_precision = setup_machine(config, device)
     model = new_model(settings, gpt_config, base, data)
     splits = None

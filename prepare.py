@@ -14,8 +14,6 @@ train_docs.npy (where documents start), tokenizer.json and manifest.json. Next: 
 --data data/NAME
 """
 
-import json
-import shutil
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -28,7 +26,16 @@ import torch
 from config import PRESETS, UserError, parse_args, setting, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
-from corpus.load import open_dataset
+from corpus.folder import (
+    foreign_files,
+    lock,
+    old_path,
+    remove_dataset,
+    replace_dataset,
+    restore_dataset,
+    write_manifest,
+)
+from corpus.load import note_shared, open_dataset
 from model import GPT
 from system.errors import run
 
@@ -149,19 +156,30 @@ def check_folder(folder: Path, config: DatasetConfig) -> None:
             raise UserError(f"{folder}/ is a source itself: give another --name")
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, and delete what was there; if that fails, the old folder is
-    restored."""
-    old = new.with_suffix(".old")
-    shutil.rmtree(old, ignore_errors=True)
+def write_dataset(
+    folder: Path,
+    config: DatasetConfig,
+    cleaning: CleanConfig,
+    workers: int,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Write a data set to .NAME.part, then rename that to the folder. Returns the manifest."""
+    tmp_path = folder.with_name(f".{config.name}.part")
+    restore_dataset(folder)
+    check_folder(folder, config)
+    for path in (tmp_path, old_path(folder)):  # a killed run may have left them
+        remove_dataset(path)
+    for path in (folder, tmp_path, old_path(folder)):
+        if path.exists() and (names := foreign_files(path)):
+            raise UserError(f"{path}/{names[0]} was not written by prepare.py: move it elsewhere")
+    tmp_path.mkdir()
     try:
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+        manifest = make_dataset(tmp_path, config, cleaning, workers, settings)
+        write_manifest(tmp_path, manifest)
+        replace_dataset(tmp_path, folder)
     finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        remove_dataset(tmp_path)
+    return manifest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,22 +191,17 @@ def main(argv: list[str] | None = None) -> int:
     if not config.sources:
         print(statistics(folder))
         return 0
-    check_folder(folder, config)
     settings = {name: value for c in configs for name, value in asdict(c).items()}
-    tmp_path = folder.with_name(f".{config.name}.part")
-    shutil.rmtree(tmp_path, ignore_errors=True)  # a killed run may have left one
-    tmp_path.mkdir(parents=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to remove it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to clean up
     try:
-        manifest = make_dataset(tmp_path, config, cleaning, options.workers, settings)
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
-        (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "replace"))
-        replace_folder(tmp_path, folder)
+        folder.parent.mkdir(exist_ok=True)
+        busy = f"another prepare.py is writing {folder}/: wait for it, or give another --name"
+        with lock(folder.with_name(f".{config.name}.lock"), busy):
+            manifest = write_dataset(folder, config, cleaning, options.workers, settings)
     except OSError as error:
         raise UserError(f"{folder}/ could not be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
     print(summary(manifest))
+    note_shared(manifest["shared_documents"], manifest["splits"]["val"]["documents"])
     if options.stats:
         print(statistics(folder))
     print(f"next: python train.py --data {folder}")

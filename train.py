@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
     tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
     with local_rank_zero_first():
         tokenizer, corpus = load_corpus(
-            config.data, config.tokenizer, config.bpe_vocab_size, tokenizer
+            config.data, config.tokenizer, config.bpe_vocab_size, tokenizer, config.separator
         )
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):

@@ -68,13 +68,15 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         if self.sources and not self.name:
-            self.name = re.sub(r"[^\w.-]", "_", Path(self.sources[0]).resolve().stem)
+            self.name = re.sub(r"[^\w.-]", "_", Path(self.sources[0]).resolve().stem)[:60]
 
     def problems(self) -> list[str]:
         """Invalid settings."""
         found = []
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
+        if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
             found.append(f"name {self.name!r} must be a plain name: the data set is data/NAME")
+        if len(self.name.encode("utf-8", "replace")) > 200:
+            found.append("name is too long: give a --name of at most 200 bytes")
         return found + [
             f"{source} contains question/answer records: use it with train.py directly"
             for source in self.sources
@@ -236,6 +238,8 @@ class DatasetWriter:
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.files: dict[str, BinaryIO] = {}  # the last file of each split
         self.train_docs = array("q")  # where each document starts in the training ids
+        # Of the text of each document, 8 bytes: to find validation documents in the training split
+        self.digests = {"train": array("q"), "val": array("q")}
         keys = ("documents", "tokens", "characters", "bytes")
         self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
         for split in self.counts:
@@ -261,6 +265,8 @@ class DatasetWriter:
             if chunk.split == "train":
                 self.train_docs.append(counts["tokens"])
             counts["documents"] += 1
+        if chunk.digest:
+            self.digests[chunk.split].frombytes(chunk.digest[:8])
         self.append(chunk.split, ids)
         counts["characters"] += chunk.n_chars
         counts["bytes"] += chunk.n_bytes
@@ -305,9 +311,16 @@ class DatasetWriter:
             train[key] -= count
             val[key] += count
         if n_documents:
+            self.digests["val"].extend(self.digests["train"][-1:])
+            del self.digests["train"][-1:]
             print(f"few documents: the last one ({val['tokens']:,} tokens) is for validation")
         else:
             print("the corpus is one document: its last tenth is for validation")
+
+    def n_shared(self) -> int:
+        """The number of validation documents that are training documents too."""
+        train, val = (np.array(self.digests[split]) for split in ("train", "val"))
+        return int(np.isin(val, train).sum())
 
     def truncate_train(self, n_tokens: int) -> None:
         """Keep only the first n_tokens of the training files."""
@@ -375,8 +388,11 @@ def make_dataset(
     tokenizer = learn_tokenizer(config, cleaning, reader, workers)
     text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    files_read = reader.files_read  # by learning the vocabulary
     writer = DatasetWriter(folder, tokenizer)
     removed = write_tokens(writer, cleaning, reader, workers)
+    if files_read and files_read != reader.files_read:
+        raise UserError("a source changed while it was read: try again")
     if not writer.counts["train"]["tokens"]:
         raise UserError("no training text remains: the sources are empty, or cleaning removed all")
     return {
@@ -385,6 +401,7 @@ def make_dataset(
         "settings": settings,
         "removed": {step: asdict(stats) for step, stats in removed.items()},
         "splits": writer.counts,
+        "shared_documents": writer.n_shared(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": str(writer.dtype),
         "sha256": file_sha256(*token_files(folder, "train"), *token_files(folder, "val")),

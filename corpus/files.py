@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import mmap
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,8 +21,14 @@ from config import UserError
 READ_SIZE = 1 << 20  # bytes per read
 
 
-def ignore(raw: bytes) -> None:
-    """The default `on_read`."""
+def ignore(*args: bytes) -> None:
+    """The default `on_read` and `on_null`."""
+
+
+def note(text: str) -> None:
+    """Print a note about the data, once if several processes of torchrun read them."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 # --- text
@@ -76,6 +84,12 @@ def replace_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def json_text(text: str) -> str:
+    r"""A text from JSON as `iter_text` would read it from a file: lone surrogates are replaced, and
+    line ends are \n."""
+    return replace_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
+
+
 # --- documents
 
 
@@ -94,8 +108,9 @@ def split_stream(
     """
     buffer = ""
     for text in stream:
+        searched = max(0, len(buffer) - len(separator) + 1)  # without a separator
         buffer += text
-        if separator:
+        if separator and buffer.find(separator, searched) >= 0:
             *documents, buffer = buffer.split(separator)
             for document in documents:
                 yield document, True
@@ -107,14 +122,16 @@ def split_stream(
     yield buffer, True
 
 
-def jsonl_text(line: str, text_field: str, place: str) -> str:
-    """The text in a line of a .jsonl file. Raises UserError, which begins with `place`, if the line
-    is invalid or lacks the field."""
+def jsonl_text(line: str, text_field: str, place: str) -> str | None:
+    """The text in a line of a .jsonl file, None if it is null. Raises UserError, which begins with
+    `place`, if the line is invalid or lacks the field."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: invalid JSON ({error})") from None
     fields = record if isinstance(record, dict) else {}
+    if fields.get(text_field, "") is None:
+        return None
     texts = {name: text for name, text in fields.items() if isinstance(text, str)}
     if text_field not in texts:
         names = ", ".join(texts) or "none"
@@ -122,7 +139,7 @@ def jsonl_text(line: str, text_field: str, place: str) -> str:
             f"{place}: no text in field {text_field!r} (fields with text: {names}): give the name "
             "of the field as --text_field"
         )
-    return replace_surrogates(texts[text_field])
+    return json_text(texts[text_field])
 
 
 def iter_documents(
@@ -132,14 +149,15 @@ def iter_documents(
     bad_bytes: str = "strict",
     on_read: Callable[[bytes], None] = ignore,
     chunk_size: int | None = None,
+    on_null: Callable[[], None] = ignore,
 ) -> Iterator[tuple[str, bool]]:
     """Yield the documents of a file: the text_field of each line of a .jsonl file; otherwise the
     text between separators, which is the full text if separator is "".
 
     Yields (text, ends): `ends` tells whether the text is the end of its document. It is always True
     if chunk_size is None; otherwise documents of more than chunk_size characters come in several
-    chunks. bad_bytes, on_read: see `iter_text`. Raises UserError, with the position, if the file
-    cannot be read.
+    chunks. bad_bytes, on_read: see `iter_text`. on_null() is called for each line whose text is
+    null, which is no document. Raises UserError, with the position, if the file cannot be read.
     """
     stream = iter_text(path, bad_bytes, on_read)
     if path.suffix.lower() != ".jsonl":
@@ -148,7 +166,10 @@ def iter_documents(
     for number, (line, _) in enumerate(split_stream(stream, "\n"), 1):
         if line.strip():
             text = jsonl_text(line, text_field, f"{path}, line {number}")
-            yield from split_stream([text], "", chunk_size)
+            if text is None:
+                on_null()
+            else:
+                yield from split_stream([text], "", chunk_size)
 
 
 # --- hashes

@@ -1,9 +1,10 @@
 """The corpus that a model is trained on: tokenized and split into training and validation ids.
 
 It is loaded from a text file, a .jsonl file of documents, a .json file of question/answer records,
-a named data set, or a folder made by prepare.py. A text is split at nine tenths of its characters.
-Of several documents, each is assigned to one split, pseudo-randomly, by its number. In the token
-stream each document starts with <|endoftext|>, each record with <BOS>.
+a named data set, or a folder made by prepare.py. A text is split at nine tenths of its characters,
+unless a separator divides it into documents. Of several documents, each is assigned to one split,
+pseudo-randomly, by its number. In the token stream each document starts with <|endoftext|>, each
+record with <BOS>.
 """
 
 import hashlib
@@ -25,15 +26,20 @@ from corpus.files import (
     file_sha256,
     iter_documents,
     map_token_files,
+    note,
     read_text,
     token_dtype,
     token_files,
 )
+from corpus.folder import read_manifest, restore_dataset, verify
 from corpus.records import Record, encode_record, read_records, record_text
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
 
 MAX_IN_MEMORY = 1 << 28  # bytes; larger files must be streamed, by prepare.py
 SPLIT_SEED = 1337
+# What reading a damaged data set can raise
+DAMAGES: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, UserError)
+DAMAGES += (AttributeError, ArithmeticError, RecursionError, EOFError)
 
 Document = TypeVar("Document")
 
@@ -143,6 +149,8 @@ def build_corpus(
     validation split, as ids (T,) and as text."""
     dtype = token_dtype(vocab_size)
     train_ids, val_ids = (np.concatenate(split).astype(dtype) for split in ids)
+    train_texts = set(texts[0])
+    note_shared(sum(text in train_texts for text in texts[1]), len(texts[1]))
     train_docs = np.cumsum([0] + [len(document) for document in ids[0][:-1]])
     info = info | {"documents": sum(map(len, ids))}
     train_bytes, val_bytes = map(utf8_length, texts)
@@ -156,6 +164,7 @@ def load_text(
     info = file_info(path)
     info["name"] = known_name(path, info["sha256"])
     text = read_text(path)
+    note_end_of_text(path, text)
     boundary = len(text) * 9 // 10
     train, val = text[:boundary], text[boundary:]
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, ([train], [val]))
@@ -165,19 +174,29 @@ def load_text(
 
 
 def load_documents(
-    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None
+    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, separator: str = ""
 ) -> tuple[Tokenizer, Corpus]:
-    """The corpus of a .jsonl file, one document per line."""
+    """The corpus of a .jsonl file, one document per line, or of a text file with separators."""
     info = file_info(path)
-    texts = split_documents([text for text, _ in iter_documents(path) if text.strip()])
+    texts = split_documents(read_documents(path, separator))
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
-    separator = tokenizer.specials.get(END_OF_TEXT)
-    if separator is None:
+    first_id = tokenizer.specials.get(END_OF_TEXT)
+    if first_id is None:
         raise UserError(f"the tokenizer has no {END_OF_TEXT} to separate the documents of {path}")
     ids = [
-        [np.concatenate([[separator], tokenizer.encode(text)]) for text in split] for split in texts
+        [np.concatenate([[first_id], tokenizer.encode(text)]) for text in split] for split in texts
     ]
-    return tokenizer, build_corpus(ids, texts, info, separator, tokenizer.vocab_size)
+    return tokenizer, build_corpus(ids, texts, info, first_id, tokenizer.vocab_size)
+
+
+def read_documents(path: Path, separator: str) -> list[str]:
+    """The documents of a .jsonl file, or those between the separators of a text file; without blank
+    ones, and without empty lines around a separator."""
+    nulls: list[None] = []
+    found = iter_documents(path, separator=separator, on_null=lambda: nulls.append(None))
+    texts = [text.strip("\n") if separator else text for text, _ in found]
+    note_nulls(path, len(nulls))
+    return [text for text in texts if text.strip()]
 
 
 def load_records(
@@ -194,6 +213,33 @@ def load_records(
     )
 
 
+# --- notes
+
+
+def note_end_of_text(path: Path, text: str) -> None:
+    """Print how to make documents of a text that contains <|endoftext|>."""
+    if END_OF_TEXT in text:
+        note(
+            f"{path} contains {END_OF_TEXT}, read as ordinary text: with --separator "
+            f"'{END_OF_TEXT}' it starts a new document"
+        )
+
+
+def note_nulls(path: Path, n_nulls: int) -> None:
+    """Print how many lines of a .jsonl file have no text."""
+    if n_nulls:
+        note(f"{path}: skipped {n_nulls:,} lines whose text is null")
+
+
+def note_shared(n_shared: int, n_val: int) -> None:
+    """Print how many validation documents are training documents too."""
+    if n_shared:
+        note(
+            f"{n_shared:,} of {n_val:,} validation documents also occur in the training split, so "
+            "the validation loss is too low: `python prepare.py --dedup` removes duplicates"
+        )
+
+
 # --- folders made by prepare.py
 
 
@@ -205,11 +251,13 @@ def is_dataset(data: str) -> bool:
 
 
 def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, Corpus]:
-    """Open a data set made by prepare.py, through memory maps. Raises UserError if it is damaged,
-    or if its tokenizer differs from `tokenizer`."""
+    """Open a data set made by prepare.py, through memory maps. Raises UserError if it is damaged
+    (see `verify` in folder.py), or if its tokenizer differs from `tokenizer`."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
         tokenizer_dict = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        own_tokenizer = tokenizers.from_dict(tokenizer_dict)
         splits = [manifest["splits"][split] for split in ("train", "val")]
         train_ids, val_ids = (
             map_token_files(token_files(folder, split), manifest["dtype"])
@@ -226,17 +274,18 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
         }
         train_bytes, val_bytes = (split["bytes"] for split in splits)
         train_docs = np.load(folder / "train_docs.npy", mmap_mode="r")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        separator = own_tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
+    except DAMAGES as error:
+        plain = isinstance(error, OSError | ValueError | UserError)
+        reason = (str(error) if plain else repr(error)).split("\n")[0][:200]
         raise UserError(
-            f"{folder}/ is not a data set made by prepare.py, or is damaged ({error}): run "
+            f"{folder}/ is not a data set made by prepare.py, or is damaged ({reason}): run "
             "`python prepare.py FILE ... --name NAME`, then give --data data/NAME"
         ) from None
     if tokenizer is not None and tokenizer.to_dict() != tokenizer_dict:
         raise UserError(f"{folder}/ was made with another tokenizer than the checkpoint's")
-    tokenizer = tokenizers.from_dict(tokenizer_dict)
-    separator = tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
     corpus = Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
-    return tokenizer, corpus
+    return own_tokenizer, corpus
 
 
 # --- any corpus
@@ -246,6 +295,7 @@ def find_corpus(data: str) -> Path:
     """The path of a corpus; a named data set is downloaded if it does not exist. Raises UserError
     if there is no such corpus."""
     path = Path(data)
+    restore_dataset(path)
     if data == "tinystories" and not path.exists():
         path = Path("data/tinystories")
         if not path.is_dir():
@@ -259,19 +309,29 @@ def find_corpus(data: str) -> Path:
             f"there is no {path}: give --data a file, a folder made by prepare.py, or one of "
             f"{', '.join(DATASETS)}"
         )
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is a device or a pipe: give --data a file or a folder")
     return path
 
 
 def load_corpus(
-    data: str, kind: str = "char", bpe_vocab_size: int = 2000, tokenizer: Tokenizer | None = None
+    data: str,
+    kind: str = "char",
+    bpe_vocab_size: int = 2000,
+    tokenizer: Tokenizer | None = None,
+    separator: str = "",
 ) -> tuple[Tokenizer, Corpus]:
     """Load the corpus `data`, a path or the name of a data set, and its tokenizer.
 
     If `tokenizer` is None, one is created: kind is "char", "bpe" (learned, with bpe_vocab_size
     tokens) or one of tiktoken's encodings. A folder made by prepare.py has its own tokenizer.
-    Raises UserError if the corpus does not exist, is invalid or is too large.
+    separator: the text between the documents of a text file ("\\n" for a line end); "" if it is one
+    document. Raises UserError if the corpus does not exist, is invalid or is too large.
     """
     path = find_corpus(data)
+    suffix = path.suffix.lower()
+    if separator and (path.is_dir() or suffix in (".json", ".jsonl")):
+        raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
     if path.is_dir():
         return open_dataset(path, tokenizer)
     if path.stat().st_size > MAX_IN_MEMORY:
@@ -279,5 +339,12 @@ def load_corpus(
             f"{path} has {path.stat().st_size / 1e6:,.0f} MB: run `python prepare.py {path} --name "
             "NAME` once, then give --data data/NAME"
         )
-    load = {".json": load_records, ".jsonl": load_documents}.get(path.suffix.lower(), load_text)
-    return load(path, kind, bpe_vocab_size, tokenizer)
+    if separator:
+        separator = separator.replace("\\n", "\n")
+        loaded = load_documents(path, kind, bpe_vocab_size, tokenizer, separator)
+    else:
+        load = {".json": load_records, ".jsonl": load_documents}.get(suffix, load_text)
+        loaded = load(path, kind, bpe_vocab_size, tokenizer)
+    if loaded[1].info["sha256"] != file_sha256(path):
+        raise UserError(f"{path} changed while it was read: try again")
+    return loaded

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError
-from corpus.files import read_text, replace_surrogates
+from corpus.files import json_text, read_text
 from tokenizer import Tokenizer
 
 Record = dict[str, Any]
@@ -79,9 +79,7 @@ def read_records(path: Path) -> list[Record]:
             for problem in text_problems(record, RECORD_KEYS)
         ],
     )
-    return [
-        record | {key: replace_surrogates(record[key]) for key in RECORD_KEYS} for record in records
-    ]
+    return [record | {key: json_text(record[key]) for key in RECORD_KEYS} for record in records]
 
 
 def read_pairs(path: Path) -> list[dict[str, str]]:
@@ -101,7 +99,7 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
         if found := pair_problems(pair):
             problems += [f"line {number}: {problem}" for problem in found]
             continue
-        pair = {key: replace_surrogates(pair[key]) for key in PAIR_KEYS}
+        pair = {key: json_text(pair[key]) for key in PAIR_KEYS}
         # A pair with chosen and rejected exchanged is a contradiction, so their order is ignored.
         texts = (pair["prompt"], *sorted((pair["chosen"], pair["rejected"])))
         if (first := lines.setdefault(texts, number)) != number:

@@ -211,6 +211,8 @@ def run_config(
         lr *= LR_SCALE[settings.objective] * (LORA_LR_SCALE if adapt.lora_rank else 1)
     names = ("preset", "arch", "data", "tokenizer")
     values = {name: getattr(trained, name) for name in names} | {"lr_max": lr}
+    if "data" not in flags:
+        values["separator"] = trained.separator
     if settings.objective == "qa":
         values["data"] = "data/qa.json"
     return from_dict(TrainConfig, values | DEFAULTS[settings.objective] | flags)

@@ -1,0 +1,197 @@
+"""The folder of a data set: written by one run at a time, complete or not at all, and verified when
+it is opened.
+
+The manifest has the hashes of the other files and its own. SHA-256 takes 0.7 s per GB here, so a
+set of up to VERIFY_ALWAYS bytes is verified each time it is opened. A larger one is verified once,
+and again when the size or time of a file changes: .verified.json beside its files remembers them;
+if that cannot be written, the set is verified each time.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError
+from corpus.files import READ_SIZE, file_sha256, token_files
+from utils import atomic_write
+
+if sys.platform != "win32":
+    import fcntl
+
+VERIFY_ALWAYS = 1 << 30  # bytes
+HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files
+VERIFIED = ".verified.json"
+FILES = r"(train|val)(_\d{5,})?\.bin|train_docs\.npy|(tokenizer|manifest|\.verified)\.json(\.part)?"
+
+
+# --- hashes
+
+
+def checksum(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of a manifest without its checksum."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a data set whose other files are complete."""
+    manifest["files"] = {name: file_sha256(folder / name) for name in HASHED}
+    manifest["checksum"] = checksum(manifest)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a data set. Raises ValueError if it is damaged. (Those of earlier versions
+    have no checksum and no hashes but that of the token ids.)"""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    hashed = "checksum" in manifest or "files" in manifest
+    if hashed and manifest["checksum"] != checksum(manifest):
+        raise ValueError("manifest.json does not have its checksum")
+    return manifest
+
+
+def verify(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise ValueError unless the files of a data set have the hashes in its manifest and all ids
+    are in the vocabulary."""
+    paths = [*token_files(folder, "train"), *token_files(folder, "val")]
+    stats = {path.name: path.stat() for path in (*paths, *(folder / name for name in HASHED))}
+    state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    record = {"sha256": manifest["sha256"], "files": state}
+    large = sum(stat.st_size for stat in stats.values()) > VERIFY_ALWAYS
+    if large and read_verified(folder) == record:
+        return
+    for name, sha256 in manifest.get("files", {}).items():
+        if file_sha256(folder / name) != sha256:
+            raise ValueError(f"{name} does not have its hash")
+    sha256, highest = hash_ids(paths, np.dtype(manifest["dtype"]))
+    if sha256 != manifest["sha256"]:
+        raise ValueError("the token ids do not have their hash")
+    if highest >= manifest["vocab_size"]:
+        raise ValueError(f"id {highest} in a vocabulary of {manifest['vocab_size']}")
+    if large:
+        with contextlib.suppress(UserError, OSError), atomic_write(folder / VERIFIED) as file:
+            file.write(json.dumps(record).encode())
+
+
+def read_verified(folder: Path) -> Any:
+    """The record of the last verification; None if there is none."""
+    try:
+        return json.loads((folder / VERIFIED).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def hash_ids(paths: list[Path], dtype: np.dtype) -> tuple[str, int]:
+    """The SHA-256 of the concatenated token files, and the highest id."""
+    digest, highest = hashlib.sha256(), 0
+    total = sum(path.stat().st_size for path in paths)
+    large = total > VERIFY_ALWAYS
+    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, leave=False,
+              disable=None if large else True) as bar:  # fmt: skip
+        for path in paths:
+            with open(path, "rb") as file:
+                while raw := file.read(READ_SIZE):
+                    digest.update(raw)
+                    highest = max(highest, int(np.frombuffer(raw, dtype).max()))
+                    bar.update(len(raw))
+    return digest.hexdigest(), highest
+
+
+# --- writing
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The names in a folder that are not those of a data set's files."""
+    return sorted(path.name for path in folder.iterdir() if not re.fullmatch(FILES, path.name))
+
+
+def remove_dataset(folder: Path) -> None:
+    """Delete the files of a data set, complete or not, and the folder if nothing else is in it."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
+        # The manifest first: what remains after a kill is not a data set.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != "manifest.json"):
+            if re.fullmatch(FILES, path.name):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one atomic operation. Returns whether the system can."""
+    try:
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return libc.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0
+        here = -100  # AT_FDCWD: relative paths start at the current folder
+        return libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
+    except (OSError, TypeError, AttributeError):
+        return False
+
+
+def replace_dataset(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`, and delete the data set that was there.
+
+    Where folders can be exchanged (Linux, macOS) a process killed at any moment leaves the old set
+    or the new one. Elsewhere the old set can remain in .NAME.old, from which `restore_dataset`
+    returns it.
+    """
+    if not folder.exists():
+        new.rename(folder)
+    elif exchange(new, folder):
+        remove_dataset(new)
+    else:
+        old = old_path(folder)
+        folder.rename(old)
+        try:
+            new.rename(folder)
+        finally:
+            restore_dataset(folder)
+        remove_dataset(old)
+
+
+def old_path(folder: Path) -> Path:
+    """Where the previous data set is during its replacement."""
+    return folder.parent / f".{folder.name}.old"
+
+
+def restore_dataset(folder: Path) -> None:
+    """Return the data set that an interrupted replacement has left at its old path."""
+    old = old_path(folder)
+    if not folder.exists() and (old / "manifest.json").is_file():
+        old.rename(folder)
+
+
+@contextlib.contextmanager
+def lock(path: Path, message: str) -> Iterator[None]:
+    """Hold a lock file, which is deleted at the end. Raises UserError with the message if another
+    process holds it; the lock of a killed process is free. (Windows and some network file systems
+    have no such locks.)"""
+    while True:
+        with open(path, "ab") as file:
+            try:
+                if sys.platform != "win32":
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(message) from None
+            except OSError:
+                pass
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue  # its last owner has just deleted it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
