@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ class EvaluateConfig:
         (), "default: best.pt of the newest run", positional=True
     )
     data: str = setting("", "a corpus, as for train.py; default: the checkpoint's own")
+    separator: str = setting("", "text between the documents of --data, as for train.py")
     split: str = setting("val", "split of the corpus", choices=("val", "train"))
     batch_size: int = setting(16, "windows per batch", low=1)
     device: str = setting("auto", DEVICE_HELP)
@@ -46,7 +48,7 @@ class EvaluateConfig:
 def evaluate_split(
     model: GPT, corpus: Corpus, config: EvaluateConfig, doc_mask: bool
 ) -> dict[str, Any]:
-    """Evaluate a model on every token of a split but the first.
+    """Evaluate a model on every token of a split but the first. Raises UserError if there is none.
 
     Returns the number of predicted tokens, the mean loss in nats, the top-1 accuracy and the tokens
     per second. With doc_mask, tokens attend only within their own document.
@@ -54,7 +56,9 @@ def evaluate_split(
     device, block_size = next(model.parameters()).device, model.config.block_size
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     starts = utils.even_starts(len(ids), block_size)
-    total_loss = torch.zeros((), dtype=torch.float64)
+    if len(ids) < 2:
+        raise UserError(f"the {config.split} split has {len(ids)} tokens: use a longer text")
+    total_loss = 0.0
     n_correct = n_tokens = 0
     start_time = time.perf_counter()
     batches = range(0, len(starts), config.batch_size)
@@ -67,13 +71,13 @@ def evaluate_split(
         with utils.autocast(device, config.precision):
             logits, loss = model(x, y, docs)  # (B, T, V), ()
         n_scored = int((y != -100).sum())  # the last window extends past the end of the split
-        total_loss += loss.double().cpu() * n_scored
+        total_loss += loss.item() * n_scored
         n_correct += int((logits.argmax(dim=-1) == y).sum())
         n_tokens += n_scored
     seconds = time.perf_counter() - start_time
     return {
         "tokens": n_tokens,
-        "loss": total_loss.item() / n_tokens,
+        "loss": total_loss / n_tokens,
         "top1": n_correct / n_tokens,
         "tokens_per_second": n_tokens / seconds,
     }
@@ -84,18 +88,21 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     changed since the training."""
     model, tokenizer, state = utils.load_checkpoint(path, device)
     train_config = state["train_config"]
-    data = config.data or train_config["data"]
-    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer)
-    if not config.data and corpus.info["sha256"] != state["corpus"]["sha256"]:
+    data = config.data or train_config.get("data", "")
+    if not data:
+        raise UserError(f"{path} does not name its corpus: choose one with --data")
+    separator = config.separator or ("" if config.data else train_config.get("separator", ""))
+    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator)
+    if not config.data and corpus.info["sha256"] != state["corpus"].get("sha256"):
         raise UserError(f"{data} is not what {path} was trained on: choose a corpus with --data")
     row = evaluate_split(model, corpus, config, bool(train_config.get("doc_mask")))
 
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     n_bytes = corpus.val_bytes if config.split == "val" else corpus.train_bytes
-    row["bpb"] = utils.bits_per_byte(row["loss"], n_bytes / len(ids))
     unknown = tokenizer.specials.get("<UNK>")
-    if unknown is not None and (ids[:] == unknown).any():
-        row["bpb"] = math.nan  # the bytes of unknown characters cannot be predicted
+    # The bytes of unknown characters cannot be predicted.
+    has_bpb = n_bytes and (unknown is None or not (ids[:] == unknown).any())
+    row["bpb"] = utils.bits_per_byte(row["loss"], n_bytes / len(ids)) if has_bpb else math.nan
     return {"checkpoint": str(path), "parameters": model.num_params(), "split": config.split} | row
 
 
@@ -110,7 +117,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
                 row["split"],
                 f"{row['tokens']:,}",
                 f"{row['loss']:.4f}",
-                f"{math.exp(row['loss']):.2f}",
+                f"{np.exp(row['loss']):.2f}",
                 f"{row['bpb']:.4f}",
                 f"{row['top1']:.1%}",
                 f"{row['tokens_per_second']:,.0f}",

