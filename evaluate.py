@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -117,7 +116,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
                 row["split"],
                 f"{row['tokens']:,}",
                 f"{row['loss']:.4f}",
-                f"{np.exp(row['loss']):.2f}",
+                f"{math.inf if row['loss'] > 700 else math.exp(row['loss']):.2f}",
                 f"{row['bpb']:.4f}",
                 f"{row['top1']:.1%}",
                 f"{row['tokens_per_second']:,.0f}",

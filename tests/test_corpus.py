@@ -1,14 +1,19 @@
 """Files become documents and documents a corpus, the argument of train.py --data."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_text
+from conftest import TINY_RUN, make_text
 from hypothesis import given
 from hypothesis import strategies as st
 
+import evaluate
+import finetune
+import prepare
+import train
 from config import UserError
 from corpus import files, load
 from tokenizer import END_OF_TEXT, CharTokenizer
@@ -125,6 +130,65 @@ def test_a_corpus_shorter_than_a_window_is_rejected():
         load.check_length(corpus, 8)
 
 
+def test_devices_and_pipes_are_rejected(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe")):
+        with pytest.raises(UserError, match="is a device or a pipe: give --data a file"):
+            load.load_corpus(path, "char", 0)
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
+    path = tmp_path / "text.txt"
+    path.write_text(make_text())
+    monkeypatch.setattr(load, "read_text", lambda path: path.write_text("new") and "new text")
+    with pytest.raises(UserError, match=r"text\.txt changed while it was read: try again"):
+        load.load_corpus(str(path))
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_separator_divides_a_text_file_as_it_does_in_prepare(workplace, capsys, kind):
+    path = workplace / "stories.txt"
+    path.write_text(f"\n{END_OF_TEXT}\n".join(STORIES))
+    load.load_corpus(str(path), kind, 300)
+    hint = f"contains {END_OF_TEXT}, read as ordinary text: with --separator '{END_OF_TEXT}'"
+    assert capsys.readouterr().err.count(hint) == 1
+    tokenizer, corpus = load.load_corpus(str(path), kind, 300, separator=END_OF_TEXT)
+    assert hint not in capsys.readouterr().err
+    flags = [f"--separator={END_OF_TEXT}", f"--tokenizer={kind}", "--name=set"]
+    assert prepare.main([str(path), *flags, *["--vocab_size=300"] * (kind == "bpe")]) == 0
+    prepared = load.open_dataset(Path("data/set"))[1]
+    assert corpus.train_ids.tolist() == prepared.train_ids.tolist()
+    assert corpus.val_ids.tolist() == prepared.val_ids.tolist()
+    assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1] in STORIES
+
+
+def test_a_separator_can_have_line_ends_and_is_for_text_files_only(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n--\ntwo\n--\nthree")
+    tokenizer, corpus = load.load_corpus(str(tmp_path / "a.txt"), separator="\\n--\\n")
+    assert tokenizer.decode(corpus.train_ids.tolist()).split(END_OF_TEXT)[1] == "one"
+    assert corpus.info["documents"] == 3
+    path = write_jsonl(tmp_path / "a.jsonl")
+    for data in (path, tmp_path):
+        with pytest.raises(UserError, match="--separator is for text files, and"):
+            load.load_corpus(str(data), separator="--")
+
+
+def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(workplace, capsys):
+    (workplace / "a.txt").write_text(END_OF_TEXT.join(STORIES * 3))
+    flags = ["--data=a.txt", f"--separator={END_OF_TEXT}"]
+    assert train.main([*TINY_RUN, *flags, "--doc_mask"]) == 0
+    with pytest.raises(UserError, match="--separator is"):
+        train.main(["--resume", "--separator=--"])
+    assert train.main(["--resume", "--max_steps=25"]) == 0
+    best = "checkpoints/best.pt"
+    assert evaluate.main([best]) == 0
+    short = ["--max_steps=2", "--eval_every=2", "--eval_windows=2", "--sample_tokens=0"]
+    assert (
+        finetune.main([best, *flags, *short, "--device=cpu", "--batch_size=2", "--no-compile"]) == 0
+    )
+    assert "also occur in the training split" in capsys.readouterr().err
+
+
 # --- files to documents
 
 
@@ -224,3 +288,58 @@ def test_an_invalid_jsonl_line_is_reported_with_its_number(tmp_path, line, messa
     path.write_text('{"text": "a"}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
         read(path)
+
+
+def test_null_texts_are_skipped_and_counted(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "posts.jsonl", [*STORIES, None, None])
+    _, corpus = load.load_corpus(str(path), "char", 0)
+    assert corpus.info["documents"] == 60
+    assert capsys.readouterr().err.count("skipped 2 lines whose text is null") == 1
+    path.write_text('{"body": null}')
+    with pytest.raises(UserError, match="no text in field 'text'"):
+        read(path)
+
+
+def test_line_ends_in_json_are_those_of_text_files(tmp_path):
+    path = write_jsonl(tmp_path / "posts.jsonl", ["a\r\nb\rc\n"])
+    assert read(path) == [("a\nb\nc\n", True)]
+
+
+def test_documents_in_both_splits_are_counted(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "posts.jsonl", STORIES * 5)
+    _, corpus = load.load_corpus(str(path), "char", 0)
+    val = (corpus.val_ids == corpus.separator).sum()
+    note = f"note: {val} of {val} validation documents also occur in the training split"
+    assert capsys.readouterr().err.count(note) == 1
+    load.load_corpus(str(write_jsonl(path)), "char", 0)
+    assert "validation documents" not in capsys.readouterr().err
+
+
+def test_notes_are_printed_by_one_process(capsys, monkeypatch):
+    files.note("once")
+    monkeypatch.setenv("RANK", "1")
+    files.note("again")
+    assert capsys.readouterr().err == "note: once\n"
+
+
+def test_a_long_line_is_searched_once(tmp_path, monkeypatch):
+    class Text(str):
+        n_searched = 0
+
+        def __add__(self, other: str) -> "Text":
+            return Text(str(self) + str(other))
+
+        def __radd__(self, other: str) -> "Text":
+            return Text(str(other) + str(self))
+
+        def split(self, separator: str) -> list[str]:
+            Text.n_searched += len(self)
+            return str(self).split(separator)
+
+        def find(self, text: str, start: int = 0) -> int:
+            Text.n_searched += len(self) - start
+            return str(self).find(text, start)
+
+    stream = [Text("x" * 100) for _ in range(100)]
+    assert list(files.split_stream(stream, "<end>")) == [("x" * 10_000, True)]
+    assert 10_000 <= Text.n_searched <= 2 * 10_000

@@ -97,3 +97,52 @@ def test_rows_are_printed_before_an_error_and_unknown_characters_have_no_bpb(wor
         evaluate.main(["checkpoints/qa/best.pt", "checkpoints/text/best.pt", "--data=other.txt"])
     row = capsys.readouterr().out.splitlines()[1]
     assert row.startswith("checkpoints/qa") and " nan " in row
+
+
+@pytest.mark.parametrize("text", ["a", "ab", "the quick brown fox"])
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_a_short_text_is_evaluated_or_one_error(workplace, capsys, text, split):
+    assert train.main(TINY_RUN) == 0
+    (workplace / "short.txt").write_text(text)
+    n_tokens = len(text) * 9 // 10 if split == "train" else len(text) - len(text) * 9 // 10
+    flags = ["--data=short.txt", f"--split={split}"]
+    if n_tokens >= 2:
+        assert evaluate.main(flags) == 0
+        return
+    with pytest.raises(UserError, match=f"the {split} split has {n_tokens} tokens: use a longer"):
+        evaluate.main(flags)
+
+
+def test_devices_without_float64_are_enough(monkeypatch):
+    def no_float64(*args: object, **kwargs: object) -> None:
+        raise TypeError("MPS does not support float64")
+
+    monkeypatch.setattr(torch.Tensor, "double", no_float64)
+    ids = np.random.default_rng(0).integers(11, size=401)
+    config = EvaluateConfig(precision="float32")
+    assert evaluate.evaluate_split(make_model(), corpus_of(ids), config, False)["loss"] > 0
+
+
+def test_an_exploded_loss_is_printed():
+    row = {"checkpoint": "a.pt", "parameters": 1, "split": "val", "tokens": 9, "loss": 1e9}
+    table = evaluate.format_table([row | {"bpb": 1e9, "top1": 0.0, "tokens_per_second": 1.0}])
+    assert " inf " in table
+
+
+def test_checkpoints_without_a_known_corpus_need_data(workplace, capsys):
+    assert train.main(TINY_RUN) == 0
+    state = torch.load("checkpoints/best.pt", weights_only=True)
+    del state["train_config"]["data"]
+    torch.save(state, "checkpoints/best.pt")
+    with pytest.raises(
+        UserError, match=r"best\.pt does not name its corpus: choose one with --data"
+    ):
+        evaluate.main([])
+    assert evaluate.main(["--data=data/input.txt"]) == 0
+
+
+def test_questions_need_a_model_of_questions(workplace):
+    assert train.main(TINY_RUN) == 0
+    (workplace / "qa.json").write_text(json.dumps([{"question": "a", "answer": "b"}] * 5))
+    with pytest.raises(UserError, match="has no <BOS> token"):
+        evaluate.main(["--data=qa.json"])

@@ -95,6 +95,11 @@ def test_invalid_records_are_reported_with_their_position(
         records.read_records(write(tmp_path / "qa.json", content))
 
 
+def test_line_ends_in_records_are_those_of_text_files(tmp_path: Path):
+    path = write(tmp_path / "qa.json", [{"question": "a\r\nb", "answer": "c\rd \ud800"}])
+    assert records.read_records(path) == [{"question": "a\nb", "answer": "c\nd ?"}]
+
+
 def test_pairs_are_read_and_empty_lines_skipped(tmp_path: Path):
     lines = [json.dumps(PAIRS[0]), "", json.dumps(PAIRS[1]), ""]
     assert records.read_pairs(write(tmp_path / "pairs.jsonl", "\n".join(lines))) == PAIRS
