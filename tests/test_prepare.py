@@ -388,6 +388,7 @@ def test_a_data_set_survives_a_kill_at_any_moment_of_its_replacement(
                 finished = True
             except Killed:
                 finished = False
+        assert Path("data/set").exists() or not atomic or sys.platform == "win32"
         corpus = load.open_dataset(load.find_corpus("data/set"))[1]
         assert corpus.info["sha256"] in ([new] if finished else [old, new])
         make("stories.jsonl", "--overwrite")
@@ -637,6 +638,15 @@ def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hash
             assert "\n" not in str(error) and len(str(error)) < 500, how
         shutil.rmtree("data/damaged")
     assert n_errors > (250 if hashed else 200)
+
+
+def test_a_changed_number_in_the_manifest_is_an_error(workplace):
+    write_jsonl(workplace / "stories.jsonl")
+    n_bytes = make("stories.jsonl")["splits"]["val"]["bytes"]
+    path = Path("data/set/manifest.json")
+    path.write_text(path.read_text().replace(f'"bytes": {n_bytes}', f'"bytes": {n_bytes + 1}'))
+    with pytest.raises(UserError, match=r"manifest\.json does not have its checksum"):
+        load.open_dataset(Path("data/set"))
 
 
 def test_ids_beyond_the_vocabulary_are_an_error(workplace):
