@@ -589,3 +589,173 @@ def test_settings_of_the_optimizer_cannot_change_on_resume(workplace, flag):
     train.main([*TINY_RUN, "--optimizer=muon"])
     with pytest.raises(UserError, match="in the run to resume"):
         train.main(["--resume", "--device=cpu", flag])
+
+
+# --- what the log, the checkpoints and the random numbers refer to
+
+
+def mean_window_loss(model, ids: np.ndarray, starts: list[int]) -> float:
+    """The mean loss of a model over windows of 12 tokens of a stream, from its logits."""
+    losses = []
+    for start in starts:
+        x, y = (torch.from_numpy(ids[s : s + 12].astype(int)) for s in (start, start + 1))
+        losses += torch.nn.functional.cross_entropy(model(x[None])[0][0], y, reduction="none")
+    return sum(losses).item() / len(losses)
+
+
+def test_each_metric_is_of_its_own_split():
+    """Four evenly spaced windows of 12 + 1 tokens in 450 training and 50 validation tokens: they
+    begin at 0, 437/3, 2 * 437/3, 437, and 0, 37/3, 2 * 37/3, 37."""
+    trainer = make_trainer(eval_windows=4)
+    corpus, model = trainer.task.corpus, trainer.model.eval()
+    metrics = trainer.evaluate()
+    train_loss = mean_window_loss(model, corpus.train_ids, [0, 145, 291, 437])
+    val_loss = mean_window_loss(model, corpus.val_ids, [0, 12, 24, 37])
+    assert metrics["train"] == pytest.approx(train_loss, rel=1e-5)
+    assert metrics["val"] == pytest.approx(val_loss, rel=1e-5)
+    assert abs(train_loss - val_loss) > 1e-3
+    assert metrics["bpb"] == pytest.approx(val_loss / math.log(2))  # a byte per token
+
+
+def test_the_final_metrics_are_of_the_best_weights_and_training_keeps_the_last(tmp_path):
+    trainer = make_trainer(out_dir=str(tmp_path), max_steps=4, eval_every=2, warmup_steps=0)
+    losses = iter([3.0, 3.0, 2.0, 2.0, 4.0, 4.0])  # train and val of steps 0, 2 and 4
+    mean_loss = trainer.task.mean_loss
+    weights, modes = [], []
+
+    def scripted(model, ids, n_windows):
+        weights.append(model.tok.weight.detach().clone())
+        modes.append(model.training)
+        return next(losses) if n_windows else mean_loss(model, ids, n_windows)
+
+    trainer.task.mean_loss = scripted
+    status, log = train.run_training(trainer)
+    assert status == 0 and log.best()["step"] == 2 and not any(modes)
+    _, _, at_step_2, _, at_step_4, _, final = weights
+    assert torch.equal(final, at_step_2) and not torch.equal(final, at_step_4)
+    assert torch.equal(trainer.model.tok.weight, at_step_4)
+    assert torch.equal(utils.read_checkpoint(tmp_path / "best.pt")["model"]["tok.weight"], final)
+    final_record = json.loads((tmp_path / "loss_log.json").read_text())["final"]
+    assert final_record["step"] == 2 and final_record["val"] not in (2.0, 4.0)
+
+
+def dropout_seeds(n_steps: int, first: int = 0, **settings: object) -> list[int]:
+    """The seeds of dropout in the micro-steps of a run."""
+    trainer = make_trainer(make_model(dropout=0.5), grad_accum=2, **settings)
+    trainer.step, seeds = first, []
+    loss = trainer.task.loss
+
+    def note(*args):
+        seeds.append(torch.initial_seed())
+        assert torch.get_rng_state().equal(torch.Generator().manual_seed(seeds[-1]).get_state())
+        return loss(*args)
+
+    trainer.task.loss = note
+    for _ in range(n_steps):
+        trainer.train_step()
+    return seeds
+
+
+def test_dropout_is_a_function_of_seed_step_and_micro_step():
+    seeds = dropout_seeds(3)
+    assert len(set(seeds)) == 6 and seeds == dropout_seeds(3)
+    assert seeds[4:] == dropout_seeds(1, first=2)  # as after a resume
+    assert not set(seeds) & set(dropout_seeds(3, seed=1338))
+
+
+def test_weight_decay_shrinks_the_matrices_of_muon_and_of_adamw():
+    """Both decay the weights by lr times weight_decay before the update (Loshchilov and Hutter 2019,
+    Liu et al. 2025), which does not depend on it: two runs differ by that alone."""
+    moved = {}
+    for decay in (0.0, 0.5):
+        settings = {"optimizer": "muon", "lr_max": 1e-2, "warmup_steps": 0}
+        trainer = make_trainer(weight_decay=decay, **settings)
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train_step()
+        moved[decay] = {n: p.detach() - before[n] for n, p in trainer.model.named_parameters()}
+    for name, weight in before.items():
+        shrunk = -1e-2 * 0.5 * weight if weight.dim() == 2 else torch.zeros_like(weight)
+        assert torch.allclose(moved[0.5][name] - moved[0.0][name], shrunk, atol=1e-6), name
+
+
+def test_float16_clips_and_reports_the_gradient_without_the_loss_scale():
+    norms, clipped = [], []
+    for precision in ("float32", "float16"):
+        trainer = make_trainer(precision=precision, grad_clip=0.5, warmup_steps=0)
+        norms.append(trainer.train_step()["grad_norm"].item())
+        clipped.append(math.sqrt(sum(p.grad.square().sum() for p in trainer.model.parameters())))
+    assert trainer.scaler.get_scale() == 2.0**16  # PyTorch's initial scale: it did not overflow
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2) and norms[0] > 0.5
+    assert clipped == pytest.approx([0.5, 0.5], rel=1e-3)
+
+
+def test_a_step_does_not_add_to_the_gradient_of_the_step_before():
+    trainer = make_trainer(lr_max=1e-9, grad_clip=0.0)
+    first = trainer.train_step()["grad_norm"]
+    trainer.step = 0  # the same batch again
+    assert trainer.train_step()["grad_norm"].item() == pytest.approx(first.item(), rel=1e-4)
+
+
+def test_overfitting_repeats_the_first_batch():
+    trainer = make_trainer(overfit_batch=True, grad_accum=2)
+    asked = []
+    get_batch = trainer.task.get_batch
+    trainer.task.get_batch = lambda step, m: (asked.append((step, m)), get_batch(step, m))[1]
+    for _ in range(2):
+        trainer.train_step()
+    assert asked == [(0, 0), (0, 1)] * 2 and trainer.step == 2
+
+
+def test_batches_of_a_step_follow_those_of_the_step_before():
+    """The micro-batches of all steps are the batches 0, 1, 2, ... of the run."""
+    trainer = make_trainer(grad_accum=3, batch_size=2, seed=7)
+    ids = trainer.task.corpus.train_ids
+    for step in range(2):
+        for micro_step in range(3):
+            (x, y), n = trainer.task.get_batch(step, micro_step)
+            number = 3 * step + micro_step
+            expected = utils.get_batch(ids, 12, 2, seed=7, number=number)
+            assert torch.equal(x, expected[0]) and torch.equal(y, expected[1]) and n == 24
+
+
+def test_finite_checks_name_the_first_bad_step_once():
+    trainer = make_trainer()
+    bad = {"loss": torch.tensor(math.inf), "grad_norm": torch.tensor(1.0)}
+    good = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
+    trainer.unchecked = [(3, good), (4, bad), (5, bad)]
+    with pytest.raises(UserError, match=r"diverged at step 4 \(loss inf, grad_norm 1.0\)"):
+        trainer.check_finite()
+    trainer.unchecked = [(6, good)]
+    trainer.check_finite()
+    assert trainer.unchecked == []
+    trainer.unchecked = [(7, good | {"grad_norm": torch.tensor(math.nan)})]
+    with pytest.raises(UserError, match="step 7"):
+        trainer.check_finite()
+    half = make_trainer(precision="float16")  # skips steps whose gradient overflows
+    half.unchecked = [(7, good | {"grad_norm": torch.tensor(math.inf)})]
+    half.check_finite()
+    half.unchecked = [(8, bad)]
+    with pytest.raises(UserError, match=r"step 8 \(loss inf\)"):
+        half.check_finite()
+
+
+def test_an_infinite_validation_loss_stops_the_run():
+    trainer = make_trainer()
+    for name in ("train", "val"):
+        trainer.task.evaluate = lambda *_, name=name: {"train": 1.0, "val": 1.0, name: math.inf}
+        with pytest.raises(UserError, match=rf"diverged at step 0 \(.*{name} inf"):
+            trainer.evaluate()
+    trainer.task.evaluate = lambda *_: {"val": 1.0, "margin": math.nan}  # only losses are checked
+    assert trainer.evaluate()["val"] == 1.0
+
+
+def test_checkpoints_are_kept_every_so_many_steps_and_belong_to_their_step(workplace):
+    flags = [*TINY_RUN, "--save_every=4", "--eval_every=3", "--max_steps=9"]
+    assert train.main(flags) == 0
+    kept = sorted(Path("checkpoints").glob("ckpt_*.pt"))
+    assert [file.name for file in kept] == ["ckpt_00004.pt", "ckpt_00008.pt"]
+    states = [utils.read_checkpoint(file) for file in kept]
+    assert [state["step"] for state in states] == [4, 8]
+    assert [[r["step"] for r in state["log"]] for state in states] == [[0, 3], [0, 3, 6]]
+    steps = {s["step"].item() for s in states[1]["optimizers"][0]["state"].values()}
+    assert steps == {8}
