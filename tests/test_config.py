@@ -1,5 +1,7 @@
 """Flags, presets, checks: what a command line means, and what is wrong with it."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from config import (
@@ -10,6 +12,7 @@ from config import (
     TrainConfig,
     UserError,
     parse_args,
+    setting,
     train_settings,
 )
 from system.errors import run
@@ -204,3 +207,253 @@ def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         read("--version")
     assert not stop.value.code and capsys.readouterr().out.startswith("TinyLLM 1.")
+
+
+# --- settings of a class made for the test
+
+
+@dataclass
+class Small:
+    """One field of each kind."""
+
+    files: tuple[str, ...] = setting((), "files to read", positional=True)
+    out: str = setting("", "where to write")
+    size: int = setting(3, "how many", low=1, high=9, group="numbers", alias="n")
+    rate: float = setting(0.5, "how fast", above=0, below=1)
+    limit: float | None = setting(None, "at most this", low=0)
+    fast: bool = setting(False, "no accuracy", group="switches")
+    mode: str = setting("a\nb", "", choices=("", "a\nb", "c"))
+    hidden: int = setting(7, "not a flag", flag=False)
+
+
+SMALL_HELP = r"""A title.
+
+arguments: [FILES] [--flag value ...]
+
+  --help, --version
+  FILES                         files to read
+  --out                         where to write
+
+numbers:
+  --size, --n                   how many [3]
+  --rate                        how fast [0.5]
+  --limit                       at most this
+
+switches:
+  --fast, --no-fast             no accuracy [off]
+  --mode                        a b | c [a\nb]
+"""
+
+
+def read_small(*words: str) -> Small:
+    return parse_args(Small, list(words), "")
+
+
+def test_help_is_generated_from_the_settings(capsys):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stop:
+            parse_args(Small, ["--size=4", flag], "\nA title.\n\n")
+        assert not stop.value.code and capsys.readouterr().out == SMALL_HELP
+
+
+def test_long_help_is_wrapped_below_its_column(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(TrainConfig, ["--help"], "")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("  --warmup_steps, --warmup "))
+    assert lines[at].index("linear warmup") == 32
+    text = " ".join(line.strip() for line in lines[at : at + 2])
+    assert "default: 100, or max_steps / 10 if less" in text
+
+
+def test_words_without_a_flag_fill_the_tuple():
+    one = read_small("a.txt", "--size", "4", "b.txt", "--fast", "c.txt")
+    assert (one.files, one.size, one.fast) == (("a.txt", "b.txt", "c.txt"), 4, True)
+    assert read_small().files == () and read_small("--out=x").out == "x"
+
+
+@dataclass
+class Two:
+    """Two positional arguments."""
+
+    source: str = setting("", "read this", positional=True)
+    target: str = setting("", "write this", positional=True)
+
+
+def test_words_without_a_flag_are_taken_in_order(capsys):
+    assert vars(parse_args(Two, ["a", "b"], "")) == {"source": "a", "target": "b"}
+    assert vars(parse_args(Two, ["--target=b", "a"], "")) == {"source": "a", "target": "b"}
+    with pytest.raises(UserError, match=r"^unexpected argument 'c'$"):
+        parse_args(Two, ["a", "b", "c"], "")
+    with pytest.raises(SystemExit):
+        parse_args(Two, ["--help"], "")
+    assert "arguments: [SOURCE] [TARGET] [--flag value ...]\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "problems"),
+    [
+        ("--size 1", ""),
+        ("--size=9", ""),
+        ("--size 0", "size must be at least 1, not 0"),
+        ("--size 10", "size must be at most 9, not 10"),
+        ("--rate 0.001", ""),
+        ("--rate 0", "rate must be above 0, not 0.0"),
+        ("--rate 1", "rate must be below 1, not 1.0"),
+        ("--rate inf", "rate must be a finite number, not inf"),
+        ("--rate -inf --size=0", "size must be at least 1, not 0; rate must be a finite number"),
+        ("--limit 0", ""),
+        ("--limit=-1", "limit must be at least 0, not -1.0"),
+        ("--mode c", ""),
+        ("--mode d", "mode must be one of a\nb, c, not 'd'"),
+        ("--rate nan --limit=-1", "rate must be a finite number, not nan; limit must be at least"),
+        ("--size 2=3", "--size must be a whole number, not '2=3'"),
+        ("--rate fast", "--rate must be a number, not 'fast'"),
+        ("--n=x --limit=", "--size must be a whole number, not 'x'; --limit must be a number"),
+        ("--fast=1", "--fast takes no value: write --fast or --no-fast"),
+        ("--no-fast=1", "--no_fast takes no value: write --fast or --no-fast"),
+        ("--rate", "--rate needs a value"),
+        ("--rate --fast", "--rate needs a value"),
+        ("--hidden 3", "unknown flag --hidden"),
+        ("--hiden=3 --sise=4", "unknown flag --hiden; unknown flag --sise: did you mean --size?"),
+        ("--zzz --zzz=1 --size=0", "unknown flag --zzz; unknown flag --zzz; size must be"),
+    ],
+)
+def test_the_limits_of_a_setting_and_the_forms_of_its_flag(line: str, problems: str):
+    if not problems:
+        read_small(*line.split())
+        return
+    with pytest.raises(UserError) as error:
+        read_small(*line.split())
+    assert str(error.value).startswith(problems)
+
+
+def test_the_command_line_is_that_of_the_process_unless_given(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--size=5"])
+    assert parse_args(Small, None, "").size == 5
+    assert parse_args(Small, [], "").size == 3
+    small, run_config = parse_args((Small, TrainConfig), ["--rate=0.25", "--seed=4"], "")
+    assert (small.rate, run_config.seed, run_config.max_steps) == (0.25, 4, 5000)
+
+
+def test_further_problems_come_after_those_of_the_fields():
+    def check(small: Small) -> list[str]:
+        return [f"size is {small.size}", "second"]
+
+    with pytest.raises(UserError) as error:
+        parse_args(Small, ["--size=0", "--foo"], "", check=check)
+    message = "unknown flag --foo; size must be at least 1, not 0; size is 0; second"
+    assert str(error.value) == message
+    with pytest.raises(UserError, match=r"^size is 5; second$"):
+        parse_args(Small, ["--size=5"], "", check=check)
+
+
+def test_an_error_while_settings_are_resolved_comes_after_the_mistakes_in_the_flags():
+    def resolve(flags: dict) -> tuple:
+        raise UserError("no such file")
+
+    with pytest.raises(UserError, match=r"^unknown flag --foo; no such file$"):
+        parse_args(Small, ["--foo"], "", resolve)
+
+
+# --- derived sizes
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # n_head, n_kv_head, head_size, n_inner, norm_eps
+        ({"n_embd": 768, "mlp": "gelu", "norm": "layernorm"}, (12, 12, 64, 3072, 1e-5)),  # GPT-2
+        ({"n_embd": 768}, (12, 12, 64, 2048, 1e-6)),  # 8/3 * 768 = 2048
+        ({"n_embd": 4096, "n_head": 32, "n_kv_head": 8}, (32, 8, 128, 10944, 1e-6)),  # 342 * 32
+        ({"n_embd": 130, "mlp": "relu"}, (2, 2, 65, 544, 1e-6)),  # 520 = 16.25 * 32
+        ({"n_embd": 32, "head_size": 6, "n_inner": 5, "norm_eps": 0.5}, (1, 1, 6, 5, 0.5)),
+        ({"n_embd": 63}, (1, 1, 63, 192, 1e-6)),  # 168 = 5.25 * 32
+    ],
+)
+def test_sizes_that_are_not_given_follow_from_the_others(settings: dict, expected: tuple):
+    c = GPTConfig(**settings)
+    assert (c.n_head, c.n_kv_head, c.head_size, c.n_inner, c.norm_eps) == expected
+    assert type(c.n_inner) is int and type(c.head_size) is int
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_problems"),
+    [
+        ({"n_embd": 6, "n_head": 3}, 0),
+        ({"n_embd": 10, "n_head": 2}, 1),  # heads of 5 cannot be rotated
+        ({"n_embd": 10, "n_head": 2, "pos": "learned"}, 0),
+        ({"n_embd": 10, "n_head": 3}, 1),
+        ({"n_embd": 10, "n_head": 3, "head_size": 4}, 0),
+        ({"n_embd": 10, "n_head": 3, "head_size": 5}, 1),
+        ({"n_embd": 32, "n_head": 4, "n_kv_head": 2}, 0),
+        ({"n_embd": 32, "n_head": 4, "n_kv_head": 3}, 1),
+        ({"n_embd": 9, "n_head": 1, "pos": "none"}, 0),
+        ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal"}, 1),
+        ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal", "token_shift": True}, 2),
+        ({"n_embd": 10, "n_head": 1, "pos": "sinusoidal", "token_shift": True}, 0),
+        ({"n_embd": 1, "n_head": 1, "pos": "none", "token_shift": True}, 1),
+        ({"n_embd": 0, "n_head": 1}, 0),  # reported as outside its limits
+    ],
+)
+def test_combinations_of_sizes_that_fit(settings: dict, n_problems: int):
+    assert len(GPTConfig(**settings).problems()) == n_problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_problems"),
+    [
+        ({"lr_max": 0.5, "lr_min": 0.5}, 0),
+        ({"lr_max": 0.5, "lr_min": 0.6}, 1),
+        ({"lr_max": 0.0, "lr_min": 0.6}, 0),  # lr_max is reported as outside its limits
+        ({"warmup_steps": 10, "max_steps": 10}, 0),
+        ({"warmup_steps": 11, "max_steps": 10}, 1),
+        ({"warmup_steps": 0, "max_steps": 1}, 0),
+        ({"resume": True}, 0),
+        ({"overwrite": True}, 0),
+        ({"tag": "a b-1.x"}, 0),
+        *(({"tag": tag}, 1) for tag in (".", "..", "a/b", "a\\b")),
+    ],
+)
+def test_settings_of_a_run_that_fit_together(settings: dict, n_problems: int):
+    assert len(TrainConfig(**settings).problems()) == n_problems
+
+
+def test_warmup_is_a_tenth_of_the_run_and_at_most_100_steps():
+    steps = {5: 0, 99: 9, 1000: 100, 1009: 100, 5000: 100}
+    assert {n: TrainConfig(max_steps=n).warmup_steps for n in steps} == steps
+    assert TrainConfig(max_steps=50, warmup_steps=0).warmup_steps == 0
+
+
+def test_a_presets_architecture_gives_way_to_a_flag():
+    gpt, config = read("--preset baseline")
+    assert (gpt.norm, gpt.pos, gpt.bias, config.arch) == ("layernorm", "learned", True, "gpt2")
+    gpt, config = read("--preset baseline --arch llama --n_layer 3")
+    assert (gpt.norm, gpt.pos, gpt.bias, gpt.n_layer) == ("rmsnorm", "rope", False, 3)
+    assert (config.arch, config.lr_min) == ("llama", 1e-4)  # nanoGPT's final rate
+    assert read("--preset auto --n_head 4", "cuda")[0].n_head == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "rank", "status", "message"),
+    [
+        (UserError("wrong"), None, 2, "error: wrong\n"),
+        (UserError("wrong"), "0", 2, "error: wrong\n"),
+        (UserError("wrong"), "3", 2, "error in process 3: wrong\n"),
+        (KeyboardInterrupt(), None, 130, ""),
+    ],
+)
+def test_the_exit_status_of_a_script(monkeypatch, capsys, error, rank, status, message):
+    def main() -> int:
+        raise error
+
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == status and capsys.readouterr().err == message
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: 7)
+    assert stop.value.code == 7

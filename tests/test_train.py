@@ -664,8 +664,8 @@ def test_dropout_is_a_function_of_seed_step_and_micro_step():
 
 
 def test_weight_decay_shrinks_the_matrices_of_muon_and_of_adamw():
-    """Both decay the weights by lr times weight_decay before the update (Loshchilov and Hutter 2019,
-    Liu et al. 2025), which does not depend on it: two runs differ by that alone."""
+    """Both shrink the weights by lr times weight_decay (Loshchilov and Hutter 2019, Liu et al.
+    2025); the rest of the update does not depend on it, so two runs differ by that alone."""
     moved = {}
     for decay in (0.0, 0.5):
         settings = {"optimizer": "muon", "lr_max": 1e-2, "warmup_steps": 0}
