@@ -1,13 +1,19 @@
 """Precision, compilation and memory on this machine."""
 
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import make_model
 
-from config import TrainConfig
-from training import machine
+from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
+from corpus.load import Corpus
+from training import machine, setup
 from training.machine import memory_estimate, pick_compile, pick_precision, to_gpu_if_small
+from training.setup import preset_table
 
 CPU = torch.device("cpu")
 
@@ -63,3 +69,172 @@ def test_only_small_streams_are_copied_to_another_device(monkeypatch):
     assert to_gpu_if_small(ids, CPU) is ids
     monkeypatch.setattr(machine, "MAX_GPU_TOKENS", 99)
     assert to_gpu_if_small(ids, torch.device("meta")) is ids
+
+
+# --- precision and compilation
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "expected"),
+    [
+        ("cuda", True, ("bfloat16", "supported by this GPU")),
+        ("cuda", False, ("float16", "this GPU has no bfloat16")),
+        ("mps", True, ("float32", "the default on this device")),
+    ],
+)
+def test_a_gpu_uses_bfloat16_if_it_computes_it_itself(monkeypatch, device, bf16, expected):
+    supported = {True: True, False: bf16}  # every GPU can emulate it, slowly
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: supported[including_emulation],
+    )
+    assert pick_precision("auto", torch.device(device)) == expected
+    assert pick_precision("float32", torch.device(device)) == ("float32", "as requested")
+
+
+def test_the_reason_for_a_cpus_precision_is_the_ratio_of_the_times(monkeypatch):
+    monkeypatch.setattr(machine, "matmul_seconds", {torch.float32: 4.0, torch.bfloat16: 1.6}.get)
+    reason = "bfloat16 matrix products are 2.5 times as fast as float32 here"
+    assert pick_precision("auto", CPU) == ("bfloat16", reason)
+    monkeypatch.setattr(machine, "matmul_seconds", {torch.float32: 3.0, torch.bfloat16: 2.0}.get)
+    assert pick_precision("auto", CPU)[0] == "float32"  # 1.5 times is not more than 1.5 times
+
+
+def test_a_matrix_product_is_timed_by_the_best_of_eight(monkeypatch):
+    ticks = iter([0.0, 5.0, 10.0, 13.0, 20.0, 22.5, 30.0, 34.0, 40, 49, 50, 59, 60, 69, 70, 79])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))
+    assert machine.matmul_seconds(torch.bfloat16) == 2.5
+    assert next(ticks, None) is None  # eight products, two readings each
+
+
+def test_a_function_is_compiled_for_the_device_to_see_if_that_works(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        torch, "compile", lambda function: lambda x: seen.append((function, x.device))
+    )
+    assert pick_compile(None, torch.device("meta")) is True
+    assert seen == [(torch.neg, torch.device("meta"))]
+    for wanted in (True, False):  # as requested, without a trial
+        assert pick_compile(wanted, CPU) is wanted
+        assert pick_compile(wanted, torch.device("mps")) is wanted
+    assert len(seen) == 1
+
+
+def test_freed_memory_is_kept_by_the_c_library(monkeypatch):
+    """glibc's malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1; the largest int switches it off."""
+    calls = []
+    libc = SimpleNamespace(mallopt=lambda *args: calls.append(args))
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    machine.keep_freed_memory()
+    assert calls == [(-4, 0), (-1, 2147483647)]
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace())  # as with musl
+    machine.keep_freed_memory()
+    monkeypatch.setattr(machine.ctypes, "CDLL", None)
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    machine.keep_freed_memory()
+    assert len(calls) == 2
+
+
+def test_the_memory_of_gpt_2_by_hand():
+    """GPT-2's components have 10 C + 3 F numbers per block and token (Korthikanti et al. 2022 count
+    34 C bytes in float16, of which the attention scores' are not stored here)."""
+    gpt = GPTConfig(vocab_size=7, block_size=5, n_layer=3, n_embd=8, n_head=1, n_inner=32)
+    gpt.norm, gpt.mlp, gpt.pos, gpt.qk_norm = "layernorm", "gelu", "learned", False
+    run = TrainConfig(batch_size=2, precision="bfloat16")
+    estimate = memory_estimate(gpt, 1001, run)
+    # per token: 3 blocks x (80 + 96) numbers of 2 bytes, and 7 logits of 2 and twice 4 bytes
+    assert estimate == {
+        "weights": 4004,
+        "gradients": 4004,
+        "optimizer": 8008,
+        "activations": 10 * (3 * 176 * 2 + 7 * 10),
+    }
+    for change, per_token in (
+        ({"norm": "rmsnorm"}, 3 * (112 + 96) * 2 + 70),
+        ({"qk_norm": True}, 3 * (112 + 96) * 2 + 70),
+        ({"pos": "rope"}, 3 * (96 + 96) * 2 + 70),
+        ({"mlp": "swiglu"}, 3 * (80 + 160) * 2 + 70),
+    ):
+        changed = memory_estimate(replace(gpt, **change), 1001, run, n_shards=3)
+        assert changed["activations"] == 10 * per_token
+        assert changed["weights"] == changed["gradients"] == 1334  # 4004 / 3, rounded down
+
+
+# --- the summary of a run
+
+
+def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_VEC_ISA_OK", raising=False)
+    kept = []
+    monkeypatch.setattr(setup, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(
+        setup, "pick_compile", lambda wanted, device: (wanted, device) == (None, CPU)
+    )
+    config = TrainConfig(precision="bfloat16", seed=77)
+    torch.set_float32_matmul_precision("highest")
+    assert setup.setup_machine(config, CPU) == "as requested"
+    assert torch.initial_seed() == 77 and kept == [True]
+    assert (config.precision, config.compile) == ("bfloat16", True)
+    assert torch.get_float32_matmul_precision() == "high"
+    assert os.environ["TORCHINDUCTOR_VEC_ISA_OK"] == "1"
+    setup.setup_machine(TrainConfig(precision="float32"), torch.device("meta"))
+    assert kept == [True]  # only on a CPU
+
+
+def test_the_summary_of_a_run(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(setup, "memory_estimate", lambda *args: {"weights": 2.4e6, "rest": 1.2e9})
+    gpt = GPTConfig(vocab_size=8, block_size=5, n_layer=3, n_embd=8, n_head=2)
+    config = TrainConfig(preset="tiny", max_steps=70, batch_size=9, grad_accum=4, lr_min=1e-5)
+    config.precision, config.compile = "float32", False
+    info = {"name": "a book", "bytes": 1234567}
+    corpus = Corpus(np.zeros(4321), np.zeros(1000), info, 9000, 2500)
+    setup.print_summary(gpt, config, corpus, 12345, CPU, "because")
+    assert capsys.readouterr().out.splitlines() == [
+        "machine: cpu (6 threads), float32 (because), eager",
+        "corpus: a book, 1,234,567 bytes; 4,321 training tokens, 1,000 validation tokens, "
+        "vocabulary 8, 2.50 bytes per token",
+        "model: 3 layers, 2 heads, 8 channels, window 5; rmsnorm, swiglu, rope; 12,345 parameters",
+        "memory: about 1,202 MB (weights 2, rest 1,200)",
+        "run: preset tiny, 70 steps of 9 x 4 sequences, learning rate 0.001 to 1e-05",
+        "uniform guessing would give a loss of ln(8) = 2.0794",
+    ]
+
+
+def test_the_machine_in_words(monkeypatch):
+    config = TrainConfig(precision="bfloat16", compile=True, parallel="fsdp")
+    line = setup.machine_line(config, torch.device("cuda", 1), "fast")
+    assert line == "machine: cuda:1, bfloat16 (fast), compiled, so the first step is slow"
+    monkeypatch.setattr(setup, "world_size", lambda: 4)
+    line = setup.machine_line(config, torch.device("cuda", 1), "fast")
+    assert line.startswith("machine: cuda:1 in 4 processes, fsdp, bfloat16 (fast), compiled")
+
+
+@pytest.mark.parametrize(("parallel", "n_shards"), [("ddp", 1), ("fsdp", 4)])
+def test_only_fsdp_divides_the_memory(monkeypatch, capsys, parallel: str, n_shards: int):
+    monkeypatch.setattr(setup, "world_size", lambda: 4)
+    seen = []
+    monkeypatch.setattr(setup, "memory_estimate", lambda *args: (seen.append(args), {"all": 1})[1])
+    gpt, config = GPTConfig(), TrainConfig(parallel=parallel)
+    corpus = Corpus(np.zeros(9), np.zeros(9), {"name": "a", "bytes": 1}, 9, 9)
+    setup.print_summary(gpt, config, corpus, 55, CPU, "")
+    assert seen == [(gpt, 55, config, n_shards)]
+
+
+def test_the_table_of_presets_in_the_help():
+    lines = preset_table().splitlines()
+    assert lines[0].split() == ["preset", *PRESET_FIELDS]
+    assert lines[1].split() == "laptop 4 2 128 192 12 1000 0.006 0.0 200".split()
+    assert lines[2].startswith(
+        "             and optimizer muon, schedule linear, compile False, norm"
+    )
+    assert lines[3].split()[0] == "tiny" and lines[4].split()[0] == "small"  # nothing else in tiny
+    arch = next(i for i, line in enumerate(lines) if line.startswith("arch "))
+    assert lines[arch].split() == ["arch", *ARCH_FIELDS]
+    assert (
+        lines[arch + 2].split() == "llama rmsnorm swiglu rope False False False False False".split()
+    )
+    assert len(lines) == arch + 4  # gpt2, llama, qwen3: all their settings are columns
+    assert {len(line) for line in lines if " and " not in line} == {9 + 12 * 9, 9 + 12 * 8}

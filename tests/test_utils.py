@@ -268,3 +268,174 @@ def test_the_newest_run_is_found(tmp_path: Path):
     assert utils.newest_checkpoint(tmp_path) == tmp_path / "a/latest.pt"
     os.utime(tmp_path / "b/latest.pt", (2000, 2000))
     assert utils.newest_checkpoint(tmp_path) == tmp_path / "b/best.pt"
+
+
+# --- exact positions
+
+
+def reference_starts(n_ids: int, T: int, B: int, seed: int, number: int) -> list[int]:
+    """Where the windows of a batch begin, in Python's integers: the i-th window of a run begins at
+    the fractional part of offset + i / golden ratio, times the number of possible starts."""
+    offset = int(np.random.default_rng(seed).integers(1 << 64, dtype=np.uint64))
+    fractions = [
+        (offset + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(number * B, number * B + B)
+    ]
+    return [(fraction >> 11) * (n_ids - T) // 2**53 for fraction in fractions]
+
+
+@pytest.mark.parametrize(
+    ("T", "B", "seed", "number"), [(8, 4, 0, 0), (8, 4, 7, 3), (1, 1, 2, 9), (99, 5, 1, 100)]
+)
+def test_windows_begin_a_golden_ratio_apart(T: int, B: int, seed: int, number: int):
+    x, y = utils.get_batch(np.arange(100), T, B, seed, number)
+    assert x.shape == y.shape == (B, T)
+    assert x[:, 0].tolist() == reference_starts(100, T, B, seed, number)
+    assert torch.equal(y, x + 1)  # always inside the stream
+
+
+def test_windows_of_documents_begin_where_the_stream_has_a_token():
+    """Without room for a window at the end, all tokens are possible starts."""
+    ids, docs = np.arange(100), np.arange(100)  # documents of one token: no window is moved
+    x, _ = utils.get_batch(ids, 8, 300, seed=3, number=1, docs=docs)
+    assert x[:, 0].tolist() == reference_starts(108, 8, 300, 3, 1)
+    assert set(range(100)) == set(x[:, 0].tolist())
+
+
+def test_golden_ratio():
+    assert pytest.approx((1 + math.sqrt(5)) / 2, rel=1e-15) == 2**64 / 0x9E3779B97F4A7C15
+
+
+@pytest.mark.parametrize(
+    ("n_ids", "T", "n", "starts"),
+    [
+        (101, 10, 4, [0, 30, 60, 90]),
+        (101, 10, 9, [0, 11, 22, 33, 45, 56, 67, 78, 90]),  # 90 / 8 = 11.25
+        (101, 10, 10, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]),  # as many as there are
+        (102, 10, 11, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]),  # one target in the last
+        (102, 10, None, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100]),
+        (101, 10, None, [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]),  # 100 has no target
+        (2, 10, None, [0]),
+        (11, 10, 1, [0]),
+    ],
+)
+def test_even_starts_by_hand(n_ids: int, T: int, n: int | None, starts: list[int]):
+    found = utils.even_starts(n_ids, T, n)
+    assert found.tolist() == starts and found.dtype == np.int64
+
+
+def test_a_document_at_the_end_of_the_stream_ends_there():
+    starts = np.array([90, 91, 92, 93, 94, 99])
+    found = utils.fit_documents(starts, np.array([0, 91]), n_ids=100, block_size=8)
+    assert found.tolist() == [83, 91, 92, 91, 92, 91]  # the last may still begin at 92
+    one = utils.fit_documents(np.array([0, 5, 6]), np.array([0]), n_ids=8, block_size=4)
+    assert one.tolist() == [0, 0, 4]
+
+
+def test_document_numbers_count_the_separators_of_each_row():
+    x = torch.tensor([[7, 1, 7, 7, 2], [1, 2, 3, 4, 7]])
+    assert utils.document_numbers(x, 7).tolist() == [[1, 1, 2, 3, 3], [0, 0, 0, 0, 1]]
+
+
+def test_a_mixed_seed_has_64_bits_and_never_changes():
+    """NumPy guarantees the output of SeedSequence; a saved run must find its batches again."""
+    expected = np.random.SeedSequence((1337, 2, 3)).generate_state(2, np.uint64)
+    assert utils.mix_seed(1337, 2, 3) == expected[0]
+    assert max(utils.mix_seed(0, i) for i in range(20)) > 1 << 60
+
+
+# --- devices and precisions
+
+
+@pytest.mark.parametrize(
+    ("name", "n_gpus", "works"),
+    [
+        ("cpu", 0, True),
+        ("cuda", 0, False),
+        ("cuda", 1, True),
+        ("cuda:0", 1, True),
+        ("cuda:1", 1, False),
+        ("cuda:1", 2, True),
+        ("cuda:2", 2, False),
+        ("mps", 2, False),
+    ],
+)
+def test_a_gpu_exists_if_its_number_is_below_their_count(monkeypatch, name, n_gpus, works):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    if works:
+        assert utils.pick_device(name) == torch.device(name) and utils.device_problems(name) == []
+    else:
+        have = "cuda, cpu" if n_gpus else "cpu"
+        (problem,) = utils.device_problems(name)
+        assert problem == f"no device {name!r} on this machine (it has {have}): use --device auto"
+
+
+def test_a_product_has_the_precision_that_is_asked_for():
+    a = torch.ones(2, 2)
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    for name, dtype in types.items():
+        with utils.autocast(torch.device("cpu"), name):
+            assert (a @ a).dtype == dtype
+    with utils.autocast(torch.device("cpu"), "bfloat16"):
+        with utils.autocast(torch.device("cpu"), "float32"):  # also inside another one
+            assert (a @ a).dtype == torch.float32
+        assert (a @ a).dtype == torch.bfloat16
+
+
+# --- files
+
+
+def test_an_incomplete_checkpoint_is_never_written(tmp_path: Path):
+    state = make_state(make_model())
+    for key in sorted(state):
+        with pytest.raises(AssertionError):
+            utils.save_checkpoint(tmp_path / "a.pt", {k: v for k, v in state.items() if k != key})
+    assert not list(tmp_path.iterdir())
+    utils.save_checkpoint(tmp_path / "a.pt", state)  # all keys, and no more
+    utils.save_checkpoint(tmp_path / "b.pt", state | {"more": 1})
+    assert utils.read_checkpoint(tmp_path / "a.pt").keys() == state.keys()
+    assert utils.read_checkpoint(tmp_path / "b.pt")["more"] == 1
+
+
+def test_a_damaged_file_causes_one_error_and_no_warnings(tmp_path: Path, recwarn):
+    torch.save({"a": 1}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "list.pt").write_bytes(pickle.dumps([1, 2]))
+    for name in ("old.pt", "list.pt"):
+        with pytest.raises(UserError):
+            utils.read_checkpoint(tmp_path / name)
+    assert not list(recwarn)
+
+
+def test_a_written_file_is_on_disk_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch):
+    calls: list[tuple] = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor: int) -> None:
+        calls.append(("fsync", os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def note_replace(source: Path, target: Path) -> None:
+        calls.append(("replace", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(utils.os, "fsync", note_fsync)
+    monkeypatch.setattr(utils.os, "replace", note_replace)
+    with utils.atomic_write(tmp_path / "file") as file:
+        file.write(b"0123456789")
+    assert calls == [("fsync", 10), ("replace", "file")]
+    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"0123456789"
+
+
+def test_the_best_checkpoint_of_the_newest_run_is_preferred(tmp_path: Path):
+    for age, name in enumerate(
+        ("a/best.pt", "a/latest.pt", "best.pt", "b/ckpt_5.pt", "b/best.txt")
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 + age, 1000 + age))
+    assert utils.newest_checkpoint(tmp_path) == tmp_path / "best.pt"
+    os.utime(tmp_path / "a/latest.pt", (3000, 3000))
+    assert utils.newest_checkpoint(tmp_path) == tmp_path / "a/best.pt"
+    (tmp_path / "a/best.pt").unlink()
+    assert utils.newest_checkpoint(tmp_path) == tmp_path / "a/latest.pt"
