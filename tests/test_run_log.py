@@ -3,8 +3,10 @@
 import importlib.util
 import itertools
 import json
+import math
 import shutil
 import struct
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -318,3 +320,249 @@ def test_a_missing_package_is_an_error_before_anything_is_written(workplace, mon
     with pytest.raises(UserError, match=f"pip install {name}"):
         train.main([*TINY_RUN, f"--{name}"])
     assert not (workplace / "checkpoints").exists()
+
+
+# --- numbers by hand, with a clock that the test sets
+
+
+class Clock:
+    """time.perf_counter() of a run log."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, now: float = 1000.0):
+        self.now = now
+        monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def steps(self, log: RunLog, first: int, last: int, seconds: float) -> None:
+        """Training steps, each of which takes so many seconds."""
+        for step in range(first, last + 1):
+            self.now += seconds
+            terms = {"loss": 10.0 + step, "grad_norm": 20.0 + step, "margin": 30.0 + step}
+            log.training_step(step, {name: torch.tensor(value) for name, value in terms.items()})
+
+
+def test_the_record_of_an_evaluation_by_hand(workplace, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(run_log, "PLOT_INTERVAL", math.inf)
+    log = RunLog(TrainConfig(max_steps=25, eval_every=5), HEADER, tokens_per_step=64)
+    clock.now += 3
+    log.evaluation(0, {"val": 4.0}, 0.0, "")
+    clock.steps(log, 1, 1, seconds=60.0)  # it compiles
+    clock.steps(log, 2, 5, seconds=0.5)
+    clock.now += 7  # evaluates
+    log.evaluation(5, {"val": 3.0, "ppl": 20.0}, 0.25, "")
+    log.restart_clock(5)
+    clock.steps(log, 6, 9, seconds=0.25)
+    log.evaluation(9, {"val": 2.0}, 0.125, "")  # metrics are read at steps 5 and 10, not at 9
+    speed = {"tokens_per_second": 128.0, "ms_per_step": 500.0}
+    terms = {"margin": 35.0, "grad_norm": 25.0}
+    assert log.records[:2] == [
+        {"step": 0, "val": 4.0, "lr": 0.0, "grad_norm": None, "tokens_per_second": None}
+        | {"ms_per_step": None, "seconds": 3.0},
+        {"step": 5, "val": 3.0, "ppl": 20.0, **terms, "lr": 0.25, **speed, "seconds": 72.0},
+    ]
+    assert log.records[2]["margin"] == 35.0 and log.records[2]["ms_per_step"] is None
+    assert read_records(log.run_dir) == [
+        {name: value for name, value in record.items() if value is not None}
+        for record in log.records
+    ]
+    assert read_lines(log.run_dir)[0] == HEADER
+
+
+def test_a_resumed_log_continues_the_seconds_and_times_only_its_own_steps(workplace, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(run_log, "PLOT_INTERVAL", math.inf)
+    config = TrainConfig(max_steps=40, eval_every=10)
+    log = RunLog(config, HEADER, 64)
+    for step, seconds in ((0, 5.0), (10, 6.0)):
+        clock.now += seconds
+        log.evaluation(step, {"val": 4.0}, 0.0, "")
+    clock = Clock(monkeypatch, now=5.0)
+    resumed = RunLog(config, HEADER, 64, log.state())
+    assert resumed.records == log.records
+    clock.steps(resumed, 11, 11, seconds=30.0)
+    clock.steps(resumed, 12, 20, seconds=2.0)
+    resumed.evaluation(20, {"val": 3.0}, 0.0, "")
+    record = resumed.records[-1]
+    assert (record["ms_per_step"], record["tokens_per_second"]) == (2000.0, 32.0)
+    assert record["seconds"] == 11 + 30 + 9 * 2.0
+
+
+@pytest.mark.parametrize("tokens", [None, 64])
+def test_tokens_per_second_only_if_their_number_is_known(workplace, monkeypatch, tokens):
+    clock = Clock(monkeypatch)
+    log = RunLog(TrainConfig(max_steps=4, eval_every=4), HEADER, tokens)
+    clock.steps(log, 1, 4, seconds=2.0)
+    log.evaluation(4, {"val": 1.0}, 0.0, "")
+    assert log.records[0]["tokens_per_second"] == (32.0 if tokens else None)
+    assert log.records[0]["ms_per_step"] == 2000.0
+
+
+def test_evaluations_are_at_multiples_and_at_the_last_step():
+    log = SimpleNamespace(config=TrainConfig(max_steps=14, eval_every=4))
+    found = [step for step in range(1, 15) if RunLog.is_evaluation_step(log, step)]
+    assert found == [4, 8, 12, 14]
+
+
+def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workplace, monkeypatch):
+    shown = []
+
+    class Bar:
+        def __init__(self, **settings: object):
+            shown.append(settings)
+
+        set_postfix_str = lambda self, text, refresh: shown.append((text, refresh))  # noqa: E731
+        update = lambda self: shown.append("update")  # noqa: E731
+        write = staticmethod(lambda text: None)
+
+    monkeypatch.setattr(run_log, "tqdm", Bar)
+    clock = Clock(monkeypatch)
+    log = RunLog(TrainConfig(max_steps=100, eval_every=50), HEADER)
+    clock.steps(log, 7, 7, 1.0)  # without a bar
+    log.progress_bar(8)
+    clock.steps(log, 9, 11, 1.0)
+    settings = {"total": 100, "initial": 8, "unit": "step", "leave": False, "disable": None}
+    assert shown == [settings, "update", ("loss 20.0000", False), "update", "update"]
+    monkeypatch.setattr(run_log, "rank", lambda: 1)
+    log.progress_bar(0)
+    assert shown[-1] == settings | {"initial": 0, "disable": True}
+
+
+def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace):
+    read = []
+
+    class Number:
+        def __init__(self, step: int):
+            self.step = step
+
+        def item(self) -> float:
+            read.append(self.step)
+            return 1.0
+
+    log = make_log(eval_every=7, max_steps=24)
+    for step in range(3, 25):
+        log.training_step(step, {"loss": Number(step)})
+    assert read == [3, 7, 10, 14, 20, 21, 24]
+
+
+def test_the_curve_is_redrawn_every_few_seconds_but_not_at_the_last_step(workplace, monkeypatch):
+    clock = Clock(monkeypatch)
+    log = make_log(max_steps=9)
+    plots = []
+    monkeypatch.setattr(
+        run_log, "save_figure", lambda figure, file: plots.append((clock.now, file))
+    )
+    monkeypatch.setattr(run_log, "plot_runs", lambda runs: None)
+    for step, wait in enumerate([5.0, 0.5, 3.0, 2.0, 3.5, 0, 0, 0, 0]):
+        clock.now += wait
+        log.evaluation(step, {"val": 1.0}, 0.0, "")
+    assert [now for now, _ in plots] == [1005.5, 1014.0]
+    clock.now += 100
+    log.evaluation(9, {"val": 1.0}, 0.0, "")
+    assert len(plots) == 2 and plots[0][1] == Path("checkpoints/loss_curve.png")
+
+
+def test_samples_are_written_whole_and_printed_by_their_first_lines(workplace, capsys):
+    log = make_log()
+    log.write_sample(3, "one\n\ntwo\nthree\n\nfour\nfive é")
+    log.write_sample(4, "")
+    text = (log.run_dir / "samples.txt").read_text(encoding="utf-8")
+    assert text == "--- step 3\none\n\ntwo\nthree\n\nfour\nfive é\n\n"
+    assert capsys.readouterr().out == "    one\n    two\n    three\n    four\n"
+
+
+def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(run_log, "verdict", lambda records, vocab_size: f"{vocab_size} is fine")
+    log = RunLog(TrainConfig(max_steps=9, tag="a"), HEADER)
+    for step, loss in enumerate([3.0, 1.5, 2.0]):
+        clock.now += 10
+        log.evaluation(step, {"train": 0.5, "val": loss}, 0.0, "")
+    capsys.readouterr()
+    log.finish({"val": 1.25, "ppl": 3.5, "bpb": 0.75, "margin": 2.0})
+    run = Path("checkpoints/a")
+    assert capsys.readouterr().out.splitlines() == [
+        "done in 30 s: best at step 1, validation loss 1.2500 (perplexity 3.50, 0.7500 bits per "
+        "byte, margin 2.0000) over the whole split",
+        "verdict: 50257 is fine",
+        f"files: {run}/; next: python generate.py {run / 'best.pt'}",
+    ]
+    final = {"step": 1, "val": 1.25, "ppl": 3.5, "bpb": 0.75, "margin": 2.0}
+    final["verdict"] = "50257 is fine"
+    assert json.loads((run / "loss_log.json").read_text()) == {
+        "corpus": {"name": "a text"}, "log": log.records, "seconds": 30.0, "final": final,
+    }  # fmt: skip
+    assert read_lines(run) == [HEADER, *log.records, {"final": final}]
+    assert (run / "loss_curve.png").exists()
+    log.stopped(17)
+    assert capsys.readouterr().out == "stopped and saved at step 17; --resume continues from here\n"
+
+
+def test_a_new_log_makes_its_folders_and_a_resumed_one_finds_them(workplace):
+    log = RunLog(TrainConfig(out_dir="a/b", tag="c"), HEADER)
+    assert log.run_dir == Path("a/b/c") and log.run_dir.is_dir()
+    assert log.state() == {"log": [], "files": {}}
+    log.write_sample(0, "é")
+    assert log.state()["files"] == {"samples.txt": len(b"--- step 0\n\xc3\xa9\n\n")}
+    (log.run_dir / "samples.txt").write_text("")
+    resumed = RunLog(log.config, HEADER, state={"log": [], "files": {"samples.txt": 14}})
+    assert (resumed.run_dir / "samples.txt").read_text() == ""
+    (log.run_dir / "samples.txt").unlink()
+    RunLog(log.config, HEADER, state={"log": [], "files": {"samples.txt": 14}})
+    RunLog(log.config, HEADER, state={"log": []})  # of a run without any such file
+
+
+def test_the_tools_that_are_asked_for_must_be_installed(monkeypatch):
+    names = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: names.append(name))
+    assert run_log.writer_problems(TrainConfig()) == [] == names
+    found = run_log.writer_problems(TrainConfig(tensorboard=True, wandb=True))
+    assert names == ["tensorboard", "wandb"]
+    assert found == [f"--{name} needs a package: pip install {name}" for name in names]
+    assert run_log.writer_problems(TrainConfig(wandb=True)) == found[1:]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert run_log.writer_problems(TrainConfig(tensorboard=True, wandb=True)) == []
+
+
+def test_records_reach_a_tool_without_their_empty_values(workplace, monkeypatch):
+    """Weights & Biases, replaced by a list: also the records from before a resume."""
+    received = []
+
+    def init(**settings: object) -> SimpleNamespace:
+        received.append(settings)
+        return SimpleNamespace(log=lambda record, step: received.append((step, record)))
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    log = RunLog(TrainConfig(wandb=True, tag="a"), HEADER)
+    log.evaluation(3, {"val": 2.0}, 0.5, "")
+    sent = {"step": 3, "val": 2.0, "lr": 0.5, "seconds": log.records[0]["seconds"]}
+    settings = {"project": "tinyllm", "name": "a", "dir": log.run_dir, "config": HEADER}
+    assert received == [settings, (3, sent)]
+    RunLog(TrainConfig(wandb=True), HEADER, state=log.state())
+    assert received[2:] == [settings | {"name": None, "dir": Path("checkpoints")}, (3, sent)]
+
+
+def test_tensorboard_is_written_again_from_the_first_record(workplace, monkeypatch):
+    """TensorBoard, replaced by a list."""
+    received: list[tuple] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: Path):
+            assert not folder.exists()
+            received.append(("folder", folder))
+
+        add_text = lambda self, *args: received.append(("text", *args))  # noqa: E731
+        add_scalar = lambda self, *args: received.append(args)  # noqa: E731
+        flush = lambda self: received.append(("flush",))  # noqa: E731
+
+    module = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = Path("checkpoints")
+    (run / "tensorboard").mkdir(parents=True)
+    (run / "tensorboard" / "old").touch()
+    record = {"step": 4, "val": 2.0, "ppl": None, "seconds": 1.0}
+    RunLog(TrainConfig(tensorboard=True), {"a": 1, "b": "x"}, state={"log": [record]})
+    assert received == [
+        ("folder", run / "tensorboard"),
+        ("text", "settings", "    a: 1\n    b: x"),
+        *(("step", 4, 4), ("val", 2.0, 4), ("seconds", 1.0, 4), ("flush",)),
+    ]
