@@ -15,6 +15,8 @@ import torch
 from conftest import make_model
 from test_finetune import answer_losses, make_task, make_task_model, records_in_order
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import finetune
 import train
@@ -22,18 +24,32 @@ import utils
 from config import ARCH_FIELDS, PRESETS, GPTConfig, TrainConfig, UserError, train_settings
 from finetuning import tasks
 from model import GPT
+from training import distributed
 from training.distributed import (
     Weights,
+    all_reduce_max,
+    all_reduce_mean,
+    all_reduce_sum,
+    broadcast_from_rank0,
     destroy_process_group,
+    full_tensor,
     gather,
     init_process_group,
+    is_restart,
+    is_sharded,
+    is_torchrun,
+    load_optimizer,
+    local_rank_zero_first,
+    no_sync,
     rank,
+    world_size,
     wrap,
 )
 from training.setup import check_run, resolve_train
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+IDS = torch.arange(8)[None]
 SETTINGS = [
     "--data=data/input.txt", "--n_layer=2", "--n_embd=32", "--n_head=2", "--block_size=16",
     "--batch_size=4", "--max_steps=20", "--eval_every=10", "--eval_windows=9", "--save_every=10",
@@ -395,3 +411,199 @@ def test_recomputed_activations_change_no_gradient():
         model(x, x)[1].backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# --- one process, in a process group
+
+
+@pytest.fixture
+def process_group():
+    """A group of this process alone: the real collectives, DDP and FSDP, without torchrun."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_of_a_model_sharded_over_one_process(process_group, monkeypatch, tied):
+    set_world_size(monkeypatch, 1)
+    model = make_model(tie_weights=tied)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert wrap(model, "fsdp", CPU, "float32") is model and is_sharded(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    check_weights(model, before, tied)
+
+
+def test_the_state_of_a_sharded_optimizer_is_that_of_a_plain_one(process_group, monkeypatch):
+    set_world_size(monkeypatch, 1)
+    states = []
+    for parallel in ("none", "fsdp"):
+        model = make_model()
+        if parallel == "fsdp":
+            wrap(model, parallel, CPU, "float32")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(IDS, IDS)[1].backward()
+            optimizer.step()
+        states.append(gather(optimizer.state_dict()))
+    plain, sharded = states
+    assert plain["state"].keys() == sharded["state"].keys()
+    for number, values in plain["state"].items():
+        for name, value in values.items():
+            assert type(sharded["state"][number][name]) is Tensor, name
+            torch.testing.assert_close(sharded["state"][number][name], value)
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    load_optimizer(fresh, plain)
+    for parameter, values in fresh.state.items():
+        assert isinstance(values["exp_avg"], DTensor) and not isinstance(values["step"], DTensor)
+        assert values["exp_avg"].placements == parameter.placements
+        torch.testing.assert_close(values["exp_avg"].full_tensor(), full_tensor(values["exp_avg"]))
+    assert_equal_states(gather(fresh.state_dict())["state"], plain["state"])
+
+
+def assert_equal_states(one: dict, other: dict) -> None:
+    for number, values in other.items():
+        assert one[number].keys() == values.keys()
+        for name, value in values.items():
+            assert torch.equal(one[number][name], value), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_fsdp_computes_in_the_precision_and_keeps_float32_weights(
+    process_group, monkeypatch, precision, dtype
+):
+    set_world_size(monkeypatch, 1)
+    model = make_model(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False)
+    wrap(model, "fsdp", CPU, precision)
+    seen = []
+    model.blocks[0].mlp.fc.register_forward_pre_hook(
+        lambda module, args: seen.append((module.weight.dtype, type(module.weight)))
+    )
+    model(IDS, IDS)[1].backward()
+    assert seen[0][0] == dtype and not issubclass(seen[0][1], DTensor)  # gathered
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_are_reduced_unless_skipped(process_group, monkeypatch, parallel):
+    set_world_size(monkeypatch, 1)
+    net = wrap(make_model(), parallel, CPU, "float32")
+    assert isinstance(net, DistributedDataParallel) == (parallel == "ddp")
+    assert is_sharded(net) == (parallel == "fsdp")
+    reduced = []
+    if parallel == "ddp":
+        net.register_comm_hook(None, lambda state, bucket: reduce(reduced, bucket))
+    gradients = lambda: [p.grad for p in net.parameters()]  # noqa: E731
+    with no_sync(net, skip=True):
+        net(IDS, IDS)[1].backward()
+    if parallel == "ddp":
+        assert not reduced
+    else:
+        assert all(gradient is None for gradient in gradients())  # kept unsharded, elsewhere
+    with no_sync(net, skip=False):
+        net(IDS, IDS)[1].backward()
+    assert parallel == "fsdp" or reduced
+    single = make_model()
+    for _ in range(2):
+        single(IDS, IDS)[1].backward()
+    for gradient, p in zip(gradients(), single.parameters(), strict=True):
+        torch.testing.assert_close(full_tensor(gradient), p.grad)
+
+
+def reduce(reduced: list, bucket: torch.distributed.GradBucket):
+    """A communication hook of DDP that only notes that it was called."""
+    reduced.append(bucket.index())
+    future = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "5")  # of a tool other than torchrun
+    assert (is_torchrun(), is_restart(), rank(), world_size()) == (False, False, 0, 1)
+    assert init_process_group(CPU) is CPU
+    model = make_model()
+    assert wrap(model, "fsdp", CPU, "float32") is model and not is_sharded(model)
+    assert broadcast_from_rank0(lambda: 7) == 7
+    tensor = torch.tensor([3.0])
+    assert all_reduce_sum(tensor) is all_reduce_mean(tensor) is tensor and tensor.item() == 3.0
+    assert all_reduce_max(5) == 5
+    destroy_process_group()
+
+
+def test_the_collectives_use_what_torchrun_says(process_group, monkeypatch):
+    """Two processes according to torchrun, but one in the group: a sum is its own number."""
+    set_world_size(monkeypatch, 2)
+    assert (is_torchrun(), world_size()) == (True, 2)
+    assert all_reduce_mean(torch.tensor([3.0])).item() == 1.5
+    assert all_reduce_sum(torch.tensor([3.0])).item() == 3.0
+    assert all_reduce_max(5) == 5
+    box: list[object] = []
+    assert broadcast_from_rank0(lambda: box.append(1) or "x") == "x" and box == [1]
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    sent = []
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda box, **kw: sent.append((box[0], kw))
+    )
+    assert broadcast_from_rank0(lambda: 1 / 0) is None  # only rank 0 calls it
+    assert sent == [(None, {"src": 0, "device": CPU})]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(None, False), ("0", False), ("2", True)])
+def test_a_restart_is_recognized_by_torchruns_count(monkeypatch, count, expected):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    if count:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    assert is_restart() == expected
+
+
+def test_each_process_has_its_own_gpu_and_only_rank_0_prints(monkeypatch, capsys):
+    set_world_size(monkeypatch, 2)
+    calls = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
+    monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
+    for local_rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        gpu = torch.device("cuda", local_rank)
+        assert init_process_group(torch.device("cuda")) == gpu
+        assert calls == [gpu, "cpu:gloo,cuda:nccl"]
+        calls.clear()
+    assert init_process_group(CPU) == CPU and calls == ["gloo"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"more processes than the 2 GPUs: lower --nproc_per_node"):
+        init_process_group(torch.device("cuda"))
+    with pytest.raises(UserError, match="MPS supports one process"):
+        init_process_group(torch.device("mps"))
+    print("shown")
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # restored after the test
+    init_process_group(CPU)
+    print("not shown")
+    assert capsys.readouterr().out == "shown\n"
+
+
+@pytest.mark.parametrize(("local_rank", "order"), [("0", "run wait"), ("1", "wait run")])
+def test_the_first_process_of_a_machine_runs_before_the_others(monkeypatch, local_rank, order):
+    set_world_size(monkeypatch, 2)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    done = []
+    monkeypatch.setattr(distributed, "all_reduce_max", lambda number: done.append("wait"))
+    with local_rank_zero_first():
+        done.append("run")
+    assert " ".join(done) == order
+
+
+def test_gather_keeps_the_structure_of_a_state():
+    tensor = torch.ones(2)
+    state = {"a": [1, {"b": tensor}, (2, 3)], "c": None, "d": 0.5}
+    found = gather(state)
+    assert found == {"a": [1, {"b": tensor}, (2, 3)], "c": None, "d": 0.5}
+    assert found is not state and found["a"][1]["b"] is tensor and full_tensor(tensor) is tensor

@@ -211,9 +211,9 @@ def full_tensor(tensor: Any) -> Tensor:
 
 
 def gather(value: Any) -> Any:
-    """A state dict or list with all sharded tensors gathered on the CPU."""
+    """A state dict or list with all sharded tensors gathered, as copies on the CPU."""
     if hasattr(value, "full_tensor"):
-        return full_tensor(value).cpu()
+        return full_tensor(value).to("cpu", copy=True)  # one process's shard is the parameter
     if isinstance(value, dict):
         return {key: gather(item) for key, item in value.items()}
     return [gather(item) for item in value] if isinstance(value, list) else value
