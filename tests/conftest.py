@@ -1,5 +1,6 @@
 """What the tests share: a small text, small models, a place to train in."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 import train
 from config import ARCHS, GPTConfig
 from model import GPT, MLPS, NORMS, POSITIONS, AttentionPositions
+
+# While mutmut records which functions a test calls, child processes must run the plain code: they
+# cannot record, and would not find mutmut's settings. Later they run the same mutant.
+if os.environ.get("MUTANT_UNDER_TEST") == "stats":
+    del os.environ["MUTANT_UNDER_TEST"]
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until some other day".split()
 

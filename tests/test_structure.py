@@ -17,6 +17,7 @@ LEVEL = {name: i for i, layer in enumerate(LAYERS.split("|")) for name in layer.
 TEXTS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("[!.]*/*.py")]
+    if path.parent != ROOT / "mutants"  # what mutmut writes
     if path.parent.name != "tests"
 }
 TREES = {module: ast.parse(text) for module, text in TEXTS.items()}
