@@ -143,13 +143,16 @@ def test_the_memory_of_gpt_2_by_hand():
     gpt = GPTConfig(vocab_size=7, block_size=5, n_layer=3, n_embd=8, n_head=1, n_inner=32)
     gpt.norm, gpt.mlp, gpt.pos, gpt.qk_norm = "layernorm", "gelu", "learned", False
     run = TrainConfig(batch_size=2, precision="bfloat16")
-    estimate = memory_estimate(gpt, 1001, run)
+    estimate = memory_estimate(gpt, run)
+    # embeddings, 3 blocks of 2 gains and 4 matrices, and the last gain
+    n = 7 * 8 + 5 * 8 + 3 * (2 * 8 + 8 * 24 + 8 * 8 + 2 * 8 * 32) + 8
     # per token: 3 blocks x (80 + 96) numbers of 2 bytes, and 7 logits of 2 and twice 4 bytes
     assert estimate == {
-        "weights": 4004,
-        "gradients": 4004,
-        "optimizer": 8008,
+        "weights": 4 * n,
+        "gradients": 4 * n,
+        "optimizer": 8 * n,
         "activations": 10 * (3 * 176 * 2 + 7 * 10),
+        "batches": 10 * 16,
     }
     for change, per_token in (
         ({"norm": "rmsnorm"}, 3 * (112 + 96) * 2 + 70),
@@ -157,9 +160,7 @@ def test_the_memory_of_gpt_2_by_hand():
         ({"pos": "rope"}, 3 * (96 + 96) * 2 + 70),
         ({"mlp": "swiglu"}, 3 * (80 + 160) * 2 + 70),
     ):
-        changed = memory_estimate(replace(gpt, **change), 1001, run, n_shards=3)
-        assert changed["activations"] == 10 * per_token
-        assert changed["weights"] == changed["gradients"] == 1334  # 4004 / 3, rounded down
+        assert memory_estimate(replace(gpt, **change), run)["activations"] == 10 * per_token
 
 
 # --- the summary of a run
@@ -191,7 +192,8 @@ def test_the_summary_of_a_run(capsys, monkeypatch):
     config.precision, config.compile = "float32", False
     info = {"name": "a book", "bytes": 1234567}
     corpus = Corpus(np.zeros(4321), np.zeros(1000), info, 9000, 2500)
-    setup.print_summary(gpt, config, corpus, 12345, CPU, "because")
+    monkeypatch.setattr(setup, "count_params", lambda gpt: (12345, 100))
+    setup.print_summary(gpt, config, corpus, CPU, "because")
     assert capsys.readouterr().out.splitlines() == [
         "machine: cpu (6 threads), float32 (because), eager",
         "corpus: a book, 1,234,567 bytes; 4,321 training tokens, 1,000 validation tokens, "
@@ -213,14 +215,14 @@ def test_the_machine_in_words(monkeypatch):
 
 
 @pytest.mark.parametrize(("parallel", "n_shards"), [("ddp", 1), ("fsdp", 4)])
-def test_only_fsdp_divides_the_memory(monkeypatch, capsys, parallel: str, n_shards: int):
-    monkeypatch.setattr(setup, "world_size", lambda: 4)
-    seen = []
-    monkeypatch.setattr(setup, "memory_estimate", lambda *args: (seen.append(args), {"all": 1})[1])
-    gpt, config = GPTConfig(), TrainConfig(parallel=parallel)
-    corpus = Corpus(np.zeros(9), np.zeros(9), {"name": "a", "bytes": 1}, 9, 9)
-    setup.print_summary(gpt, config, corpus, 55, CPU, "")
-    assert seen == [(gpt, 55, config, n_shards)]
+def test_only_fsdp_divides_the_memory(monkeypatch, parallel: str, n_shards: int):
+    gpt, run = GPTConfig(n_layer=2, n_embd=64), TrainConfig(parallel=parallel, grad_accum=4)
+    one = memory_estimate(gpt, run)
+    monkeypatch.setattr(machine, "world_size", lambda: 4)
+    four = memory_estimate(gpt, run)
+    for name, size in one.items():
+        divided = {"activations": 1, "batches": 4}.get(name, n_shards)
+        assert four[name] == size // divided
 
 
 def test_the_table_of_presets_in_the_help():

@@ -293,14 +293,6 @@ def test_windows_begin_a_golden_ratio_apart(T: int, B: int, seed: int, number: i
     assert torch.equal(y, x + 1)  # always inside the stream
 
 
-def test_windows_of_documents_begin_where_the_stream_has_a_token():
-    """Without room for a window at the end, all tokens are possible starts."""
-    ids, docs = np.arange(100), np.arange(100)  # documents of one token: no window is moved
-    x, _ = utils.get_batch(ids, 8, 300, seed=3, number=1, docs=docs)
-    assert x[:, 0].tolist() == reference_starts(108, 8, 300, 3, 1)
-    assert set(range(100)) == set(x[:, 0].tolist())
-
-
 def test_golden_ratio():
     assert pytest.approx((1 + math.sqrt(5)) / 2, rel=1e-15) == 2**64 / 0x9E3779B97F4A7C15
 
@@ -321,14 +313,6 @@ def test_golden_ratio():
 def test_even_starts_by_hand(n_ids: int, T: int, n: int | None, starts: list[int]):
     found = utils.even_starts(n_ids, T, n)
     assert found.tolist() == starts and found.dtype == np.int64
-
-
-def test_a_document_at_the_end_of_the_stream_ends_there():
-    starts = np.array([90, 91, 92, 93, 94, 99])
-    found = utils.fit_documents(starts, np.array([0, 91]), n_ids=100, block_size=8)
-    assert found.tolist() == [83, 91, 92, 91, 92, 91]  # the last may still begin at 92
-    one = utils.fit_documents(np.array([0, 5, 6]), np.array([0]), n_ids=8, block_size=4)
-    assert one.tolist() == [0, 0, 4]
 
 
 def test_document_numbers_count_the_separators_of_each_row():
@@ -386,15 +370,13 @@ def test_a_product_has_the_precision_that_is_asked_for():
 # --- files
 
 
-def test_an_incomplete_checkpoint_is_never_written(tmp_path: Path):
+def test_an_incomplete_checkpoint_is_rejected(tmp_path: Path):
     state = make_state(make_model())
     for key in sorted(state):
-        with pytest.raises(AssertionError):
-            utils.save_checkpoint(tmp_path / "a.pt", {k: v for k, v in state.items() if k != key})
-    assert not list(tmp_path.iterdir())
-    utils.save_checkpoint(tmp_path / "a.pt", state)  # all keys, and no more
+        utils.save_checkpoint(tmp_path / "a.pt", {k: v for k, v in state.items() if k != key})
+        with pytest.raises(UserError, match=rf"a\.pt is not a checkpoint .*: no '{key}'"):
+            utils.read_checkpoint(tmp_path / "a.pt")
     utils.save_checkpoint(tmp_path / "b.pt", state | {"more": 1})
-    assert utils.read_checkpoint(tmp_path / "a.pt").keys() == state.keys()
     assert utils.read_checkpoint(tmp_path / "b.pt")["more"] == 1
 
 
