@@ -26,17 +26,17 @@ from generate import (
     encode_prompt,
     end_tokens,
     generate,
-    header,
     load_for_sampling,
+    model_prompt,
     sample_text,
-    sampling_problems,
     sampling_settings,
     stream_texts,
 )
 from model import GPT
+from sampling.checks import output_problems, sampling_problems, warn_if_cut
+from sampling.output import header, write_text
 from system.errors import run
 from tokenizer import Tokenizer
-from utils import atomic_write
 
 # The actions, and the flags that each of them would ignore.
 UNUSED_FLAGS: dict[str, tuple[str, ...]] = {
@@ -45,6 +45,7 @@ UNUSED_FLAGS: dict[str, tuple[str, ...]] = {
     "sweep": ("beams", "stream"),
 }
 SWEPT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SWEEP_FILE = "sweep.md"  # the default of --output_file
 N_SHOWN = 5  # probabilities per step of probs
 
 
@@ -82,12 +83,14 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         text = prompt_text(line) if answers_questions else line
         context += encode_prompt(tokenizer, text).tolist()
         prompt = torch.tensor(context, device=model.tok.weight.device)
+        warn_if_cut("the conversation", len(prompt), model.config.block_size)
         reply = ""
         for (piece,) in stream_texts(model, tokenizer, config, prompt):
             reply += piece
             print(piece, end="", flush=True)
         print()
-        context += tokenizer.encode(reply).tolist()
+        unknown = tokenizer.unknown(reply)  # a special token is text now, such as <PAD>
+        context += tokenizer.encode("".join(c for c in reply if c not in unknown)).tolist()
         if answers_questions:
             context.append(tokenizer.specials["<EOS>"])
 
@@ -107,7 +110,7 @@ def read_user_line() -> str:
 def token_probabilities(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
     """Generate one sample; yields a line per token: the sampled token, and the most likely tokens
     with their probabilities under the sampling settings."""
-    prompt = encode_prompt(tokenizer, config.prompt).to(model.tok.weight.device)
+    prompt = model_prompt(model, tokenizer, config.prompt)
     for step in generate(model, prompt, config, end_tokens(tokenizer)):
         probs, ids = adjust_logits(step.logits, **sampling_settings(config))  # (1, V) both
         most_likely = zip(probs[0, :N_SHOWN].tolist(), ids[0, :N_SHOWN].tolist(), strict=True)
@@ -145,16 +148,17 @@ def sample_statistics(model: GPT, tokenizer: Tokenizer, config: SampleConfig) ->
 
     entropy: mean entropy, in nats, of the distributions that the tokens were sampled from
     distinct-1, distinct-2: distinct tokens and token pairs, as a share of all (Li et al. 2016)
-    log-probability: mean log-probability of the tokens at temperature 1, without top-k etc.
+    log-probability: mean log-probability of the tokens under the model as it is: at temperature 1,
+    without top-k, repetition penalty etc.
     """
-    prompt = encode_prompt(tokenizer, config.prompt).to(model.tok.weight.device)
+    prompt = model_prompt(model, tokenizer, config.prompt)
     entropies: list[float] = []
     log_probs: list[float] = []
     texts: list[list[int]] = [[] for _ in range(config.num_samples)]
     for step in generate(model, prompt, config, end_tokens(tokenizer)):
         probs, _ = adjust_logits(step.logits, **sampling_settings(config))
         entropy = -torch.xlogy(probs, probs).sum(dim=-1)  # (B,)
-        log_prob = token_log_probs(step.logits, step.ids)  # (B,)
+        log_prob = token_log_probs(step.model_logits, step.ids)  # (B,)
         for i, token in enumerate(step.ids.tolist()):
             if token >= 0:  # -1: this sample has ended
                 texts[i].append(token)
@@ -193,7 +197,7 @@ def run_sweep(
 ) -> str:
     """Sample with each combination of settings. Writes the samples as one Markdown table below
     `first_lines`, and returns the table of their statistics as text."""
-    path = Path(config.output_file or "sweep.md")
+    path = Path(config.output_file or SWEEP_FILE)
     lines = ["settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"]
     rows = ["| settings | sample |", "|---|---|"]
     for values in combinations:
@@ -207,8 +211,7 @@ def run_sweep(
         for sample in sample_text(model, tokenizer, settings):
             cell = sample.strip("\n").replace("|", "\\|").replace("\n", "<br>")
             rows.append(f"| {name} | {cell} |")
-    with atomic_write(path) as file:
-        file.write((first_lines + "\n".join(rows) + "\n").encode())
+    write_text(path, first_lines + "\n".join(rows) + "\n")
     return "\n".join([*lines, f"samples: {path}"])
 
 
@@ -226,6 +229,8 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
     if ignored:
         found.append(f"{explore.action} does not use {', '.join(ignored)}")
     if explore.action == "sweep":
+        if not config.output_file:
+            found += output_problems("output_file", Path(SWEEP_FILE))
         try:
             for values in parse_sweep(explore.settings):
                 found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]

@@ -8,7 +8,6 @@ For a chat, token probabilities and comparisons of settings see explore.py.
 """
 
 import codecs
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +22,12 @@ from config import SampleConfig, parse_args
 from corpus.files import read_text
 from model import GPT, KVCache
 from sampling.beam_search import beam_search
+from sampling.checks import check_finite, check_memory, sampling_problems, warn_if_cut
+from sampling.output import accept_any_text, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
 from system.errors import run
 from tokenizer import END_OF_TEXT, Tokenizer
-from utils import atomic_write, device_problems, load_checkpoint, newest_checkpoint, pick_device
+from utils import load_checkpoint, newest_checkpoint, pick_device
 
 SEPARATOR = "\n" + "-" * 40 + "\n"  # between several samples
 
@@ -53,11 +54,11 @@ def adjust_logits(
     if top_k or temperature == 0:
         k = top_k if temperature else 1
         logits, ids = logits[:, :k], ids[:, :k]
-    # With the largest logit at 0, no temperature is too small to divide by.
-    probs = ((logits - logits[:, :1]) / (temperature or 1)).softmax(dim=-1)
+    # In float32, 1e-46 is 0. With the largest logit at 0, 1e-30 is not too small to divide by.
+    probs = ((logits - logits[:, :1]) / max(temperature, 1e-30)).softmax(dim=-1)
     if top_p < 1:
         before = probs.cumsum(dim=-1) - probs  # total probability of the more likely tokens
-        probs = probs.masked_fill(before >= top_p, 0.0)
+        probs = probs.masked_fill(before >= max(top_p, 1e-30), 0.0)
     if min_p:
         probs = probs.masked_fill(probs < min_p * probs[:, :1], 0.0)
     return probs / probs.sum(dim=-1, keepdim=True), ids
@@ -91,7 +92,8 @@ def penalize_repetition(logits: Tensor, text: Tensor, penalty: float) -> Tensor:
     """Make the tokens of the text (B, T) less likely: divide their logits (B, V) by the penalty if
     positive, multiply them by it if negative (Keskar et al. 2019)."""
     found = logits.gather(1, text)
-    return logits.scatter(1, text, torch.where(found > 0, found / penalty, found * penalty))
+    penalized = torch.where(found > 0, found / penalty, found * penalty)
+    return logits.scatter(1, text, penalized.nan_to_num())  # a penalty of 1e-300 is 0 in float32
 
 
 # --- the generation loop
@@ -102,6 +104,7 @@ class Step(NamedTuple):
 
     ids: Tensor  # (B,), the next token of each sample; -1 for a sample that has ended
     logits: Tensor  # (B, V), which they were sampled from
+    model_logits: Tensor  # (B, V), before the repetition penalty
 
 
 @torch.no_grad()
@@ -111,10 +114,12 @@ def generate(
     """Continue a prompt, ids (T,), num_samples times, by max_new_tokens tokens or until every
     sample has ended with a token of `ends`. Yields a Step per token.
 
-    Sample i depends on (seed, i) only, not on num_samples. The model sees at most block_size
+    The random numbers of sample i depend on (seed, i) only, so it is the same text for every
+    num_samples, but for rounding: matrix products of other batch sizes may round differently (in
+    float32 by about 1e-6), which in rare cases changes a token. The model sees at most block_size
     tokens: when the text has become longer, or if the prompt is, generation continues from the last
-    half window, which fills the cache again. Without cache, all logits are recomputed at each step,
-    with the same result.
+    half window, which fills the cache again. The repetition penalty applies to the tokens that the
+    model sees. Without cache, all logits are recomputed at each step, with the same result.
     """
     device, size, n_new = prompt.device, model.config.block_size, config.max_new_tokens
     B, T = config.num_samples, len(prompt)
@@ -132,13 +137,14 @@ def generate(
             begin, n_cached = end - max(size // 2, 1), 0
         if cache:
             cache.length = n_cached
-        logits = model(text[:, begin + n_cached : end], cache=cache)[0][:, -1]  # (B, V)
-        n_cached = end - begin if cache else 0
+        logits = model(text[:, begin + n_cached : end], cache=cache)[0][:, -1].float()  # (B, V)
+        check_finite(logits)
+        n_cached, model_logits = end - begin if cache else 0, logits
         if config.repetition_penalty != 1:
             logits = penalize_repetition(logits, text[:, begin:end], config.repetition_penalty)
         ids = sample_logits(logits, uniform[:, step], **sampling_settings(config))
         text[:, end] = ids
-        yield Step(ids.masked_fill(ended, -1) if ends else ids, logits)
+        yield Step(ids.masked_fill(ended, -1) if ends else ids, logits, model_logits)
         for token in ends:
             ended = ended | (ids == token)
         if ends and bool(ended.all()):
@@ -146,6 +152,8 @@ def generate(
 
 
 # --- text
+
+START_TOKENS = ("<BOS>", END_OF_TEXT)  # the first that the tokenizer has starts a text
 
 
 def end_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -155,8 +163,8 @@ def end_tokens(tokenizer: Tokenizer) -> list[int]:
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
     """The ids of a prompt (T,). Characters that the tokenizer does not know are left out, with a
-    warning. An empty prompt becomes <|endoftext|>, which starts a document; if the tokenizer has no
-    special tokens, a newline or else its first token."""
+    warning. An empty prompt becomes the token that starts a text: <BOS> for questions and answers,
+    or <|endoftext|>; without special tokens, a newline or else the first token."""
     if unknown := tokenizer.unknown(text):
         names = " ".join(map(repr, unknown))
         print(f"warning: unknown characters left out of the prompt: {names}", file=sys.stderr)
@@ -164,13 +172,22 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
     if not text and not tokenizer.specials and not tokenizer.unknown("\n"):
         text = "\n"
     if not text:
-        return torch.tensor([tokenizer.specials.get(END_OF_TEXT, 0)])
+        starts = [tokenizer.specials[t] for t in START_TOKENS if t in tokenizer.specials]
+        return torch.tensor([*starts, 0][:1])
     return torch.from_numpy(tokenizer.encode(text))
 
 
 def decode_prompt(tokenizer: Tokenizer, prompt: Tensor) -> str:
-    """The text of a prompt (T,), without the end-of-text token of an empty one."""
-    return tokenizer.decode(i for i in prompt.tolist() if i not in end_tokens(tokenizer))
+    """The text of a prompt (T,), without the token that starts an empty one."""
+    hidden = {tokenizer.specials.get(text) for text in START_TOKENS}
+    return tokenizer.decode(i for i in prompt.tolist() if i not in hidden)
+
+
+def model_prompt(model: GPT, tokenizer: Tokenizer, text: str) -> Tensor:
+    """The ids of a prompt (T,), on the model's device, with a warning if it exceeds the window."""
+    prompt = encode_prompt(tokenizer, text)
+    warn_if_cut("the prompt", len(prompt), model.config.block_size)
+    return prompt.to(model.tok.weight.device)
 
 
 class TextWriter:
@@ -193,7 +210,8 @@ class TextWriter:
         if found:
             self.held = self.held[: min(found)]
             return self.finish()
-        prefixes = (stop[:n] for stop in self.stops for n in range(len(stop)))
+        longest = len(self.held) + 1
+        prefixes = (stop[:n] for stop in self.stops for n in range(min(len(stop), longest)))
         keep = max((len(p) for p in prefixes if self.held.endswith(p)), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return text
@@ -225,7 +243,7 @@ def stream_texts(
 def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[str]:
     """The samples as texts, each with its prompt; with beams, the texts that beam search finds,
     best first, each with its score."""
-    prompt = encode_prompt(tokenizer, config.prompt).to(model.tok.weight.device)
+    prompt = model_prompt(model, tokenizer, config.prompt)
     start = decode_prompt(tokenizer, prompt)
     if not config.beams:
         steps = stream_texts(model, tokenizer, config, prompt)
@@ -246,40 +264,17 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[
 def load_for_sampling(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model, tokenizer and checkpoint that the settings name, in their precision and compiled
     if asked for. Fills in config.checkpoint, and config.prompt from the prompt file."""
+    accept_any_text()
+    if config.prompt_file:
+        config.prompt = read_text(Path(config.prompt_file))
     config.checkpoint = config.checkpoint or str(newest_checkpoint(Path("checkpoints")))
-    model, tokenizer, state = load_checkpoint(Path(config.checkpoint), pick_device(config.device))
+    device = pick_device(config.device)
+    model, tokenizer, state = load_checkpoint(Path(config.checkpoint), device)
+    check_memory(model.config, config, len(config.prompt), device)
     lower_precision(model, config.precision)
     if config.compile:
         model.compile(dynamic=True)
-    if config.prompt_file:
-        config.prompt = read_text(Path(config.prompt_file))
     return model, tokenizer, state
-
-
-def header(config: SampleConfig, state: dict[str, Any]) -> str:
-    """The first lines of an output file: the model, and the command that reproduces the file."""
-    command = "python generate.py"
-    for name, field in SampleConfig.__dataclass_fields__.items():
-        value = getattr(config, name)
-        from_file = name == "prompt" and config.prompt_file
-        if value != field.default and not from_file:
-            quoted = shlex.quote(str(value)).replace("\n", "'$'\\n''")  # one line, also in a shell
-            command += f" --{name}={quoted}"
-    return f"# model trained on {state['corpus']['name']}, step {state['step']}\n# {command}\n\n"
-
-
-def sampling_problems(config: SampleConfig) -> list[str]:
-    """Settings that exclude each other, and devices and folders that do not exist."""
-    found = device_problems(config.device)
-    if config.prompt_file and config.prompt != SampleConfig.prompt:
-        found.append("--prompt and --prompt_file: give one of them")
-    if config.stream and config.beams:
-        found.append("--stream and --beams: give one of them")
-    if config.stream and (config.num_samples > 1 or config.output_file):
-        found.append("--stream writes to the terminal: no --num_samples, --output_file")
-    if config.output_file and not Path(config.output_file).parent.is_dir():
-        found.append(f"there is no folder {Path(config.output_file).parent} for --output_file")
-    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -289,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     one_sample = config.num_samples == 1 and not config.beams and not config.output_file
     stream = one_sample and sys.stdout.isatty() if config.stream is None else config.stream
     if stream:
-        prompt = encode_prompt(tokenizer, config.prompt).to(model.tok.weight.device)
+        prompt = model_prompt(model, tokenizer, config.prompt)
         print(decode_prompt(tokenizer, prompt), end="", flush=True)
         for (piece,) in stream_texts(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)
@@ -297,8 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     texts = sample_text(model, tokenizer, config)
     if config.output_file:
-        with atomic_write(Path(config.output_file)) as file:
-            file.write((header(config, state) + SEPARATOR.join(texts) + "\n").encode())
+        write_text(Path(config.output_file), header(config, state) + SEPARATOR.join(texts) + "\n")
         print(f"{len(texts)} samples: {config.output_file}")
     else:
         print(SEPARATOR.join(texts))

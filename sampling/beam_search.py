@@ -1,12 +1,12 @@
 """Beam search: find the most likely continuations of a prompt."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from model import GPT, KVCache
+from sampling.checks import check_finite
 
 
 @torch.no_grad()
@@ -22,10 +22,9 @@ def beam_search(
     `generate` does.
     """
     size = model.config.block_size
-    text = prompt.repeat(beams, 1)  # (B, T)
-    scores = torch.full((beams,), -math.inf, device=prompt.device)
-    scores[0] = 0.0  # all beams contain the same text at first: continue only one of them
-    cache = KVCache(model.config, beams, device=prompt.device)
+    text = prompt[None]  # (B, T): B grows from 1 to the number of beams, if there are as many texts
+    scores = torch.zeros(1, device=prompt.device)
+    cache = KVCache(model.config, 1, device=prompt.device)
     finished: list[tuple[float, list[int]]] = []
     begin, refill = 0, True  # the window begins at this token; whether to fill the cache again
     for step in range(1, n_new + 1):
@@ -34,11 +33,13 @@ def beam_search(
         if refill:
             cache.length = 0
         new = text[:, begin:] if refill else text[:, -1:]
-        logits = model(new, cache=cache)[0][:, -1]  # (B, V)
+        logits = model(new, cache=cache)[0][:, -1].float()  # (B, V)
+        check_finite(logits)
         refill = False
-        totals = scores[:, None] + logits.float().log_softmax(dim=-1)  # (B, V)
+        totals = scores[:, None] + logits.log_softmax(dim=-1)  # (B, V)
         # With one end token, at most B of the best 2 B candidates end a text: B can continue.
-        best, places = totals.flatten().topk(min(2 * beams, totals.numel()))
+        n_candidates = (1 + len(ends)) * beams
+        best, places = totals.flatten().topk(min(n_candidates, totals.numel()))
         rows, tokens = places // totals.size(1), places % totals.size(1)
         kept: list[int] = []  # the candidates that become the beams of the next step
         for i, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
@@ -47,12 +48,12 @@ def beam_search(
                 finished.append((best[i].item() / step, ids))
             elif token not in ends and len(kept) < beams:
                 kept.append(i)
+        if len(finished) >= beams or not kept:
+            break
         rows, scores = rows[kept], best[kept]
         text = torch.cat([text[rows], tokens[kept, None]], dim=1)
         cache.layers = [[t[rows] for t in pair] for pair in cache.layers]
         cache.shift_state = cache.shift_state[:, rows]
-        if len(finished) >= beams:
-            break
     else:
         unfinished = text[:, len(prompt) :].tolist()
         finished += [(s / n_new, ids) for s, ids in zip(scores.tolist(), unfinished, strict=True)]

@@ -1,0 +1,109 @@
+"""Checks before text is generated: settings that exclude each other, files, memory."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from config import GPTConfig, SampleConfig, UserError
+from utils import device_problems
+
+# What beam search, which draws no random numbers, would ignore.
+NOT_WITH_BEAMS = (
+    *("num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+    *("stream", "cache"),
+)
+MAX_PROMPT_FILE = 64 << 20  # bytes; a model sees only a few thousand tokens at the end
+
+
+def sampling_problems(config: SampleConfig) -> list[str]:
+    """Settings that exclude each other, and devices and folders that do not exist."""
+    found = device_problems(config.device)
+    if config.prompt_file and config.prompt != SampleConfig.prompt:
+        found.append("--prompt and --prompt_file: give one of them")
+    if config.beams:
+        ignored = [n for n in NOT_WITH_BEAMS if getattr(config, n) != getattr(SampleConfig, n)]
+        found += [f"--{name} and --beams: give one of them" for name in ignored]
+    elif config.stream and (config.num_samples > 1 or config.output_file):
+        found.append("--stream writes to the terminal: no --num_samples, --output_file")
+    if config.prompt_file:
+        path = Path(config.prompt_file)
+        if path.is_file() and path.stat().st_size > MAX_PROMPT_FILE:
+            found.append(f"--prompt_file {path} is larger than {MAX_PROMPT_FILE >> 20} MiB")
+    if config.output_file:
+        found += output_problems("output_file", Path(config.output_file))
+    return found
+
+
+def output_problems(flag: str, path: Path) -> list[str]:
+    """Why a file cannot be written; empty if it can."""
+    if path.is_dir():
+        return [f"--{flag} {path} is a folder: give the name of a file"]
+    if not path.parent.is_dir():
+        return [f"there is no folder {path.parent} for --{flag}"]
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return []
+    except OSError as error:
+        return [f"no file can be created in {path.parent}: {error.strerror}"]
+
+
+def available_memory() -> int | None:
+    """The bytes of memory that new allocations can use; None if the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable")), None)
+
+
+def sampling_bytes(gpt: GPTConfig, config: SampleConfig, n_prompt: int) -> int:
+    """The memory that generation needs besides the weights, estimated, with all numbers as float32
+    and a prompt of n_prompt tokens."""
+    n_new = config.max_new_tokens
+    n_text = n_prompt + n_new
+    n_window = min(n_text, gpt.block_size)
+    width = 6 * gpt.n_embd + 2 * gpt.n_inner + 2 * gpt.n_head * gpt.head_size
+    cached = 8 * gpt.n_layer * gpt.n_kv_head * gpt.head_size * gpt.block_size
+    logits = gpt.vocab_size if config.cache else n_window * gpt.vocab_size
+    # ids (8), random numbers and their copy (4 + 4), a string and its place in a list (80)
+    per_text = 8 * n_text + (8 + 80) * n_new + 4000  # the objects that belong to a text
+    per_text += cached * (2 if config.beams else bool(config.cache))  # beams: copied to reorder
+    per_text += 4 * n_window * width + 4 * logits + 32 * gpt.vocab_size  # sorted, with ids
+    return per_text * (config.beams or config.num_samples)
+
+
+def check_memory(gpt: GPTConfig, config: SampleConfig, n_prompt: int, device: torch.device) -> None:
+    """Raise UserError if generation would need more memory than there is."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
+    needed = sampling_bytes(gpt, config, n_prompt)
+    if free is not None and needed > free:
+        count = "beams" if config.beams else "num_samples"
+        raise UserError(
+            f"--{count} {getattr(config, count)} with --max_new_tokens {config.max_new_tokens} "
+            f"needs about {needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are available: "
+            "use smaller numbers"
+        )
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise UserError if the largest logit is infinite or not a number: nothing can be sampled."""
+    if not bool(logits.max().isfinite()):
+        raise UserError(
+            "the model's logits are not finite: its weights are damaged, its training diverged, or "
+            "its values are too large for this --precision"
+        )
+
+
+def warn_if_cut(what: str, n_tokens: int, block_size: int) -> None:
+    """Print a warning if a text is longer than the window, from which `generate` cuts it."""
+    if n_tokens > block_size:
+        seen = max(block_size // 2, 1)
+        print(
+            f"warning: {what} has {n_tokens} tokens, more than the window of {block_size}: the "
+            f"model sees only the last {seen}",
+            file=sys.stderr,
+        )
