@@ -203,7 +203,7 @@ class SampleConfig:
     repetition_penalty: float = setting(1.0, "above 1: less repetition", above=0)
     beams: int = setting(0, "beam search with this many beams, no sampling; 0: off", low=0)
     stop: str = setting("", "stop before this string, or one of several: 'A|B'")
-    seed: int = setting(1337, "random seed; sample i of a seed is always the same text", low=0)
+    seed: int = setting(1337, "random seed; sample i has its own random numbers", low=0)
     stream: bool | None = setting(None, "print tokens as they come; default: on a terminal")
     output_file: str = setting("", "write to this file, below the command that reproduces it")
     device: str = setting("auto", DEVICE_HELP, group="machine")

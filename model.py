@@ -170,15 +170,16 @@ def plain_attention(
 
     q is (B, H, T, D), k and v are (B, H, S, D). `visible` (bool, default: the causal mask) says
     where attention is allowed, `bias` is added to the scores; both broadcast to (B, H, T, S).
-    Returns the output (B, H, T, D) and the attention weights (B, H, T, S), whose rows sum to 1.
+    Returns the output (B, H, T, D) and the weights (B, H, T, S); a row without visible keys is 0.
     """
-    T, S = q.size(-2), k.size(-2)
-    visible = causal_mask(T, S, q.device) if visible is None else visible
+    mask = causal_mask(q.size(-2), k.size(-2), q.device) if visible is None else visible
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, H, T, S)
     scores = scores if bias is None else scores + bias
-    # Adding 0 or -inf of size (T, S) is faster than masking the scores of every head.
-    hidden = torch.zeros_like(visible, dtype=scores.dtype).masked_fill(~visible, float("-inf"))
+    # Adding 0 or a huge number of size (T, S) is faster than masking the scores of every head.
+    hidden = torch.zeros_like(mask, dtype=scores.dtype)
+    hidden = hidden.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
     weights = (scores + hidden).softmax(dim=-1)  # (B, H, T, S)
+    weights = weights if visible is None else weights * visible.any(dim=-1, keepdim=True)
     return weights @ v, weights
 
 

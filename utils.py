@@ -270,8 +270,9 @@ def load_checkpoint(
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise ValueError("weights that are not finite numbers")
         tokenizer = tokenizers.from_dict(state["tokenizer"])
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"{tokenizer.vocab_size} tokens, {config.vocab_size} embeddings")
+        n_tokens, padded = tokenizer.vocab_size, isinstance(tokenizer, tokenizers.BPETokenizer)
+        if n_tokens > config.vocab_size or (n_tokens < config.vocab_size and not padded):
+            raise ValueError(f"{n_tokens} tokens, {config.vocab_size} embeddings")
     return model.to(device).eval(), tokenizer, state
 
 
