@@ -18,8 +18,8 @@ def beam_search(
 
     The score is the mean log-probability of the new tokens, including the end of text (one of
     `ends`), so that short texts have no advantage (Wu et al. 2016, with a length penalty of 1).
-    If the text is longer than the window, the search continues from the last half window, as
-    `generate` does.
+    The search ends when as many texts have ended. If the text is longer than the window, it
+    continues from the last half window, as `generate` does.
     """
     size = model.config.block_size
     text = prompt[None]  # (B, T): B grows from 1 to the number of beams, if there are as many texts
@@ -37,18 +37,18 @@ def beam_search(
         check_finite(logits)
         refill = False
         totals = scores[:, None] + logits.log_softmax(dim=-1)  # (B, V)
-        # With one end token, at most B of the best 2 B candidates end a text: B can continue.
+        # With E end tokens, at most E B of the best (1 + E) B candidates end: B can continue.
         n_candidates = (1 + len(ends)) * beams
         best, places = totals.flatten().topk(min(n_candidates, totals.numel()))
         rows, tokens = places // totals.size(1), places % totals.size(1)
         kept: list[int] = []  # the candidates that become the beams of the next step
         for i, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist(), strict=True)):
-            if token in ends and len(kept) < beams:
+            if token in ends and i < beams:  # as in transformers
                 ids = [*text[row, len(prompt) :].tolist(), token]
                 finished.append((best[i].item() / step, ids))
             elif token not in ends and len(kept) < beams:
                 kept.append(i)
-        if len(finished) >= beams or not kept:
+        if not kept or (len(finished) >= beams and step < n_new):
             break
         rows, scores = rows[kept], best[kept]
         text = torch.cat([text[rows], tokens[kept, None]], dim=1)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import train
 from config import ARCHS, GPTConfig
+from exporting.hf_model import config_to_hf, weights_to_hf
 from model import GPT, MLPS, NORMS, POSITIONS, AttentionPositions
 
 # While mutmut records which functions a test calls, child processes must run the plain code: they
@@ -43,6 +45,16 @@ def make_model(seed: int = 0, **settings: object) -> GPT:
     for p in model.parameters():
         p.data += 0.3 * torch.randn_like(p)
     return model
+
+
+def to_transformers(model: GPT, arch: str) -> Any:
+    """The model of Hugging Face's transformers with the weights of ours."""
+    hf = pytest.importorskip("transformers")
+    settings = config_to_hf(model.config, arch, {})
+    config_class = {"gpt2": hf.GPT2Config, "llama": hf.LlamaConfig, "qwen3": hf.Qwen3Config}[arch]
+    theirs = getattr(hf, settings["architectures"][0])(config_class(**settings)).eval()
+    theirs.load_state_dict(weights_to_hf(model.state_dict(), model.config, arch), strict=False)
+    return theirs
 
 
 class ALiBi(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMPONENTS, make_model
+from conftest import COMPONENTS, make_model, to_transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -38,6 +38,10 @@ def shares(probs: list[float], **settings: float) -> list[float]:
         ({"temperature": 0.5}, [1 / 30, 16 / 30, 9 / 30, 4 / 30]),  # squares, normed
         ({"temperature": 0}, [0, 1, 0, 0]),
         ({"temperature": 1e-30}, [0, 1, 0, 0]),
+        ({"temperature": 1e-46}, [0, 1, 0, 0]),  # 0 in float32
+        ({"temperature": 1e300}, [0.25] * 4),  # infinity in float32
+        ({"top_p": 1e-300}, [0, 1, 0, 0]),
+        ({"temperature": 5e-324, "top_p": 5e-324, "min_p": 1 - 2**-53}, [0, 1, 0, 0]),
         ({"top_k": 1}, [0, 1, 0, 0]),
         ({"top_k": 2}, [0, 4 / 7, 3 / 7, 0]),
         ({"top_k": 99}, [0.1, 0.4, 0.3, 0.2]),
@@ -91,9 +95,11 @@ def test_generation_is_the_model_fed_its_own_text(arch: str):
 
 
 @pytest.mark.parametrize("settings", COMPONENTS)
-@pytest.mark.parametrize("n_prompt", [1, 5, 12, 13, 40])
-def test_cached_generation_matches_uncached(settings: dict, n_prompt: int):
-    model = make_model(**settings)
+@pytest.mark.parametrize(
+    ("block_size", "n_prompt"), [(12, 1), (12, 5), (12, 12), (12, 13), (12, 40), (1, 1), (2, 3)]
+)
+def test_cached_generation_matches_uncached(settings: dict, block_size: int, n_prompt: int):
+    model = make_model(**settings, block_size=block_size)
     prompt = torch.randint(11, (n_prompt,))
     runs = []
     for cache in (True, False):
@@ -135,6 +141,18 @@ def test_lower_precision_changes_the_logits_a_little(precision: str, pos: str):
     assert (torch.cat(cached, dim=1) - exact).abs().max() < 0.05 * exact.abs().max()
 
 
+@pytest.mark.parametrize("n_in", range(1, 71))
+def test_int8_layers_of_every_width_equal_their_weights_in_float32(n_in: int):
+    torch.manual_seed(n_in)
+    for n_out in (1, 7, 16, 70 - n_in or 1, n_in):
+        low = Int8Linear(nn.Linear(n_in, n_out))
+        weight = low.weight[:, :n_in].float() * low.scale.float()[:, None]
+        for shape in ((1, 1, n_in), (9, 1, n_in), (2, 3, n_in), (2, 20, n_in)):
+            x = torch.randn(shape).bfloat16()
+            expected = x.float() @ weight.T + low.bias
+            assert torch.allclose(low(x).float(), expected, atol=0.02, rtol=0.01)
+
+
 def test_int8_weights_are_within_half_a_step_of_the_weights():
     torch.manual_seed(0)
     linear, x = nn.Linear(32, 7), torch.randn(2, 3, 32)
@@ -163,6 +181,79 @@ def test_min_p_drops_what_is_unlikely():
     probs, ids = generate.adjust_logits(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), min_p=0.4)
     assert ids[0, :2].tolist() == [0, 1]
     assert probs[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])  # 0.2 is the threshold
+
+
+def hf_distribution(logits: torch.Tensor, settings: dict) -> torch.Tensor:
+    """The distribution that transformers samples from, (B, V)."""
+    hf = pytest.importorskip("transformers")
+    makers = {  # in the order in which transformers applies them
+        "temperature": hf.TemperatureLogitsWarper,
+        "top_k": hf.TopKLogitsWarper,
+        "top_p": hf.TopPLogitsWarper,
+        "min_p": hf.MinPLogitsWarper,
+    }
+    for name, maker in makers.items():
+        if name in settings:
+            logits = maker(settings[name])(None, logits)
+    return logits.softmax(dim=-1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_k": 99},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"temperature": 1.7, "top_p": 0.8},
+        {"temperature": 0.4, "min_p": 0.1},
+        {"top_k": 8, "top_p": 0.5},
+        {"top_p": 0.7, "min_p": 0.3},
+        {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.15},
+    ],
+)
+def test_the_distribution_is_that_of_transformers(settings: dict):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(200, 20)
+    probs, ids = generate.adjust_logits(logits, **settings)
+    ours = torch.zeros(200, 20).scatter(1, ids, probs)
+    assert torch.allclose(ours, hf_distribution(logits, settings), atol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 10.0])
+def test_repetition_is_penalized_as_in_transformers(penalty: float):
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    logits, text = torch.randn(50, 20), torch.randint(20, (50, 12))
+    expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(text, logits.clone())
+    assert torch.equal(generate.penalize_repetition(logits, text, penalty), expected)
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_an_extreme_penalty_leaves_a_distribution(penalty: float):
+    logits = torch.tensor([[2.0, -1.0, 0.0, 0.5]])
+    penalized = generate.penalize_repetition(logits, torch.tensor([[0, 1, 2]]), penalty)
+    probs, ids = generate.adjust_logits(penalized)
+    assert probs.isfinite().all() and probs.sum().item() == pytest.approx(1)
+    assert ids[0, 0].item() == (0 if penalty < 1 else 3)
+
+
+def test_the_penalty_applies_to_the_tokens_in_the_window():
+    model, prompt = make_model(), torch.tensor([1, 2, 3])
+    config = SampleConfig(max_new_tokens=30, repetition_penalty=1.7, temperature=1.0)
+    steps = list(generate.generate(model, prompt, config))
+    text, begin = [1, 2, 3], 0
+    for step in steps:
+        if len(text) - begin > 12:  # as in the docstring: the last half window
+            begin = len(text) - 6
+        logits = model(torch.tensor([text[begin:]]))[0][0, -1]
+        expected = logits.clone()
+        for token in set(text[begin:]):
+            expected[token] *= 1.7 if logits[token] < 0 else 1 / 1.7
+        assert torch.allclose(step.logits[0], expected, atol=1e-4)
+        assert torch.allclose(step.model_logits[0], logits, atol=1e-4)
+        text.append(step.ids.item())
 
 
 def test_repetition_is_penalized_as_in_the_paper():
@@ -199,6 +290,49 @@ def test_a_wide_beam_finds_what_looking_at_all_texts_finds():
     found = beam_search(model, torch.tensor([1, 2]), 64, 4)[:5]
     assert [ids for _, ids in found] == [ids for _, ids in best]
     assert [s for s, _ in found] == pytest.approx([s for s, _ in best], abs=1e-4)
+
+
+@pytest.mark.parametrize("ends", [[], [2], [0, 3]])
+def test_beams_with_more_beams_than_texts_are_all_texts_once(ends: list[int]):
+    model = make_model(vocab_size=4)
+    found = beam_search(model, torch.tensor([1, 2]), 500, 3, ends)
+    texts = {
+        ids[: next((i + 1 for i, t in enumerate(ids) if t in ends), 3)]
+        for ids in itertools.product(range(4), repeat=3)
+    }
+    assert sorted(tuple(ids) for _, ids in found) == sorted(texts)
+    best = max(exhaustive(model, [1, 2], n, 4)[0] for n in (1, 2, 3)) if ends else None
+    scores = {tuple(ids): score for score, ids in found}
+    for ids, score in scores.items():
+        logits = model(torch.tensor([[1, 2, *ids]]))[0][0].log_softmax(dim=-1)
+        mean = sum(logits[1 + i, t].item() for i, t in enumerate(ids)) / len(ids)
+        assert score == pytest.approx(mean, abs=1e-4)
+    assert best is None or found[0][0] <= best[0] + 1e-4
+
+
+@pytest.mark.parametrize("ends", [[], [7], [3, 7]])
+@pytest.mark.parametrize("seed", range(3))
+def test_beams_are_those_of_transformers(seed: int, ends: list[int]):
+    hf = pytest.importorskip("transformers")
+    model = make_model(seed, **ARCHS["gpt2"], block_size=32)
+    theirs, prompt = to_transformers(model, "gpt2"), torch.tensor([[1, 2]])
+    for beams, n_new in itertools.product((2, 3, 5), (1, 2, 9)):
+        config = hf.GenerationConfig(
+            num_beams=beams,
+            num_return_sequences=beams,
+            max_new_tokens=n_new,
+            eos_token_id=ends or None,
+            pad_token_id=0,
+            early_stopping=True,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        found = theirs.generate(prompt, config, attention_mask=torch.ones_like(prompt))
+        ours = beam_search(model, prompt[0], beams, n_new, ends)
+        scores = found.sequences_scores.tolist()
+        assert [score for score, _ in ours] == pytest.approx(scores, abs=1e-4)
+        for (_, ids), padded in zip(ours, found.sequences[:, 2:].tolist(), strict=True):
+            assert ids == padded[: len(ids)] and (len(ids) == n_new or ids[-1] in ends)
 
 
 @pytest.mark.parametrize("settings", COMPONENTS)
