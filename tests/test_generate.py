@@ -1,11 +1,14 @@
 """Sampling, on distributions worked by hand and on small models."""
 
+import io
 import itertools
 import re
 import shlex
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import COMPONENTS, make_model, to_transformers
@@ -18,9 +21,10 @@ from config import ARCHS, SampleConfig, UserError
 from corpus.bpe import train_bpe
 from generate import sample_logits
 from model import KVCache
+from sampling import output
 from sampling.beam_search import beam_search
 from sampling.quantize import Int8Linear, lower_precision
-from tokenizer import CharTokenizer
+from tokenizer import QA_SPECIALS, CharTokenizer
 
 
 def shares(probs: list[float], **settings: float) -> list[float]:
@@ -409,6 +413,47 @@ def test_sample_i_of_a_seed_is_the_same_however_many_are_asked_for():
     assert sample(num_samples=1, seed=7) != ten[:1]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("settings", [{}, {"n_embd": 40}, {"token_shift": True, "pos": "learned"}])
+def test_a_sample_does_not_depend_on_the_number_of_samples(precision: str, settings: dict):
+    """With the numbers of samples where kernels change: 8 rows, and the 4 of float32."""
+    model = make_model(**{"n_embd": 32, **settings})
+    lower_precision(model, precision)
+
+    def sample(n: int, prompt: list[int]) -> list[list[int]]:
+        config = SampleConfig(max_new_tokens=30, num_samples=n, temperature=1.0)
+        steps = generate.generate(model, torch.tensor(prompt), config)
+        return torch.stack([step.ids for step in steps], dim=1).tolist()
+
+    for prompt in ([1], [1, 2, 3], [4] * 9):
+        texts = sample(20, prompt)
+        for n in (1, 2, 3, 4, 7, 8, 9):
+            assert sample(n, prompt) == texts[:n]
+
+
+def test_the_random_numbers_of_a_sample_are_those_of_its_seed_and_number():
+    """A uniform model returns its random numbers: token floor(V u)."""
+    model = make_model(vocab_size=1000)
+    for p in model.parameters():
+        p.data.zero_()
+    config = SampleConfig(max_new_tokens=5, num_samples=3, temperature=1.0, seed=11)
+    steps = generate.generate(model, torch.tensor([0]), config)
+    ids = torch.stack([step.ids for step in steps], dim=1).tolist()
+    for i, row in enumerate(ids):
+        numbers = np.random.default_rng((11, i)).random(5, dtype=np.float32)
+        assert row == [int(1000 * u) for u in numbers]
+
+
+def test_weights_that_are_not_numbers_are_an_error():
+    model = make_model()
+    model.head.weight.data[3] = float("nan")
+    for settings in ({}, {"temperature": 0.0}, {"repetition_penalty": 2.0}):
+        with pytest.raises(UserError, match="logits are not finite"):
+            next(generate.generate(model, torch.tensor([1]), SampleConfig(**settings)))
+    with pytest.raises(UserError, match="logits are not finite"):
+        beam_search(model, torch.tensor([1]), 2, 3)
+
+
 def test_a_longer_text_begins_with_the_shorter():
     model, prompt = make_model(), torch.tensor([1])
     short, long = (
@@ -424,6 +469,61 @@ def test_unknown_characters_are_dropped_with_a_warning(capsys):
     assert "'é'" in capsys.readouterr().err
     assert generate.encode_prompt(tokenizer, "é").tolist() == [0]  # a newline
     assert generate.encode_prompt(CharTokenizer.train(["ab"]), "").tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("specials", "first"),
+    [
+        (QA_SPECIALS, "<BOS>"),
+        (("<|endoftext|>",), "<|endoftext|>"),
+        (("<|endoftext|>", *QA_SPECIALS), "<BOS>"),
+        ((), "\n"),
+    ],
+)
+def test_an_empty_prompt_is_the_token_that_starts_a_text(specials: tuple[str, ...], first: str):
+    tokenizer = CharTokenizer.train(["ab\n"], specials)
+    (token,) = generate.encode_prompt(tokenizer, "").tolist()
+    assert tokenizer.decode([token]) == first
+    shown = generate.decode_prompt(tokenizer, torch.tensor([token]))
+    assert shown == ("" if specials else "\n")
+
+
+def test_a_prompt_longer_than_the_window_is_a_warning(capsys):
+    model, tokenizer = make_model(), CharTokenizer.train(["abcdefghij\n"])
+    config = SampleConfig(max_new_tokens=5, temperature=0)
+    texts = [
+        generate.sample_text(model, tokenizer, replace(config, prompt=prompt))[0]
+        for prompt in ("abcdefghijab", "jjabcdefghijab", "ghijab")
+    ]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning == (
+        "warning: the prompt has 14 tokens, more than the window of 12: the model sees only the "
+        "last 6"
+    )
+    assert texts[1][14:] == texts[2][6:]  # as it says
+
+
+@given(st.text(alphabet="aé漢🙂 ", max_size=12), st.lists(st.text("aé🙂", min_size=1), max_size=3))
+def test_stop_strings_of_several_bytes_are_found_across_tokens(text: str, stops: list[str]):
+    tokenizer = train_bpe(Counter({"a": 1}), 257)  # every byte is a token
+    complete = [n for n in range(len(text) + 1) if any(text[:n].endswith(s) for s in stops)]
+    end = len(text)
+    if complete:
+        seen = text[: complete[0]]
+        end = min(seen.find(s) for s in stops if s in seen)
+    ids = tokenizer.encode(text).tolist()
+    assert written(ids, *stops, "", tokenizer=tokenizer) == text[:end]
+
+
+def test_a_stop_string_in_the_prompt_stops_nothing_and_empty_ones_are_none():
+    model, tokenizer = make_model(), CharTokenizer.train(["abcdefghij\n"])
+    config = SampleConfig(prompt="abab", max_new_tokens=8, num_samples=3, temperature=1.0)
+    free = generate.sample_text(model, tokenizer, config)
+    assert all(len(text) == 12 for text in free)
+    stop = free[1][6]  # one character: some of the texts have it, at different places
+    for stops in (stop, f"|{stop}||", f"{stop}|abab"):
+        ended = generate.sample_text(model, tokenizer, replace(config, stop=stops))
+        assert ended == ["abab" + text[4:].partition(stop)[0] for text in free]
 
 
 # --- the command line
@@ -443,7 +543,10 @@ def test_the_newest_checkpoint_is_sampled_by_default(trained, capsys):
 
 def test_an_output_file_says_how_to_make_it_again(trained):
     Path("prompt.txt").write_text("a fox\nand ")
-    sets = (["--prompt=it's\nfun"], ["--prompt_file=prompt.txt", "--top_k=3", "--top_p=0.5"])
+    sets = (
+        ["--prompt=it's\nfun", "--no-cache"],
+        ["--prompt_file=prompt.txt", "--top_k=3", "--top_p=0.5"],
+    )
     for flags in sets:
         generate.main([*flags, "--num_samples=2", "--max_tokens=20", "--output_file=one.txt"])
         first = Path("one.txt").read_text()
@@ -509,10 +612,64 @@ def test_a_stop_string_ends_the_text(trained, capsys):
     ("flags", "message"),
     [
         (["--beams=2", "--stream"], "--stream and --beams: give one"),
+        (["--beams=2", "--temperature=1"], "--temperature and --beams: give one"),
+        (["--beams=2", "--num_samples=3", "--seed=1"], "--num_samples and .*--seed and --beams"),
+        (["--beams=2", "--top_k=3", "--top_p=0.5"], "--top_k and --beams.*--top_p and --beams"),
+        (["--beams=2", "--min_p=0.1", "--no-cache"], "--min_p and --beams.*--cache and --beams"),
+        (["--beams=2", "--repetition_penalty=2"], "--repetition_penalty and --beams"),
+        (["--num_samples=1000000000"], "--num_samples 1000000000 with --max_new_tokens 500 needs"),
+        (["--max_new_tokens=1000000000000"], "with --max_new_tokens 1000000000000 needs about"),
+        (["--beams=1000000000"], "--beams 1000000000 with .* GB of memory"),
+        (["--output_file=checkpoints"], "checkpoints is a folder: give the name of a file"),
+        (["--output_file=data/input.txt/out"], "there is no folder data/input.txt"),
+        (["--output_file=/proc/out.txt"], "/proc"),
+        (["--prompt_file=data"], "data"),
+        (["--prompt_file=checkpoints/best.pt"], "checkpoints/best.pt"),
+        (["--prompt_file=huge.txt"], "huge.txt is larger than 64 MiB"),
         (["--stream", "--num_samples=2"], "--stream writes to the terminal"),
         (["--min_p=1", "--beams=-1"], "min_p must be below 1.*beams must be at least 0"),
     ],
 )
-def test_ways_that_exclude_each_other(trained, flags, message):
+def test_user_errors_are_reported_before_generating(trained, monkeypatch, flags, message):
+    monkeypatch.setattr(generate, "sample_text", pytest.fail)
+    with open("huge.txt", "wb") as file:
+        file.truncate((64 << 20) + 1)  # a sparse file
     with pytest.raises(UserError, match=message):
         generate.main(flags)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_checkpoint_whose_tokenizer_does_not_fit_its_model_is_invalid(trained, kind: str):
+    path = Path("checkpoints/best.pt")
+    state = torch.load(path, weights_only=True)
+    n_tokens = state["gpt_config"]["vocab_size"]
+    if kind == "bpe":
+        state["tokenizer"] = train_bpe(Counter({"a": 1}), 257).to_dict()
+    else:
+        state["tokenizer"]["chars"].pop()
+    torch.save(state, path)
+    expected = 257 if kind == "bpe" else n_tokens - 1
+    message = f"invalid checkpoint .*{expected} tokens, but the model has {n_tokens}"
+    with pytest.raises(UserError, match=message):
+        generate.main(["--max_tokens=5"])
+
+
+def test_texts_that_cannot_be_written_are_printed(trained, monkeypatch, capsys):
+    generate.main(["--max_tokens=20", "--num_samples=2"])
+    texts = capsys.readouterr().out
+
+    def full(path: Path) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(output, "atomic_write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        generate.main(["--max_tokens=20", "--num_samples=2", "--output_file=out.txt"])
+    assert texts.strip("\n") in capsys.readouterr().out
+
+
+def test_a_terminal_without_a_character_gets_an_escape(workplace, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    output.accept_any_text()
+    print("caf\u00e9", flush=True)
+    assert raw.getvalue() == b"caf\\xe9\n"

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COMPONENTS, make_model
+from conftest import COMPONENTS, make_model, to_transformers
 from torch import nn
 
 import model as parts
 from config import ARCHS, GPTConfig
 from model import GPT, MLPS, NORMS, POSITIONS, Attention, AttentionContext, Block
+from sampling.quantize import lower_precision
 
 
 def causal_mask(n: int) -> torch.Tensor:
@@ -167,6 +168,26 @@ def test_fused_attention_equals_plain_attention(settings: dict):
     assert all(m[..., causal_mask(12)].eq(0).all() for m in maps)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_row_without_visible_keys_is_zero(with_bias: bool, dtype: torch.dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 5, 4).to(dtype).requires_grad_().unbind()
+    bias = 100 * torch.randn(2, 5, 5).to(dtype) if with_bias else None
+    visible = parts.document_mask(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])).clone()
+    visible[0, 0, 3] = False
+    visible[1] = False
+    out, weights = parts.plain_attention(q, k, v, visible, bias)
+    fused = parts.fused_attention(q, k, v, visible, bias)
+    expected = torch.ones(2, 2, 5, dtype=dtype)
+    expected[0, :, 3], expected[1] = 0, 0
+    assert torch.allclose(weights.sum(dim=-1), expected, atol=1e-2)
+    assert out[1].eq(0).all() and out[0, :, 3].eq(0).all()
+    assert torch.allclose(fused.float(), out.float(), atol=1e-2 if dtype != torch.float32 else 1e-6)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    assert gradient.isfinite().all()
+
+
 def test_a_score_bias_is_added_to_the_scaled_scores():
     q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
     bias = torch.randn(2, 5, 5)
@@ -183,6 +204,65 @@ def test_a_score_bias_is_added_to_the_scaled_scores():
 
 
 # --- the whole
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("settings", [{"norm_eps": 0.7}, {"rope_theta": 30.0}, {"dropout": 0.4}])
+def test_settings_act_as_in_transformers(arch: str, settings: dict):
+    """In training mode: equal random numbers are drawn in the same places for dropout."""
+    model = make_model(**ARCHS[arch], **settings, block_size=40)
+    theirs = to_transformers(model, arch)
+    idx = torch.randint(11, (2, 40))
+    plain = make_model(**ARCHS[arch], block_size=40)
+    if arch == "gpt2" or "dropout" not in settings:  # theirs drop attention weights only
+        model.train(), theirs.train()
+        torch.manual_seed(1)
+        ours = model(idx)[0]
+        torch.manual_seed(1)
+        assert torch.allclose(ours, theirs(idx).logits, atol=1e-4)
+    ignored = arch == "gpt2" and "rope_theta" in settings
+    assert torch.allclose(plain(idx)[0], model.train()(idx)[0], atol=1e-2) == ignored
+
+
+def test_dropout_acts_on_the_embeddings_and_on_both_branches_of_a_block():
+    """All else is 0: what is left of the stream shows where values were dropped."""
+    model = make_model(dropout=0.5, n_embd=64, n_layer=1).train()
+    calls: list[tuple[str, float]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(
+                lambda module, args, out, name=name: calls.append(
+                    (name, out.eq(0).float().mean().item() - args[0].eq(0).float().mean().item())
+                )
+            )
+    model(torch.randint(11, (8, 12)))
+    assert [name for name, _ in calls] == ["drop", "blocks.0.drop", "blocks.0.drop"]
+    assert [share for _, share in calls] == pytest.approx([0.5] * 3, abs=0.05)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rotations_norms_of_queries_and_the_loss_are_float32(
+    monkeypatch, precision: str, autocast: bool
+):
+    model, idx = make_model(**ARCHS["qwen3"]), torch.randint(11, (2, 12))
+    seen = set()
+    rotate = parts.rotate
+
+    def spy(*tensors: torch.Tensor) -> torch.Tensor:
+        seen.update(t.dtype for t in tensors)
+        return rotate(*tensors)
+
+    monkeypatch.setattr(parts, "rotate", spy)
+    model.blocks[0].attn.q_norm.register_forward_pre_hook(lambda m, x: seen.add(x[0].dtype))
+    dtype = getattr(torch, precision)
+    if not autocast:
+        lower_precision(model, precision)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        logits, loss = model(idx, idx)
+    assert logits.dtype == dtype and loss.dtype == torch.float32 and seen == {torch.float32}
+    expected = F.cross_entropy(logits.detach().double().flatten(0, 1), idx.flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 COMBINATIONS = list(
@@ -350,4 +430,30 @@ def test_recomputed_activations_change_no_gradient(settings: dict):
         model(x, x)[1].backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 5
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_activations_are_recomputed_in_training_only(grad_checkpoint: bool, training: bool):
+    model, x = make_model(), torch.randint(11, (2, 8))
+    model.train(training)
+    model.grad_checkpoint = grad_checkpoint
+    calls: list[nn.Module] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: calls.append(module))
+    loss = model(x, x)[1]
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == (4 if grad_checkpoint and training else 2)
+
+
+def test_recomputed_activations_have_the_same_dropout():
+    model, x = make_model(dropout=0.5).train(), torch.randint(11, (2, 8))
+    gradients = []
+    for model.grad_checkpoint in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(x, x)[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
