@@ -9,6 +9,7 @@ likely tokens at each step. sweep samples with every combination of --settings, 
 the samples and writes the samples to sweep.md, or to --output_file.
 """
 
+import html
 import itertools
 import shlex
 from collections.abc import Iterator, Sequence
@@ -136,10 +137,14 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
             raise UserError(
                 f"--settings: {word!r} is not NAME=A,B,... with one of {', '.join(SWEPT)}"
             )
+        if name in lists:
+            raise UserError(f"--settings: {name} is given twice")
         try:
             lists[name] = [convert(known[name], value) for value in values.split(",")]
         except ValueError as error:
             raise UserError(f"--settings: {error}") from None
+    if not lists:
+        raise UserError(f"--settings: give at least one of {', '.join(SWEPT)}")
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
@@ -209,10 +214,15 @@ def run_sweep(
             f"{found['distinct-2']:12.3f}{found['log-probability']:17.3f}"
         )
         for sample in sample_text(model, tokenizer, settings):
-            cell = sample.strip("\n").replace("|", "\\|").replace("\n", "<br>")
-            rows.append(f"| {name} | {cell} |")
+            rows.append(f"| {name} | {table_cell(sample)} |")
     write_text(path, first_lines + "\n".join(rows) + "\n")
     return "\n".join([*lines, f"samples: {path}"])
+
+
+def table_cell(text: str) -> str:
+    """A text as one cell of a Markdown table, on one line, without HTML or bars."""
+    text = html.escape(text.strip("\n"), quote=False).replace("\\", "\\\\").replace("|", "\\|")
+    return "<br>".join(text.splitlines())
 
 
 # --- command line

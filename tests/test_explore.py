@@ -62,6 +62,23 @@ def test_a_model_with_question_tokens_is_asked_questions(monkeypatch, capsys):
     assert capsys.readouterr().out.partition("\n")[2].startswith(reply + "\n")
 
 
+def test_a_reply_with_special_tokens_keeps_the_chat_going(monkeypatch, capsys):
+    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], ["<PAD>", "<BOS>", "<EOS>"])
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
+    model.head.weight.data.zero_()  # all logits are equal: greedy decoding gives <PAD>
+    prompts = record_prompts(monkeypatch, ["Who?", "Who?", ""])
+    explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3, temperature=0))
+    assert "<PAD><PAD><PAD>" in capsys.readouterr().out and len(prompts) == 2
+
+
+def test_a_conversation_longer_than_the_window_is_a_warning(monkeypatch, capsys):
+    model = make_model()  # a window of 12
+    record_prompts(monkeypatch, ["abcdefgh", "ab", ""])
+    explore.chat(model, TOKENIZER, SampleConfig(max_new_tokens=4))
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "the conversation has 14 tokens, more than the window of 12" in warning
+
+
 def test_a_chat_ends_with_the_input(trained, monkeypatch):
     def end_of_input(prompt: str) -> str:
         raise EOFError
@@ -144,6 +161,24 @@ def test_statistics_are_those_of_the_distributions_that_were_sampled_from():
     assert found["distinct-2"] == len(pairs) / 21
 
 
+def test_the_log_probability_is_that_of_the_model_without_the_penalty():
+    model = make_model()
+    config = SampleConfig(prompt="abc", max_new_tokens=8, temperature=0.7, repetition_penalty=3.0)
+    prompt = torch.from_numpy(TOKENIZER.encode("abc"))
+    ids = torch.cat([step.ids for step in generate(model, prompt, config)])
+    logits = model(torch.cat([prompt, ids])[None, :-1])[0][0, 2:]
+    expected = torch.distributions.Categorical(logits=logits).log_prob(ids).mean().item()
+    found = explore.sample_statistics(model, TOKENIZER, config)
+    assert found["log-probability"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_samples_cannot_break_the_table_of_a_sweep(trained, monkeypatch):
+    monkeypatch.setattr(explore, "sample_text", lambda *args: ["a|b\nc <br> \\| d\re"])
+    explore.main(["sweep", "--settings=top_k=3", "--max_tokens=3"])
+    (row,) = [line for line in Path("sweep.md").read_text().split("\n") if "top_k=3 |" in line]
+    assert row == "| top_k=3 | a\\|b<br>c &lt;br&gt; \\\\\\| d<br>e |"
+
+
 # --- the command line
 
 
@@ -172,6 +207,9 @@ def test_precision_and_compile_apply_to_the_model(trained, monkeypatch):
         (["sweep", "--settings=top_k=a"], "--settings: --top_k must be a whole number"),
         (["sweep", "--settings=top_k=-1 top_p=0.5,1"], "--settings: top_k must be at least 0"),
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
+        (["sweep", "--output_file=data"], "data is a folder"),
+        (["sweep", "--settings="], "--settings: give at least one"),
+        (["sweep", "--settings=top_k=1 top_k=2"], "--settings: top_k is given twice"),
         (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),
     ],
 )
