@@ -11,7 +11,7 @@ import importlib.util
 import io
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import DEVICE_HELP, SampleConfig, UserError, from_dict, parse_args, setting
+from config import (
+    DEVICE_HELP,
+    SampleConfig,
+    UserError,
+    all_problems,
+    convert,
+    from_dict,
+    parse_args,
+    raise_problems,
+    setting,
+)
 from generate import (
     TextWriter,
     adjust_logits,
@@ -40,6 +50,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 N_BARS = 12  # tokens in the bar chart
+MAX_TOKENS = 1000  # per text: the page is sent again at each update
 REFRESH_SECONDS = 0.05  # between updates of the page; a browser need not redraw more often
 TEXT_STYLE = (
     "background:white; color:black; padding:12px; font:15px monospace; white-space:pre-wrap"
@@ -124,8 +135,21 @@ def loss_curve_svg(checkpoint: Path) -> str:
 
 
 def sample_config(values: tuple[Any, ...]) -> SampleConfig:
-    """The settings for the values of the page's inputs."""
-    return from_dict(SampleConfig, dict(zip(SETTINGS, values, strict=True)))
+    """The settings for the values of the page's inputs, which a request can set to anything. Raises
+    UserError if they are invalid."""
+    given = dict(zip(SETTINGS, values, strict=True))
+    found = []
+    for field in fields(SampleConfig):
+        if field.name in given:
+            try:
+                given[field.name] = convert(field, str(given[field.name]))
+            except ValueError as error:
+                found.append(str(error))
+    config = from_dict(SampleConfig, given)
+    raise_problems(found or all_problems(config))
+    if config.max_new_tokens > MAX_TOKENS:
+        raise UserError(f"at most {MAX_TOKENS} tokens")
+    return config
 
 
 def output_values(
@@ -159,7 +183,7 @@ def create_inputs(vocab_size: int) -> list["gr.components.Component"]:
         gr.Slider(0, vocab_size, 0, step=1, label="Top-k (0: all)"),
         gr.Slider(0.05, 1, 1, step=0.05, label="Top-p"),
         gr.Slider(0, 9999, 1337, step=1, label="Seed"),
-        gr.Slider(1, 1000, 300, step=1, label="Tokens"),
+        gr.Slider(1, MAX_TOKENS, 300, step=1, label="Tokens"),
     ]
 
 
@@ -170,17 +194,24 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
     model, tokenizer, state = load_checkpoint(checkpoint, device)
 
     def generate_text(*values: Any) -> Iterator[tuple[str, str, Tensor]]:
-        yield from stream_outputs(model, tokenizer, sample_config(values))
+        try:
+            yield from stream_outputs(model, tokenizer, sample_config(values))
+        except UserError as error:
+            raise gr.Error(html.escape(str(error))) from None
 
     def show_prompt(*values: Any) -> tuple[str, str, Tensor]:
         return next(generate_text(*values))
 
     def update_bars(logits: Tensor, *values: Any) -> str:
-        return probability_bars(tokenizer, logits, sample_config(values))
+        try:
+            return probability_bars(tokenizer, logits, sample_config(values))
+        except UserError as error:
+            raise gr.Error(html.escape(str(error))) from None
 
     with gr.Blocks(title="TinyLLM", analytics_enabled=False) as page:
         size = f"{model.num_params() / 1e6:.2f} M parameters"
-        gr.Markdown(f"**{checkpoint}**: {size}, trained on {state['corpus']['name']}")
+        corpus = html.escape(str(state["corpus"]["name"]))  # a checkpoint from a stranger
+        gr.Markdown(f"**{html.escape(str(checkpoint))}**: {size}, trained on {corpus}")
         with gr.Tab("Text"), gr.Row():
             with gr.Column():
                 inputs = create_inputs(model.config.vocab_size)

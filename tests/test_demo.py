@@ -67,6 +67,46 @@ def test_bars_show_the_distribution_that_is_sampled_from(settings, expected):
     assert re.findall(r"left:([\d.]+)%", page) == ["50.0", "30.0", "20.0"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
+        ({"temperature": None}, "temperature must be a number"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_p": 0}, "top_p must be above 0"),
+        ({"seed": -3}, "seed must be at least 0"),
+        ({"seed": "x"}, "seed must be a whole number"),
+        ({"max_new_tokens": 10**9}, "at most 1000 tokens"),
+    ],
+)
+def test_invalid_inputs_are_user_errors(change: dict, message: str):
+    values = {
+        "prompt": "a",
+        "temperature": 1,
+        "top_k": 0,
+        "top_p": 1,
+        "seed": 3,
+        "max_new_tokens": 5,
+    }
+    config = demo.sample_config(tuple(values.values()))
+    assert config == SampleConfig(**values)
+    with pytest.raises(UserError, match=message):
+        demo.sample_config(tuple((values | change).values()))
+
+
+def test_the_name_of_a_corpus_is_not_html(workplace):
+    gradio = pytest.importorskip("gradio")
+    train.main([*TINY_RUN, "--max_steps=1"])
+    path = Path("checkpoints/best.pt")
+    state = torch.load(path, weights_only=True)
+    state["corpus"]["name"] = "<img src=x onerror=alert(1)>"
+    torch.save(state, path)
+    page = demo.build_page(path, CPU)
+    texts = [b.value for b in page.blocks.values() if isinstance(b, gradio.Markdown)]
+    assert texts and not any("<img" in text for text in texts)
+
+
 def test_without_gradio_the_error_says_what_to_install(workplace, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gradio"):
