@@ -1,7 +1,6 @@
 """Checks before text is generated: settings that exclude each other, files, memory."""
 
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -39,15 +38,19 @@ def sampling_problems(config: SampleConfig) -> list[str]:
 
 def output_problems(flag: str, path: Path) -> list[str]:
     """Why a file cannot be written; empty if it can."""
-    if path.is_dir():
-        return [f"--{flag} {path} is a folder: give the name of a file"]
-    if not path.parent.is_dir():
-        return [f"there is no folder {path.parent} for --{flag}"]
+    tmp_path = path.with_name(path.name + ".part")  # the name that atomic_write uses
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            return []
+        if path.is_dir():
+            return [f"--{flag} {path} is a folder: give the name of a file"]
+        if path.exists() and not path.is_file():  # /dev/null, which would be replaced by a file
+            return [f"--{flag} {path} is not a regular file"]
+        if not path.parent.is_dir():
+            return [f"there is no folder {path.parent} for --{flag}"]
+        tmp_path.open("ab").close()
+        tmp_path.unlink()
     except OSError as error:
-        return [f"no file can be created in {path.parent}: {error.strerror}"]
+        return [f"--{flag} {path} cannot be written: {error.strerror}"]
+    return []
 
 
 def available_memory() -> int | None:
