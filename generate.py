@@ -22,7 +22,7 @@ from config import SampleConfig, parse_args
 from corpus.files import read_text
 from model import GPT, KVCache
 from sampling.beam_search import beam_search
-from sampling.checks import check_finite, check_memory, sampling_problems, warn_if_cut
+from sampling.checks import check_finite, check_sampling_memory, sampling_problems, warn_if_cut
 from sampling.output import accept_any_text, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
 from system.errors import run
@@ -270,7 +270,7 @@ def load_for_sampling(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, A
     config.checkpoint = config.checkpoint or str(newest_checkpoint(Path("checkpoints")))
     device = pick_device(config.device)
     model, tokenizer, state = load_checkpoint(Path(config.checkpoint), device)
-    check_memory(model.config, config, len(config.prompt), device)
+    check_sampling_memory(model.config, config, len(config.prompt), device)
     lower_precision(model, config.precision)
     if config.compile:
         model.compile(dynamic=True)

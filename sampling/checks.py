@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, SampleConfig, UserError
+from system.memory import check_memory
 from utils import device_problems
 
 # What beam search, which draws no random numbers, would ignore.
@@ -53,15 +54,6 @@ def output_problems(flag: str, path: Path) -> list[str]:
     return []
 
 
-def available_memory() -> int | None:
-    """The bytes of memory that new allocations can use; None if the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(s.split()[1]) << 10 for s in lines if s.startswith("MemAvailable")), None)
-
-
 def sampling_bytes(gpt: GPTConfig, config: SampleConfig, n_prompt: int) -> int:
     """The memory that generation needs besides the weights, estimated, with all numbers as float32
     and a prompt of n_prompt tokens."""
@@ -78,18 +70,13 @@ def sampling_bytes(gpt: GPTConfig, config: SampleConfig, n_prompt: int) -> int:
     return per_text * (config.beams or config.num_samples)
 
 
-def check_memory(gpt: GPTConfig, config: SampleConfig, n_prompt: int, device: torch.device) -> None:
+def check_sampling_memory(
+    gpt: GPTConfig, config: SampleConfig, n_prompt: int, device: torch.device
+) -> None:
     """Raise UserError if generation would need more memory than there is."""
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
-    needed = sampling_bytes(gpt, config, n_prompt)
-    if free is not None and needed > free:
-        count = "beams" if config.beams else "num_samples"
-        raise UserError(
-            f"--{count} {getattr(config, count)} with --max_new_tokens {config.max_new_tokens} "
-            f"needs about {needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} GB are available: "
-            "use smaller numbers"
-        )
+    name = "beams" if config.beams else "num_samples"
+    what = f"--{name} {getattr(config, name)} with --max_new_tokens {config.max_new_tokens}"
+    check_memory(sampling_bytes(gpt, config, n_prompt), device, what)
 
 
 def check_finite(logits: Tensor) -> None:
