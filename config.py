@@ -78,9 +78,7 @@ class GPTConfig:
     """The model. The defaults have GPT-2's vocabulary and today's usual components."""
 
     vocab_size: int = setting(50257, "token ids; the tokenizer's", low=1, flag=False)
-    block_size: int = setting(
-        256, "context window", low=1, group="model sizes", alias="context_length"
-    )
+    block_size: int = setting(256, "context window", low=1, group="sizes", alias="context_length")
     n_layer: int = setting(6, "number of blocks", low=1, alias="n_layers")
     n_head: int = setting(0, "attention heads; 0: n_embd // 64", low=0, alias="n_heads")
     n_embd: int = setting(384, "channels of the residual stream", low=1, alias="d_model")

@@ -41,8 +41,9 @@ from generate import (
 )
 from model import GPT
 from system.errors import run
+from system.folders import newest_checkpoint
 from tokenizer import Tokenizer
-from utils import device_problems, load_checkpoint, newest_checkpoint, pick_device
+from utils import device_problems, load_checkpoint, pick_device
 from viz.internals import token_labels
 from viz.runs import plot_runs, read_run
 

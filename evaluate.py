@@ -23,6 +23,7 @@ from config import DEVICE_HELP, PRECISIONS, UserError, parse_args, setting
 from corpus.load import Corpus, load_corpus
 from model import GPT
 from system.errors import run
+from system.folders import newest_checkpoint
 from training.machine import pick_precision
 
 COLUMNS = ("checkpoint", "parameters", "split", "tokens", "loss", "ppl", "bpb", "top-1", "tok/s")
@@ -66,7 +67,7 @@ def evaluate_split(
         x, y = (t.to(device) for t in utils.windows(ids, batch_starts, block_size))  # (B, T) both
         docs = None
         if doc_mask and corpus.separator is not None:
-            docs = utils.document_numbers(x, corpus.separator)
+            docs = (x == corpus.separator).cumsum(dim=1)
         with utils.autocast(device, config.precision):
             logits, loss = model(x, y, docs)  # (B, T, V), ()
         n_scored = int((y != -100).sum())  # the last window extends past the end of the split
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         EvaluateConfig, argv, __doc__, check=lambda config: utils.device_problems(config.device)
     )
     paths = [Path(name) for name in config.checkpoints]
-    paths = paths or [utils.newest_checkpoint(Path("checkpoints"))]
+    paths = paths or [newest_checkpoint(Path("checkpoints"))]
     device = utils.pick_device(config.device)
     for path in paths:  # report damaged checkpoints before anything slow starts
         utils.read_checkpoint(path)

@@ -12,6 +12,7 @@ the samples and writes the samples to sweep.md, or to --output_file.
 import html
 import itertools
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -98,6 +99,8 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
 
 def read_user_line() -> str:
     """A line from the terminal without surrounding spaces; empty at the end of the input."""
+    if sys.stdin is None:
+        raise UserError("explore.py chat reads your messages from standard input, which is closed")
     try:
         return input("> ").strip()
     except EOFError:

@@ -26,8 +26,9 @@ from sampling.checks import check_finite, check_sampling_memory, sampling_proble
 from sampling.output import accept_any_text, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
 from system.errors import run
+from system.folders import newest_checkpoint
 from tokenizer import END_OF_TEXT, Tokenizer
-from utils import load_checkpoint, newest_checkpoint, pick_device
+from utils import load_checkpoint, pick_device
 
 SEPARATOR = "\n" + "-" * 40 + "\n"  # between several samples
 

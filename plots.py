@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import UserError, parse_args, setting
 from system.errors import run
-from utils import newest_checkpoint
+from system.folders import newest_checkpoint
 from viz.internals import parse_numbers, plot_internals
 from viz.runs import MAX_RUNS, X_LABELS, plot_runs, read_run, save_figure
 

@@ -23,7 +23,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import tokenizer as tokenizers
-from config import GPTConfig, TrainConfig, UserError, from_dict, parse_args
+from config import GPTConfig, TrainConfig, from_dict, parse_args
 from corpus.load import is_dataset, load_corpus
 from model import GPT
 from system.errors import run
@@ -45,7 +45,7 @@ from training.distributed import (
     wrap,
 )
 from training.overfit import overfit_batch
-from training.run_log import READ_INTERVAL, RunLog
+from training.run_log import READ_INTERVAL, RunLog, diverged
 from training.setup import (
     check_corpus,
     check_current,
@@ -279,15 +279,6 @@ class Trainer:
         if state["scaler"]:  # empty unless the run used float16
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
-
-
-def diverged(step: int, numbers: Metrics) -> UserError:
-    """The error of a run whose loss or gradient is infinite or not a number."""
-    what = ", ".join(f"{name} {value}" for name, value in numbers.items())
-    return UserError(
-        f"diverged at step {step} ({what}): try a lower --lr_max; checkpoints of earlier steps "
-        "are kept"
-    )
 
 
 # --- runs

@@ -122,11 +122,6 @@ def even_starts(n_ids: int, block_size: int, n_windows: int | None = None) -> np
     return np.linspace(0, n_ids - 1 - block_size, n_windows).astype(np.int64)
 
 
-def document_numbers(x: Tensor, separator: int) -> Tensor:
-    """The number of each token's document within its window, (B, T), for token ids x (B, T)."""
-    return (x == separator).cumsum(dim=1)
-
-
 def mix_seed(seed: int, *numbers: int) -> int:
     """A seed that is different for each combination of numbers, such as step and micro-step."""
     return int(np.random.SeedSequence((seed, *numbers)).generate_state(1, np.uint64)[0])
@@ -213,6 +208,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is not a {kind.__name__}")
         for record in state["log"]:
             record["step"], float(record["val"])
+        if not all(isinstance(size, int) for size in state.get("files", {}).values()):
+            raise ValueError("files without sizes")
         corpus = state["corpus"]
         corpus["name"], corpus["sha256"]
     return state
@@ -281,13 +278,3 @@ def count_params(config: GPTConfig) -> tuple[int, int]:
     with torch.device("meta"):
         one, two = (GPT(replace(config, n_layer=n)).num_params() for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one), two - one
-
-
-def newest_checkpoint(out_dir: Path) -> Path:
-    """best.pt, else latest.pt, of the most recently written run in out_dir or a folder in it."""
-    names = ("best.pt", "latest.pt")
-    files = [file for name in names for file in (*out_dir.glob(name), *out_dir.glob(f"*/{name}"))]
-    if not files:
-        raise UserError(f"there is no checkpoint in {out_dir}/: train one with `python train.py`")
-    run_dir = max(files, key=lambda file: file.stat().st_mtime).parent
-    return next(run_dir / name for name in names if (run_dir / name).exists())

@@ -1,4 +1,4 @@
-"""Folders that scripts write to: whether that is possible, and a lock for one process at a time."""
+"""Folders of runs: finding the newest, locking one, checking that it can be written to."""
 
 import contextlib
 import os
@@ -52,3 +52,13 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             holder.unlink()
         lock.release()
+
+
+def newest_checkpoint(out_dir: Path) -> Path:
+    """best.pt, else latest.pt, of the most recently written run in out_dir or a folder in it."""
+    names = ("best.pt", "latest.pt")
+    files = [file for name in names for file in (*out_dir.glob(name), *out_dir.glob(f"*/{name}"))]
+    if not files:
+        raise UserError(f"there is no checkpoint in {out_dir}/: train one with `python train.py`")
+    run_dir = max(files, key=lambda file: file.stat().st_mtime).parent
+    return next(run_dir / name for name in names if (run_dir / name).exists())

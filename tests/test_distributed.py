@@ -431,7 +431,7 @@ def test_weights_of_a_model_sharded_over_one_process(process_group, monkeypatch,
     set_world_size(monkeypatch, 1)
     model = make_model(tie_weights=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert wrap(model, "fsdp", CPU, "float32") is model and is_sharded(model)
+    assert wrap(model, "fsdp", CPU) is model and is_sharded(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     check_weights(model, before, tied)
 
@@ -442,7 +442,7 @@ def test_the_state_of_a_sharded_optimizer_is_that_of_a_plain_one(process_group, 
     for parallel in ("none", "fsdp"):
         model = make_model()
         if parallel == "fsdp":
-            wrap(model, parallel, CPU, "float32")
+            wrap(model, parallel, CPU)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(2):
             optimizer.zero_grad()
@@ -471,29 +471,26 @@ def assert_equal_states(one: dict, other: dict) -> None:
             assert torch.equal(one[number][name], value), name
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("float32", torch.float32), ("bfloat16", torch.bfloat16)],
-)
-def test_fsdp_computes_in_the_precision_and_keeps_float32_weights(
-    process_group, monkeypatch, precision, dtype
-):
+def test_fsdp_gathers_float32_weights_for_autocast(process_group, monkeypatch):
     set_world_size(monkeypatch, 1)
     model = make_model(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False)
-    wrap(model, "fsdp", CPU, precision)
+    wrap(model, "fsdp", CPU)
     seen = []
-    model.blocks[0].mlp.fc.register_forward_pre_hook(
-        lambda module, args: seen.append((module.weight.dtype, type(module.weight)))
+    model.blocks[0].mlp.fc.register_forward_hook(
+        lambda module, args, out: seen.append((module.weight.dtype, type(module.weight), out.dtype))
     )
-    model(IDS, IDS)[1].backward()
-    assert seen[0][0] == dtype and not issubclass(seen[0][1], DTensor)  # gathered
+    with utils.autocast(CPU, "bfloat16"):
+        model(IDS, IDS)[1].backward()
+    weight_dtype, weight_type, out_dtype = seen[0]
+    assert weight_dtype == torch.float32 and not issubclass(weight_type, DTensor)  # gathered
+    assert out_dtype == torch.bfloat16
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_are_reduced_unless_skipped(process_group, monkeypatch, parallel):
     set_world_size(monkeypatch, 1)
-    net = wrap(make_model(), parallel, CPU, "float32")
+    net = wrap(make_model(), parallel, CPU)
     assert isinstance(net, DistributedDataParallel) == (parallel == "ddp")
     assert is_sharded(net) == (parallel == "fsdp")
     reduced = []
@@ -530,7 +527,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert (is_torchrun(), is_restart(), rank(), world_size()) == (False, False, 0, 1)
     assert init_process_group(CPU) is CPU
     model = make_model()
-    assert wrap(model, "fsdp", CPU, "float32") is model and not is_sharded(model)
+    assert wrap(model, "fsdp", CPU) is model and not is_sharded(model)
     assert broadcast_from_rank0(lambda: 7) == 7
     tensor = torch.tensor([3.0])
     assert all_reduce_sum(tensor) is all_reduce_mean(tensor) is tensor and tensor.item() == 3.0

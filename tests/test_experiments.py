@@ -342,7 +342,7 @@ def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     def no_network(name: str) -> None:
         raise UserError("no network")
 
-    monkeypatch.setattr(tokenization.tokenizers, "from_tiktoken", no_network)
+    monkeypatch.setattr(tokenization, "from_tiktoken", no_network)
     rows = run_twice(tokenization, monkeypatch, "--data=data/input.txt")
     assert "without GPT-2's tokenizer: no network" in capsys.readouterr().out
     assert [row["steps"] for row in rows] == ["10", "5", "4"]

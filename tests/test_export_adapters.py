@@ -12,6 +12,7 @@ from config import ARCHS, GPTConfig, UserError
 from exporting.folders import MARKER
 from finetuning.lora import LoRAConfig, add_lora, save_adapter, trained_names
 from model import GPT
+from tokenizer import CharTokenizer
 
 pytest.importorskip("safetensors")
 
@@ -27,7 +28,7 @@ def make_adapter() -> dict[str, Any]:
         "lora": vars(settings),
         "base_sha256": "",
         "gpt_config": gpt_config,
-        "tokenizer": {},
+        "tokenizer": CharTokenizer.train(["abcde"]).to_dict(),
         "tensors": {name: torch.randn_like(weights[name]) for name in trained},
     }
 

@@ -472,7 +472,9 @@ def test_samples_are_written_whole_and_printed_by_their_first_lines(workplace, c
 
 def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(run_log, "verdict", lambda records, settings: f"{settings['vocab_size']} is fine")
+    monkeypatch.setattr(
+        run_log, "verdict", lambda records, settings: f"{settings['vocab_size']} is fine"
+    )
     log = RunLog(TrainConfig(max_steps=9, tag="a"), HEADER)
     for step, loss in enumerate([3.0, 1.5, 2.0]):
         clock.now += 10

@@ -33,7 +33,9 @@ def make_trainer(model=None, separator: int | None = None, **settings: object) -
     defaults = {"batch_size": 4, "max_steps": 20, "compile": False, "precision": "float32"}
     config = TrainConfig(**{**defaults, **settings})
     ids = np.random.default_rng(0).integers(11, size=500)
-    corpus = Corpus(ids[:450], ids[450:], {"name": "random"}, 450, 50, separator=separator)
+    corpus = Corpus(
+        ids[:450], ids[450:], {"name": "random", "sha256": ""}, 450, 50, separator=separator
+    )
     model = model or make_model()
     tokenizer = CharTokenizer.train(["abcdefghijk"])
     task = Pretraining(corpus, tokenizer, model.config.block_size, config, CPU)

@@ -200,7 +200,16 @@ def test_weights_that_are_not_finite_are_rejected(trained: Path):
 
 # --- settings of resumed runs
 
-FIXED = {"preset", "arch", "tokenizer", "seed", "optimizer", "weight_decay", "bpe_vocab_size"}
+FIXED = {
+    "separator",
+    "preset",
+    "arch",
+    "tokenizer",
+    "seed",
+    "optimizer",
+    "weight_decay",
+    "bpe_vocab_size",
+}
 FIXED |= {f.name for f in fields(GPTConfig)} - {"dropout"}
 PLACES = {"out_dir", "tag", "resume", "overwrite", "overfit_batch", "device", "data", "vocab_size"}
 
@@ -209,6 +218,8 @@ def other_value(field: Field, value: Any) -> Any:
     """A valid value of a setting that is not this one."""
     if choices := field.metadata.get("choices"):
         return next(choice for choice in choices if choice and choice != value)
+    if kind_of(field) is str:
+        return value + "a"
     return {bool: not value, int: (value or 0) + 32, float: (value or 0) + 0.5}[kind_of(field)]
 
 

@@ -15,6 +15,7 @@ from conftest import make_model
 import utils
 from config import UserError
 from model import GPT
+from system.folders import newest_checkpoint
 from tokenizer import CharTokenizer
 
 
@@ -259,15 +260,15 @@ def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path):
 
 def test_the_newest_run_is_found(tmp_path: Path):
     with pytest.raises(UserError, match="no checkpoint in"):
-        utils.newest_checkpoint(tmp_path)
+        newest_checkpoint(tmp_path)
     for age, name in enumerate(("b/best.pt", "latest.pt", "b/latest.pt", "a/latest.pt")):
         file = tmp_path / name
         file.parent.mkdir(exist_ok=True)
         file.touch()
         os.utime(file, (1000 + age, 1000 + age))
-    assert utils.newest_checkpoint(tmp_path) == tmp_path / "a/latest.pt"
+    assert newest_checkpoint(tmp_path) == tmp_path / "a/latest.pt"
     os.utime(tmp_path / "b/latest.pt", (2000, 2000))
-    assert utils.newest_checkpoint(tmp_path) == tmp_path / "b/best.pt"
+    assert newest_checkpoint(tmp_path) == tmp_path / "b/best.pt"
 
 
 # --- exact positions
@@ -313,11 +314,6 @@ def test_golden_ratio():
 def test_even_starts_by_hand(n_ids: int, T: int, n: int | None, starts: list[int]):
     found = utils.even_starts(n_ids, T, n)
     assert found.tolist() == starts and found.dtype == np.int64
-
-
-def test_document_numbers_count_the_separators_of_each_row():
-    x = torch.tensor([[7, 1, 7, 7, 2], [1, 2, 3, 4, 7]])
-    assert utils.document_numbers(x, 7).tolist() == [[1, 1, 2, 3, 3], [0, 0, 0, 0, 1]]
 
 
 def test_a_mixed_seed_has_64_bits_and_never_changes():
@@ -416,8 +412,8 @@ def test_the_best_checkpoint_of_the_newest_run_is_preferred(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000 + age, 1000 + age))
-    assert utils.newest_checkpoint(tmp_path) == tmp_path / "best.pt"
+    assert newest_checkpoint(tmp_path) == tmp_path / "best.pt"
     os.utime(tmp_path / "a/latest.pt", (3000, 3000))
-    assert utils.newest_checkpoint(tmp_path) == tmp_path / "a/best.pt"
+    assert newest_checkpoint(tmp_path) == tmp_path / "a/best.pt"
     (tmp_path / "a/best.pt").unlink()
-    assert utils.newest_checkpoint(tmp_path) == tmp_path / "a/latest.pt"
+    assert newest_checkpoint(tmp_path) == tmp_path / "a/latest.pt"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from config import TrainConfig
+from config import TrainConfig, UserError
 from training.distributed import rank
 from utils import atomic_write
 from viz.runs import best_record, plot_runs, read_run, save_figure
@@ -258,6 +258,15 @@ def format_final(metrics: dict[str, float]) -> str:
     """
     words = format_metrics(metrics, final=True)
     return f" ({', '.join(words)})" if words else ""
+
+
+def diverged(step: int, numbers: dict[str, float]) -> UserError:
+    """The error of a run whose loss or gradient is infinite or not a number."""
+    what = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    return UserError(
+        f"diverged at step {step} ({what}): try a lower --lr_max; checkpoints of earlier steps "
+        "are kept"
+    )
 
 
 # --- other tools

@@ -15,7 +15,7 @@ from model import GPT
 from tokenizer import Tokenizer
 from training.distributed import all_reduce_sum, rank, world_size
 from training.machine import to_gpu_if_small
-from utils import TokenStream, bits_per_byte, document_numbers, even_starts, get_batch, windows
+from utils import TokenStream, bits_per_byte, even_starts, get_batch, windows
 
 Batch = tuple[Tensor, ...]
 Metrics = dict[str, float]
@@ -102,7 +102,7 @@ class Pretraining:
     def document_numbers(self, x: Tensor) -> Tensor | None:
         """With doc_mask, the number of each token's document within its window, (B, T)."""
         separator = self.corpus.separator if self.config.doc_mask else None
-        return None if separator is None else document_numbers(x, separator)
+        return None if separator is None else (x == separator).cumsum(dim=1)
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         n_windows = None if full else self.config.eval_windows
