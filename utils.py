@@ -206,12 +206,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         for name, kind in CHECKPOINT_TYPES.items():
             if not isinstance(state[name], kind):
                 raise ValueError(f"{name} is not a {kind.__name__}")
-        for record in state["log"]:
-            record["step"], float(record["val"])
-        if not all(isinstance(size, int) for size in state.get("files", {}).values()):
-            raise ValueError("files without sizes")
-        corpus = state["corpus"]
-        corpus["name"], corpus["sha256"]
+        for record in state["log"]:  # adding raises TypeError unless all are numbers
+            sum((record["step"], record["val"], *filter(None, record.values())))
+        if min([state["step"], *state.get("files", {}).values()]) < 0:
+            raise ValueError("a negative step or size")
+        state["corpus"]["name"] + state["corpus"]["sha256"]
     return state
 
 

@@ -192,12 +192,19 @@ class Weights:
             self.set(own)
 
 
+OPTIMIZER_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the full state of an optimizer; under FSDP, this process's shards of it."""
-    optimizer.load_state_dict(state)
+    """Load the full state of an optimizer; under FSDP, this process's shards of it. Its settings
+    are those of the run. Raises ValueError if the state is not that of its parameters."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
+    names = OPTIMIZER_STATE[type(optimizer).__name__]
     for parameter, values in optimizer.state.items():
+        if values.keys() != names:
+            raise ValueError(f"the optimizer's state has {sorted(values)}")
         for name, value in values.items():
-            if value.dim() and value.shape != parameter.shape:
+            if value.shape != (() if name == "step" else parameter.shape):
                 raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
         if hasattr(parameter, "full_tensor"):
             for name, value in values.items():

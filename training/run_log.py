@@ -64,7 +64,7 @@ class RunLog:
         self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
         self.run_dir = Path(config.out_dir, config.tag)
         self.records: list[Evaluation] = state["log"] if state else []
-        self.seconds_before = self.records[-1]["seconds"] if self.records else 0.0
+        self.seconds_before = (self.records[-1].get("seconds") or 0.0) if self.records else 0.0
         self.started = self.plotted = time.perf_counter()
         # when the timed interval began, and after which step
         self.clock_time, self.clock_step = self.started, 0
