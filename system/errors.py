@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from config import UserError
 
@@ -10,21 +11,27 @@ from config import UserError
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit. An error that the user can correct is one line on stderr and
     status 2: a UserError, a file that cannot be read or written, too little memory."""
+    status: Any
     try:
         status = main()
         sys.stdout.flush()
-        sys.exit(status)
-    except BrokenPipeError:  # the reader of the output has ended, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(1)
+    except SystemExit as exit:  # after --help
+        status = exit.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except BrokenPipeError:  # the reader of the output has ended, such as `head`
+        status = 1
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if not (reason := error_reason(error)):
             raise
+        status = 2
         rank = int(os.environ.get("RANK", 0))  # set by torchrun
         print(f"error{f' in process {rank}' * (rank > 0)}: {reason}", file=sys.stderr)
-        sys.exit(2)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left cannot be written: do not try again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def error_reason(error: Exception) -> str:

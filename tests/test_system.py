@@ -17,15 +17,15 @@ from system.memory import check_memory
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(code: str, **options: object) -> subprocess.Popen:
+def start(code: str, stdout: object = subprocess.PIPE, **options: object) -> subprocess.Popen:
     """Python code in a process of its own that can import this project."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     command = [sys.executable, "-c", code]
     return subprocess.Popen(
         command,
         env=environment,
         text=True,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         **options,
     )
@@ -72,6 +72,24 @@ def test_a_reader_that_ends_early_is_no_error():
     process = start(code)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("fails", [False, True])
+def test_output_that_cannot_be_written_is_one_line(fails: bool):
+    code = f"""
+from config import UserError
+from system.errors import run
+def main():
+    print("text")
+    if {fails}:
+        raise UserError("a mistake")
+run(main)
+"""
+    with open("/dev/full", "w") as full:
+        process = start(code, stdout=full)
+    expected = "a mistake" if fails else "input or output: No space left on device"
+    assert process.stderr.read() == f"error: {expected}\n" and process.wait() == 2
 
 
 # --- folders
