@@ -279,8 +279,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         status, _ = run_training(trainer, state)
         if adapt.lora_rank and rank() == 0:
-            best = read_checkpoint(run_dir / "best.pt")
-            lora.save_adapter(run_dir / "adapter.pt", best["adapter"])
+            with locked(run_dir, "a training run"):
+                best = read_checkpoint(run_dir / "best.pt")
+                lora.save_adapter(run_dir / "adapter.pt", best["adapter"])
             print(f"adapter: {run_dir / 'adapter.pt'}, for {settings.source}")
     del trainer, task, model, plain, format
     destroy_process_group()
