@@ -1,9 +1,11 @@
 """What the tests share: a small text, small models, a place to train in."""
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,18 @@ if os.environ.get("MUTANT_UNDER_TEST") == "stats":
     del os.environ["MUTANT_UNDER_TEST"]
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until some other day".split()
+
+
+# Every run has the same examples, and no limit of time, which depends on the machine.
+hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("seeded")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers that a test draws without a seed of its own are the same in every run."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -59,7 +59,7 @@ PARTS += [
     "!?",
 ]
 TEXTS = st.lists(st.one_of(st.sampled_from(PARTS), st.characters(codec="utf-8")), max_size=30)
-FUZZ = hypothesis.settings(max_examples=100, derandomize=True, deadline=None, database=None)
+FUZZ = hypothesis.settings(max_examples=100)
 
 
 @functools.cache
