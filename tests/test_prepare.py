@@ -478,7 +478,7 @@ def start_long_run(workplace: Path) -> subprocess.Popen:
         # a shell that runs the tests in the background ignores SIGINT, and processes inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     written = workplace / "data" / ".set.part" / "train.bin"
     while not (written.exists() and written.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline
@@ -499,7 +499,7 @@ def test_after_a_killed_run_no_processes_remain_and_the_next_run_works(workplace
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not Path("data/set").exists()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "the workers are still running"
         time.sleep(0.1)
@@ -513,7 +513,7 @@ def test_after_a_killed_run_no_processes_remain_and_the_next_run_works(workplace
 def test_an_interrupted_run_leaves_nothing(workplace, number, status):
     process = start_long_run(workplace)
     process.send_signal(number)
-    assert process.wait(timeout=60) == status
+    assert process.wait(timeout=300) == status
     assert b"Traceback" not in process.stderr.read()
     assert os.listdir("data") == ["input.txt"]
 

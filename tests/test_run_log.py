@@ -281,7 +281,7 @@ def test_wandb_has_the_numbers_of_the_log_offline(workplace, monkeypatch):
     wandb.finish()
     run = workplace / "checkpoints" / "a"
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    for _ in range(100):  # another process writes it, and may not have finished
+    for _ in range(1000):  # another process writes it, and may not have finished
         records = [messages.Record.FromString(data) for data in leveldb_records(file.read_bytes())]
         if records and records[-1].WhichOneof("record_type") == "exit":
             break

@@ -465,7 +465,7 @@ def test_a_stopped_run_resumes_bit_for_bit(workplace, number):
     log = Path("checkpoints/stopped/log.jsonl")
     wait_for(lambda: log.exists() and log.read_text().count("\n") >= 4, process)  # at step 100
     process.send_signal(number)
-    status = process.wait(timeout=60)
+    status = process.wait(timeout=300)
     assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     stopped_at = final_state("checkpoints/stopped")["step"]
     assert 50 <= stopped_at < 400
