@@ -35,9 +35,10 @@ from generate import (
     stream_texts,
 )
 from model import GPT
-from sampling.checks import output_problems, sampling_problems, warn_if_cut
+from sampling.checks import sampling_problems, warn_if_cut
 from sampling.output import header, write_text
 from system.errors import run
+from system.files import file_problems
 from tokenizer import Tokenizer
 
 # The actions, and the flags that each of them would ignore.
@@ -243,7 +244,7 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
         found.append(f"{explore.action} does not use {', '.join(ignored)}")
     if explore.action == "sweep":
         if not config.output_file:
-            found += output_problems("output_file", Path(SWEEP_FILE))
+            found += file_problems(Path(SWEEP_FILE))
         try:
             for values in parse_sweep(explore.settings):
                 found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]

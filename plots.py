@@ -15,6 +15,7 @@ from pathlib import Path
 
 from config import UserError, parse_args, setting
 from system.errors import run
+from system.files import file_problems
 from system.folders import newest_checkpoint
 from viz.internals import parse_numbers, plot_internals
 from viz.runs import MAX_RUNS, X_LABELS, plot_runs, read_run, save_figure
@@ -43,7 +44,7 @@ class PlotConfig:
         path = Path(self.output_file or "x.png")
         if path.suffix not in (".png", ".svg"):
             found.append(f"--output_file {path} must end in .png or .svg")
-        found += [f"--output_file {path}: {problem}" for problem in output_problems(path)]
+        found += [f"--output_file: {problem}" for problem in file_problems(path)]
         if len(self.inputs) > MAX_RUNS:
             found.append(f"at most {MAX_RUNS} runs fit in a picture, not {len(self.inputs)}")
         if self.picture != "runs" and len(self.inputs) > 1:
@@ -54,21 +55,6 @@ class PlotConfig:
             except UserError as error:
                 found.append(str(error))
         return found
-
-
-def output_problems(path: Path) -> list[str]:
-    """Why a picture cannot be written: found out before anything is plotted."""
-    part = path.with_name(path.name + ".part")  # the file that atomic_write writes first
-    try:
-        if not path.parent.is_dir():
-            return [f"there is no folder {path.parent}"]
-        if path.is_dir():
-            return ["it is a folder"]
-        part.open("ab").close()
-        part.unlink()
-    except OSError as error:
-        return [f"it cannot be written: {error.strerror}"]
-    return []
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,18 +26,11 @@ import torch
 from config import PRESETS, UserError, parse_args, setting, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
-from corpus.folder import (
-    foreign_files,
-    lock,
-    old_path,
-    remove_dataset,
-    replace_dataset,
-    restore_dataset,
-    write_manifest,
-)
+from corpus.folder import foreign_files, write_manifest
 from corpus.load import note_shared, open_dataset
 from model import GPT
 from system.errors import run
+from system.folders import replacing
 
 # Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
 TOKENS_PER_PARAMETER = 20
@@ -146,40 +139,18 @@ def usage_problems(
 
 def check_folder(folder: Path, config: DatasetConfig) -> None:
     """Raise UserError if the data set must not be written to the folder."""
-    if folder.exists() and not (folder / "manifest.json").is_file():
+    if not folder.exists():
+        return
+    if not (folder / "manifest.json").is_file():
         raise UserError(f"{folder} exists and is not a data set: give another --name")
-    if folder.exists() and not config.overwrite:
+    if not config.overwrite:
         raise UserError(f"{folder}/ exists: --overwrite it, or give another --name")
+    if names := foreign_files(folder):
+        raise UserError(f"{folder}/{names[0]} was not written by prepare.py: move it elsewhere")
     for source in config.sources:
         path = Path(source).resolve()
         if folder.resolve() in (path, *path.parents):
             raise UserError(f"{folder}/ is a source itself: give another --name")
-
-
-def write_dataset(
-    folder: Path,
-    config: DatasetConfig,
-    cleaning: CleanConfig,
-    workers: int,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Write a data set to .NAME.part, then rename that to the folder. Returns the manifest."""
-    tmp_path = folder.with_name(f".{config.name}.part")
-    restore_dataset(folder)
-    check_folder(folder, config)
-    for path in (tmp_path, old_path(folder)):  # a killed run may have left them
-        remove_dataset(path)
-    for path in (folder, tmp_path, old_path(folder)):
-        if path.exists() and (names := foreign_files(path)):
-            raise UserError(f"{path}/{names[0]} was not written by prepare.py: move it elsewhere")
-    tmp_path.mkdir()
-    try:
-        manifest = make_dataset(tmp_path, config, cleaning, workers, settings)
-        write_manifest(tmp_path, manifest)
-        replace_dataset(tmp_path, folder)
-    finally:
-        remove_dataset(tmp_path)
-    return manifest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -193,13 +164,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     settings = {name: value for c in configs for name, value in asdict(c).items()}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to clean up
-    try:
-        folder.parent.mkdir(exist_ok=True)
-        busy = f"another prepare.py is writing {folder}/: wait for it, or give another --name"
-        with lock(folder.with_name(f".{config.name}.lock"), busy):
-            manifest = write_dataset(folder, config, cleaning, options.workers, settings)
-    except OSError as error:
-        raise UserError(f"{folder}/ could not be written: {error.strerror or error}") from None
+    with replacing(folder, "prepare.py", lambda: check_folder(folder, config)) as new:
+        manifest = make_dataset(new, config, cleaning, options.workers, settings)
+        write_manifest(new, manifest)
     print(summary(manifest))
     note_shared(manifest["shared_documents"], manifest["splits"]["val"]["documents"])
     if options.stats:

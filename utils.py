@@ -2,14 +2,12 @@
 
 import contextlib
 import math
-import os
-import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,36 +16,8 @@ from torch import Tensor
 import tokenizer as tokenizers
 from config import GPTConfig, UserError, all_problems, from_dict, raise_problems
 from model import GPT
-
-# --- files
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which replaces `path` once it is complete and on disk.
-
-    A process killed at any moment leaves either the old file or the new one. Raises UserError if
-    the file cannot be written, for example on a full disk; the old file is kept.
-    """
-    tmp_path = path.with_name(path.name + ".part")
-    try:
-        with open(tmp_path, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp_path, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        with contextlib.suppress(OSError):
-            if shutil.disk_usage(path.parent).free < 1 << 20:
-                reason = "the disk is full"
-        raise UserError(
-            f"{path} could not be written ({reason}); the previous file is unchanged"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            tmp_path.unlink()
-
+from system.errors import first_line
+from system.files import atomic_write
 
 # --- batches: windows of a stream of token ids
 
@@ -245,7 +215,7 @@ def matching_contents(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # values of any kind raise errors of any type
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(
             f"invalid checkpoint {path}: its contents do not match ({reason})"
         ) from None

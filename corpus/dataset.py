@@ -8,20 +8,14 @@ workers. `open_dataset` in load.py reads what is written here.
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import re
-import signal
-import threading
 from array import array
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import tiktoken
@@ -34,14 +28,13 @@ from corpus.download import DATASETS
 from corpus.encodings import from_tiktoken
 from corpus.files import file_sha256, map_token_files, token_dtype, token_files
 from corpus.sources import SourceReader, find_sources
+from corpus.workers import parallel_map
 from tokenizer import END_OF_TEXT, Tokenizer
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
 SHARD_SIZE = 1 << 28  # tokens per file
 DECODE_SIZE = 1 << 20  # tokens decoded at once
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -82,48 +75,6 @@ class DatasetConfig:
             for source in self.sources
             if source.lower().endswith(".json")
         ]
-
-
-# --- worker processes
-
-
-def init_worker() -> None:
-    """Let only the parent process handle Ctrl-C, and exit when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def exit_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def parallel_map(
-    function: Callable[[list[Chunk]], Result], batches: Iterable[list[Chunk]], workers: int
-) -> Iterator[Result]:
-    """Yield function(batch) of each batch, in order, computed in several processes. Only as many
-    batches are read ahead as keep them busy. Raises UserError if a process is killed."""
-    if workers < 2:
-        yield from map(function, batches)
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=init_worker)
-    try:
-        pending: deque[Future[Result]] = deque()
-        for batch in batches:
-            pending.append(pool.submit(function, batch))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, perhaps because memory ran out: try --workers 1"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # --- the tokenizer
@@ -252,9 +203,7 @@ class DatasetWriter:
         self.files[split] = open(self.folder / name, "wb")  # noqa: SIM115 (`close` closes it)
 
     def close(self, split: str) -> None:
-        """Close the last file of a split, after flushing it to disk."""
-        self.files[split].flush()
-        os.fsync(self.files[split].fileno())
+        """Close the last file of a split."""
         self.files[split].close()
 
     def write(self, chunk: EncodedChunk) -> None:

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from config import UserError
 from corpus.files import file_sha256
-from corpus.folder import lock
-from utils import atomic_write
+from system.files import atomic_write
+from system.folders import locked
 
 DATASETS = ("shakespeare", "plays", "tinystories")
 TIMEOUT = 20  # seconds without data
@@ -96,7 +96,7 @@ def download(url: str, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(path.name + ".part")
-    with lock(path.with_name(path.name + ".lock"), f"another process is downloading {path.name}"):
+    with locked(path, "a download", path.with_name(f".{path.name}.lock")):
         try:
             sha256 = download_rest(url, tmp_path)
         except (OSError, ValueError, http.client.HTTPException) as error:

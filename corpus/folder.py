@@ -8,13 +8,9 @@ if that cannot be written, the set is verified each time.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
-import os
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,7 @@ from tqdm import tqdm
 
 from config import UserError
 from corpus.files import READ_SIZE, file_sha256, token_files
-from utils import atomic_write
-
-if sys.platform != "win32":
-    import fcntl
+from system.files import atomic_write
 
 VERIFY_ALWAYS = 1 << 30  # bytes
 HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files
@@ -114,84 +107,3 @@ def hash_ids(paths: list[Path], dtype: np.dtype) -> tuple[str, int]:
 def foreign_files(folder: Path) -> list[str]:
     """The names in a folder that are not those of a data set's files."""
     return sorted(path.name for path in folder.iterdir() if not re.fullmatch(FILES, path.name))
-
-
-def remove_dataset(folder: Path) -> None:
-    """Delete the files of a data set, complete or not, and the folder if nothing else is in it."""
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.is_dir():
-        # The manifest first: what remains after a kill is not a data set.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name != "manifest.json"):
-            if re.fullmatch(FILES, path.name):
-                path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one atomic operation. Returns whether the system can."""
-    try:
-        libc = ctypes.CDLL(None)
-        if sys.platform == "darwin":
-            return libc.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0
-        here = -100  # AT_FDCWD: relative paths start at the current folder
-        return libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
-    except (OSError, TypeError, AttributeError):
-        return False
-
-
-def replace_dataset(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, and delete the data set that was there.
-
-    Where folders can be exchanged (Linux, macOS) a process killed at any moment leaves the old set
-    or the new one. Elsewhere the old set can remain in .NAME.old, from which `restore_dataset`
-    returns it.
-    """
-    if not folder.exists():
-        new.rename(folder)
-    elif exchange(new, folder):
-        remove_dataset(new)
-    else:
-        old = old_path(folder)
-        folder.rename(old)
-        try:
-            new.rename(folder)
-        finally:
-            restore_dataset(folder)
-        remove_dataset(old)
-
-
-def old_path(folder: Path) -> Path:
-    """Where the previous data set is during its replacement."""
-    return folder.parent / f".{folder.name}.old"
-
-
-def restore_dataset(folder: Path) -> None:
-    """Return the data set that an interrupted replacement has left at its old path."""
-    old = old_path(folder)
-    if not folder.exists() and (old / "manifest.json").is_file():
-        old.rename(folder)
-
-
-@contextlib.contextmanager
-def lock(path: Path, message: str) -> Iterator[None]:
-    """Hold a lock file, which is deleted at the end. Raises UserError with the message if another
-    process holds it; the lock of a killed process is free. (Windows and some network file systems
-    have no such locks.)"""
-    while True:
-        with open(path, "ab") as file:
-            try:
-                if sys.platform != "win32":
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(message) from None
-            except OSError:
-                pass
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                continue  # its last owner has just deleted it
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return

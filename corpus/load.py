@@ -31,8 +31,9 @@ from corpus.files import (
     token_dtype,
     token_files,
 )
-from corpus.folder import read_manifest, restore_dataset, verify
+from corpus.folder import read_manifest, verify
 from corpus.records import Record, encode_record, read_records, record_text
+from system.folders import restore_folder
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
 
 MAX_IN_MEMORY = 1 << 28  # bytes; larger files must be streamed, by prepare.py
@@ -295,7 +296,7 @@ def find_corpus(data: str) -> Path:
     """The path of a corpus; a named data set is downloaded if it does not exist. Raises UserError
     if there is no such corpus."""
     path = Path(data)
-    restore_dataset(path)
+    restore_folder(path)
     if data == "tinystories" and not path.exists():
         path = Path("data/tinystories")
         if not path.is_dir():

@@ -20,7 +20,8 @@ from corpus.files import read_text
 from corpus.load import find_corpus
 from generate import sample_text
 from system.errors import run
-from utils import atomic_write, load_checkpoint, read_checkpoint
+from system.files import atomic_write
+from utils import load_checkpoint, read_checkpoint
 
 PAIRS_FILE = Path("data/short_speeches.jsonl")
 TAG = "short"  # of the fine-tuned run

@@ -33,10 +33,11 @@ from config import (
 )
 from corpus.load import Corpus, check_length, load_corpus
 from model import GPT
+from system.files import atomic_write
 from tokenizer import Tokenizer
 from training.setup import Flags, setup_machine
 from training.task import Pretraining
-from utils import atomic_write, device_problems, pick_device, read_checkpoint
+from utils import device_problems, pick_device, read_checkpoint
 from viz.runs import read_run, save_figure
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any
 
 from config import UserError
 from exporting.probes import PROBES
+from system.errors import first_line
 from tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer, to_printable
 
 UNKNOWN = "<UNK>"
@@ -185,8 +186,3 @@ def check_equal(tokenizer: Tokenizer, content: dict[str, Any]) -> None:
             raise UserError(f"Hugging Face's tokenizer has other ids for the text {text!r}")
         if theirs.decode(ids, skip_special_tokens=False) != tokenizer.decode(ids):
             raise UserError(f"Hugging Face's tokenizer decodes the ids of {text!r} differently")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if there is none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -25,10 +25,11 @@ from exporting.hf_model import (
     weights_from_hf,
     weights_to_hf,
 )
-from exporting.hf_tokenizer import first_line, tokenizer_to_hf
+from exporting.hf_tokenizer import tokenizer_to_hf
 from exporting.hf_tokenizer_import import tokenizer_from_hf
 from generate import sample_text
 from model import GPT
+from system.errors import first_line
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 
 T = TypeVar("T")

@@ -10,10 +10,10 @@ from torch import Tensor
 from config import GPTConfig, UserError, all_problems, from_dict, raise_problems
 from exporting.folders import new_folder, write_json
 from exporting.hf_model import matching_arch, split_sizes, tensor_names
-from exporting.hf_tokenizer import first_line
 from exporting.huggingface import save_tensors
 from finetuning import lora
 from model import GPT
+from system.errors import first_line
 
 
 def export_adapter(path: Path, folder: Path, overwrite: bool = False) -> None:

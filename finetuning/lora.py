@@ -24,6 +24,7 @@ import utils
 from config import GPTConfig, UserError, all_problems, from_dict, raise_problems, setting
 from finetuning.new_tokens import EMBEDDINGS, is_extension
 from model import GPT
+from system.files import atomic_write
 from tokenizer import Tokenizer
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -151,7 +152,7 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 def save_adapter(path: Path, adapter: dict[str, Any]) -> None:
     """Write an adapter file atomically; `adapter` has the keys of ADAPTER_TYPES."""
-    with utils.atomic_write(path) as file:
+    with atomic_write(path) as file:
         torch.save(adapter, file)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, SampleConfig, UserError
+from system.files import file_problems
 from system.memory import check_memory
 from utils import device_problems
 
@@ -33,25 +34,8 @@ def sampling_problems(config: SampleConfig) -> list[str]:
         if path.is_file() and path.stat().st_size > MAX_PROMPT_FILE:
             found.append(f"--prompt_file {path} is larger than {MAX_PROMPT_FILE >> 20} MiB")
     if config.output_file:
-        found += output_problems("output_file", Path(config.output_file))
+        found += [f"--output_file: {p}" for p in file_problems(Path(config.output_file))]
     return found
-
-
-def output_problems(flag: str, path: Path) -> list[str]:
-    """Why a file cannot be written; empty if it can."""
-    tmp_path = path.with_name(path.name + ".part")  # the name that atomic_write uses
-    try:
-        if path.is_dir():
-            return [f"--{flag} {path} is a folder: give the name of a file"]
-        if path.exists() and not path.is_file():  # /dev/null, which would be replaced by a file
-            return [f"--{flag} {path} is not a regular file"]
-        if not path.parent.is_dir():
-            return [f"there is no folder {path.parent} for --{flag}"]
-        tmp_path.open("ab").close()
-        tmp_path.unlink()
-    except OSError as error:
-        return [f"--{flag} {path} cannot be written: {error.strerror}"]
-    return []
 
 
 def sampling_bytes(gpt: GPTConfig, config: SampleConfig, n_prompt: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import SampleConfig, UserError
-from utils import atomic_write
+from system.files import atomic_write
 
 
 def accept_any_text() -> None:

@@ -34,6 +34,11 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(status)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def error_reason(error: Exception) -> str:
     """What a user can be told about an error; empty if it is a defect of the program."""
     if isinstance(error, UserError):

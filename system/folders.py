@@ -1,10 +1,13 @@
-"""Folders of runs: finding the newest, locking one, checking that it can be written to."""
+"""Folders: whether they can be written to, locks, atomic replacement, the newest run."""
 
 import contextlib
+import ctypes
 import os
+import shutil
 import socket
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -24,14 +27,16 @@ def folder_problems(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Hold the lock of a folder. Raises UserError, which names the holder, if another process holds
-    it.
+def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None]:
+    """Hold the lock of a folder or file. Raises UserError, which names the holder, if another
+    process holds it.
 
     The lock is the operating system's (flock, or msvcrt.locking on Windows), so it ends with its
-    process however that ends; the file FOLDER/lock remains and means nothing. It also works between
-    machines that share a file system, if that supports locks (NFS 4, Lustre, SMB).
+    process however that ends; the file PATH/lock remains and means nothing. If there is a lock_dir,
+    the file is in that folder, which is deleted at the end. It also works between machines that
+    share a file system, if that supports locks (NFS 4, Lustre, SMB).
     """
+    folder = lock_dir or path
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "lock.txt"
     lock = filelock.FileLock(folder / "lock")
@@ -40,9 +45,9 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     except filelock.Timeout:
         with contextlib.suppress(OSError):
             what = holder.read_text(encoding="utf-8")
-        raise UserError(f"{folder}/ is in use by {what}: wait, or use another folder") from None
+        raise UserError(f"{path} is in use by {what}: wait, or use another name") from None
     except (OSError, NotImplementedError) as error:
-        print(f"warning: {folder}/ cannot be locked ({error}): use it for one run at a time")
+        print(f"warning: {path} cannot be locked ({error}): use it for one run at a time")
     since = datetime.now().isoformat(" ", "seconds")
     text = f"{what}, process {os.getpid()} on {socket.gethostname()} since {since}"
     try:
@@ -51,7 +56,96 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             holder.unlink()
+        if lock_dir:
+            shutil.rmtree(lock_dir, ignore_errors=True)
         lock.release()
+
+
+# --- replacing a folder by a new one
+
+
+@contextlib.contextmanager
+def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Path]:
+    """A new folder to write files to. At the end it becomes `folder`; after an error it is deleted,
+    and an old `folder` is unchanged.
+
+    check() is called before and after; it raises UserError if `folder` must not be replaced. So
+    does this function if files cannot be written, or if another process replaces the folder, whose
+    name for the user is `what`. Until the end all is in .NAME.part beside the folder.
+
+    Where folders can be exchanged (Linux, macOS) a process killed at any moment leaves the old
+    folder or the new one. Elsewhere the old one can remain in .NAME.part, from which
+    `restore_folder` returns it.
+    """
+    target = Path(os.path.realpath(folder))  # a link stays a link
+    work = work_folder(target)
+    new, old = work / "new", work / "old"
+    missing = [parent for parent in target.parents if not os.path.lexists(parent)]
+    try:
+        with locked(folder, what, work):
+            restore_folder(folder)
+            check()
+            for path in (new, old):  # a killed process may have left them
+                shutil.rmtree(path, ignore_errors=True)
+            new.mkdir()
+            yield new
+            for path in (*new.iterdir(), new):
+                sync(path)
+            check()
+            if not target.exists():
+                new.rename(target)
+            elif not exchange(new, target):
+                target.rename(old)
+                try:
+                    new.rename(target)
+                finally:
+                    restore_folder(folder)
+            sync(target.parent)
+    except OSError as error:
+        raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
+    finally:
+        for parent in missing:  # those that were created for nothing
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def work_folder(folder: Path) -> Path:
+    """The folder in which another one is made."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+def restore_folder(folder: Path) -> None:
+    """Return the folder that an interrupted replacement has moved away."""
+    target = Path(os.path.realpath(folder))
+    old = work_folder(target) / "old"
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one atomic operation. Returns whether the system can."""
+    try:
+        libc = ctypes.CDLL(None)
+        if sys.platform == "darwin":
+            return libc.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0
+        here = -100  # AT_FDCWD: relative paths start at the current folder
+        return libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
+    except (OSError, TypeError, AttributeError):
+        return False
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of files in a folder, is on disk."""
+    if os.name != "posix":
+        return  # other systems cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- runs
 
 
 def newest_checkpoint(out_dir: Path) -> Path:

@@ -14,7 +14,7 @@ import pytest
 
 from config import UserError
 from corpus import download
-from corpus.folder import lock
+from system.folders import locked
 
 PLAY = r"""# Coriolanus
 
@@ -234,7 +234,12 @@ def test_the_hash_that_a_redirect_gives_is_compared(tmp_path, server):
 
 def test_two_processes_do_not_download_the_same_file(tmp_path, server):
     path = tmp_path / "stories.txt"
-    with lock(tmp_path / "stories.txt.lock", ""), pytest.raises(UserError, match="another process"):
+    path = tmp_path / "stories.txt"
+    message = r"stories\.txt is in use by a download, process \d+"
+    with (
+        locked(path, "a download", tmp_path / ".stories.txt.lock"),
+        pytest.raises(UserError, match=message),
+    ):
         download.download(server.url, path)
     download.download(server.url, path)
     assert path.read_bytes() == server.content

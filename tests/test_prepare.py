@@ -24,6 +24,7 @@ from config import UserError
 from corpus import dataset, folder, load, sources
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.sources import Source, SourceReader
+from system import folders
 from tokenizer import END_OF_TEXT
 
 ROOT = Path(__file__).parent.parent
@@ -280,11 +281,11 @@ def test_an_interrupted_replacement_restores_the_old_data_set(workplace, monkeyp
     rename = Path.rename
 
     def stop(path: Path, target: Path) -> None:
-        if path.name.endswith(".part"):
+        if path.name == "new":
             raise KeyboardInterrupt
         rename(path, target)
 
-    monkeypatch.setattr(folder, "exchange", lambda a, b: False)  # as on Windows
+    monkeypatch.setattr(folders, "exchange", lambda a, b: False)  # as on Windows
     monkeypatch.setattr(Path, "rename", stop)
     with pytest.raises(KeyboardInterrupt):
         make("stories.jsonl", "--overwrite", "--dedup")
@@ -318,32 +319,57 @@ def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(work
     assert Path("data", "x" * 60, "manifest.json").exists()
     shutil.rmtree("data")
     Path("data").write_text("a file")
-    with pytest.raises(UserError, match="data/set/ could not be written: File exists"):
+    with pytest.raises(UserError, match="data/set could not be written: "):
         prepare.main(["x" * 250, "--vocab_size=300", "--name=set"])
 
 
 def test_files_of_others_are_never_deleted(workplace):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
-    for place in ("set", ".set.part", ".set.old"):
-        Path("data", place).mkdir(exist_ok=True)
-        Path("data", place, "notes.txt").write_text("mine")
-        with pytest.raises(UserError, match=r"notes\.txt was not written by prepare\.py: move it"):
-            make("stories.jsonl", "--overwrite")
-        assert Path("data", place, "notes.txt").read_text() == "mine"
-        Path("data", place, "notes.txt").unlink()
-        load.open_dataset(Path("data/set"))
-    Path("data/set.old").mkdir()  # the old set of a name with a dot is not kept there
+    Path("data/set/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"notes\.txt was not written by prepare\.py: move it"):
+        make("stories.jsonl", "--overwrite")
+    assert Path("data/set/notes.txt").read_text() == "mine"
+    Path("data/set/notes.txt").unlink()
+    load.open_dataset(Path("data/set"))
+    Path("data/set.part").mkdir()  # a name with a dot, not the folder of a new set
     make("stories.jsonl", "--overwrite")
-    assert sorted(os.listdir("data")) == ["input.txt", "set", "set.old"]
+    assert sorted(os.listdir("data")) == ["input.txt", "set", "set.part"]
+
+
+def test_a_file_added_while_a_data_set_is_made_is_kept(workplace, monkeypatch):
+    write_jsonl(workplace / "stories.jsonl")
+    make("stories.jsonl")
+    make_dataset = prepare.make_dataset
+
+    def make_and_add(*args):
+        Path("data/set/notes.txt").write_text("mine")
+        return make_dataset(*args)
+
+    monkeypatch.setattr(prepare, "make_dataset", make_and_add)
+    with pytest.raises(UserError, match=r"notes\.txt was not written by prepare\.py"):
+        make("stories.jsonl", "--overwrite")
+    assert Path("data/set/notes.txt").read_text() == "mine"
+    load.open_dataset(Path("data/set"))
+
+
+def test_a_link_to_a_data_set_stays_a_link(workplace):
+    write_jsonl(workplace / "stories.jsonl")
+    make("stories.jsonl")
+    (workplace / "other").mkdir()
+    Path("data/set").rename("other/set")
+    Path("data/set").symlink_to(workplace / "other/set")
+    make("stories.jsonl", "--overwrite", "--dedup")
+    assert Path("data/set").is_symlink() and os.listdir("other") == ["set"]
+    load.open_dataset(Path("other/set"))
 
 
 def test_what_a_killed_run_left_is_deleted(workplace):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
-    shutil.copytree("data/set", "data/.set.part")
-    Path("data/.set.part/train_00007.bin").write_bytes(b"ids")
-    Path("data/.set.lock").touch()
+    shutil.copytree("data/set", "data/.set.part/new")
+    Path("data/.set.part/new/train_00007.bin").write_bytes(b"ids")
+    Path("data/.set.part/lock").touch()
     make("stories.jsonl", "--overwrite")
     assert sorted(os.listdir("data")) == ["input.txt", "set"]
     assert len(list(Path("data/set").iterdir())) == 5
@@ -363,11 +389,10 @@ def test_a_data_set_survives_a_kill_at_any_moment_of_its_replacement(
     new = make("stories.jsonl", "--seed=5", name="new")["sha256"]
     assert old != new
     if not atomic:
-        monkeypatch.setattr(folder, "exchange", lambda a, b: False)
-    for n_calls in range(20):
+        monkeypatch.setattr(folders, "exchange", lambda a, b: False)
+    for n_calls in range(50):
         shutil.rmtree("data/set", ignore_errors=True)
         shutil.copytree("data/old", "data/set")
-        shutil.copytree("data/new", "data/.set.part")
         left = [n_calls]
 
         def or_killed(function, left=left):
@@ -380,11 +405,14 @@ def test_a_data_set_survives_a_kill_at_any_moment_of_its_replacement(
             return call
 
         with monkeypatch.context() as patch:
-            for name in ("rename", "unlink", "rmdir"):
-                patch.setattr(Path, name, or_killed(getattr(Path, name)))
-            patch.setattr(folder, "exchange", or_killed(folder.exchange))
+            for owner, name in (
+                *((Path, name) for name in ("rename", "mkdir", "unlink", "rmdir")),
+                *((folders, "exchange"), (folders, "sync"), (shutil, "rmtree")),
+            ):
+                patch.setattr(owner, name, or_killed(getattr(owner, name)))
             try:
-                folder.replace_dataset(Path("data/.set.part"), Path("data/set"))
+                with folders.replacing(Path("data/set"), "a test", lambda: None) as path:
+                    shutil.copytree("data/new", path, dirs_exist_ok=True)
                 finished = True
             except Killed:
                 finished = False
@@ -398,12 +426,11 @@ def test_a_data_set_survives_a_kill_at_any_moment_of_its_replacement(
     assert finished and n_calls > 5
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
 def test_two_runs_do_not_write_the_same_data_set(workplace):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
-    with folder.lock(Path("data/.set.lock"), ""):
-        with pytest.raises(UserError, match=r"another prepare\.py is writing data/set/"):
+    with folders.locked(Path("data/set"), "a test", Path("data/.set.part")):
+        with pytest.raises(UserError, match=r"data/set is in use by a test, process \d+"):
             make("stories.jsonl", "--overwrite")
         make("stories.jsonl", name="other")
     make("stories.jsonl", "--overwrite")
@@ -479,7 +506,7 @@ def start_long_run(workplace: Path) -> subprocess.Popen:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 300
-    written = workplace / "data" / ".set.part" / "train.bin"
+    written = workplace / "data" / ".set.part" / "new" / "train.bin"
     while not (written.exists() and written.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

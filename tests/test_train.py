@@ -487,7 +487,7 @@ def test_killed_while_a_checkpoint_is_written_leaves_a_whole_one(workplace, monk
 
     train.main([*TINY_RUN, "--max_steps=5"])
     for function in ("fsync", "replace"):
-        monkeypatch.setattr(utils.os, function, kill)
+        monkeypatch.setattr(os, function, kill)
         with pytest.raises(Killed):
             train.main(["--resume", "--device=cpu", "--max_steps=10"])
         monkeypatch.undo()
@@ -525,7 +525,7 @@ def test_no_full_disk_is_silent(workplace, monkeypatch):
     def full(path: object) -> object:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(utils.os, "replace", lambda *_: full(None))
+    monkeypatch.setattr(os, "replace", lambda *_: full(None))
     with pytest.raises(UserError, match="No space left"):
         train.main(["--resume", "--device=cpu", "--max_steps=10"])
     monkeypatch.undo()

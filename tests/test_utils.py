@@ -15,6 +15,7 @@ from conftest import make_model
 import utils
 from config import UserError
 from model import GPT
+from system.files import atomic_write
 from system.folders import newest_checkpoint
 from tokenizer import CharTokenizer
 
@@ -242,7 +243,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(utils.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device.*previous file is unchanged"):
         utils.save_checkpoint(path, make_state(make_model(seed=1)))
     assert path.read_bytes() == before
@@ -252,7 +253,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch):
 def test_an_interrupted_write_keeps_the_old_file(tmp_path: Path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), utils.atomic_write(path) as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         file.write(b"half of the new")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
@@ -397,9 +398,9 @@ def test_a_written_file_is_on_disk_before_it_replaces_the_old_one(tmp_path: Path
         calls.append(("replace", Path(target).name))
         replace(source, target)
 
-    monkeypatch.setattr(utils.os, "fsync", note_fsync)
-    monkeypatch.setattr(utils.os, "replace", note_replace)
-    with utils.atomic_write(tmp_path / "file") as file:
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    with atomic_write(tmp_path / "file") as file:
         file.write(b"0123456789")
     assert calls == [("fsync", 10), ("replace", "file")]
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"0123456789"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig
+from system.errors import first_line
 from training.distributed import world_size
 from utils import TokenStream, count_params
 
@@ -60,7 +61,7 @@ def pick_compile(wanted: bool | None, device: torch.device) -> bool:
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # any error means that compiling does not work here
-        print(f"not compiling: {str(error).splitlines()[0]}")
+        print(f"not compiling: {first_line(error)}")
         return False
     return True
 

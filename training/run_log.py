@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import TrainConfig, UserError
+from system.files import atomic_write
 from training.distributed import rank
-from utils import atomic_write
 from viz.runs import best_record, plot_runs, read_run, save_figure
 from viz.verdict import verdict
 

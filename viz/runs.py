@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import UserError
-from utils import atomic_write, read_checkpoint
+from system.files import atomic_write
+from utils import read_checkpoint
 from viz.verdict import verdict
 
 if TYPE_CHECKING:
