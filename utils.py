@@ -215,9 +215,8 @@ def matching_contents(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # values of any kind raise errors of any type
-        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(
-            f"invalid checkpoint {path}: its contents do not match ({reason})"
+            f"invalid checkpoint {path}: its contents do not match ({first_line(error)})"
         ) from None
 
 

@@ -5,6 +5,7 @@ read through memory maps, so a data set can be larger than memory.
 """
 
 import codecs
+import functools
 import hashlib
 import io
 import json
@@ -21,12 +22,14 @@ from config import UserError
 READ_SIZE = 1 << 20  # bytes per read
 
 
-def ignore(*args: bytes) -> None:
-    """The default `on_read` and `on_null`."""
+def ignore(raw: bytes) -> None:
+    """The default `on_read`."""
 
 
+@functools.cache
 def note(text: str) -> None:
-    """Print a note about the data, once if several processes of torchrun read them."""
+    """Print a note about the data once, also if they are read several times or by several processes
+    of torchrun."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
@@ -149,27 +152,29 @@ def iter_documents(
     bad_bytes: str = "strict",
     on_read: Callable[[bytes], None] = ignore,
     chunk_size: int | None = None,
-    on_null: Callable[[], None] = ignore,
 ) -> Iterator[tuple[str, bool]]:
     """Yield the documents of a file: the text_field of each line of a .jsonl file; otherwise the
     text between separators, which is the full text if separator is "".
 
     Yields (text, ends): `ends` tells whether the text is the end of its document. It is always True
     if chunk_size is None; otherwise documents of more than chunk_size characters come in several
-    chunks. bad_bytes, on_read: see `iter_text`. on_null() is called for each line whose text is
-    null, which is no document. Raises UserError, with the position, if the file cannot be read.
+    chunks. bad_bytes, on_read: see `iter_text`. Lines whose text is null are no documents;
+    their number is printed. Raises UserError, with the position, if the file cannot be read.
     """
     stream = iter_text(path, bad_bytes, on_read)
     if path.suffix.lower() != ".jsonl":
         yield from split_stream(stream, separator, chunk_size)
         return
+    n_nulls = 0
     for number, (line, _) in enumerate(split_stream(stream, "\n"), 1):
         if line.strip():
             text = jsonl_text(line, text_field, f"{path}, line {number}")
             if text is None:
-                on_null()
+                n_nulls += 1
             else:
                 yield from split_stream([text], "", chunk_size)
+    if n_nulls:
+        note(f"{path}: skipped {n_nulls:,} lines whose text is null")
 
 
 # --- hashes

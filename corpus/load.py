@@ -33,14 +33,12 @@ from corpus.files import (
 )
 from corpus.folder import read_manifest, verify
 from corpus.records import Record, encode_record, read_records, record_text
+from system.errors import first_line
 from system.folders import restore_folder
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
 
 MAX_IN_MEMORY = 1 << 28  # bytes; larger files must be streamed, by prepare.py
 SPLIT_SEED = 1337
-# What reading a damaged data set can raise
-DAMAGES: tuple[type[Exception], ...] = (OSError, ValueError, LookupError, TypeError, UserError)
-DAMAGES += (AttributeError, ArithmeticError, RecursionError, EOFError)
 
 Document = TypeVar("Document")
 
@@ -193,10 +191,8 @@ def load_documents(
 def read_documents(path: Path, separator: str) -> list[str]:
     """The documents of a .jsonl file, or those between the separators of a text file; without blank
     ones, and without empty lines around a separator."""
-    nulls: list[None] = []
-    found = iter_documents(path, separator=separator, on_null=lambda: nulls.append(None))
+    found = iter_documents(path, separator=separator)
     texts = [text.strip("\n") if separator else text for text, _ in found]
-    note_nulls(path, len(nulls))
     return [text for text in texts if text.strip()]
 
 
@@ -224,12 +220,6 @@ def note_end_of_text(path: Path, text: str) -> None:
             f"{path} contains {END_OF_TEXT}, read as ordinary text: with --separator "
             f"'{END_OF_TEXT}' it starts a new document"
         )
-
-
-def note_nulls(path: Path, n_nulls: int) -> None:
-    """Print how many lines of a .jsonl file have no text."""
-    if n_nulls:
-        note(f"{path}: skipped {n_nulls:,} lines whose text is null")
 
 
 def note_shared(n_shared: int, n_val: int) -> None:
@@ -276,11 +266,12 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
         train_bytes, val_bytes = (split["bytes"] for split in splits)
         train_docs = np.load(folder / "train_docs.npy", mmap_mode="r")
         separator = own_tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
-    except DAMAGES as error:
-        plain = isinstance(error, OSError | ValueError | UserError)
-        reason = (str(error) if plain else repr(error)).split("\n")[0][:200]
+    except MemoryError:
+        raise
+    except Exception as error:  # damage raises errors of many types
         raise UserError(
-            f"{folder}/ is not a data set made by prepare.py, or is damaged ({reason}): run "
+            f"{folder}/ is not a data set made by prepare.py, or is damaged "
+            f"({first_line(error)[:200]}): run "
             "`python prepare.py FILE ... --name NAME`, then give --data data/NAME"
         ) from None
     if tokenizer is not None and tokenizer.to_dict() != tokenizer_dict:

@@ -13,8 +13,7 @@ from config import UserError
 from corpus.clean import CHUNK_SIZE, Chunk
 from corpus.download import DATASETS, fetch
 from corpus.files import iter_documents, replace_surrogates
-from corpus.load import SPLIT_SEED, hash_to_unit, is_validation, note_end_of_text, note_nulls
-from tokenizer import END_OF_TEXT
+from corpus.load import SPLIT_SEED, hash_to_unit, is_validation, note_end_of_text
 
 BATCH_SIZE = 1 << 20  # characters that a worker process receives at once
 CHUNK_COST = 100  # characters added to the size of each chunk, to limit the chunks per batch
@@ -92,7 +91,6 @@ class SourceReader:
     seed: int = SPLIT_SEED
     # path, bytes and sha256 of each file that was read; complete at the end of the stream
     files_read: list[dict[str, Any]] = field(default_factory=list)
-    noted: set[Path] = field(default_factory=set)  # files about which a note was printed
 
     @property
     def n_bytes(self) -> int:
@@ -125,7 +123,8 @@ class SourceReader:
             for source in self.sources:
                 first = True
                 for text, last in self.read_file(source.path, bar):
-                    self.note(source.path, text)
+                    if not self.separator and source.path.suffix.lower() != ".jsonl":
+                        note_end_of_text(source.path, text)
                     complete = first and last
                     text = text.strip("\n") if self.separator and complete else text
                     is_val = is_validation(number, self.val_share, self.seed)
@@ -136,16 +135,9 @@ class SourceReader:
                     number += last and not blank
                     first = last
 
-    def note(self, path: Path, text: str) -> None:
-        """Print a note, once per file, about <|endoftext|> in a text file without a separator."""
-        is_text = not self.separator and path.suffix.lower() != ".jsonl"
-        if is_text and path not in self.noted and END_OF_TEXT in text:
-            note_end_of_text(path, text)
-            self.noted.add(path)
-
     def read_file(self, path: Path, bar: tqdm) -> Iterator[tuple[str, bool]]:
         """Yield the documents of a file as `iter_documents` does, then add it to files_read."""
-        digest, n_bytes, n_nulls = hashlib.sha256(), 0, 0
+        digest, n_bytes = hashlib.sha256(), 0
 
         def on_read(raw: bytes) -> None:
             nonlocal n_bytes
@@ -153,15 +145,8 @@ class SourceReader:
             n_bytes += len(raw)
             bar.update(len(raw))
 
-        def on_null() -> None:
-            nonlocal n_nulls
-            n_nulls += 1
-
         yield from iter_documents(
-            path, self.text_field, self.separator, self.bad_bytes, on_read, CHUNK_SIZE, on_null
+            path, self.text_field, self.separator, self.bad_bytes, on_read, CHUNK_SIZE
         )
-        if path not in self.noted:
-            note_nulls(path, n_nulls)
-            self.noted.add(path)
         file = {"path": replace_surrogates(str(path)), "bytes": n_bytes}
         self.files_read.append(file | {"sha256": digest.hexdigest()})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import utils
-from config import GPTConfig, SampleConfig, TrainConfig, UserError
+from config import GPTConfig, SampleConfig, TrainConfig, UserError, raise_problems
 from exporting.folders import MARKER, check_files, new_folder, read_json, write_json
 from exporting.hf_model import (
     CLASSES,
@@ -30,6 +30,7 @@ from exporting.hf_tokenizer_import import tokenizer_from_hf
 from generate import sample_text
 from model import GPT
 from system.errors import first_line
+from system.folders import folder_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 
 T = TypeVar("T")
@@ -232,9 +233,7 @@ def check_checkpoint_target(path: Path, overwrite: bool) -> None:
             utils.read_checkpoint(path)
         except UserError as error:
             raise UserError(f"only a checkpoint is replaced, and {error}") from None
-    parent = next(p for p in path.absolute().parents if os.path.lexists(p))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path} cannot be written: {parent} is not a folder that you can write to")
+    raise_problems(folder_problems(path.parent))
 
 
 def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor]:

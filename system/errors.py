@@ -36,6 +36,8 @@ def run(main: Callable[[], int | None]) -> None:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if there is none."""
+    if isinstance(error, KeyError):  # its message is only the key
+        return f"no {error}"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import train
 from config import ARCHS, GPTConfig
+from corpus.files import note
 from exporting.hf_model import config_to_hf, weights_to_hf
 from model import GPT, MLPS, NORMS, POSITIONS, AttentionPositions
 
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def new_notes() -> None:
+    """Each test sees the notes that a new process prints."""
+    note.cache_clear()
 
 
 def make_text(n_lines: int = 400) -> str:
