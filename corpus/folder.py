@@ -1,5 +1,4 @@
-"""The folder of a data set: written by one run at a time, complete or not at all, and verified when
-it is opened.
+"""The folder of a data set: its files, their hashes, and whether they have them when it is opened.
 
 The manifest has the hashes of the other files and its own. SHA-256 takes 0.7 s per GB here, so a
 set of up to VERIFY_ALWAYS bytes is verified each time it is opened. A larger one is verified once,
@@ -25,9 +24,6 @@ VERIFY_ALWAYS = 1 << 30  # bytes
 HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files
 VERIFIED = ".verified.json"
 FILES = r"(train|val)(_\d{5,})?\.bin|train_docs\.npy|(tokenizer|manifest|\.verified)\.json(\.part)?"
-
-
-# --- hashes
 
 
 def checksum(manifest: dict[str, Any]) -> str:
@@ -99,9 +95,6 @@ def hash_ids(paths: list[Path], dtype: np.dtype) -> tuple[str, int]:
                     highest = max(highest, int(np.frombuffer(raw, dtype).max()))
                     bar.update(len(raw))
     return digest.hexdigest(), highest
-
-
-# --- writing
 
 
 def foreign_files(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The folders that an export writes: complete or not at all, and replacing only another export.
+"""The folders that an export writes, which replace only another export.
 
 The last file of an export, MARKER, lists the others with their hashes. A folder is replaced only if
 it has that file, and no file that is not listed.

@@ -21,7 +21,7 @@ import prepare
 import train
 import utils
 from config import UserError
-from corpus import dataset, folder, load, sources
+from corpus import dataset, files, folder, load, sources
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.sources import Source, SourceReader
 from system import folders
@@ -458,6 +458,7 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
     assert shared == sum(text in splits[0] for text in splits[1]) > 0
     message = f"{shared} of {len(splits[1])} validation documents also occur in the training split"
     assert capsys.readouterr().err.count(message) == 1
+    files.note.cache_clear()  # as in another process
     load.load_corpus(str(path), "bpe", 300)
     assert capsys.readouterr().err.count(message) == 1
     assert make("stories.jsonl", "--dedup", "--overwrite")["shared_documents"] == 0
