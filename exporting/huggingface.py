@@ -202,13 +202,12 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
             f"{config.vocab_size}"
         )
     folder = folder if local else download(source, ["*.json", "*.safetensors"])
-    weights = read_weights(folder, config, arch)
     state = {
         "gpt_config": asdict(config),
         "train_config": asdict(TrainConfig(arch=arch)),
         "tokenizer": tokenizer.to_dict(),
         "corpus": {"name": source, "bytes": 0, "sha256": ""},
-        "model": weights,
+        "model": read_weights(folder, config, arch),
         "optimizers": [],
         "scaler": {},
         "step": 0,
@@ -216,9 +215,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     }
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     utils.save_checkpoint(checkpoint, state)
-    n_params = sum(t.numel() for t in weights.values())
-    n_params -= weights["head.weight"].numel() if config.tie_weights else 0
-    print(f"{checkpoint}: {arch}, {n_params:,} parameters")
+    print(f"{checkpoint}: {arch}, {utils.count_params(config)[0]:,} parameters")
     print(f"next: python generate.py {checkpoint}")
 
 

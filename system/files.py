@@ -45,9 +45,9 @@ def part_path(path: Path) -> Path:
 
 def file_problems(path: Path) -> list[str]:
     """Why `atomic_write` cannot write a file; empty if it can."""
-    if path.is_dir():
-        return [f"{path} is a folder: give the name of a file"]
     try:
+        if path.is_dir():
+            return [f"{path} is a folder: give the name of a file"]
         if path.exists() and not path.is_file():  # /dev/null, which would be replaced by a file
             return [f"{path} is not a regular file"]
         if not path.parent.is_dir():

@@ -67,13 +67,13 @@ def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None
 @contextlib.contextmanager
 def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Path]:
     """A new folder to write files to. At the end it becomes `folder`; after an error it is deleted,
-    and an old `folder` is unchanged.
+    and an old `folder` is unchanged. Until then it is in .NAME.part, beside `folder`.
 
-    check() is called before and after; it raises UserError if `folder` must not be replaced. So
-    does this function if files cannot be written, or if another process replaces the folder, whose
-    name for the user is `what`. Until the end all is in .NAME.part beside the folder.
+    check() is called at the start and at the end, and raises UserError if `folder` must not be
+    replaced. `what` names this process to another one that wants to replace the same folder. Raises
+    UserError if files cannot be written.
 
-    Where folders can be exchanged (Linux, macOS) a process killed at any moment leaves the old
+    Where folders can be exchanged (Linux, macOS), a process killed at any moment leaves the old
     folder or the new one. Elsewhere the old one can remain in .NAME.part, from which
     `restore_folder` returns it.
     """
