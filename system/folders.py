@@ -111,7 +111,7 @@ def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Pa
 
 def work_folder(folder: Path) -> Path:
     """The folder in which another one is made."""
-    return folder.with_name(f".{folder.name}.part")
+    return folder.parent / f".{folder.name}.part"
 
 
 def restore_folder(folder: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from config import UserError
-from system import memory
+from system import folders, memory
 from system.errors import run
-from system.folders import folder_problems, locked
+from system.folders import folder_problems, locked, replacing, restore_folder
 from system.memory import check_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +127,35 @@ def test_a_folder_has_one_holder_whose_lock_ends_with_its_process(tmp_path: Path
     with locked(folder, "another"):
         assert f"another, process {os.getpid()}" in (folder / "lock.txt").read_text()
     assert not (folder / "lock.txt").exists()
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_a_folder_is_replaced_only_at_the_end_and_by_one_process(tmp_path, monkeypatch, atomic):
+    if not atomic:
+        monkeypatch.setattr(folders, "exchange", lambda a, b: False)  # as on Windows
+    folder, checks = tmp_path / "set", []
+    for text in ("old", "new"):
+        with replacing(folder, "a test", lambda: checks.append(folder.exists())) as new:
+            (new / "a.txt").write_text(text)
+            assert text == "old" or (folder / "a.txt").read_text() == "old"
+            message = f"set is in use by a test, process {os.getpid()}"
+            with pytest.raises(UserError, match=message), replacing(folder, "b", lambda: None):
+                pass
+        assert (folder / "a.txt").read_text() == text and os.listdir(tmp_path) == ["set"]
+    assert checks == [False, False, True, True]
+
+
+def test_a_replaced_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda *paths: (calls.append("rename"), rename(*paths)))
+    with replacing(tmp_path / "set", "a test", lambda: None) as new:
+        (new / "a.txt").write_text("text")
+    assert calls == ["fsync", "fsync", "rename", "fsync"]  # the file, its folder; the parent
+
+
+def test_the_root_folder_was_not_moved_away():
+    restore_folder(Path("/"))
 
 
 # --- memory
