@@ -187,7 +187,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def read_data(path: Path) -> Any:
     """What torch.save wrote, on the CPU, loaded with weights_only=True, so that a file from a
     stranger cannot run code. The checksums in the file are verified, which torch.load does not do:
-    7 GB/s. Raises UserError if the file is missing or damaged."""
+    5 GB/s. Raises UserError if the file is missing or damaged."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a checkpoint in it, such as best.pt")
     if not path.exists():
