@@ -26,6 +26,14 @@ def folder_problems(folder: Path) -> list[str]:
         return [f"cannot write to the folder {folder}: {error.strerror}"]
 
 
+class SystemLock(filelock.FileLock):  # type: ignore[misc,valid-type]  # depends on the system
+    """A lock of the operating system, or none. Instead of one, new versions of filelock take the
+    existence of the file for a lock, and the file remains after each run."""
+
+    def _fallback_to_soft_lock(self) -> None:
+        raise NotImplementedError("the file system has no locks")
+
+
 @contextlib.contextmanager
 def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None]:
     """Hold the lock of a folder or file. Raises UserError, which names the holder, if another
@@ -39,7 +47,7 @@ def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None
     folder = lock_dir or path
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "lock.txt"
-    lock = filelock.FileLock(folder / "lock")
+    lock = SystemLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -51,7 +59,8 @@ def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None
     since = datetime.now().isoformat(" ", "seconds")
     text = f"{what}, process {os.getpid()} on {socket.gethostname()} since {since}"
     try:
-        holder.write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError):  # a full disk is reported where it loses something
+            holder.write_text(text, encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):

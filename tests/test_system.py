@@ -1,5 +1,6 @@
 """One-line errors, locks, memory."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -158,6 +159,26 @@ def test_the_root_folder_was_not_moved_away():
     restore_folder(Path("/"))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="flock is POSIX")
+def test_a_folder_without_locks_can_be_used_also_when_an_old_lock_file_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def flock(*args: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (tmp_path / "lock").touch()
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path, "a test"):
+        assert "cannot be locked" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_folder_on_a_full_disk_is_locked_without_the_name_of_the_holder(tmp_path: Path):
+    (tmp_path / "lock.txt").symlink_to("/dev/full")
+    with locked(tmp_path, "a test"):
+        pass
+
+
 # --- memory
 
 
@@ -170,3 +191,17 @@ def test_what_does_not_fit_in_memory_is_rejected(monkeypatch):
         check_memory(99 * 10**12, device, "the model")
     monkeypatch.setattr(memory, "memory_size", lambda device: None)  # unknown, as on Windows
     check_memory(99 * 10**12, device, "the model")
+
+
+# --- inputs that are no regular files
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_checkpoint_that_is_a_pipe_is_rejected_without_waiting_for_a_writer(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    code = "from pathlib import Path; from utils import read_data; read_data(Path('pipe'))"
+    process = start(code, cwd=tmp_path)
+    try:
+        assert "pipe is not a checkpoint" in process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
