@@ -144,7 +144,7 @@ class TrainConfig:
     max_steps: int = setting(5000, "optimizer steps", low=1, group="training", alias="max_iters")
     batch_size: int = setting(64, "sequences per micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches per step, over all processes", low=1)
-    lr_max: float = setting(1e-3, "peak learning rate", above=0, alias="learning_rate")
+    lr_max: float = setting(1e-3, "peak learning rate", above=0, high=1e9, alias="learning_rate")
     lr_min: float = setting(0.0, "final learning rate", low=0)
     schedule: str = setting("cosine", "decay to lr_min", choices=("cosine", "linear"))
     warmup_steps: int | None = setting(

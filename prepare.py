@@ -14,6 +14,7 @@ train_docs.npy (where documents start), tokenizer.json and manifest.json. Next: 
 --data data/NAME
 """
 
+import os
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -148,7 +149,7 @@ def check_folder(folder: Path, config: DatasetConfig) -> None:
     if names := foreign_files(folder):
         raise UserError(f"{folder}/{names[0]} was not written by prepare.py: move it elsewhere")
     for source in config.sources:
-        path = Path(source).resolve()
+        path = Path(os.path.realpath(source))  # resolve() raises RuntimeError for a loop
         if folder.resolve() in (path, *path.parents):
             raise UserError(f"{folder}/ is a source itself: give another --name")
 

@@ -192,7 +192,7 @@ def read_data(path: Path) -> Any:
         raise UserError(f"{path} is a folder: name a checkpoint in it, such as best.pt")
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}: train one with `python train.py`")
-    if not zipfile.is_zipfile(path):
+    if not (path.is_file() and zipfile.is_zipfile(path)):  # a pipe would wait forever
         raise UserError(f"{path} is not a checkpoint, or it is incomplete")
     try:
         with zipfile.ZipFile(path) as file:

@@ -61,7 +61,7 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         if self.sources and not self.name:
-            self.name = re.sub(r"[^\w.-]", "_", Path(self.sources[0]).resolve().stem)[:60]
+            self.name = re.sub(r"[^\w.-]", "_", Path(os.path.realpath(self.sources[0])).stem)[:60]
 
     def problems(self) -> list[str]:
         """Invalid settings."""

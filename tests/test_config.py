@@ -145,6 +145,7 @@ def test_defaults_follow_what_is_given():
         ("--dropout 1", "dropout must be below 1, not 1.0"),
         ("--lr_max nan", "lr_max must be a finite number that float32 can represent, not nan"),
         ("--lr_max 0", "lr_max must be above 0"),
+        ("--lr_max 3e38", "lr_max must be at most"),
         ("--mlp tanh", "mlp must be one of gelu, relu, silu, relu2, swiglu, not 'tanh'"),
         ("--preset huge", "preset must be one of auto, laptop, tiny"),
         ("--arch bert", "arch must be one of gpt2, llama, qwen3"),

@@ -204,6 +204,7 @@ def write_invalid_files(workplace: Path) -> None:
     (workplace / "mixed" / "b.txt").write_bytes(b"good, then \xff\xfe")
     (workplace / "hollow").mkdir()
     write_jsonl(workplace / "posts.jsonl", field="body")
+    (workplace / "loop.txt").symlink_to("loop.txt")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,7 @@ def write_invalid_files(workplace: Path) -> None:
         (["mixed"], r"b.txt is not UTF-8 text \(byte 11 is 0xff\)"),
         (["hollow"], "no text file in the folder hollow"),
         (["nowhere.txt"], r"there is no nowhere.txt"),
+        (["loop.txt"], r"loop.txt"),
         (["posts.jsonl"], "line 1: no text in field 'text' .fields with text: body"),
         (["mixed/a.txt", "--min_chars=9999"], "no text remains to learn"),
         (["mixed/a.txt", "--drop_lines=(", "--min_chars=9", "--max_chars=5"], "regular.*|below"),
