@@ -625,6 +625,8 @@ def test_a_stop_string_ends_the_text(trained, capsys):
         (["--output_file=/proc/out.txt"], "/proc/out.txt cannot be written"),
         (["--output_file=/dev/null"], "/dev/null is not a regular file"),
         (["--output_file=" + 300 * "a"], "a cannot be written: File name too long"),
+        (["--output_file=checkpoints/best.pt"], "best.pt is a checkpoint or the prompt"),
+        (["--prompt_file=data/input.txt", "--output_file=./data/input.txt"], "or the prompt"),
         (["--prompt_file=data"], "data"),
         (["--prompt_file=checkpoints/best.pt"], "checkpoints/best.pt"),
         (["--prompt_file=huge.txt"], "huge.txt is larger than 64 MiB"),
