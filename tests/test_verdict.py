@@ -61,6 +61,14 @@ CASES: dict[str, tuple[list[dict], dict, str, tuple[str, ...], tuple[str, ...]]]
         ("lower --lr_max",),
         ("healthy",),
     ),
+    "healthy, slow": (curve([4.17 - 0.1 * i for i in range(10)], lr=cosine), {}, HEALTHY, (), ()),
+    "one high evaluation": (
+        curve([4.17, 2.5, 2.6], [4.17, 2.5, 2.6]),
+        {"patience": 1, "max_steps": 5000},
+        HEALTHY,
+        ("--patience 1 stopped",),
+        ("diverging",),
+    ),
     "healthy, few": (curve([4.17, 2.5, 2.1, 1.8]), {}, HEALTHY, (), ("plateau",)),
     "healthy, noisy": (curve(noisy(SLOW, 0.02), noisy(SLOW, 0.02)), {}, HEALTHY, (), ("jump",)),
     "healthy, gap": (

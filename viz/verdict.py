@@ -34,7 +34,8 @@ def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     solved        the validation loss ends below 1% of ln V
     overfitting   the validation loss ends 1% above its lowest, the training loss falls
     not moving    the best loss is above 97% of ln V, or 99% of a trained model's first loss
-    stuck         the best loss is above 70% of ln V when the learning rate has decayed
+    stuck         the best loss is above 70% of ln V when the learning rate has decayed, and it
+                  did not fall before that
     plateaued     the loss falls by less than 1% in the second half of the steps before the
                   learning rate decays to a quarter of its peak
     healthy       otherwise
@@ -97,10 +98,10 @@ def zigzag(losses: list[float]) -> float:
 
 
 def end_level(losses: list[float]) -> float:
-    """The last loss or the median of the last three since the lowest one, whichever is lower: a
+    """The last loss or the median of the last three from the lowest one on, whichever is lower: a
     single high evaluation is no trend."""
     since = losses[losses.index(min(losses)) :]
-    return min(losses[-1], statistics.median(since[1:][-3:] or since))
+    return min(losses[-1], statistics.median(since[-3:]))
 
 
 def tail_fall(curve: Curve) -> float:
@@ -184,7 +185,8 @@ def not_moving(curve: Curve) -> str | None:
 def stuck(curve: Curve) -> str | None:
     """Little was learned although the learning rate has decayed: it was too high or too low."""
     level = curve.val[curve.best]
-    if level < STUCK * curve.uniform or not curve.decayed or curve.pretrained:
+    high = level > STUCK * curve.uniform and curve.decayed and not curve.pretrained
+    if not high or tail_fall(curve) > 3 * PLATEAU:
         return None
     return f"stuck at {level:.2f}, little better than token frequencies: try a lower --lr_max"
 
