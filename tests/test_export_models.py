@@ -330,3 +330,11 @@ def test_a_model_with_another_head_size_is_exported_or_rejected(tmp_path, arch, 
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, arch, {})))
     safetensors_torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_equal_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3"])
+def test_the_base_of_rope_is_where_transformers_4_and_5_read_it(arch: str):
+    config = GPTConfig(**ARCHS[arch], vocab_size=5, n_embd=16, n_head=2, rope_theta=500.0)
+    content = config_to_hf(config, arch, {})
+    assert content["rope_theta"] == 500.0
+    assert content["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
