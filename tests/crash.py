@@ -302,7 +302,7 @@ class Trials:
         job = JOBS[name]
         for life in range(MAX_LIVES):
             saved = (folder / job.folder / "latest.pt").exists()
-            argv = "--resume --tag=run" if saved else job.argv
+            argv = "--resume --tag=run" if saved else job.argv + " --overwrite" * (life > 0)
             if life and (self.done() or self.rng.random() < 0.2):
                 status, stderr = run_command(job, argv, folder)
             else:

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import generate
-from config import ARCHS, SampleConfig, UserError
+from config import ARCHS, GPTConfig, SampleConfig, UserError
 from corpus.bpe import train_bpe
 from generate import sample_logits
 from model import KVCache
 from sampling import output
 from sampling.beam_search import beam_search
+from sampling.checks import sampling_bytes
 from sampling.quantize import Int8Linear, lower_precision
 from tokenizer import QA_SPECIALS, CharTokenizer
 
@@ -677,3 +678,24 @@ def test_a_terminal_without_a_character_gets_an_escape(workplace, monkeypatch):
     output.accept_any_text()
     print("caf\u00e9", flush=True)
     assert raw.getvalue() == b"caf\\xe9\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "per_text"),
+    [
+        # 12 ids; 4 random numbers, strings; objects; cache; activations; logits, sorted
+        ({}, 8 * 12 + 88 * 4 + 4000 + 8 * 3 * 10 * 5 * 16 + 4 * 12 * 256 + 4 * 7 + 32 * 7),
+        ({"cache": False}, 8 * 12 + 88 * 4 + 4000 + 4 * 12 * 256 + 4 * 12 * 7 + 32 * 7),
+        ({"beams": 3}, 8 * 12 + 88 * 4 + 4000 + 2 * 8 * 3 * 10 * 5 * 16 + 4 * 12 * 256 + 36 * 7),
+    ],
+)
+def test_the_memory_of_sampling_by_hand(settings: dict, per_text: int):
+    sizes = {"vocab_size": 7, "block_size": 16, "n_layer": 3, "n_embd": 20, "n_inner": 18}
+    gpt = GPTConfig(**sizes, n_head=10, n_kv_head=5, head_size=10, mlp="gelu")
+    width = 6 * 20 + 2 * 18 + 2 * 100
+    config = SampleConfig(max_new_tokens=4, num_samples=1, **settings)
+    expected = (per_text + 4 * 12 * (width - 256)) * (config.beams or 1)
+    assert sampling_bytes(gpt, config, n_prompt=8) == expected
+    if not config.beams:
+        config.num_samples = 6
+        assert sampling_bytes(gpt, config, n_prompt=8) == 6 * expected

@@ -377,3 +377,13 @@ def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(encodings.tiktoken, "get_encoding", refuse)
     with pytest.raises(UserError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
         encodings.from_tiktoken("gpt2")
+
+
+def test_a_downloaded_encoding_keeps_its_special_tokens(monkeypatch: pytest.MonkeyPatch):
+    ranks = {bytes([b]): b for b in range(256)}
+    theirs = tiktoken.Encoding("x", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
+                               special_tokens={"<|endoftext|>": 300})  # fmt: skip
+    monkeypatch.setattr(encodings.tiktoken, "get_encoding", {"gpt2": theirs}.__getitem__)
+    ours = encodings.from_tiktoken("gpt2")
+    assert ours.specials == {"<|endoftext|>": 300} and ours.vocab_size == 301
+    assert ours.pattern == r"\S+|\s+" and ours.encode("a b").tolist() == [97, 32, 98]

@@ -19,7 +19,7 @@ import utils
 from config import GPTConfig, TrainConfig, UserError, kind_of
 from system.folders import locked
 from train import Trainer
-from training.setup import resolve_train
+from training.setup import check_run, resolve_train
 from training.signals import StopSignal
 
 SAVED = Path("checkpoints/latest.pt")
@@ -252,6 +252,16 @@ def test_an_extended_run_warns_that_its_rate_rises_again(trained: Path, capsys):
     rate = 6e-3 * (1 - 18 / 28)  # the preset's decay is linear
     line = f"warning: the learning rate at step 20 is now {rate:g} instead of 0\n"
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_restarted_process_resumes_or_starts_over(trained: Path, monkeypatch, saved: bool):
+    if not saved:
+        SAVED.unlink()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    _, config, state = resolve_train({})
+    assert (config.resume, config.overwrite, state is not None) == (saved, not saved, saved)
+    assert check_run(config) == []
 
 
 # --- memory

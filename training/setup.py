@@ -87,10 +87,10 @@ def saved_settings(state: State) -> Flags:
 
 def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | None]:
     """The last checkpoint of a run, if --resume is given or torchrun restarted the process; and the
-    flags, in that case with --resume."""
+    flags, in that case with --resume, or --overwrite if nothing was saved."""
     latest = run_dir / "latest.pt"
-    if is_restart() and latest.exists():
-        flags = flags | {"resume": True, "overwrite": False}
+    if is_restart():
+        flags = flags | {"resume": latest.exists(), "overwrite": not latest.exists()}
     state = read_checkpoint(latest) if flags.get("resume") else None
     if state and flags.get("max_steps", state["step"]) < state["step"]:
         raise UserError(
