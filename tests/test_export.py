@@ -128,6 +128,7 @@ def test_an_exported_folder_loads_and_generates_the_same_text(workplace, arch, t
     text = theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
     assert text[0, ids.size(1) :].tolist() == greedy(path, prompt, n)
     card = Path("out/README.md").read_text()
+    assert "| loss | " in card and " training, " in card and " validation |" in card
     assert "validation" in card and "AutoModelForCausalLM" in card and "input.txt" in card
 
 

@@ -699,3 +699,19 @@ def test_the_memory_of_sampling_by_hand(settings: dict, per_text: int):
     if not config.beams:
         config.num_samples = 6
         assert sampling_bytes(gpt, config, n_prompt=8) == 6 * expected
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8"])
+def test_the_norms_of_queries_and_keys_stay_in_float32(precision: str):
+    model = make_model(qk_norm=True)
+    lower_precision(model, precision)
+    parameters = dict(model.named_parameters())
+    norms = [name for name in parameters if "q_norm" in name or "k_norm" in name]
+    assert len(norms) == 4 and all(parameters[name].dtype == torch.float32 for name in norms)
+    lower = torch.float16 if precision == "float16" else torch.bfloat16
+    assert parameters["tok.weight"].dtype == lower
+
+
+def test_problems_of_beams_and_of_the_device_are_reported_together(trained: Path):
+    with pytest.raises(UserError, match=r"quantum.*--top_k and --beams"):
+        generate.main(["--device=quantum", "--beams=2", "--top_k=3"])

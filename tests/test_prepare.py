@@ -733,3 +733,28 @@ def test_a_damaged_data_set_is_an_error(workplace):
     os.remove("data/set/train.bin")
     with pytest.raises(UserError, match=r"data/set/ is not a data set .*, or is damaged"):
         train.main([*TINY_RUN, "--data=data/set"])
+
+
+def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, monkeypatch):
+    for name in ("one.txt", "texts/two.txt", "data/train.txt", "data/valid.txt"):
+        (workplace / name).parent.mkdir(exist_ok=True)
+        (workplace / name).write_text(name)
+    splits = {"train": Path("data/train.txt"), "val": Path("data/valid.txt")}
+    monkeypatch.setattr(sources, "fetch", lambda name: splits)
+    found = sources.find_sources(["one.txt", "tinystories", "texts"])
+    assert [(str(source.path), source.split) for source in found] == [
+        ("one.txt", ""), ("data/train.txt", "train"), ("data/valid.txt", "val"),
+        ("texts/two.txt", ""),
+    ]  # fmt: skip
+    monkeypatch.setattr(sources, "fetch", lambda name: {"all": Path("one.txt")})
+    assert sources.find_sources(["plays"]) == [sources.Source(Path("one.txt"), "")]
+
+
+def test_a_manifest_without_its_checksum_is_damaged_if_it_has_hashes(workplace):
+    write_jsonl(workplace / "stories.jsonl")
+    make("stories.jsonl")
+    manifest = json.loads(Path("data/set/manifest.json").read_text())
+    del manifest["checksum"]
+    Path("data/set/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="data/set"):
+        load.open_dataset(Path("data/set"))
