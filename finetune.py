@@ -135,8 +135,7 @@ def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
     if base.imported:
         return None
     try:
-        separator = base.state["train_config"].get("separator", "")
-        _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator)
+        _, corpus = load_corpus(data, tokenizer=tokenizer, separator=base.trained.separator)
         if corpus.info["sha256"] != base.state["corpus"]["sha256"]:
             raise UserError(f"{data} is not what the checkpoint was trained on")
     except UserError as error:

@@ -100,7 +100,7 @@ def load_base(path: Path) -> Base:
     saved = state["train_config"]
     names = {"preset": PRESETS, "arch": ARCHS, "tokenizer": ("char", "bpe", *ENCODINGS)}
     known = {name for name, choices in names.items() if saved.get(name) in [*choices]}
-    known |= {"data", "lr_max", "optimizer"}
+    known |= {"data", "separator", "lr_max", "optimizer"}
     values = {"preset": "laptop"} | {name: saved[name] for name in known & saved.keys()}
     with matching_contents(path):
         trained = from_dict(TrainConfig, values)

@@ -1097,3 +1097,12 @@ def test_the_shipped_questions_are_many_valid_and_fairly_split():
 def test_without_arguments_the_error_says_what_to_give():
     with pytest.raises(UserError, match="name the checkpoint to fine-tune"):
         finetune.main([])
+
+
+def test_a_student_reads_the_corpus_of_its_teacher_with_the_same_separator(workplace: Path):
+    Path("stories.txt").write_text("|".join(make_text(20 + i) for i in range(12)))
+    assert train.main([*TINY_RUN, "--data=stories.txt", "--separator=|", "--tag=base"]) == 0
+    _, _, config, *_ = resolve_finetune(
+        {"objective": "distill", "teacher": "checkpoints/base/best.pt"}
+    )
+    assert (config.data, config.separator) == ("stories.txt", "|")
