@@ -198,7 +198,7 @@ class SampleConfig:
     top_k: int = setting(0, "sample from the k most likely tokens; 0: all", low=0)
     top_p: float = setting(1.0, "nucleus sampling: total probability kept", above=0, high=1)
     min_p: float = setting(0.0, "drop tokens below this times the highest", low=0, below=1)
-    repetition_penalty: float = setting(1.0, "above 1: less repetition", above=0)
+    repetition_penalty: float = setting(1.0, "above 1: less repetition", low=0.01, high=100)
     beams: int = setting(0, "beam search with this many beams, no sampling; 0: off", low=0)
     stop: str = setting("", "stop before this string, or one of several: 'A|B'")
     seed: int = setting(1337, "random seed; sample i has its own random numbers", low=0)

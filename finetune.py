@@ -31,7 +31,7 @@ from corpus.load import (
     split_documents,
     split_records,
 )
-from corpus.records import PAIR_KEYS, read_pairs, read_records, record_text
+from corpus.records import read_pairs, read_records, record_text
 from finetuning import lora
 from finetuning.lora import AdapterFormat, LoRAConfig
 from finetuning.new_tokens import EMBEDDINGS, extend_tokenizer, extend_weights
@@ -90,11 +90,6 @@ def load_data(
     split: Callable[[list[Any]], tuple[list[Any], list[Any]]]
     if settings.objective == "dpo":
         records, split = read_pairs(path), split_documents
-        if unknown := tokenizer.unknown(
-            "".join(pair[key] for pair in records for key in PAIR_KEYS)
-        ):
-            names = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
-            raise UserError(f"{path} has characters that the model does not know: {names}")
     else:
         records, split = read_records(path), split_records
         tokenizer = extend_tokenizer(tokenizer, QA_SPECIALS, [record_text(r) for r in records])

@@ -93,8 +93,7 @@ def penalize_repetition(logits: Tensor, text: Tensor, penalty: float) -> Tensor:
     """Make the tokens of the text (B, T) less likely: divide their logits (B, V) by the penalty if
     positive, multiply them by it if negative (Keskar et al. 2019)."""
     found = logits.gather(1, text)
-    penalized = torch.where(found > 0, found / penalty, found * penalty)
-    return logits.scatter(1, text, penalized.nan_to_num())  # a penalty of 1e-300 is 0 in float32
+    return logits.scatter(1, text, torch.where(found > 0, found / penalty, found * penalty))
 
 
 # --- the generation loop

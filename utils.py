@@ -173,9 +173,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if missing := CHECKPOINT_TYPES.keys() - state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: no {sorted(missing)[0]!r}")
     with matching_contents(path):
-        for name, kind in CHECKPOINT_TYPES.items():
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{name} is not a {kind.__name__}")
+        check_types(state, CHECKPOINT_TYPES)
         for record in state["log"]:  # adding raises TypeError unless all are numbers
             sum((record["step"], record["val"], *filter(None, record.values())))
         if min([state["step"], *state.get("files", {}).values()]) < 0:
@@ -218,6 +216,13 @@ def matching_contents(path: Path) -> Iterator[None]:
         raise UserError(
             f"invalid checkpoint {path}: its contents do not match ({first_line(error)})"
         ) from None
+
+
+def check_types(data: dict[str, Any], types: dict[str, type]) -> None:
+    """Raise ValueError unless each value is of the type that its name has in `types`."""
+    for name, kind in types.items():
+        if not isinstance(data[name], kind):
+            raise ValueError(f"{name} is not a {kind.__name__}")
 
 
 def load_checkpoint(

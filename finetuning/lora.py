@@ -181,9 +181,7 @@ def check_contents(adapter: dict[str, Any], path: Path) -> None:
     """Raise UserError unless the settings of an adapter are valid, and its tensors those of a model
     with these settings."""
     with utils.matching_contents(path):
-        for name, kind in ADAPTER_TYPES.items():
-            if not isinstance(adapter[name], kind):
-                raise ValueError(f"{name} is not a {kind.__name__}")
+        utils.check_types(adapter, ADAPTER_TYPES)
         lora, tensors = adapter["lora"], adapter["tensors"]
         if missing := {f.name for f in fields(LoRAConfig)} - lora.keys():
             raise KeyError(min(missing))

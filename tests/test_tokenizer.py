@@ -65,9 +65,13 @@ def test_special_tokens_come_first_and_unknown_characters_become_one_of_them():
     assert tokenizer.decode([2, 4, 3]) == "<BOS>a<EOS>"
 
 
-def test_an_unknown_kind_is_refused():
+def test_an_unknown_or_incomplete_tokenizer_is_rejected():
     with pytest.raises(UserError, match="'magic'"):
         from_dict({"kind": "magic"})
+    incomplete = BPE.to_dict()
+    del incomplete["ranks"]["!"]
+    with pytest.raises(UserError, match="without a token for every byte"):
+        from_dict(incomplete)
 
 
 # --- byte pairs: training
