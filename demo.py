@@ -24,9 +24,7 @@ from config import (
     SampleConfig,
     UserError,
     all_problems,
-    convert,
     from_dict,
-    parse_args,
     raise_problems,
     setting,
 )
@@ -40,6 +38,7 @@ from generate import (
     sampling_settings,
 )
 from model import GPT
+from system.command_line import convert, parse_args
 from system.errors import run
 from system.folders import newest_checkpoint
 from tokenizer import Tokenizer

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, UserError, parse_args, setting
+from config import DEVICE_HELP, PRECISIONS, UserError, setting
 from corpus.load import Corpus, load_corpus
 from model import GPT
+from system.command_line import parse_args
 from system.errors import run
 from system.folders import newest_checkpoint
 from training.machine import pick_precision

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import SampleConfig, UserError, all_problems, convert, parse_args, setting
+from config import SampleConfig, UserError, all_problems, setting
 from corpus.records import prompt_text
 from generate import (
     adjust_logits,
@@ -37,6 +37,7 @@ from generate import (
 from model import GPT
 from sampling.checks import sampling_problems, warn_if_cut
 from sampling.output import header, write_text
+from system.command_line import convert, parse_args
 from system.errors import run
 from system.files import file_problems
 from tokenizer import Tokenizer

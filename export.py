@@ -16,11 +16,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import parse_args, setting
+from config import setting
 from exporting.folders import check_target
 from exporting.huggingface import export_hf, import_hf, import_optional, upload
 from exporting.peft import export_adapter
 from finetuning import lora
+from system.command_line import parse_args
 from system.errors import run
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import GPTConfig, TrainConfig, UserError, parse_args, raise_problems
+from config import GPTConfig, TrainConfig, UserError, raise_problems
 from corpus.files import iter_documents
 from corpus.load import (
     MAX_IN_MEMORY,
@@ -45,6 +45,7 @@ from finetuning.setup import (
 )
 from finetuning.tasks import DistillationTask, DPOTask, QATask, Splits, TextTask, encode_splits
 from model import GPT
+from system.command_line import parse_args
 from system.errors import run
 from system.folders import locked
 from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer

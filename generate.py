@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SampleConfig, parse_args
+from config import SampleConfig
 from corpus.files import read_text
 from model import GPT, KVCache
 from sampling.beam_search import beam_search
 from sampling.checks import check_finite, check_sampling_memory, sampling_problems, warn_if_cut
 from sampling.output import accept_any_text, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
+from system.command_line import parse_args
 from system.errors import run
 from system.folders import newest_checkpoint
 from tokenizer import END_OF_TEXT, Tokenizer

@@ -13,7 +13,8 @@ The extension of --output_file, .png or .svg, selects the format.
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, parse_args, setting
+from config import UserError, setting
+from system.command_line import parse_args
 from system.errors import run
 from system.files import file_problems
 from system.folders import newest_checkpoint

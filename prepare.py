@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import PRESETS, UserError, parse_args, setting, train_settings
+from config import PRESETS, UserError, setting, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
 from corpus.folder import foreign_files, write_manifest
 from corpus.load import note_shared, open_dataset
 from model import GPT
+from system.command_line import parse_args
 from system.errors import run
 from system.folders import replacing
 

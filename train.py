@@ -23,9 +23,10 @@ import torch.nn as nn
 from torch import Tensor
 
 import tokenizer as tokenizers
-from config import GPTConfig, TrainConfig, from_dict, parse_args
+from config import GPTConfig, TrainConfig, from_dict
 from corpus.load import is_dataset, load_corpus
 from model import GPT
+from system.command_line import parse_args
 from system.errors import run
 from system.folders import locked
 from training.distributed import (

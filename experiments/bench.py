@@ -20,16 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import (
-    ARCHS,
-    DEVICE_HELP,
-    PRESETS,
-    SampleConfig,
-    UserError,
-    parse_args,
-    setting,
-    train_settings,
-)
+from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, UserError, setting, train_settings
 from corpus.bpe import count_pieces, train_bpe
 from corpus.files import iter_documents, map_token_files
 from corpus.load import Corpus, find_corpus
@@ -54,6 +45,7 @@ from experiments.timing import (
 from generate import generate
 from model import GPT, LearnedPositions
 from sampling.quantize import Int8Linear, lower_precision
+from system.command_line import parse_args
 from system.errors import run
 from tokenizer import CharTokenizer
 from train import Trainer

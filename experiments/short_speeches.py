@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 import finetune
-from config import SampleConfig, parse_args, setting
+from config import SampleConfig, setting
 from corpus.files import read_text
 from corpus.load import find_corpus
 from generate import sample_text
+from system.command_line import parse_args
 from system.errors import run
 from system.files import atomic_write
 from utils import load_checkpoint, read_checkpoint

@@ -26,13 +26,13 @@ from config import (
     UserError,
     all_problems,
     from_dict,
-    parse_args,
     raise_problems,
     setting,
     train_settings,
 )
 from corpus.load import Corpus, check_length, load_corpus
 from model import GPT
+from system.command_line import parse_args
 from system.files import atomic_write
 from tokenizer import Tokenizer
 from training.setup import Flags, setup_machine

@@ -37,7 +37,8 @@ import export
 import finetune
 import prepare
 import train
-from config import parse_args, setting
+from config import setting
+from system.command_line import parse_args
 from system.errors import run
 from training.run_log import RunLog
 

@@ -42,7 +42,8 @@ import torch
 
 import demo
 import utils
-from config import parse_args, setting
+from config import setting
+from system.command_line import parse_args
 from system.errors import run
 from tests.fuzz_cases import (
     LONG,

@@ -11,10 +11,10 @@ from config import (
     SampleConfig,
     TrainConfig,
     UserError,
-    parse_args,
     setting,
     train_settings,
 )
+from system.command_line import parse_args
 from system.errors import run
 
 

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from conftest import TINY_RUN, make_model, make_text
 from test_train import assert_same_run
 
-import config
 import evaluate
 import export
 import finetune
@@ -45,6 +44,7 @@ from finetuning.tasks import (
     rewards,
 )
 from model import GPT
+from system.command_line import parse_args
 from tokenizer import QA_SPECIALS, CharTokenizer
 from train import Trainer
 from training.run_log import RunLog
@@ -881,7 +881,7 @@ def test_a_truncated_or_altered_adapter_is_rejected(place: Path, adapted: Path):
 
 def settings_of(words: list[str]) -> tuple:
     classes = (FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
-    return config.parse_args(classes, words, "", resolve_finetune, check_finetune)
+    return parse_args(classes, words, "", resolve_finetune, check_finetune)
 
 
 @pytest.mark.parametrize("objective", ["qa", "distill"])
