@@ -154,6 +154,9 @@ class TrainConfig:
     overfit_batch: bool = setting(False, "sanity check: train on one batch to a loss below 0.01")
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")
     eval_windows: int = setting(128, "windows per split and evaluation", low=1)
+    log_every: int = setting(
+        10, "steps between training losses in log and curve", low=1, alias="log_interval"
+    )
     sample_tokens: int = setting(200, "tokens of sample text per evaluation; 0: none", low=0)
     save_every: int = setting(0, "also keep a checkpoint every N steps; 0: never", low=0)
     tensorboard: bool = setting(False, "also log to TensorBoard, in the run's folder")
