@@ -15,6 +15,8 @@ from typing import Any
 VERSION = "1.0"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
+TOKENIZERS = ("char", "bpe", *ENCODINGS)
+PRESET_HELP = "named settings; auto: laptop on a CPU, medium on a GPU"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"
 
 
@@ -27,8 +29,8 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
 
     Limits: low and high (inclusive), above and below (exclusive), choices. `group` starts a section
     of --help. `positional=True` also accepts the value without its flag. `alias` is another
-    name of the flag, used by other code bases. `flag=False` leaves the field out of the command
-    line. A field of type tuple takes all positional arguments.
+    name of the flag, or several separated by spaces; system/flag_names.py has more. `flag=False`
+    leaves the field out of the command line. A field of type tuple takes all positional arguments.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -84,8 +86,8 @@ class GPTConfig:
     n_inner: int = setting(0, "hidden width of the MLP; 0: 4 or 8/3 n_embd", low=0, alias="d_ff")
     dropout: float = setting(0.0, "dropout probability on residual branches", low=0, below=1)
     norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model components")
-    mlp: str = setting("swiglu", "", choices=("gelu", "relu", "silu", "relu2", "swiglu"))
-    pos: str = setting("rope", "", choices=("none", "learned", "sinusoidal", "rope"))
+    mlp: str = setting("swiglu", "activation", choices=("gelu", "relu", "silu", "relu2", "swiglu"))
+    pos: str = setting("rope", "positions", choices=("none", "learned", "sinusoidal", "rope"))
     post_norm: bool = setting(False, "post-norm: normalize after the residual addition")
     token_shift: bool = setting(False, "half of each layer's input comes from the previous token")
     qk_norm: bool = setting(True, "normalize queries and keys")
@@ -126,17 +128,17 @@ class GPTConfig:
 class TrainConfig:
     """A training run."""
 
-    preset: str = setting("auto", "named settings", choices=("auto", *PRESETS), group="run")
-    arch: str = setting("", "named architecture", choices=("", *ARCHS))
+    preset: str = setting("auto", PRESET_HELP, choices=("auto", *PRESETS), group="run")
+    arch: str = setting("", "components of a known architecture", choices=("", *ARCHS))
     data: str = setting("shakespeare", "file or folder, or shakespeare | plays | tinystories")
-    tokenizer: str = setting("char", "", choices=("char", "bpe", *ENCODINGS))
-    bpe_vocab_size: int = setting(2000, "for --tokenizer bpe", low=257, alias="vocab_size")
+    tokenizer: str = setting("char", "bpe is learned from the data", choices=TOKENIZERS)
+    bpe_vocab_size: int = setting(2000, "of --tokenizer bpe", low=257, alias="vocab_size")
     separator: str = setting("", "text between the documents of a text file; default: one document")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
-    out_dir: str = setting("checkpoints", "folder of all runs")
-    tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG")
-    resume: bool = setting(False, "resume the run from latest.pt")
-    overwrite: bool = setting(False, "delete the run in that folder and start a new one")
+    out_dir: str = setting("checkpoints", "folder of runs")
+    tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG/")
+    resume: bool = setting(False, "continue the run of this tag from its latest.pt")
+    overwrite: bool = setting(False, "delete the run of this tag and start a new one")
     seed: int = setting(1337, "seed of initial weights, batches and dropout", low=0)
     max_steps: int = setting(5000, "optimizer steps", low=1, group="training", alias="max_iters")
     batch_size: int = setting(64, "sequences per micro-batch", low=1)
@@ -152,11 +154,10 @@ class TrainConfig:
     patience: int = setting(0, "stop after N evaluations without improvement; 0: never", low=0)
     optimizer: str = setting("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"))
     overfit_batch: bool = setting(False, "sanity check: train on one batch to a loss below 0.01")
+    dry_run: bool = setting(False, "print what would be trained, write nothing, and exit")
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")
     eval_windows: int = setting(128, "windows per split and evaluation", low=1)
-    log_every: int = setting(
-        10, "steps between training losses in log and curve", low=1, alias="log_interval"
-    )
+    log_every: int = setting(10, "steps between training losses", low=1, alias="log_interval")
     sample_tokens: int = setting(200, "tokens of sample text per evaluation; 0: none", low=0)
     save_every: int = setting(0, "also keep a checkpoint every N steps; 0: never", low=0)
     tensorboard: bool = setting(False, "also log to TensorBoard, in the run's folder")

@@ -170,7 +170,9 @@ def random_value(rng: random.Random, f: Field) -> str:
 
 def random_flag(rng: random.Random, f: Field) -> list[str]:
     """A flag, well-formed in most cases."""
-    name = rng.choice([f.name, f.name, f.metadata.get("alias", f.name), f.name.replace("_", "-")])
+    name = rng.choice(
+        [f.name, f.name, *f.metadata.get("alias", "").split(), f.name.replace("_", "-")]
+    )
     if kind_of(f) is bool:
         return [rng.choice([*[f"--{name}", f"--no-{name}"] * 10, f"--{name}=yes"])]
     if kind_of(f) is tuple:

@@ -1,6 +1,8 @@
 """Flags, presets, checks: what a command line means, and what is wrong with it."""
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
 
 import pytest
 
@@ -14,8 +16,11 @@ from config import (
     setting,
     train_settings,
 )
+from finetuning.lora import LoRAConfig
+from system import flag_names as flag_hints
 from system.command_line import parse_args
 from system.errors import run
+from system.flag_names import flag_names
 
 
 def read(line: str, device: str = "cpu") -> tuple[GPTConfig, TrainConfig]:
@@ -49,6 +54,34 @@ def test_flags_may_have_hyphens_underscores_and_equals_signs():
         ("max_iters", "max_steps", 300),
         ("warmup", "warmup_steps", 300),
         ("learning_rate", "lr_max", 3),
+        # nanoGPT
+        ("gradient_accumulation_steps", "grad_accum", 4),
+        ("eval_interval", "eval_every", 4),
+        ("log_interval", "log_every", 4),
+        ("warmup_iters", "warmup_steps", 4),
+        ("min_lr", "lr_min", 1e-4),
+        ("dtype", "precision", "float16"),
+        # Hugging Face and LLaMA-Factory
+        ("hidden_size", "n_embd", 320),
+        ("num_hidden_layers", "n_layer", 3),
+        ("num_attention_heads", "n_head", 4),
+        ("intermediate_size", "n_inner", 300),
+        ("per_device_train_batch_size", "batch_size", 3),
+        ("max_grad_norm", "grad_clip", 3),
+        ("logging_steps", "log_every", 4),
+        ("eval_steps", "eval_every", 4),
+        ("lr_scheduler_type", "schedule", "linear"),
+        ("output_dir", "out_dir", "x"),
+        ("cutoff_len", "block_size", 300),
+        # tutorials
+        ("lr", "lr_max", 3),
+        ("max_lr", "lr_max", 3),
+        ("grad_accumulation_steps", "grad_accum", 4),
+        ("log_every", "log_every", 4),
+        ("seq_len", "block_size", 300),
+        ("context_len", "block_size", 300),
+        ("max_norm", "grad_clip", 3),
+        ("steps", "max_steps", 300),
         ("vocab_size", "bpe_vocab_size", 300),
     ],
 )
@@ -153,6 +186,7 @@ def test_defaults_follow_what_is_given():
         ("--n_layer 2.5", "--n_layer must be a whole number, not '2.5'"),
         ("--n_layer", "--n_layer needs a value"),
         ("--n_layer --resume", "--n_layer needs a value"),
+        ("--no_layer 3", "unknown flag --no_layer: did you mean --n_layer?"),
         ("--resume=yes", "--resume takes no value: write --resume or --no-resume"),
         ("--learning_rat 1e-3", "unknown flag --learning_rat: did you mean --learning_rate?"),
         ("--n-layr=3", "unknown flag --n-layr: did you mean --n_layer?"),
@@ -164,6 +198,106 @@ def test_defaults_follow_what_is_given():
 )
 def test_a_mistake_is_named(line: str, message: str):
     assert message in problems_of(line)
+
+
+TYPOS = """n_layr n_layer, nlayers n_layers, n_emb n_embd, dmodel d_model, block_sise block_size,
+    blocksize block_size, max_step max_steps, max_itres max_iters, batchsize batch_size,
+    btach_size batch_size, learning_rat learning_rate, learing_rate learning_rate, lr_mx lr_max,
+    warmupsteps warmup_steps, wieght_decay weight_decay, weightdecay weight_decay,
+    grad_clp grad_clip, dropuot dropout, optimiser optimizer, tokeniser tokenizer,
+    seperator separator, precission precision, compil compile, no_compil no_compile,
+    eval_evry eval_every, evalevery eval_every, sample_token sample_tokens, resum resume,
+    overwrit overwrite, tags tag, sed seed, vocabsize vocab_size, presett preset,
+    gradient_acumulation_steps gradient_accumulation_steps"""
+
+
+@pytest.mark.parametrize("pair", TYPOS.split(","))
+def test_a_typo_is_corrected(pair: str):
+    typo, meant = pair.split()
+    assert problems_of(f"--{typo}=1") == f"unknown flag --{typo}: did you mean --{meant}?"
+
+
+HINTS = {
+    "epochs num_train_epochs": "set --max_steps (an epoch is tokens / (batch_size * block_size) "
+    "steps; see --dry_run)",
+    "eval_iters": "it counts batches; --eval_windows counts windows, batch_size times as many",
+    "use_learned_pos_emb": "write --pos learned",
+    "use_rope": "write --pos rope",
+    "lr_decay_iters": "the learning rate decays until --max_steps",
+    "decay_lr": "for a constant learning rate, give --lr_min and --lr_max one value",
+    "warmup_ratio": "write --warmup_steps, the ratio times max_steps",
+    "beta2 momentum": "it is set in configure_optimizers in train.py",
+    "global_batch_size": "a step has batch_size * grad_accum sequences: set --batch_size and "
+    "--grad_accum",
+    "bf16": "write --precision bfloat16",
+    "fp16": "write --precision float16",
+    "devices": "start several processes: torchrun --nproc_per_node=N train.py",
+    "resume_from_checkpoint": "--resume continues the run of --tag; finetune.py starts from a "
+    "trained model",
+}
+
+
+@pytest.mark.parametrize("names", HINTS)
+def test_a_flag_without_an_equal_gets_a_hint(names: str):
+    for name in names.split():
+        assert problems_of(f"--{name}=1") == f"unknown flag --{name}: {HINTS[names]}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    """always_save_checkpoint backend template gamma input num_workers local_rank do_train do_eval
+    save_total_limit finetuning_type max_samples stage work_dir start use_flash flash_attn verbose
+    debug quiet label_smoothing tokens train val test shuffle top_k temperature num_samples
+    lora_rank""".split(),
+)
+def test_a_flag_with_another_meaning_gets_no_suggestion(name: str):
+    assert problems_of(f"--{name}=1") == f"unknown flag --{name}"
+
+
+def test_a_hint_names_only_flags_of_the_script():
+    with pytest.raises(UserError, match=r"^unknown flag --epochs$"):
+        parse_args(SampleConfig, ["--epochs=1"], "")
+    known = {f.name for cls in (GPTConfig, TrainConfig, LoRAConfig) for f in fields(cls)}
+    for flag, hint in flag_hints.HINTS.values():
+        assert {flag, *re.findall(r"--(\w+_\w+|lr|pos|mlp)\b", hint)} <= known | {"nproc_per_node"}
+
+
+def test_every_spelling_has_one_meaning():
+    known = {f.name: f for cls in (GPTConfig, TrainConfig, LoRAConfig) for f in fields(cls)}
+    names = [n for f in known.values() if f.metadata.get("flag", True) for n in flag_names(f)]
+    names += flag_hints.HINT_OF
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert flag_hints.SYNONYMS.keys() <= known.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("--compile=True", True),
+        ("--compile=false", False),
+        ("--compile False", False),
+        ("--torch_compile true", True),
+        ("--no-compile", False),
+        ("--no-torch_compile", False),
+        ("--no-compile=False", True),
+    ],
+)
+def test_switches_are_turned_on_and_off_as_in_other_code_bases(line: str, value: bool):
+    config = read(f"{line} --seed 3")[1]
+    assert (config.compile, config.seed) == (value, 3)
+
+
+def test_nanogpts_command_for_a_cpu_needs_three_changes():
+    """From its README."""
+    line = (
+        "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
+        "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+        "--lr_decay_iters=2000 --dropout=0.0"
+    )
+    problems = problems_of(f"config/train_shakespeare_char.py {line}")
+    assert problems.count("unknown") == 2 and "unexpected argument 'config/" in problems
+    _, config = read(line.replace("--eval_iters=20", "").replace("--lr_decay_iters=2000", ""))
+    assert (config.max_steps, config.log_every, config.compile) == (2000, 1, False)
 
 
 def test_an_unknown_flags_value_is_no_mistake_of_its_own():
@@ -195,7 +329,32 @@ def test_help_names_every_flag_with_its_default_on_this_machine(capsys):
             assert (f"  --{name}" in text) == field.metadata.get("flag", True), name
     lines = {line.split()[0].strip(","): line for line in text.splitlines() if "  --" in line}
     assert "[1000]" in lines["--max_steps"] and "[muon]" in lines["--optimizer"]  # laptop's
+    assert "contain the defaults of preset laptop;" in text
     assert "[off]" in lines["--resume"] and "[0.0]" in lines["--dropout"]
+
+
+def test_help_shows_the_defaults_of_the_preset_and_architecture_that_are_given(capsys):
+    with pytest.raises(SystemExit):
+        read("--preset gpt2 --arch llama --n_layer 3 --help")
+    text = capsys.readouterr().out
+    assert "contain the defaults of preset gpt2;" in text
+    lines = {line.split()[0].strip(","): line for line in text.splitlines() if "  --" in line}
+    assert "[12]" in lines["--n_layer"] and "[20000]" in lines["--max_steps"]  # gpt2's
+    assert "[swiglu]" in lines["--mlp"] and "[off]" in lines["--tie_weights"]  # llama's
+    assert "--no-bias" not in text and "--qk_norm  " in text  # off already
+
+
+def test_help_can_describe_defaults_and_leave_out_flags(capsys):
+    shown = {"size": "as large as possible", "rate": None}
+    with pytest.raises(SystemExit):
+        parse_args(Small, ["--help"], "", help_defaults=shown)
+    text = capsys.readouterr().out
+    assert "how many [as large as possible]" in text and "--rate" not in text
+    assert parse_args(Small, ["--rate=0.25"], "", help_defaults=shown).rate == 0.25
+    with pytest.raises(UserError, match=r"^unknown flag --ratee$"):
+        parse_args(Small, ["--ratee=1"], "", help_defaults=shown)
+    with pytest.raises(UserError, match=r"^unknown flag --siz: did you mean --size\?$"):
+        parse_args(Small, ["--siz=1"], "", help_defaults=shown)
 
 
 def test_help_shows_positional_arguments(capsys):
@@ -241,7 +400,7 @@ numbers:
   --limit                       at most this
 
 switches:
-  --fast, --no-fast             no accuracy [off]
+  --fast                        no accuracy [off]
   --mode                        a b | c [a\nb]
 """
 
