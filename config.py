@@ -17,6 +17,8 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
 PRESET_HELP = "named settings; auto: laptop on a CPU, medium on a GPU"
+SGD_LR = 0.1  # of 0.01 to 3 the best for the quick preset: SGD's updates are small
+OPTIMIZER_HELP = f"muon: for matrices; sgd: lr_max {SGD_LR}"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"
 
 
@@ -152,7 +154,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", low=0)
     grad_clip: float = setting(1.0, "clip gradients to this norm; 0: no clipping", low=0)
     patience: int = setting(0, "stop after N evaluations without improvement; 0: never", low=0)
-    optimizer: str = setting("adamw", "muon: for the blocks' matrices", choices=("adamw", "muon"))
+    optimizer: str = setting("adamw", OPTIMIZER_HELP, choices=("adamw", "muon", "sgd"))
     overfit_batch: bool = setting(False, "sanity check: train on one batch to a loss below 0.01")
     dry_run: bool = setting(False, "print what would be trained, write nothing, and exit")
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")
@@ -221,6 +223,8 @@ def train_settings(flags: dict[str, Any], device_type: str) -> tuple[GPTConfig, 
     values = preset | arch | flags | {"preset": name}
     if "n_embd" in flags and "n_head" not in flags:
         values["n_head"] = 0  # the preset's heads belong to the preset's width
+    if flags.get("optimizer") == "sgd" and "lr_max" not in flags:
+        values["lr_max"] = SGD_LR  # the preset's rate belongs to AdamW
     return from_dict(GPTConfig, values), from_dict(TrainConfig, values)
 
 

@@ -45,6 +45,7 @@ from training.distributed import (
     world_size,
     wrap,
 )
+from training.dry_run import print_dry_run
 from training.overfit import overfit_batch
 from training.run_log import READ_INTERVAL, RunLog, diverged
 from training.setup import (
@@ -94,6 +95,7 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
 
     With "muon", the matrices of the blocks use Muon (Jordan et al. 2024), which makes an update
     equally large in all directions, scaled so that AdamW's learning rate fits (Liu et al. 2025).
+    "sgd", with momentum, is for comparison: with the best rate for each, it learns slower.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {n: p for n, p in params.items() if p.dim() == 2 and "blocks." in n}
@@ -104,6 +106,8 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     lr, decay = config.lr_max, config.weight_decay
+    if config.optimizer == "sgd":
+        return [torch.optim.SGD(groups, lr, momentum=0.9)]
     optimizers: list[torch.optim.Optimizer] = []
     if any(group["params"] for group in groups):
         optimizers += [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
@@ -330,9 +334,13 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):
         config.tokenizer = tokenizer.to_dict()["kind"]
-    why_precision = setup_machine(config, device)
+    why_precision = setup_machine(config, device, state)
     gpt_config = replace(gpt_config, vocab_size=tokenizer.vocab_size)
     print_summary(gpt_config, config, corpus, device, why_precision)
+    if config.dry_run:
+        print_dry_run(gpt_config, config, corpus, tokenizer, device)
+        destroy_process_group()
+        return 0
     model = GPT(gpt_config)
     task = task_type(corpus, tokenizer, gpt_config.block_size, config, device)
     trainer = Trainer(model, task, config, device)

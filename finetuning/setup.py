@@ -10,6 +10,7 @@ from config import (
     ARCHS,
     ENCODINGS,
     PRESETS,
+    SGD_LR,
     GPTConfig,
     TrainConfig,
     UserError,
@@ -33,12 +34,13 @@ from utils import load_checkpoint, matching_contents, read_checkpoint
 class FinetuneConfig:
     """What is fine-tuned, and for which objective."""
 
-    source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning")
+    source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning",
+                          alias="checkpoint base model model_name_or_path")  # fmt: skip
     objective: str = setting("text", "what to train for", choices=("text", "qa", "distill", "dpo"))
-    long: str = setting("cut", "records longer than the window: cut the prompt, or skip them",
-                        choices=("cut", "skip"))  # fmt: skip
-    hold_out: bool = setting(True, "validate on records that are not trained on; off: train on all "
-                             "records, and validate on them too")  # fmt: skip
+    long: str = setting("cut", "qa, dpo: cut the prompt of records longer than the window, or skip "
+                        "these records", choices=("cut", "skip"))  # fmt: skip
+    hold_out: bool = setting(True, "qa, dpo: validate on records that are not trained on; off: "
+                             "train on all records, and validate on them too")  # fmt: skip
     teacher: str = setting("", "distill: checkpoint of the teacher")
     temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
     alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)
@@ -58,7 +60,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # model forget.
 LR_SCALE = {"text": 0.1, "qa": 1.0, "distill": 0.1, "dpo": 0.01}
 LORA_LR_SCALE = 5  # on top of that: low-rank matrices start at zero
-IMPORTED_LR = 3e-4  # instead of pretraining's peak rate, which is unknown for an imported model
+# Instead of pretraining's rate if that is unknown (imported models) or does not fit AdamW (SGD's).
+IMPORTED_LR = 3e-4
 MUON_LR_SCALE = 0.5  # for models trained with Muon, whose rates are higher than AdamW's
 # Settings of the teacher that a new student does not inherit if the setting on the left is given.
 DERIVED = {
@@ -74,6 +77,19 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     "beta": ("dpo",),
     "doc_mask": ("text", "distill"),
 }
+# What --help shows instead of a default. None: it does not show this flag, which cannot be given.
+HELP_DEFAULTS: dict[str, str | None] = {
+    **dict.fromkeys(("preset", "arch", "tokenizer", "bpe_vocab_size", "parallel")),
+    **dict.fromkeys(asdict(GPTConfig()), "the teacher's"),
+    "dropout": "the checkpoint's",
+    "data": "qa: data/qa.json; distill: the teacher's",
+    "tag": "the objective's name",
+    "lr_max": "the checkpoint's, scaled for the objective",
+    "warmup_steps": "",
+    **{name: ", ".join(f"{objective} {values[name]}" for objective, values in DEFAULTS.items())
+       for name in ("max_steps", "batch_size", "eval_every")},
+    "compile": "qa, dpo: off",
+}  # fmt: skip
 FOR_MERGE = {"source", "merge", "out_dir", "tag", "overwrite", "device"}
 
 
@@ -205,8 +221,11 @@ def run_config(
 ) -> TrainConfig:
     """The settings of the run: the flags, then the objective's defaults, then the checkpoint's."""
     trained = base.trained
-    lr = IMPORTED_LR if base.imported else trained.lr_max
-    lr *= MUON_LR_SCALE if trained.optimizer == "muon" else 1
+    lr = trained.lr_max * (MUON_LR_SCALE if trained.optimizer == "muon" else 1)
+    if base.imported or trained.optimizer == "sgd":
+        lr = IMPORTED_LR
+    if flags.get("optimizer") == "sgd":
+        lr = SGD_LR
     if settings.source:  # a new student learns everything from the start
         lr *= LR_SCALE[settings.objective] * (LORA_LR_SCALE if adapt.lora_rank else 1)
     names = ("preset", "arch", "data", "tokenizer")

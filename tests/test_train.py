@@ -109,6 +109,34 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
+def test_sgd_moves_by_gradients_that_it_remembers():
+    """v <- 0.9 v + g + 0.1 w; w <- w - lr v (torch.optim.SGD); vectors do not decay."""
+    settings = {"optimizer": "sgd", "lr_max": 0.5, "warmup_steps": 0, "weight_decay": 0.1}
+    trainer = make_trainer(schedule="linear", max_steps=4, grad_clip=0.0, **settings)
+    (optimizer,) = trainer.optimizers
+    assert type(optimizer) is torch.optim.SGD
+    velocity = {name: 0.0 for name, _ in trainer.model.named_parameters()}
+    for lr in (0.5, 0.375):  # linear decay over 4 steps
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train_step()
+        for name, p in trainer.model.named_parameters():
+            decay = 0.1 * before[name] if p.dim() == 2 else 0.0
+            velocity[name] = 0.9 * velocity[name] + p.grad + decay
+            assert torch.allclose(p, before[name] - lr * velocity[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_every_optimizer_resumes_bit_for_bit(workplace, optimizer: str, precision: str):
+    flags = [*TINY_RUN, f"--optimizer={optimizer}", f"--precision={precision}", "--dropout=0.2"]
+    assert train.main([*flags, "--save_every=10"]) == 0
+    whole = final_state()
+    assert whole["log"][-1]["val"] < whole["log"][0]["val"] - 0.1  # it learns
+    Path("checkpoints/ckpt_00010.pt").rename("checkpoints/latest.pt")
+    assert train.main(["--resume", "--device=cpu"]) == 0
+    assert_same_run(final_state(), whole)
+
+
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     model = make_model(**ARCHS["llama"])
     adamw, muon = train.configure_optimizers(model, TrainConfig(optimizer="muon"))

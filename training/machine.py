@@ -78,8 +78,8 @@ def keep_freed_memory() -> None:
 
 def memory_estimate(gpt: GPTConfig, config: TrainConfig) -> dict[str, int]:
     """The memory that training needs per process, in bytes, by use: weights, gradients, optimizer
-    state (two averages per weight for AdamW, one for Muon, which has the blocks' matrices), and
-    what a step needs. FSDP divides the first three by the number of processes.
+    state (two averages per weight for AdamW, one for SGD and Muon, which has the blocks' matrices),
+    and what a step needs. FSDP divides the first three by the number of processes.
 
     The activations are counted from the formulas of model.py: for GPT-2's components, 10 C + 3 F
     numbers per block and token; newer components have more operations (compiling fuses some of
@@ -87,7 +87,8 @@ def memory_estimate(gpt: GPTConfig, config: TrainConfig) -> dict[str, int]:
     being recomputed. The logits count twice, once in float32, with their gradient.
     """
     n_params, n_per_block = count_params(gpt)
-    n_averages = 2 * n_params - (gpt.n_layer * n_per_block if config.optimizer == "muon" else 0)
+    with_one = {"muon": gpt.n_layer * n_per_block, "sgd": n_params}  # weights with one average
+    n_averages = 2 * n_params - with_one.get(config.optimizer, 0)
     n_shards = world_size() if config.parallel == "fsdp" else 1
     width = 4 if config.precision == "float32" else 2
     C = 10 + 4 * (gpt.norm == "rmsnorm") + 4 * gpt.qk_norm + 2 * (gpt.pos == "rope")
