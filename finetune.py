@@ -9,7 +9,8 @@
 
 The run goes to checkpoints/TAG/, by default named after the objective, with the files of a
 pretraining run, and --resume. Its best.pt is an ordinary checkpoint; with --lora_rank there is also
-adapter.pt, the trained matrices alone. Next: python explore.py chat checkpoints/qa/best.pt
+adapter.pt, the trained matrices alone. The flags of "sizes" and "model components" are for a new
+student; other models keep their own. Next: python explore.py chat checkpoints/qa/best.pt
 """
 
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from finetuning import lora
 from finetuning.lora import AdapterFormat, LoRAConfig
 from finetuning.new_tokens import EMBEDDINGS, extend_tokenizer, extend_weights
 from finetuning.setup import (
+    HELP_DEFAULTS,
     Base,
     FinetuneConfig,
     check_finetune,
@@ -56,6 +58,7 @@ from training.distributed import (
     local_rank_zero_first,
     rank,
 )
+from training.dry_run import print_example, print_parameters
 from training.overfit import overfit_batch
 from training.setup import (
     check_corpus,
@@ -242,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     classes = (FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
     settings, adapt, config, gpt_config, base, teacher, state = parse_args(
-        classes, argv, __doc__, resolve_finetune, check_finetune
+        classes, argv, __doc__, resolve_finetune, check_finetune, HELP_DEFAULTS
     )
     run_dir = Path(config.out_dir, config.tag)
     if settings.merge:
@@ -250,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     device = init_process_group(pick_device(config.device))
     with local_rank_zero_first():
         data = load_data(settings, config.data, base.tokenizer, config.separator)
-    why_precision = setup_machine(config, device)
+    why_precision = setup_machine(config, device, state)
     model = new_model(settings, gpt_config, base, data)
     splits = None
     if data.records:
@@ -266,9 +269,15 @@ def main(argv: list[str] | None = None) -> int:
         lora.add_lora(model, adapt, also=EMBEDDINGS if new_tokens else ())
     format = make_format(settings, adapt, model, plain, base, teacher, data)
     task = make_task(settings, config, model, plain, base, teacher, data, splits, format, device)
-    trainer = Trainer(model, task, config, device)
     print(machine_line(config, device, why_precision))
     print_summary(settings, config, model, data, splits)
+    if config.dry_run:
+        print_parameters(model.config)
+        (x, y), _ = task.get_batch(0, 0)
+        print_example(data.tokenizer, x[0], y[0])
+        destroy_process_group()
+        return 0
+    trainer = Trainer(model, task, config, device)
     if config.overfit_batch:
         status = overfit_batch(trainer)
     else:

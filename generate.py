@@ -28,6 +28,7 @@ from sampling.quantize import cache_dtype, lower_precision
 from system.command_line import parse_args
 from system.errors import run
 from system.folders import newest_checkpoint
+from system.torch_logs import hide_missing_cuda
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import load_checkpoint, pick_device
 
@@ -274,6 +275,7 @@ def load_for_sampling(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, A
     check_sampling_memory(model.config, config, len(config.prompt), device)
     lower_precision(model, config.precision)
     if config.compile:
+        hide_missing_cuda()
         model.compile(dynamic=True)
     return model, tokenizer, state
 

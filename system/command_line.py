@@ -39,7 +39,7 @@ def parse_args(
         sys.exit()
     if {"-h", "--help"} & set(words):
         configs = resolve({n: flags[n] for n in ("preset", "arch") if n in flags and n in shown})
-        print(help_text(shown, configs[: len(types)], doc, help_defaults))
+        print(help_text(known, configs[: len(types)], doc, help_defaults))
         sys.exit()
     try:
         results = resolve(flags)
@@ -115,18 +115,21 @@ def help_text(
     defaults = {f.name: getattr(c, f.name) for c in configs for f in fields(c)} | {**help_defaults}
     names = [f"[{f.name.upper()}]" for f in known.values() if f.metadata.get("positional")]
     lines = [doc.strip(), "", f"arguments: {' '.join([*names, '[--flag value ...]'])}"]
-    if "preset" in known:
+    if defaults.get("preset"):
         lines += [
             f"[brackets] contain the defaults of preset {defaults['preset']}; "
             "--preset NAME --help shows those of another"
         ]
     lines += ["", "  --help, --version"]
+    header: list[str] = []  # of a section, until its first flag
     for f in known.values():
         if "group" in f.metadata:
-            lines += ["", f"{f.metadata['group']}:"]
-        value = defaults[f.name]
+            header = ["", f"{f.metadata['group']}:"]
+        if (value := defaults[f.name]) is None and f.name in help_defaults:
+            continue
+        lines, header = lines + header, []
         names = [] if kind_of(f) is tuple else [f.name, *f.metadata.get("alias", "").split()[:1]]
-        names += [f"no-{f.name}"] if value is True else []
+        names += [f"no-{f.name}"] if kind_of(f) is bool and value is not False else []
         flags = ", ".join(f"--{name}" for name in names)
         words = [f.metadata["help"], " | ".join(filter(None, f.metadata.get("choices", ())))]
         text = f"{flags or f.name.upper():28}  " + "; ".join(filter(None, words))

@@ -161,6 +161,12 @@ def test_heads_follow_the_width_unless_given():
     assert read("--n_embd 32")[0].n_head == 1
 
 
+def test_the_rate_of_sgd_is_not_that_of_adamw():
+    assert read("--optimizer sgd")[1].lr_max == 0.1
+    assert read("--optimizer sgd --lr_max 1e-2")[1].lr_max == 1e-2
+    assert read("--optimizer adamw")[1].lr_max == PRESETS["laptop"]["lr_max"]
+
+
 def test_defaults_follow_what_is_given():
     config = read("--lr-max 1e-4 --max_steps 50")[1]
     assert config.warmup_steps == 5

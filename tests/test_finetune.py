@@ -1,5 +1,6 @@
 """The objectives against their formulas, and runs that fine-tune a small model."""
 
+import ast
 import json
 import math
 import random
@@ -953,6 +954,8 @@ def test_a_base_of_an_older_version_without_settings_is_fine_tuned(place: Path):
         ({}, ["SOURCE", "--objective=qa", "--lr_max=0.5"], 0.5),
         ({"optimizer": "muon"}, ["SOURCE", "--objective=qa"], 1e-2),
         ({"imported": True}, ["SOURCE", "--objective=qa"], 3e-4),
+        ({"optimizer": "sgd"}, ["SOURCE", "--objective=qa"], 3e-4),
+        ({"optimizer": "muon"}, ["SOURCE", "--data=other.txt", "--optimizer=sgd"], 1e-2),
     ],
 )
 def test_the_learning_rate_follows_from_the_base_and_the_objective(
@@ -965,6 +968,45 @@ def test_the_learning_rate_follows_from_the_base_and_the_objective(
     utils.save_checkpoint(Path("base.pt"), state)
     words = [word.replace("SOURCE", "base.pt") for word in words]
     assert settings_of([*words, "--tag=new", "--device=cpu"])[2].lr_max == pytest.approx(rate)
+
+
+def test_help_shows_only_flags_that_can_be_given(capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    text = capsys.readouterr().out
+    for name in ("preset", "arch", "tokenizer", "bpe_vocab_size", "parallel"):
+        assert f"--{name}" not in text.partition("arguments:")[2]
+    assert "\nrun:\n  --data " in text and "preset" not in text.partition("arguments:")[2]
+    (line,) = (line for line in text.splitlines() if "--max_steps" in line)
+    assert line.endswith("[text 500, qa 600, distill 1500, dpo 200]")
+    (line,) = (line for line in text.splitlines() if "--n_layer," in line)
+    assert line.endswith("[the teacher's]")
+
+
+def test_the_base_has_the_names_that_it_has_elsewhere(place: Path):
+    for flag in ("--source", "--checkpoint", "--model_name_or_path"):
+        words = [f"{flag}=checkpoints/best.pt", "--data=other.txt", "--tag=new", "--device=cpu"]
+        assert settings_of(words)[0].source == "checkpoints/best.pt"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_dry_run_shows_the_first_record_and_writes_nothing(place: Path, objective: str, capsys):
+    before = sorted(place.rglob("*"))
+    assert tune(*OBJECTIVES[objective], "--dry_run") == 0
+    assert sorted(place.rglob("*")) == before
+    text = capsys.readouterr().out
+    rows = text.splitlines()
+    # 1 layer of 16 channels: qkv and proj have 4 x 16 x 16 weights, relu2's matrices 2 x 16 x 64
+    assert "attention 1,024, MLP 2,048" in text
+    masked = objective in ("qa", "dpo")  # only answers are scored
+    assert rows[-3] == f"token by token{' (-: not scored)' * masked}:"
+    assert rows[-2].startswith("  input ") and rows[-1].startswith("  target ")
+    assert rows[-1].count(" - ") == (2 if masked else 0) and not rows[-1].endswith("-")
+    target = ast.literal_eval(rows[-4].removeprefix("  target "))
+    if objective == "qa":
+        assert target in {f" {record['answer']}<EOS>" for record in RECORDS}
+    elif objective == "dpo":
+        assert target in {pair["chosen"] for pair in PAIRS}
 
 
 def test_the_teacher_has_no_dropout_and_is_not_trained(place: Path, monkeypatch):

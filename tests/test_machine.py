@@ -1,5 +1,6 @@
 """Precision, compilation and memory on this machine."""
 
+import logging
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from torch.utils import cpp_extension
 
 from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
 from corpus.load import Corpus
@@ -59,6 +61,8 @@ def test_the_memory_estimate_equals_a_count_by_hand(monkeypatch):
     # two averages for the embedding (11 x 16) and the last norm (16), one for the rest
     assert estimate["optimizer"] == 2 * (n + 11 * 16 + 16)
     assert estimate["activations"] == 24 * (2 * 16 * 4 + (320 + 320) * 4 + 11 * 12)
+    run.optimizer = "sgd"
+    assert memory_estimate(model.config, run)["optimizer"] == 2 * n  # one each
 
 
 def test_only_small_streams_are_copied_to_another_device(monkeypatch):
@@ -182,6 +186,32 @@ def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch):
     assert os.environ["TORCHINDUCTOR_VEC_ISA_OK"] == "1"
     setup.setup_machine(TrainConfig(precision="float32"), torch.device("meta"))
     assert kept == [True]  # only on a CPU
+
+
+def test_a_resumed_run_names_the_source_of_its_precision():
+    """The checkpoint, not a flag, unless a flag changes it."""
+    state = {"train_config": {"precision": "bfloat16"}}
+    for precision, why in (("bfloat16", "as before"), ("float16", "as requested")):
+        config = TrainConfig(precision=precision, compile=False)
+        assert setup.setup_machine(config, CPU, state) == why
+        assert config.precision == precision
+    assert setup.setup_machine(config, CPU) == "as requested"
+
+
+def test_a_missing_gpu_is_no_news_on_a_cpu(monkeypatch, caplog):
+    """PyTorch says it when inductor imports torch.utils.cpp_extension."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_HOME", "/somewhere")
+    cpp_extension._find_cuda_home()
+    assert "No CUDA runtime is found" in caplog.text  # otherwise PyTorch has changed
+    caplog.clear()
+    setup.setup_machine(TrainConfig(precision="float32", compile=False), CPU)
+    cpp_extension._find_cuda_home()
+    logger.warning("another warning")
+    assert {record.message for record in caplog.records} == {"another warning"}
 
 
 def test_the_summary_of_a_run(capsys, monkeypatch):

@@ -25,6 +25,7 @@ from config import (
 from corpus.load import Corpus, check_length, is_dataset
 from system.folders import folder_problems
 from system.memory import check_memory
+from system.torch_logs import hide_missing_cuda
 from training.distributed import broadcast_from_rank0, is_restart, is_torchrun, world_size
 from training.machine import keep_freed_memory, memory_estimate, pick_compile, pick_precision
 from training.run_log import run_files, writer_problems
@@ -142,7 +143,9 @@ def check_run(config: TrainConfig) -> list[str]:
             f"{world_size()} processes cannot share {config.grad_accum} micro-batches per step: "
             "start a number of processes that divides it, or give another --grad_accum"
         )
-    if config.overfit_batch:  # writes no files
+    if config.dry_run:  # writes no files
+        return found
+    if config.overfit_batch:  # nor does this
         return found + ["--resume and --overfit_batch: give one of them"] * config.resume
     run_dir = Path(config.out_dir, config.tag)
     found += folder_problems(run_dir)
@@ -178,14 +181,17 @@ def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | No
 # --- machine
 
 
-def setup_machine(config: TrainConfig, device: torch.device) -> str:
+def setup_machine(config: TrainConfig, device: torch.device, state: State | None = None) -> str:
     """Decide the precision and whether to compile, in config, and seed the random numbers. Returns
-    the reason for the precision."""
+    the reason for the precision. `state` is the checkpoint that is resumed."""
     config.precision, why = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
+    if state and config.precision == state["train_config"].get("precision"):
+        why = "as before"
     if device.type == "cpu":
         keep_freed_memory()
         # Saves torch.compile nine seconds of testing which instructions the C++ compiler supports.
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    hide_missing_cuda()
     config.compile = pick_compile(config.compile, device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
@@ -222,4 +228,5 @@ def print_summary(
         f"{math.log(gpt.vocab_size):.4f}",
         flush=True,
     )
-    check_memory(sum(memory.values()), device, "this run")
+    if not config.dry_run:  # which says more first
+        check_memory(sum(memory.values()), device, "this run")
