@@ -16,7 +16,7 @@ VERSION = "1.0"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
-PRESET_HELP = "named settings; auto: laptop on a CPU, medium on a GPU"
+PRESET_HELP = "auto: laptop on a CPU, medium on a GPU"
 SGD_LR = 0.1  # of 0.01 to 3 the best for the quick preset: SGD's updates are small
 OPTIMIZER_HELP = f"muon: for matrices; sgd: lr_max {SGD_LR}"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"
@@ -133,7 +133,7 @@ class TrainConfig:
     preset: str = setting("auto", PRESET_HELP, choices=("auto", *PRESETS), group="run")
     arch: str = setting("", "components of a known architecture", choices=("", *ARCHS))
     data: str = setting("shakespeare", "file or folder, or shakespeare | plays | tinystories")
-    tokenizer: str = setting("char", "bpe is learned from the data", choices=TOKENIZERS)
+    tokenizer: str = setting("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
     bpe_vocab_size: int = setting(2000, "of --tokenizer bpe", low=257, alias="vocab_size")
     separator: str = setting("", "text between the documents of a text file; default: one document")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")

@@ -57,7 +57,7 @@ def print_parameters(gpt: GPTConfig) -> None:
 def print_example(tokenizer: Tokenizer, x: Tensor, y: Tensor) -> None:
     """Print the start of a window x (T,) and its targets y (T,), as text and token by token.
     Targets of -100 are not scored: a question, or padding."""
-    print("example: the first window; the target at each position is the next input")
+    print("example from the first batch: the target at each position is the next input")
     scored = (y != -100).nonzero()[:, 0].tolist()
     x, y = x[: scored[-1] + 1], y[: scored[-1] + 1]  # without padding
     for name, ids in (("input", x), ("target", y[y != -100])):
