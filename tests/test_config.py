@@ -427,6 +427,9 @@ def test_long_help_is_wrapped_below_its_column(capsys):
         parse_args(TrainConfig, ["--help"], "")
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
+    assert any(
+        line.startswith("  --compile, --no-compile  ") for line in lines
+    )  # neither is default
     (at,) = (i for i, line in enumerate(lines) if line.startswith("  --warmup_steps, --warmup "))
     assert lines[at].index("linear warmup") == 32
     text = " ".join(line.strip() for line in lines[at : at + 2])
