@@ -115,7 +115,7 @@ def help_text(
     defaults = {f.name: getattr(c, f.name) for c in configs for f in fields(c)} | {**help_defaults}
     names = [f"[{f.name.upper()}]" for f in known.values() if f.metadata.get("positional")]
     lines = [doc.strip(), "", f"arguments: {' '.join([*names, '[--flag value ...]'])}"]
-    if defaults.get("preset"):
+    if defaults.get("preset") and "n_layer" in known:  # not in bench.py, whose presets are models
         lines += [
             f"[brackets] contain the defaults of preset {defaults['preset']}; "
             "--preset NAME --help shows those of another"

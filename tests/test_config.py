@@ -350,6 +350,12 @@ def test_help_shows_the_defaults_of_the_preset_and_architecture_that_are_given(c
     assert "--no-bias" not in text and "--qk_norm  " in text  # off already
 
 
+def test_help_of_a_script_whose_defaults_are_not_a_presets_does_not_say_so(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(TrainConfig, ["--help"], "")
+    assert "defaults of preset" not in capsys.readouterr().out
+
+
 def test_help_can_describe_defaults_and_leave_out_flags(capsys):
     shown = {"size": "as large as possible", "rate": None}
     with pytest.raises(SystemExit):
