@@ -95,7 +95,7 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
 
     With "muon", the matrices of the blocks use Muon (Jordan et al. 2024), which makes an update
     equally large in all directions, scaled so that AdamW's learning rate fits (Liu et al. 2025).
-    "sgd", with momentum, is for comparison: with the best rate for each, it learns slower.
+    "sgd" has momentum, and is for comparison: it learns slower.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {n: p for n, p in params.items() if p.dim() == 2 and "blocks." in n}
