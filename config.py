@@ -136,6 +136,9 @@ class TrainConfig:
     tokenizer: str = setting("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
     bpe_vocab_size: int = setting(2000, "of --tokenizer bpe", low=257, alias="vocab_size")
     separator: str = setting("", "text between the documents of a text file; default: one document")
+    hold_out: bool = setting(
+        True, "validate on text or records that are not trained on; off: train on all"
+    )
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of runs")
     tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG/")

@@ -93,7 +93,10 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     if not data:
         raise UserError(f"{path} does not name its corpus: choose one with --data")
     separator = config.separator or ("" if config.data else train_config.get("separator", ""))
-    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator)
+    hold_out = bool(config.data or train_config.get("hold_out", True))
+    tokenizer, corpus = load_corpus(
+        data, tokenizer=tokenizer, separator=separator, hold_out=hold_out
+    )
     if not config.data and corpus.info["sha256"] != state["corpus"].get("sha256"):
         raise UserError(f"{data} is not what {path} was trained on: choose a corpus with --data")
     row = evaluate_split(model, corpus, config, bool(train_config.get("doc_mask")))

@@ -82,7 +82,11 @@ class Data(NamedTuple):
 
 
 def load_data(
-    settings: FinetuneConfig, data: str, tokenizer: Tokenizer, separator: str = ""
+    settings: FinetuneConfig,
+    data: str,
+    tokenizer: Tokenizer,
+    separator: str = "",
+    hold_out: bool = True,
 ) -> Data:
     """The data of a run, and the tokenizer for them."""
     if settings.objective in ("text", "distill"):
@@ -97,10 +101,10 @@ def load_data(
     else:
         records, split = read_records(path), split_records
         tokenizer = extend_tokenizer(tokenizer, QA_SPECIALS, [record_text(r) for r in records])
-    if len(records) < 1 + settings.hold_out:
-        one_out = ", because one is held out: add some, or --no-hold_out" * settings.hold_out
+    if len(records) < 1 + hold_out:
+        one_out = ", because one is held out: add some, or --no-hold_out" * hold_out
         raise UserError(f"{path} has too few records{one_out}")
-    splits = split(records) if settings.hold_out else (records, records)
+    splits = split(records) if hold_out else (records, records)
     return Data(tokenizer, file_info(path), None, list(splits))
 
 
@@ -134,7 +138,10 @@ def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
     if base.imported:
         return None
     try:
-        _, corpus = load_corpus(data, tokenizer=tokenizer, separator=base.trained.separator)
+        trained = base.trained
+        _, corpus = load_corpus(
+            data, tokenizer=tokenizer, separator=trained.separator, hold_out=trained.hold_out
+        )
         if corpus.info["sha256"] != base.state["corpus"]["sha256"]:
             raise UserError(f"{data} is not what the checkpoint was trained on")
     except UserError as error:
@@ -252,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         return write_merged(settings, run_dir, config.overwrite)
     device = init_process_group(pick_device(config.device))
     with local_rank_zero_first():
-        data = load_data(settings, config.data, base.tokenizer, config.separator)
+        data = load_data(settings, config.data, base.tokenizer, config.separator, config.hold_out)
     why_precision = setup_machine(config, device, state)
     model = new_model(settings, gpt_config, base, data)
     splits = None

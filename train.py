@@ -329,8 +329,9 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
     tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
     with local_rank_zero_first():
         tokenizer, corpus = load_corpus(
-            config.data, config.tokenizer, config.bpe_vocab_size, tokenizer, config.separator
-        )
+            config.data, config.tokenizer, config.bpe_vocab_size, tokenizer, config.separator,
+            config.hold_out,
+        )  # fmt: skip
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):
         config.tokenizer = tokenizer.to_dict()["kind"]

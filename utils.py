@@ -68,9 +68,11 @@ def get_batch(
     around at the end (Weyl 1916). All parts of a text are read about equally often, and the windows
     of a batch are far apart; with random windows, an eighth of the text would not be read in two
     epochs. The seed sets the first position. With `docs`, the sorted document starts, a window that
-    begins inside a document no longer than a window is moved to the start of that document.
+    begins inside a document no longer than a window is moved to the start of that document; if the
+    last document is one of these, windows extend past the end of the stream.
     """
-    n_starts = len(ids) - block_size
+    short_end = docs is not None and len(ids) - docs[-1] <= block_size
+    n_starts = len(ids) if short_end else len(ids) - block_size
     count = number * batch_size + np.arange(batch_size, dtype=np.uint64)  # earlier windows
     offset = np.random.default_rng(seed).integers(1 << 64, dtype=np.uint64)
     fraction = offset + count * np.uint64(0x9E3779B97F4A7C15)  # in units of 2^-64: 2^64 / 1.618

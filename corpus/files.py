@@ -20,6 +20,7 @@ import numpy as np
 from config import UserError
 
 READ_SIZE = 1 << 20  # bytes per read
+MAX_WITHOUT_TEXT = 1000  # lines at the start of a .jsonl file, until its field counts as wrong
 
 
 def ignore(raw: bytes) -> None:
@@ -125,24 +126,46 @@ def split_stream(
     yield buffer, True
 
 
-def jsonl_text(line: str, text_field: str, place: str) -> str | None:
-    """The text in a line of a .jsonl file, None if it is null. Raises UserError, which begins with
-    `place`, if the line is invalid or lacks the field."""
+def read_line(line: str, place: str) -> dict[str, str]:
+    """The fields with text in a line of a .jsonl file. Raises UserError, which begins with `place`,
+    if the line is not JSON."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: invalid JSON ({error})") from None
-    fields = record if isinstance(record, dict) else {}
-    if fields.get(text_field, "") is None:
-        return None
-    texts = {name: text for name, text in fields.items() if isinstance(text, str)}
-    if text_field not in texts:
-        names = ", ".join(texts) or "none"
+    fields = record.items() if isinstance(record, dict) else ()
+    return {name: json_text(text) for name, text in fields if isinstance(text, str)}
+
+
+def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[str]:
+    """Yield the texts in the lines of a .jsonl file. Lines without text in the field are skipped,
+    and their number is printed. Raises UserError if none of the first MAX_WITHOUT_TEXT lines, or
+    of all, has text, and if a line is not JSON."""
+    n_texts = n_skipped = first = 0
+    names = ""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        fields = read_line(line, f"{path}, line {number}")
+        if text_field in fields:
+            n_texts += 1
+            yield fields[text_field]
+            continue
+        n_skipped += 1
+        if n_skipped == 1:
+            first, names = number, ", ".join(fields) or "none"
+        if not n_texts and n_skipped == MAX_WITHOUT_TEXT:
+            break
+    if n_skipped and not n_texts:
         raise UserError(
-            f"{place}: no text in field {text_field!r} (fields with text: {names}): give the name "
-            "of the field as --text_field"
+            f"{path}, line {first}: no text in field {text_field!r} (fields with text: {names}): "
+            f"name another field with `python prepare.py {path} --text_field NAME`"
         )
-    return json_text(texts[text_field])
+    if n_skipped:
+        note(
+            f"{path}: skipped {n_skipped:,} lines without text in field {text_field!r}; the first "
+            f"is line {first}"
+        )
 
 
 def iter_documents(
@@ -153,28 +176,21 @@ def iter_documents(
     on_read: Callable[[bytes], None] = ignore,
     chunk_size: int | None = None,
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the documents of a file: the text_field of each line of a .jsonl file; otherwise the
-    text between separators, which is the full text if separator is "".
+    """Yield the documents of a file: the text_field of each line of a .jsonl file, see
+    `jsonl_texts`; otherwise the text between separators, which is the full text if separator is "".
 
     Yields (text, ends): `ends` tells whether the text is the end of its document. It is always True
     if chunk_size is None; otherwise documents of more than chunk_size characters come in several
-    chunks. bad_bytes, on_read: see `iter_text`. Lines whose text is null are no documents;
-    their number is printed. Raises UserError, with the position, if the file cannot be read.
+    chunks. bad_bytes, on_read: see `iter_text`. Raises UserError, with the position, if the file
+    cannot be read.
     """
     stream = iter_text(path, bad_bytes, on_read)
     if path.suffix.lower() != ".jsonl":
         yield from split_stream(stream, separator, chunk_size)
         return
-    n_nulls = 0
-    for number, (line, _) in enumerate(split_stream(stream, "\n"), 1):
-        if line.strip():
-            text = jsonl_text(line, text_field, f"{path}, line {number}")
-            if text is None:
-                n_nulls += 1
-            else:
-                yield from split_stream([text], "", chunk_size)
-    if n_nulls:
-        note(f"{path}: skipped {n_nulls:,} lines whose text is null")
+    lines = (line for line, _ in split_stream(stream, "\n"))
+    for text in jsonl_texts(lines, path, text_field):
+        yield from split_stream([text], "", chunk_size)
 
 
 # --- hashes

@@ -3,8 +3,8 @@
 It is loaded from a text file, a .jsonl file of documents, a .json file of question/answer records,
 a named data set, or a folder made by prepare.py. A text is split at nine tenths of its characters,
 unless a separator divides it into documents. Of several documents, each is assigned to one split,
-pseudo-randomly, by its number. In the token stream each document starts with <|endoftext|>, each
-record with <BOS>.
+pseudo-randomly, by its number. With --no-hold_out, both splits have everything. In the token stream
+each document starts with <|endoftext|>, each record with <BOS>.
 """
 
 import hashlib
@@ -62,9 +62,11 @@ class Corpus:
 
 
 def check_length(corpus: Corpus, block_size: int) -> None:
-    """Raise UserError if a split is too short for one window and its targets."""
+    """Raise UserError if the training split is too short for one window and its targets (except if
+    it has documents or records, which are padded), or if a split has nothing to predict."""
     n_train, n_val = len(corpus.train_ids), len(corpus.val_ids)
-    if min(n_train, n_val) <= block_size:
+    too_short = n_train <= block_size and corpus.train_docs is None
+    if too_short or min(n_train, n_val) < 2:
         raise UserError(
             f"the corpus is too short: {n_train} tokens to train and {n_val} to validate on, and a "
             f"window needs {block_size + 1}: use a longer text or a smaller --block_size"
@@ -89,7 +91,10 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
     """The training and the validation documents, at least one of each. Raises UserError for less
     than two documents."""
     if len(documents) < 2:
-        raise UserError(f"a corpus needs at least two documents, and this one has {len(documents)}")
+        raise UserError(
+            "a corpus needs at least two documents or records, because one is held out, and this "
+            f"one has {len(documents)}: add some, or train on all with --no-hold_out"
+        )
     val = {i for i in range(len(documents)) if is_validation(i)} or {len(documents) - 1}
     return (
         [document for i, document in enumerate(documents) if i not in val],
@@ -143,21 +148,23 @@ def build_corpus(
     info: dict[str, Any],
     separator: int,
     vocab_size: int,
+    hold_out: bool,
 ) -> Corpus:
     """The corpus of encoded documents. ids and texts: the documents of the training and of the
     validation split, as ids (T,) and as text."""
     dtype = token_dtype(vocab_size)
     train_ids, val_ids = (np.concatenate(split).astype(dtype) for split in ids)
-    train_texts = set(texts[0])
-    note_shared(sum(text in train_texts for text in texts[1]), len(texts[1]))
+    if hold_out:
+        train_texts = set(texts[0])
+        note_shared(sum(text in train_texts for text in texts[1]), len(texts[1]))
     train_docs = np.cumsum([0] + [len(document) for document in ids[0][:-1]])
-    info = info | {"documents": sum(map(len, ids))}
+    info = info | {"documents": len(ids[0]) + hold_out * len(ids[1])}
     train_bytes, val_bytes = map(utf8_length, texts)
     return Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
 
 
 def load_text(
-    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None
+    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, hold_out: bool = True
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a text file."""
     info = file_info(path)
@@ -165,7 +172,7 @@ def load_text(
     text = read_text(path)
     note_end_of_text(path, text)
     boundary = len(text) * 9 // 10
-    train, val = text[:boundary], text[boundary:]
+    train, val = (text[:boundary], text[boundary:]) if hold_out else (text, text)
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, ([train], [val]))
     dtype = token_dtype(tokenizer.vocab_size)
     train_ids, val_ids = (tokenizer.encode(split).astype(dtype) for split in (train, val))
@@ -173,11 +180,17 @@ def load_text(
 
 
 def load_documents(
-    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, separator: str = ""
+    path: Path,
+    kind: str,
+    bpe_vocab_size: int,
+    tokenizer: Tokenizer | None,
+    hold_out: bool = True,
+    separator: str = "",
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a .jsonl file, one document per line, or of a text file with separators."""
     info = file_info(path)
-    texts = split_documents(read_documents(path, separator))
+    documents = read_documents(path, separator)
+    texts = split_documents(documents) if hold_out else (documents, documents)
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
     first_id = tokenizer.specials.get(END_OF_TEXT)
     if first_id is None:
@@ -185,7 +198,7 @@ def load_documents(
     ids = [
         [np.concatenate([[first_id], tokenizer.encode(text)]) for text in split] for split in texts
     ]
-    return tokenizer, build_corpus(ids, texts, info, first_id, tokenizer.vocab_size)
+    return tokenizer, build_corpus(ids, texts, info, first_id, tokenizer.vocab_size, hold_out)
 
 
 def read_documents(path: Path, separator: str) -> list[str]:
@@ -193,20 +206,29 @@ def read_documents(path: Path, separator: str) -> list[str]:
     ones, and without empty lines around a separator."""
     found = iter_documents(path, separator=separator)
     texts = [text.strip("\n") if separator else text for text, _ in found]
-    return [text for text in texts if text.strip()]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{path} has no documents: all of it is blank")
+    return texts
 
 
 def load_records(
-    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None
+    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, hold_out: bool = True
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a file of question/answer records, each one a document."""
     info = file_info(path)
-    splits = split_records(read_records(path))
+    records = read_records(path)
+    splits = split_records(records) if hold_out else (records, records)
+    if hold_out and tokenizer is None:  # a new run
+        note(
+            f"{len(splits[1])} of {len(records)} records are held out for validation: "
+            "--no-hold_out trains on all"
+        )
     texts = [[record_text(record) for record in split] for split in splits]
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, QA_SPECIALS)
     ids = [[encode_record(tokenizer, record)[0] for record in split] for split in splits]
     return tokenizer, build_corpus(
-        ids, texts, info, tokenizer.specials["<BOS>"], tokenizer.vocab_size
+        ids, texts, info, tokenizer.specials["<BOS>"], tokenizer.vocab_size, hold_out
     )
 
 
@@ -266,6 +288,7 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
         train_bytes, val_bytes = (split["bytes"] for split in splits)
         train_docs = np.load(folder / "train_docs.npy", mmap_mode="r")
         separator = own_tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
+        note_shared(manifest.get("shared_documents", 0), splits[1]["documents"])
     except MemoryError:
         raise
     except Exception as error:  # damage raises errors of many types
@@ -312,18 +335,22 @@ def load_corpus(
     bpe_vocab_size: int = 2000,
     tokenizer: Tokenizer | None = None,
     separator: str = "",
+    hold_out: bool = True,
 ) -> tuple[Tokenizer, Corpus]:
     """Load the corpus `data`, a path or the name of a data set, and its tokenizer.
 
     If `tokenizer` is None, one is created: kind is "char", "bpe" (learned, with bpe_vocab_size
     tokens) or one of tiktoken's encodings. A folder made by prepare.py has its own tokenizer.
     separator: the text between the documents of a text file ("\\n" for a line end); "" if it is one
-    document. Raises UserError if the corpus does not exist, is invalid or is too large.
+    document. hold_out: off puts the full text, or all documents, in both splits. Raises UserError
+    if the corpus does not exist, is invalid or is too large.
     """
     path = find_corpus(data)
     suffix = path.suffix.lower()
     if separator and (path.is_dir() or suffix in (".json", ".jsonl")):
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
+    if path.is_dir() and not hold_out:
+        raise UserError(f"--no-hold_out is for files, and {path}/ is split already: leave it out")
     if path.is_dir():
         return open_dataset(path, tokenizer)
     if path.stat().st_size > MAX_IN_MEMORY:
@@ -333,10 +360,10 @@ def load_corpus(
         )
     if separator:
         separator = separator.replace("\\n", "\n")
-        loaded = load_documents(path, kind, bpe_vocab_size, tokenizer, separator)
+        loaded = load_documents(path, kind, bpe_vocab_size, tokenizer, hold_out, separator)
     else:
         load = {".json": load_records, ".jsonl": load_documents}.get(suffix, load_text)
-        loaded = load(path, kind, bpe_vocab_size, tokenizer)
+        loaded = load(path, kind, bpe_vocab_size, tokenizer, hold_out)
     if loaded[1].info["sha256"] != file_sha256(path):
         raise UserError(f"{path} changed while it was read: try again")
     return loaded

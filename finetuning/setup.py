@@ -39,8 +39,6 @@ class FinetuneConfig:
     objective: str = setting("text", "what to train for", choices=("text", "qa", "distill", "dpo"))
     long: str = setting("cut", "qa, dpo: cut the prompt of records longer than the window, or skip "
                         "these records", choices=("cut", "skip"))  # fmt: skip
-    hold_out: bool = setting(True, "qa, dpo: validate on records that are not trained on; off: "
-                             "train on all records, and validate on them too")  # fmt: skip
     teacher: str = setting("", "distill: checkpoint of the teacher")
     temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
     alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)
@@ -116,7 +114,7 @@ def load_base(path: Path) -> Base:
     saved = state["train_config"]
     names = {"preset": PRESETS, "arch": ARCHS, "tokenizer": ("char", "bpe", *ENCODINGS)}
     known = {name for name, choices in names.items() if saved.get(name) in [*choices]}
-    known |= {"data", "separator", "lr_max", "optimizer"}
+    known |= {"data", "separator", "hold_out", "lr_max", "optimizer"}
     values = {"preset": "laptop"} | {name: saved[name] for name in known & saved.keys()}
     with matching_contents(path):
         trained = from_dict(TrainConfig, values)

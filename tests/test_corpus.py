@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_RUN, make_text
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +16,12 @@ import evaluate
 import finetune
 import prepare
 import train
-from config import UserError
+from config import SampleConfig, UserError
 from corpus import files, load
+from generate import stream_texts
+from model import GPT
 from tokenizer import END_OF_TEXT, CharTokenizer
+from utils import load_checkpoint, read_checkpoint
 
 STORIES = [f"story {i}: " + "so it goes, " * (i % 7) + "the end." for i in range(60)]
 
@@ -120,13 +125,15 @@ def test_documents_need_a_tokenizer_with_a_separator(tmp_path):
 
 
 def test_a_corpus_shorter_than_a_window_is_rejected():
-    corpus = load.Corpus(np.zeros(45), np.zeros(5), {}, 45, 5)
-    with pytest.raises(UserError, match="45 tokens to train and 5 to validate on, and a window"):
-        load.check_length(corpus, 8)
-    corpus.val_ids = np.zeros(9)  # one window and its last target
+    corpus = load.Corpus(np.zeros(9), np.zeros(2), {}, 9, 2)  # one window with its last target
     load.check_length(corpus, 8)
     corpus.train_ids = np.zeros(8)
-    with pytest.raises(UserError, match="8 tokens to train and 9 to validate on"):
+    with pytest.raises(UserError, match="8 tokens to train and 2 to validate on, and a window"):
+        load.check_length(corpus, 8)
+    corpus.train_docs = np.array([0, 4])  # documents are padded
+    load.check_length(corpus, 8)
+    corpus.val_ids = np.zeros(1)
+    with pytest.raises(UserError, match="8 tokens to train and 1 to validate on"):
         load.check_length(corpus, 8)
 
 
@@ -272,12 +279,6 @@ def test_lone_surrogates_in_json_become_question_marks(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (
-            '{"title": "b"}',
-            "line 2: no text in field 'text' .fields with text: title.*--text_field",
-        ),
-        ('{"text": 5}', "line 2: no text in field 'text'"),
-        ("[1]", "line 2: no text .*: none"),
         ('{"text": "b"', "line 2: invalid JSON"),
         ('{"n": ' + "9" * 5000 + "}", "line 2: invalid JSON"),
         ("[" * 100_000, "line 2: invalid JSON"),
@@ -290,19 +291,57 @@ def test_an_invalid_jsonl_line_is_reported_with_its_number(tmp_path, line, messa
         read(path)
 
 
-def test_null_texts_are_skipped_and_counted(tmp_path, capsys):
-    path = write_jsonl(tmp_path / "posts.jsonl", [*STORIES, None, None])
+def test_lines_without_text_are_skipped_and_counted(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "posts.jsonl", [None, *STORIES, None])
+    with path.open("a") as file:
+        file.write('\n{"title": "no text"}\n{"text": 5}\n[1]\n')
     _, corpus = load.load_corpus(str(path), "char", 0)
     assert corpus.info["documents"] == 60
-    assert capsys.readouterr().err.count("skipped 2 lines whose text is null") == 1
-    path.write_text('{"body": null}')
-    with pytest.raises(UserError, match="no text in field 'text'"):
-        read(path)
+    message = "posts.jsonl: skipped 5 lines without text in field 'text'; the first is line 1\n"
+    assert capsys.readouterr().err.count(message) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"body": null}', r"line 1: no text in field 'text' \(fields with text: none\)"),
+        ('\n{"title": "a", "body": "b"}\n[1]', r"line 2: no text .*: title, body\): name ano"),
+        ('{"body": "a"}\n' * 5 + '{"text": "a"}', r"line 1: no text .*--text_field NAME"),
+    ],
+)
+def test_without_any_text_the_fields_are_named(tmp_path, monkeypatch, lines, message):
+    monkeypatch.setattr(files, "MAX_WITHOUT_TEXT", 4)
+    (tmp_path / "posts.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / "posts.jsonl")
+
+
+def test_blank_documents_alone_are_an_error(tmp_path):
+    path = write_jsonl(tmp_path / "posts.jsonl", ["", " \n"])
+    for hold_out in (True, False):
+        with pytest.raises(UserError, match="has no documents: all of it is blank"):
+            load.load_corpus(str(path), hold_out=hold_out)
 
 
 def test_line_ends_in_json_are_those_of_text_files(tmp_path):
     path = write_jsonl(tmp_path / "posts.jsonl", ["a\r\nb\rc\n"])
     assert read(path) == [("a\nb\nc\n", True)]
+
+
+def test_a_corpus_is_the_same_with_either_kind_of_line_ends(workplace):
+    """Also in the order of its validation documents and in the hash of the prepared data set."""
+    texts = [f"one {i}\ntwo\n\nthree" for i in range(30)]
+    corpora, hashes = [], []
+    for name, end in (("unix", "\n"), ("windows", "\r\n")):
+        path = workplace / f"{name}.jsonl"
+        write_jsonl(path, [text.replace("\n", end) for text in texts])
+        corpora.append(load.load_corpus(str(path))[1])
+        assert prepare.main([str(path), "--tokenizer=char"]) == 0
+        hashes.append(json.loads(Path(f"data/{name}/manifest.json").read_text())["sha256"])
+    unix, windows = corpora
+    assert unix.train_ids.tolist() == windows.train_ids.tolist()
+    assert unix.val_ids.tolist() == windows.val_ids.tolist()
+    assert hashes[0] == hashes[1]
 
 
 def test_documents_in_both_splits_are_counted(tmp_path, capsys):
@@ -313,6 +352,108 @@ def test_documents_in_both_splits_are_counted(tmp_path, capsys):
     assert capsys.readouterr().err.count(note) == 1
     load.load_corpus(str(write_jsonl(path)), "char", 0)
     assert "validation documents" not in capsys.readouterr().err
+
+
+def test_a_prepared_corpus_with_documents_in_both_splits_warns_when_it_is_opened(workplace, capsys):
+    write_jsonl(workplace / "posts.jsonl", ["a", "a"])
+    assert prepare.main(["posts.jsonl", "--tokenizer=char"]) == 0
+    capsys.readouterr()
+    files.note.cache_clear()  # as in another process
+    load.load_corpus("data/posts")
+    message = "note: 1 of 1 validation documents also occur in the training split.*--dedup"
+    assert re.search(message, capsys.readouterr().err)
+
+
+# --- without a validation split
+
+
+def test_without_holding_out_both_splits_are_everything(workplace, capsys):
+    write_jsonl(workplace / "stories.jsonl", STORIES)
+    records = [{"question": "Who?", "answer": "I.", "held_out": True}] * 2
+    (workplace / "qa.json").write_text(json.dumps(records))
+    (workplace / "one.json").write_text(json.dumps(records[:1]))
+    text = (workplace / "data/input.txt").read_text()
+    for data, expected in (
+        ("data/input.txt", text),
+        ("stories.jsonl", "".join(END_OF_TEXT + story for story in STORIES)),
+        ("one.json", "<BOS>Question: Who?\nAnswer: I.<EOS>"),
+        ("qa.json", "<BOS>Question: Who?\nAnswer: I.<EOS>" * 2),
+    ):
+        tokenizer, corpus = load.load_corpus(data, hold_out=False)
+        for ids in (corpus.train_ids, corpus.val_ids):
+            assert tokenizer.decode(ids.tolist()) == expected
+        assert corpus.train_bytes == corpus.val_bytes
+    assert corpus.info["documents"] == 2
+    assert capsys.readouterr().err == ""  # validation documents are training documents on purpose
+
+
+def test_a_prepared_data_set_is_split_already(workplace):
+    write_jsonl(workplace / "posts.jsonl", STORIES)
+    assert prepare.main(["posts.jsonl", "--tokenizer=char"]) == 0
+    with pytest.raises(UserError, match="--no-hold_out is for files, and data/posts/ is split"):
+        load.load_corpus("data/posts", hold_out=False)
+
+
+RECORDS = [
+    {"question": f"What is {i} plus one?", "answer": f"It is {i + 1}, as {i} and one."}
+    for i in range(40)
+]
+SMALL_RUN = (
+    "--device=cpu --precision=float32 --preset=laptop --n_layer=2 --n_embd=64 --block_size=96 "
+    "--lr_max=1e-2 --batch_size=6 --eval_every=1000 --sample_tokens=0 --data=qa.json "
+).split()
+
+
+def answer(model: GPT, tokenizer: CharTokenizer, question: str) -> str:
+    """The greedy answer to a question, up to <EOS>."""
+    prompt = tokenizer.encode(f"<BOS>Question: {question}\nAnswer:", "all")
+    greedy = SampleConfig(temperature=0, max_new_tokens=40)
+    return "".join(
+        piece for (piece,) in stream_texts(model, tokenizer, greedy, torch.tensor(prompt))
+    )
+
+
+@pytest.mark.parametrize(("n", "steps"), [(2, 60), pytest.param(40, 400, marks=pytest.mark.slow)])
+def test_a_model_trained_on_a_few_records_answers_them(workplace, n, steps):
+    (workplace / "qa.json").write_text(json.dumps(RECORDS[:n]))
+    assert train.main([*SMALL_RUN, "--no-hold_out", f"--max_steps={steps}"]) == 0
+    model, tokenizer, state = load_checkpoint(Path("checkpoints/best.pt"), torch.device("cpu"))
+    answers = [answer(model, tokenizer, record["question"]) for record in RECORDS[:n]]
+    assert answers == [f" {record['answer']}" for record in RECORDS[:n]]
+    # evaluate.py scores what the run validated on
+    row = evaluate.evaluate_checkpoint(
+        Path("checkpoints/best.pt"), evaluate.EvaluateConfig(), torch.device("cpu")
+    )
+    assert row["loss"] == pytest.approx(state["log"][-1]["val"], rel=1e-3)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+@pytest.mark.parametrize("n", [2, 40])
+def test_a_few_records_are_enough_for_the_default_window(workplace, capsys, n, tokenizer):
+    (workplace / "qa.json").write_text(json.dumps(RECORDS[:n]))
+    flags = ["--preset=quick", "--block_size=192", "--max_steps=2", "--data=qa.json"]
+    assert train.main([*flags, "--device=cpu", f"--tokenizer={tokenizer}"]) == 0
+    error = capsys.readouterr().err
+    assert re.search(
+        rf"note: [123] of {n} records are held out .*--no-hold_out trains on all", error
+    )
+
+
+def test_one_record_cannot_be_held_out(workplace):
+    (workplace / "qa.json").write_text(json.dumps(RECORDS[:1]))
+    with pytest.raises(UserError, match=r"this one has 1: add some, or train on all with --no-hol"):
+        train.main([*TINY_RUN, "--data=qa.json"])
+
+
+def test_what_is_held_out_cannot_change_during_a_run(workplace):
+    (workplace / "qa.json").write_text(json.dumps(RECORDS))
+    flags = [*TINY_RUN, "--data=qa.json"]
+    assert train.main([*flags, "--no-hold_out"]) == 0
+    assert train.main([*flags, "--resume", "--max_steps=22"]) == 0
+    state = read_checkpoint(Path("checkpoints/latest.pt"))
+    assert state["train_config"]["hold_out"] is False
+    with pytest.raises(UserError, match="hold_out is False in the run to resume"):
+        train.main([*flags, "--resume", "--max_steps=30", "--hold_out"])
 
 
 def test_notes_are_printed_by_one_process(capsys, monkeypatch):

@@ -470,12 +470,12 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
     assert make("two.jsonl", "--tokenizer=char", name="two")["shared_documents"] == 1
 
 
-def test_notes_name_null_texts_and_the_flag_for_separators(workplace, capsys):
+def test_notes_name_lines_without_text_and_the_flag_for_separators(workplace, capsys):
     lines = [json.dumps({"text": text}) for text in [*STORIES, None, None]]
     (workplace / "a.jsonl").write_text("\n".join(lines))
     make("a.jsonl")
     assert sorted(all_texts()) == sorted(STORIES)
-    assert capsys.readouterr().err.count("a.jsonl: skipped 2 lines whose text is null") == 1
+    assert capsys.readouterr().err.count("a.jsonl: skipped 2 lines without text in field") == 1
     (workplace / "b.txt").write_text(END_OF_TEXT.join(STORIES))
     hint = f"b.txt contains {END_OF_TEXT}, read as ordinary text: with --separator '{END_OF_TEXT}'"
     make("b.txt", name="b")

@@ -123,7 +123,7 @@ def test_evenly_spaced_windows_reach_both_ends_of_the_split():
 def test_all_tokens_of_long_documents_are_trained_equally_often(lengths: list[int]):
     docs, n, size = np.cumsum([0, *lengths[:-1]]), sum(lengths), 64
     _, y = utils.get_batch(np.arange(n), size, n, seed=1, number=0, docs=docs)
-    counts = np.bincount(y.flatten(), minlength=n)
+    counts = np.bincount(y[y != -100], minlength=n)
     assert (counts[1:] > 0).all()
     inside = counts[size : n - size]  # the ends of a stream are in fewer windows
     assert 0.7 * size < inside.min() and inside.max() < 1.3 * size
@@ -135,6 +135,22 @@ def test_windows_in_short_documents_begin_at_their_starts():
     starts = set(x[:, 0].tolist())
     assert {40, 43, 51} <= starts and not starts & {41, 42, *range(44, 51), 52}
     assert starts > set(range(40)) | set(range(53, 92))  # anywhere in long documents
+
+
+def test_short_documents_at_the_end_of_a_stream_are_read_as_often_as_others():
+    docs = np.arange(0, 40, 4)  # ten documents of 4 tokens
+    x, y = utils.get_batch(np.arange(40), 8, 1000, seed=1, number=0, docs=docs)
+    starts, counts = np.unique(x[:, 0], return_counts=True)
+    assert starts.tolist() == docs.tolist() and abs(counts - 100).max() <= 2
+    last = x[:, 0] == 36
+    assert y[last][0].tolist() == [37, 38, 39, -100, -100, -100, -100, -100]
+
+
+def test_documents_shorter_together_than_a_window_are_each_read():
+    x, y = utils.get_batch(np.arange(7), 8, 70, seed=1, number=0, docs=np.array([0, 3]))
+    assert abs((x[:, 0] == 0).sum() - 30) <= 2 and set(x[:, 0].tolist()) == {0, 3}  # 3/7 of 70
+    first = x[:, 0] == 0
+    assert y[first][0].tolist() == [1, 2, 3, 4, 5, 6, -100, -100]
 
 
 def test_one_coin_flip_per_byte_is_one_bit_per_byte():

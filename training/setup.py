@@ -103,7 +103,7 @@ def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | No
 def resumed_flags(flags: Flags, saved: Flags, fixed: set[str]) -> Flags:
     """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs
     from the checkpoint in a setting that cannot change during a run."""
-    fixed = fixed | {"optimizer", "weight_decay", "bpe_vocab_size", "separator"}
+    fixed = fixed | {"optimizer", "weight_decay", "bpe_vocab_size", "separator", "hold_out"}
     raise_problems(
         [
             f"--{name} is {saved[name]!r} in the run to resume: leave it out, or start another run"
