@@ -174,6 +174,9 @@ def plot_accumulation(axes: "Axes", logs: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     study = parse_study("lr_context", argv, __doc__)
+    n_settings = len(WINDOWS[study.config.quick]) * len(RATES[study.config.quick])
+    n_settings += len(SCHEDULES) + len(MICRO_BATCHES)
+    study.n_runs = n_settings * study.config.seeds
     base = QUICK if study.config.quick else FULL
     gpt, config = train_settings(base, study.device.type)
     base = base | {"block_size": gpt.block_size, "batch_size": config.batch_size}

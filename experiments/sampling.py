@@ -79,6 +79,7 @@ def find_checkpoint(study: Study, plan: Plan) -> Path:
     if study.options.checkpoint:
         return Path(study.options.checkpoint)
     study.config.data = study.config.data or "shakespeare"
+    study.n_runs = 1
     make_run(study, "model", plan.flags | {"seed": 1})
     return study.folder / "model" / "best.pt"
 

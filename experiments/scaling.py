@@ -341,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line."""
     study = parse_study("scaling", argv, __doc__, data="plays")
     plan = QUICK if study.config.quick else FULL
+    study.n_runs = (sum(map(len, plan.widths.values())) + 1) * study.config.seeds
     rows, losses = train_all(study, plan)
     means = {
         budget: {n: mean([by_size[n] for by_size in by_seed]) for n in by_seed[0]}

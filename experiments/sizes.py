@@ -41,6 +41,7 @@ QUICK: Flags = {"preset": "tiny", "block_size": 96, "batch_size": 16, "max_steps
 QUICK |= {"lr_max": 3e-3, "compile": False}
 FULL: Flags = {"block_size": 256, "batch_size": 64, "max_steps": 5000, "dropout": 0.1}
 SHARES = {"a tenth": 0.1, "a third": 1 / 3, "all": 1.0}  # of the training text
+DROPOUTS = (0.0, 0.2)
 EVALUATIONS = 9  # per run
 MIN_STEPS = 20  # of the largest model at equal time
 
@@ -84,7 +85,7 @@ def little_text(study: Study, base: Flags) -> TextRuns:
             study, f"{name}-dropout{dropout}", base | size | {"dropout": dropout}, share
         )
         for name, share in SHARES.items()
-        for dropout in (0.0, 0.2)
+        for dropout in DROPOUTS
     }
 
 
@@ -170,6 +171,8 @@ def plot(tokens: SizeRuns, time: SizeRuns, text_runs: TextRuns) -> "Figure":
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     study = parse_study("sizes", argv, __doc__)
+    n_settings = 2 * len(SIZES[study.config.quick]) + len(DROPOUTS) * len(SHARES)
+    study.n_runs = n_settings * study.config.seeds
     base = QUICK if study.config.quick else FULL
     base = with_evaluations(base, base["max_steps"])
     tokens = equal_tokens(study, base)

@@ -2,7 +2,8 @@
 
 A study trains models that differ in one setting, each with several seeds. An interrupted study
 resumes with the same command: finished runs are read from their folders, and an unfinished run
-continues from its last checkpoint.
+continues from its last checkpoint. Tables and plots go to a folder that Git ignores; only
+--results experiments/results replaces the published ones.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import itertools
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,10 @@ class StudyConfig:
     seeds: int = setting(3, "runs per setting, to tell effects from noise", low=1)
     data: str = setting("shakespeare", "text, as for train.py")
     out_dir: str = setting("checkpoints/studies", "folder of the runs, which are kept")
-    results: str = setting("experiments/results", "folder of the tables and plots")
+    results: str = setting(
+        "checkpoints/studies/results",
+        "folder of the tables and plots; experiments/results replaces the published ones",
+    )
     device: str = setting("auto", DEVICE_HELP)
 
 
@@ -67,6 +71,8 @@ class Study:
     config: StudyConfig
     device: torch.device
     options: Any = None  # settings that only this study has
+    n_runs: int = 0  # in total
+    seconds: list[float] = field(default_factory=list)  # that each finished run took
 
     @property
     def full_name(self) -> str:
@@ -77,6 +83,14 @@ class Study:
     def folder(self) -> Path:
         """The folder of its runs."""
         return Path(self.config.out_dir, self.full_name)
+
+    def progress(self) -> str:
+        """Which run is next, and about how long the rest will take if the remaining runs take as
+        long as the finished ones."""
+        n_done = len(self.seconds)
+        left = (self.n_runs - n_done) * mean(self.seconds) if n_done else 0
+        about = f", about {format_duration(left)} left" if n_done else ""
+        return f"run {n_done + 1} of {self.n_runs}{about}"
 
 
 def parse_study(
@@ -145,18 +159,19 @@ def make_run(study: Study, name: str, flags: Flags, share: float = 1.0) -> Resul
     flags = {"data": study.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
     settings = flags | {"share": share}
     file = folder / "study.json"
-    result = json.loads(file.read_text()) if file.exists() else {"flags": settings}
+    result: Result = json.loads(file.read_text()) if file.exists() else {"flags": settings}
     if result["flags"] != settings:
         raise UserError(
             f"{folder} contains a run with other settings: delete it, or give another --out_dir"
         )
     if "val" not in result:
-        print(f"{study.full_name}: {name} ...", end=" ", flush=True)
+        print(f"{study.full_name}, {study.progress()}: {name} ...", end=" ", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, result)  # so that an interrupted run is resumed with these settings only
         result |= train_one(study, flags, share)
         write_json(file, result)
         print(f"validation loss {result['val']:.4f}, {result['seconds']:.0f} s", flush=True)
+    study.seconds.append(result["log"][-1]["seconds"])
     return result
 
 
@@ -199,6 +214,17 @@ def with_seeds(study: Study, name: str, flags: Flags, share: float = 1.0) -> lis
 
 
 # --- statistics
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in one unit.
+
+    >>> [format_duration(s) for s in (59, 60, 5000, 8000)]
+    ['59 s', '1 min', '83 min', '2.2 h']
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def mean(values: list[float]) -> float:

@@ -128,6 +128,7 @@ def plot(losses_by_swap: dict[str, list[float]], cache_rows: list[Row]) -> "Figu
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     study = parse_study("swaps", argv, __doc__)
+    study.n_runs = len(SWAPS) * study.config.seeds
     rows: list[Row] = []
     losses_by_swap: dict[str, list[float]] = {}
     for name, swap in SWAPS.items():

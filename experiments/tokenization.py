@@ -150,7 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     seconds = study.options.seconds or plan.seconds
     rows: list[Row] = []
     results: dict[str, list[Result]] = {}
-    for name, choice in tokenizer_flags(plan.bpe_vocab_sizes).items():
+    choices = tokenizer_flags(plan.bpe_vocab_sizes)
+    study.n_runs = len(choices) * study.config.seeds
+    for name, choice in choices.items():
         tokenizer, corpus = study_corpus(study, choice)
         folder = f"{'-'.join(map(str, choice.values()))}-{seconds:g}s"
         flags = plan.flags | choice

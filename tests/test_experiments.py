@@ -33,6 +33,7 @@ from experiments import (
 from model import GPT
 from train import Trainer
 from training.run_log import RunLog
+from viz.runs import new_figure
 
 EXPERIMENTS = Path(study.__file__).parent
 CHOICES = {f.name: f.metadata["choices"] for f in fields(GPTConfig) if "choices" in f.metadata}
@@ -55,8 +56,19 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> list
     """Run a quick study with two seeds, then again with training forbidden. Returns the rows of its
     first table."""
     words = ("--quick", "--seeds=2", "--device=cpu", *words)
-    assert module.main(list(words)) == 0
-    name = Path("experiments/results", module.__name__.removeprefix("experiments.") + "_quick")
+    progress: list[str] = []
+    with monkeypatch.context() as patch:
+        line = study.Study.progress
+        patch.setattr(study.Study, "progress", lambda s: progress.append(line(s)) or line(s))
+        assert module.main(list(words)) == 0
+    n_runs = len(list(Path("checkpoints/studies").glob("*/*/study.json")))
+    assert len(progress) == n_runs
+    assert progress[0] == f"run 1 of {n_runs}"  # nothing to estimate from
+    assert n_runs == 1 or re.match(rf"run {n_runs} of {n_runs}, about \d+ s left", progress[-1])
+    assert not Path("experiments").exists()  # where the published results are
+    name = Path(
+        "checkpoints/studies/results", module.__name__.removeprefix("experiments.") + "_quick"
+    )
     table = name.with_suffix(".csv").read_text()
     assert name.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with monkeypatch.context() as patch:
@@ -78,7 +90,9 @@ def results(name: str) -> list[dict[str, Any]]:
 
 def table(name: str) -> list[dict[str, str]]:
     """The rows of a table that a study wrote."""
-    return list(csv.DictReader(Path(f"experiments/results/{name}.csv").read_text().splitlines()))
+    return list(
+        csv.DictReader(Path(f"checkpoints/studies/results/{name}.csv").read_text().splitlines())
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -183,6 +197,45 @@ def test_an_interrupted_run_is_resumed(workplace: Path, monkeypatch: pytest.Monk
     result = study.make_run(interrupted, "a", TINY)
     assert result["val"] == expected["val"]
     assert [record["step"] for record in result["log"]] == [0, 3, 6]
+
+
+def test_the_rest_of_a_study_takes_as_long_as_the_finished_runs(workplace: Path):
+    some = parse_tiny_study()
+    some.n_runs = 48
+    assert some.progress() == "run 1 of 48"
+    some.seconds = [30.0, 90.0]
+    assert some.progress() == "run 3 of 48, about 46 min left"  # 46 runs of a minute
+
+
+def test_finished_runs_of_a_resumed_study_count(workplace: Path, capsys: pytest.CaptureFixture):
+    first = parse_tiny_study("--seeds=2")
+    first.n_runs = 4
+    study.with_seeds(first, "a", TINY)
+    resumed = parse_tiny_study("--seeds=2")
+    resumed.n_runs = 4
+    capsys.readouterr()
+    for name in "ab":
+        study.with_seeds(resumed, name, TINY)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[: len("some, run 3 of 4, about 0 s left: b-1")] for line in lines] == [
+        "some, run 3 of 4, about 0 s left: b-1",
+        "some, run 4 of 4, about 0 s left: b-2",
+    ]
+    log = study.make_run(resumed, "a-1", TINY | {"seed": 1})["log"]
+    assert resumed.seconds[0] == log[-1]["seconds"] > 0  # of the earlier command
+
+
+def test_published_results_are_replaced_only_on_request(workplace: Path):
+    published = Path("experiments/results/some.csv")
+    published.parent.mkdir(parents=True)
+    published.write_text("published")
+    tables = {"Numbers": [{"n": 1}]}
+    study.write_results(parse_tiny_study(), tables, new_figure(2, 2))
+    assert published.read_text() == "published"
+    assert Path("checkpoints/studies/results/some.csv").read_text() == "n\n1\n"
+    words = "--results=experiments/results"
+    study.write_results(parse_tiny_study(words), tables, new_figure(2, 2))
+    assert published.read_text() == "n\n1\n"
 
 
 def test_a_study_stopped_by_ctrl_c_is_resumed(
