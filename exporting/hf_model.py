@@ -32,7 +32,7 @@ def matching_arch(config: GPTConfig) -> str:
         )
         raise UserError(
             f"no Hugging Face architecture has these components; {nearest} is nearest, but {found} "
-            f"(train with --arch {nearest})"
+            f"(train one that can be exported: python train.py --arch {nearest} --tag {nearest})"
         )
     usual_heads = (config.n_head, config.n_embd // config.n_head)
     if nearest == "gpt2" and (config.n_kv_head, config.head_size) != usual_heads:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig, TrainConfig, UserError, raise_problems
+from corpus.encodings import from_tiktoken
 from exporting.folders import MARKER, check_files, new_folder, read_json, write_json
 from exporting.hf_model import (
     CLASSES,
@@ -34,6 +35,7 @@ from system.folders import folder_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 
 T = TypeVar("T")
+GPT2_VOCAB_SIZE = 50257
 
 # --- files and the hub
 
@@ -193,7 +195,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     local = Path(source).is_dir()
     folder = Path(source) if local else download(source, ["*.json"])
     config, arch = config_from_hf(read_json(folder / "config.json"))
-    tokenizer = tokenizer_from_hf(read_json(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder, config, arch)
     exact = isinstance(tokenizer, CharTokenizer)  # no text for other ids
     low = config.vocab_size if exact else 1
     if not low <= tokenizer.vocab_size <= config.vocab_size:
@@ -217,6 +219,21 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     utils.save_checkpoint(checkpoint, state)
     print(f"{checkpoint}: {arch}, {utils.count_params(config)[0]:,} parameters")
     print(f"next: python generate.py {checkpoint}")
+
+
+def read_tokenizer(folder: Path, config: GPTConfig, arch: str) -> Tokenizer:
+    """The tokenizer of a model. A GPT-2 saved without it has OpenAI's if the vocabularies have the
+    same size. Raises UserError if there is no tokenizer.json otherwise."""
+    if (folder / "tokenizer.json").exists() or arch != "gpt2":
+        return tokenizer_from_hf(read_json(folder / "tokenizer.json"))
+    if config.vocab_size != GPT2_VOCAB_SIZE or (folder / "vocab.json").exists():
+        raise UserError(
+            f"{folder} has no tokenizer.json: save the model's tokenizer there too, with "
+            f"tokenizer.save_pretrained (only a GPT-2 with its own {GPT2_VOCAB_SIZE:,} tokens, and "
+            "without another vocab.json, needs none)"
+        )
+    print(f"{folder} has no tokenizer: using GPT-2's, which has {GPT2_VOCAB_SIZE:,} tokens as well")
+    return from_tiktoken("gpt2")
 
 
 def check_checkpoint_target(path: Path, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """The architectures equal Hugging Face's: same logits, same tokens, in both directions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,31 @@ def test_the_merges_of_a_tokenizer_are_those_it_learned():
     counts = count_pieces([make_text()])
     tokenizer = train_bpe(counts, 400)
     assert list(merges_of(tokenizer)) == learn_merges(counts, 400 - 257)
+
+
+# --- the examples of --help
+
+
+def help_commands() -> list[list[str]]:
+    """The words of the examples, without the descriptions beside them."""
+    lines = [line.strip() for line in export.__doc__.splitlines() if line.startswith("    python ")]
+    return [re.split(r"  +", line)[0].split()[1:] for line in lines]
+
+
+def test_the_first_examples_of_help_run_as_written(workplace):
+    (script, *train_words), (exporter, *export_words) = help_commands()[:2]
+    assert (script, exporter) == ("train.py", "export.py")
+    assert train.main([*train_words, *TINY_RUN]) == 0
+    assert export.main(export_words) == 0
+    assert transformers.AutoModelForCausalLM.from_pretrained("out").config.vocab_size > 20
+
+
+def test_the_error_for_a_default_run_names_the_command_that_trains_an_exportable_one(trained):
+    with pytest.raises(UserError, match=r"exported: python train.py --arch qwen3 --tag qwen3") as e:
+        export.main(["checkpoints/best.pt", "out"])
+    command = re.search(r"python train.py (.*)\)", str(e.value))
+    assert train.main([*command[1].split(), *TINY_RUN]) == 0
+    assert export.main(["checkpoints/qwen3/best.pt", "out"]) == 0
 
 
 # --- user errors

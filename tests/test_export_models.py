@@ -1,11 +1,13 @@
 """Models of Hugging Face are imported with equal logits, or rejected with the reason."""
 
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 
 import export
@@ -22,7 +24,7 @@ from exporting.hf_model import (
 from exporting.hf_tokenizer import tokenizer_to_hf
 from exporting.huggingface import weight_files
 from model import GPT
-from tokenizer import CharTokenizer
+from tokenizer import GPT2_PATTERN, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -338,3 +340,67 @@ def test_the_base_of_rope_is_where_transformers_4_and_5_read_it(arch: str):
     content = config_to_hf(config, arch, {})
     assert content["rope_theta"] == 500.0
     assert content["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
+
+
+# --- a GPT-2 without a tokenizer
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path: Path) -> Path:
+    """What save_pretrained of a GPT-2 writes if only the model is saved."""
+    write_model(tmp_path / "model", "gpt2", vocab_size=50257, n_layer=1, n_embd=4)
+    (tmp_path / "model/tokenizer.json").unlink()
+    return tmp_path / "model"
+
+
+def fake_gpt2(name: str) -> tiktoken.Encoding:
+    """An encoding of the size of GPT-2's, which tiktoken would download."""
+    assert name == "gpt2"
+    tokens = (bytes(token) for n in (1, 2) for token in itertools.product(range(256), repeat=n))
+    ranks = {token: i for i, token in zip(range(50256), tokens, strict=False)}
+    return tiktoken.Encoding(
+        name,
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+    )
+
+
+def test_a_gpt2_without_a_tokenizer_has_that_of_gpt2(gpt2_folder, monkeypatch, capsys):
+    monkeypatch.setattr(tiktoken, "get_encoding", fake_gpt2)
+    path = gpt2_folder.parent / "imported.pt"
+    assert export.main(["--from", str(gpt2_folder), str(path)]) == 0
+    line = "model has no tokenizer: using GPT-2's, which has 50,257 tokens as well\n"
+    assert line in capsys.readouterr().out
+    ours, tokenizer, _ = utils.load_checkpoint(path, torch.device("cpu"))
+    expected = fake_gpt2("gpt2").encode_ordinary("ab cd")
+    assert tokenizer.encode("ab cd").tolist() == expected
+    assert tokenizer.specials == {"<|endoftext|>": 50256}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
+    assert_equal_logits(ours, theirs)
+
+
+def test_without_a_network_a_missing_tokenizer_is_one_error(gpt2_folder, monkeypatch):
+    def fail(name: str) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    path = gpt2_folder.parent / "imported.pt"
+    with pytest.raises(UserError, match=r"encoding gpt2 could not be downloaded .Connec.*TIKTOKEN"):
+        export.main(["--from", str(gpt2_folder), str(path)])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "vocab_size", "vocab_json"),
+    [("gpt2", 50258, False), ("gpt2", 50257, True), ("llama", 50257, False)],
+)
+def test_other_models_need_their_tokenizer(tmp_path, monkeypatch, arch, vocab_size, vocab_json):
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: pytest.fail("not GPT-2's"))
+    folder = tmp_path / "model"
+    write_model(folder, arch, vocab_size=vocab_size)
+    (folder / "tokenizer.json").unlink()
+    if vocab_json:
+        (folder / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"model has no tokenizer\.json"):
+        export.main(["--from", str(folder), str(tmp_path / "imported.pt")])
