@@ -1,0 +1,87 @@
+"""The example files in data/ load, and are what the documentation says."""
+
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, make_text
+
+import finetune
+import generate
+import train
+from corpus.load import load_corpus
+from corpus.records import read_pairs, read_records
+from finetuning.tasks import encode_pair
+from tokenizer import CharTokenizer
+from utils import load_checkpoint
+
+DATA = Path(__file__).parent.parent / "data"
+# The 65 characters of TinyShakespeare, as its author lists them.
+SHAKESPEARE = CharTokenizer.train(["\n !$&',-.3:;?", string.ascii_letters])
+DEFAULT_WINDOW = 192  # of train.py on a CPU
+
+
+@pytest.mark.parametrize("name", ["example.txt", "pairs.jsonl", "qa.json"])
+def test_git_does_not_ignore_the_examples(name):
+    lines = (DATA.parent / ".gitignore").read_text().splitlines()
+    assert f"!/data/{name}" in lines and (DATA / name).is_file()
+
+
+def test_the_example_text_is_plain_prose():
+    text = (DATA / "example.txt").read_text(encoding="ascii")
+    assert 20_000 < len(text) < 60_000
+    assert set(text) <= set(string.ascii_letters + ' \n!",.:?')
+    assert max(map(len, text.splitlines())) <= 80
+    stories = text.split("\n\n\n")
+    assert len(stories) > 50 and len(set(stories)) == len(stories)
+    for story in stories:
+        title, _, first = story.partition("\n\n")
+        assert "\n" not in title and title[0].isupper() and first.strip()
+        paragraphs = first.strip().split("\n\n")
+        assert all(p.endswith((".", "?", "!", '."', '?"', '!"')) for p in paragraphs), paragraphs
+        assert all(p.count('"') % 2 == 0 for p in paragraphs), paragraphs
+
+
+def test_a_model_is_trained_on_the_example_text(workplace, capsys):
+    flags = ["--data", str(DATA / "example.txt"), "--tag=mine"]
+    assert train.main([*TINY_RUN, *flags]) == 0
+    capsys.readouterr()
+    prompt = ["--prompt", "Bram the badger", "--max_new_tokens=5", "--device=cpu"]
+    assert generate.main(["checkpoints/mine/best.pt", *prompt]) == 0
+    assert capsys.readouterr().out.startswith("Bram the badger")
+
+
+def test_the_example_text_fits_the_default_window():
+    _, corpus = load_corpus(str(DATA / "example.txt"))
+    assert len(corpus.val_ids) > 10 * DEFAULT_WINDOW
+
+
+def test_the_example_pairs_prefer_short_courteous_speeches_in_characters_of_tinyshakespeare():
+    pairs = read_pairs(DATA / "pairs.jsonl")
+    assert SHAKESPEARE.vocab_size == 65 and 20 <= len(pairs) <= 30
+    for pair in pairs:
+        assert not SHAKESPEARE.unknown("".join(pair.values()))
+        assert pair["prompt"].startswith("\n") and pair["prompt"].endswith(":\n")
+        assert pair["chosen"].endswith("\n\n") and pair["rejected"].endswith("\n\n")
+        assert 2 * len(pair["chosen"]) < len(pair["rejected"])
+        longest = max(len(ids) for ids, _ in encode_pair(SHAKESPEARE, pair))
+        assert longest <= DEFAULT_WINDOW + 1, longest
+    assert len({pair["prompt"] for pair in pairs}) == len(pairs)
+
+
+def test_preferences_are_learned_from_the_example_pairs(workplace):
+    text = make_text() + "".join(SHAKESPEARE.chars) + "\n"
+    (workplace / "data/input.txt").write_text(text)
+    assert train.main([*TINY_RUN, "--block_size=224", "--max_steps=2"]) == 0
+    flags = ["--objective=dpo", f"--data={DATA / 'pairs.jsonl'}", "--max_steps=12", "--lr_max=1e-2"]
+    flags += ["--eval_every=6", "--sample_tokens=0", "--device=cpu", "--no-hold_out"]
+    assert finetune.main(["checkpoints/best.pt", *flags]) == 0
+    state = load_checkpoint(Path("checkpoints/dpo/latest.pt"), torch.device("cpu"))[2]
+    first, *_, last = state["log"]
+    assert last["val"] < first["val"] and last["accuracy"] > 0.9
+
+
+def test_the_example_questions_load():
+    records = read_records(DATA / "qa.json")
+    assert len(records) == 220 and sum(record.get("held_out") is True for record in records) == 21
