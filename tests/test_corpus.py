@@ -484,3 +484,10 @@ def test_a_long_line_is_searched_once(tmp_path, monkeypatch):
     stream = [Text("x" * 100) for _ in range(100)]
     assert list(files.split_stream(stream, "<end>")) == [("x" * 10_000, True)]
     assert 10_000 <= Text.n_searched <= 2 * 10_000
+
+
+def test_finetuning_measures_forgetting_on_what_the_base_validated_on(workplace):
+    assert train.main([*TINY_RUN, "--no-hold_out"]) == 0
+    base = finetune.load_base(Path("checkpoints/best.pt"))
+    old = finetune.old_corpus(base, base.tokenizer)
+    assert len(old.val_ids) == len((workplace / "data/input.txt").read_text())
