@@ -1,20 +1,28 @@
-"""The example files in data/ load, and are what the documentation says."""
+"""The example files in data/ are what the documentation says; Git ignores what commands write."""
 
+import shutil
 import string
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_RUN, make_text
 
+import explore
+import export
 import finetune
 import generate
+import plots
+import prepare
 import train
 from corpus.load import load_corpus
 from corpus.records import read_pairs, read_records
+from experiments import swaps
 from finetuning.tasks import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
+from viz.runs import new_figure
 
 DATA = Path(__file__).parent.parent / "data"
 # The 65 characters of TinyShakespeare, as its author lists them.
@@ -85,3 +93,27 @@ def test_preferences_are_learned_from_the_example_pairs(workplace):
 def test_the_example_questions_load():
     records = read_records(DATA / "qa.json")
     assert len(records) == 220 and sum(record.get("held_out") is True for record in records) == 21
+
+
+def test_git_ignores_what_the_commands_write_by_default(trained, monkeypatch):
+    pytest.importorskip("safetensors")
+    shutil.copy(DATA.parent / ".gitignore", ".")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    monkeypatch.setattr(swaps, "QUICK", {"n_layer": 1, "n_embd": 16, "n_head": 2, "max_steps": 2})
+    monkeypatch.setattr(swaps, "SWAPS", {swaps.BASE: {}})
+    monkeypatch.setattr(swaps, "cache_speed", lambda *args: [{"tokens generated": 1}])
+    monkeypatch.setattr(swaps, "plot", lambda *args: new_figure(2, 2))
+    assert swaps.main(["--quick", "--device=cpu", "--seeds=1"]) == 0
+    assert prepare.main(["data/input.txt", "--tokenizer=char"]) == 0
+    assert plots.main(["checkpoints"]) == 0
+    assert plots.main(["checkpoints/best.pt", "--picture=embeddings"]) == 0
+    sweep = ["--settings=temperature=0.5,1", "--max_tokens=5", "--device=cpu"]
+    assert explore.main(["sweep", *sweep]) == 0
+    assert train.main([*TINY_RUN, "--arch=qwen3", "--tag=qwen3"]) == 0
+    assert export.main(["checkpoints/qwen3/best.pt", "out"]) == 0
+    written = {path.name for path in Path().iterdir()}
+    assert {"sweep.md", "embeddings.png", "out", "checkpoints", "data"} <= written
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=all"], capture_output=True, text=True
+    )
+    assert status.stdout == "?? .gitignore\n"
