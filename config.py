@@ -32,7 +32,8 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     Limits: low and high (inclusive), above and below (exclusive), choices. `group` starts a section
     of --help. `positional=True` also accepts the value without its flag. `alias` is another
     name of the flag, or several separated by spaces; system/flag_names.py has more. `flag=False`
-    leaves the field out of the command line. A field of type tuple takes all positional arguments.
+    leaves the field out of the command line. `escapes=True`: there, \\n in the text is a newline, and
+    \\\\ a backslash. A field of type tuple takes all positional arguments.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -195,23 +196,30 @@ class TrainConfig:
 class SampleConfig:
     """How text is sampled."""
 
-    checkpoint: str = setting("", "model; default: best.pt of the newest run", positional=True)
-    prompt: str = setting("\n", "text to continue", group="sampling")
-    prompt_file: str = setting("", "file with the text to continue")
-    max_new_tokens: int = setting(500, "tokens to generate", low=1, alias="max_tokens")
-    num_samples: int = setting(1, "number of samples, generated as one batch", low=1)
-    temperature: float = setting(0.8, "below 1 sharpens the distribution, 0 is greedy", low=0)
-    top_k: int = setting(0, "sample from the k most likely tokens; 0: all", low=0)
-    top_p: float = setting(1.0, "nucleus sampling: total probability kept", above=0, high=1)
-    min_p: float = setting(0.0, "drop tokens below this times the highest", low=0, below=1)
+    checkpoint: str = setting("", "the model; default: best.pt of the newest run", positional=True)
+    prompt: str = setting("\n", "text to continue, or question to answer (\\n: newline, \\\\: "
+                          "backslash)", escapes=True, group="sampling")  # fmt: skip
+    prompt_file: str = setting("", "file with the prompt, read as it is")
+    qa: bool = setting(True, "a model trained on questions answers the prompt; off: continues it")
+    max_new_tokens: int = setting(500, "most tokens to generate", low=1, alias="max_tokens")
+    num_samples: int = setting(1, "number of texts to generate, as one batch", low=1)
+    temperature: float = setting(0.8, "below 1: more predictable text; above 1: more varied; 0: "
+                                 "always the most likely token", low=0)  # fmt: skip
+    top_k: int = setting(0, "only the k most likely tokens; 0: all", low=0)
+    top_p: float = setting(1.0, "nucleus sampling: only the most likely tokens with this total "
+                           "probability; 1: all", above=0, high=1)  # fmt: skip
+    min_p: float = setting(0.0, "only tokens with at least this fraction of the highest "
+                           "probability; 0: all", low=0, below=1)  # fmt: skip
     repetition_penalty: float = setting(1.0, "above 1: less repetition", low=0.01, high=100)
-    beams: int = setting(0, "beam search with this many beams, no sampling; 0: off", low=0)
-    stop: str = setting("", "stop before this string, or one of several: 'A|B'")
-    seed: int = setting(1337, "random seed; sample i has its own random numbers", low=0)
-    stream: bool | None = setting(None, "print tokens as they come; default: on a terminal")
+    beams: int = setting(0, "beam search with this many beams, instead of sampling; 0: off", low=0)
+    stop: str = setting("", "end the text before this string, or before one of several: 'A|B' "
+                        "(\\n: newline, \\\\: backslash)", escapes=True)  # fmt: skip
+    seed: int | None = setting(None, "same seed, same text; default: a new one, printed", low=0)
+    stream: bool | None = setting(None, "print text as it is generated; default: on a terminal")
     output_file: str = setting("", "write to this file, below the command that reproduces it")
     device: str = setting("auto", DEVICE_HELP, group="machine")
-    precision: str = setting("float32", "of weights", choices=(*PRECISIONS[1:], "int8"))
+    precision: str = setting("float32", "of the weights; lower ones need less memory",
+                             choices=(*PRECISIONS[1:], "int8"))  # fmt: skip
     compile: bool = setting(False, "torch.compile: takes up to a minute, then faster")
     cache: bool = setting(True, "keep a KV cache; off: recompute everything for each token")
 

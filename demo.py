@@ -9,6 +9,7 @@ Needs `pip install gradio`. The page is served to this machine only, unless --sh
 import html
 import importlib.util
 import io
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -38,6 +39,8 @@ from generate import (
     sampling_settings,
 )
 from model import GPT
+from sampling.checks import answers_questions, last_trained_on_text
+from sampling.output import checkpoint_line
 from system.command_line import convert, parse_args
 from system.errors import run
 from system.folders import newest_checkpoint
@@ -105,7 +108,7 @@ def stream_html(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the text so far and the logits (1, V) of the token after it: once for the prompt, then
     per sampled token. The tint of a token is its probability at temperature 1."""
-    prompt = encode_prompt(tokenizer, config.prompt).to(next(model.parameters()).device)
+    prompt = encode_prompt(tokenizer, config.prompt, config.qa).to(next(model.parameters()).device)
     text = f"<b>{html.escape(decode_prompt(tokenizer, prompt))}</b>"
     writer = TextWriter(tokenizer)
     n_new = config.max_new_tokens
@@ -173,12 +176,13 @@ def stream_outputs(
     yield output_values(tokenizer, text, logits, config)
 
 
-def create_inputs(vocab_size: int) -> list["gr.components.Component"]:
-    """Inputs for SETTINGS, placed in the enclosing gradio layout."""
+def create_inputs(vocab_size: int, qa: bool) -> list["gr.components.Component"]:
+    """Inputs for SETTINGS, placed in the enclosing gradio layout; qa: for questions."""
     import gradio as gr  # optional package
 
+    prompt, label = ("Who are you?", "Question") if qa else ("ROMEO:", "Prompt")
     return [
-        gr.Textbox("ROMEO:", label="Prompt", lines=2),
+        gr.Textbox(prompt, label=label, lines=2),
         gr.Slider(0, 2, 0.8, step=0.05, label="Temperature"),
         gr.Slider(0, vocab_size, 0, step=1, label="Top-k (0: all)"),
         gr.Slider(0.05, 1, 1, step=0.05, label="Top-p"),
@@ -192,10 +196,13 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
     import gradio as gr  # optional package
 
     model, tokenizer, state = load_checkpoint(checkpoint, device)
+    qa = answers_questions(tokenizer) and not last_trained_on_text(state)
+    print(checkpoint_line(checkpoint, state), file=sys.stderr)
 
     def generate_text(*values: Any) -> Iterator[tuple[str, str, Tensor]]:
         try:
-            yield from stream_outputs(model, tokenizer, sample_config(values))
+            config = replace(sample_config(values), qa=qa)
+            yield from stream_outputs(model, tokenizer, config)
         except UserError as error:
             raise gr.Error(html.escape(str(error))) from None
 
@@ -214,7 +221,7 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
         gr.Markdown(f"**{html.escape(str(checkpoint))}**: {size}, trained on {corpus}")
         with gr.Tab("Text"), gr.Row():
             with gr.Column():
-                inputs = create_inputs(model.config.vocab_size)
+                inputs = create_inputs(model.config.vocab_size, qa)
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary")
                     stop = gr.Button("Stop")

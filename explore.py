@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from config import SampleConfig, UserError, all_problems, setting
-from corpus.records import prompt_text
 from generate import (
     adjust_logits,
     encode_prompt,
@@ -35,7 +34,7 @@ from generate import (
     stream_texts,
 )
 from model import GPT
-from sampling.checks import sampling_problems, warn_if_cut
+from sampling.checks import answers_questions, sampling_problems, warn_if_cut
 from sampling.output import header, write_text
 from system.command_line import convert, parse_args
 from system.errors import run
@@ -75,17 +74,14 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Talk with a model until an empty line or Ctrl-D. A model fine-tuned on questions gets each
     line as a question, any other model continues the line. The conversation stays in the context
     until /new."""
-    answers_questions = "<BOS>" in tokenizer.specials
+    ask = config.qa and answers_questions(tokenizer)
     print("an empty line ends the chat, /new starts a new one")
     context: list[int] = []
     while line := read_user_line():
         if line == "/new":
             context = []
             continue
-        if answers_questions:
-            context.append(tokenizer.specials["<BOS>"])
-        text = prompt_text(line) if answers_questions else line
-        context += encode_prompt(tokenizer, text).tolist()
+        context += encode_prompt(tokenizer, line, config.qa).tolist()
         prompt = torch.tensor(context, device=model.tok.weight.device)
         warn_if_cut("the conversation", len(prompt), model.config.block_size)
         reply = ""
@@ -95,7 +91,7 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         print()
         unknown = tokenizer.unknown(reply)  # a special token is text now, such as <PAD>
         context += tokenizer.encode("".join(c for c in reply if c not in unknown)).tolist()
-        if answers_questions:
+        if ask:
             context.append(tokenizer.specials["<EOS>"])
 
 
@@ -116,7 +112,7 @@ def read_user_line() -> str:
 def token_probabilities(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
     """Generate one sample; yields a line per token: the sampled token, and the most likely tokens
     with their probabilities under the sampling settings."""
-    prompt = model_prompt(model, tokenizer, config.prompt)
+    prompt = model_prompt(model, tokenizer, config)
     for step in generate(model, prompt, config, end_tokens(tokenizer)):
         probs, ids = adjust_logits(step.logits, **sampling_settings(config))  # (1, V) both
         most_likely = zip(probs[0, :N_SHOWN].tolist(), ids[0, :N_SHOWN].tolist(), strict=True)
@@ -161,7 +157,7 @@ def sample_statistics(model: GPT, tokenizer: Tokenizer, config: SampleConfig) ->
     log-probability: mean log-probability of the tokens under the model as it is: at temperature 1,
     without top-k, repetition penalty etc.
     """
-    prompt = model_prompt(model, tokenizer, config.prompt)
+    prompt = model_prompt(model, tokenizer, config)
     entropies: list[float] = []
     log_probs: list[float] = []
     texts: list[list[int]] = [[] for _ in range(config.num_samples)]
@@ -247,8 +243,11 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
         if not config.output_file:
             found += file_problems(Path(SWEEP_FILE))
         try:
-            for values in parse_sweep(explore.settings):
+            combinations = parse_sweep(explore.settings)
+            for values in combinations:
                 found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]
+            replaced = [name for name in combinations[0] if given[name] != defaults[name]]
+            found += [f"--{n} and {n} in --settings: give one of them" for n in replaced]
         except UserError as error:
             found.append(str(error))
     return list(dict.fromkeys(found))  # several combinations share a bad value
@@ -259,15 +258,15 @@ def main(argv: list[str] | None = None) -> int:
     explore, config = parse_args(
         (ExploreConfig, SampleConfig), argv, __doc__, check=explore_problems
     )
-    model, tokenizer, state = load_for_sampling(config)
+    model, tokenizer, state = load_for_sampling(config, chat=explore.action == "chat")
     if explore.action == "chat":
         chat(model, tokenizer, config)
     elif explore.action == "probs":
         for line in token_probabilities(model, tokenizer, config):
             print(line, flush=True)
     else:
-        command = f"# python explore.py sweep --settings={shlex.quote(explore.settings)}"
-        first_lines = header(config, state).replace("# python generate.py", command)
+        command = f"python explore.py sweep --settings={shlex.quote(explore.settings)}"
+        first_lines = header(config, state, command)
         combinations = parse_sweep(explore.settings)
         print(run_sweep(model, tokenizer, config, combinations, first_lines))
     return 0

@@ -20,10 +20,19 @@ from tqdm import tqdm
 
 from config import SampleConfig
 from corpus.files import read_text
+from corpus.records import prompt_text
 from model import GPT, KVCache
 from sampling.beam_search import beam_search
-from sampling.checks import check_finite, check_sampling_memory, sampling_problems, warn_if_cut
-from sampling.output import accept_any_text, header, write_text
+from sampling.checks import (
+    answers_questions,
+    check_finite,
+    check_question,
+    check_sampling_memory,
+    last_trained_on_text,
+    sampling_problems,
+    warn_if_cut,
+)
+from sampling.output import accept_any_text, checkpoint_line, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
 from system.command_line import parse_args
 from system.errors import run
@@ -109,6 +118,11 @@ class Step(NamedTuple):
     model_logits: Tensor  # (B, V), before the repetition penalty
 
 
+def draw_seed() -> int:
+    """A new seed, short enough to type."""
+    return int(np.random.default_rng().integers(1_000_000))
+
+
 @torch.no_grad()
 def generate(
     model: GPT, prompt: Tensor, config: SampleConfig, ends: Sequence[int] = ()
@@ -118,14 +132,16 @@ def generate(
 
     The random numbers of sample i depend on (seed, i) only, so it is the same text for every
     num_samples, but for rounding: matrix products of other batch sizes may round differently (in
-    float32 by about 1e-6), which in rare cases changes a token. The model sees at most block_size
-    tokens: when the text has become longer, or if the prompt is, generation continues from the last
-    half window, which fills the cache again. The repetition penalty applies to the tokens that the
-    model sees. Without cache, all logits are recomputed at each step, with the same result.
+    float32 by about 1e-6), which in rare cases changes a token. Without a seed, each call draws
+    one. The model sees at most block_size tokens: when the text has become longer, or if the prompt
+    is, generation continues from the last half window, which fills the cache again. The repetition
+    penalty applies to the tokens that the model sees. Without cache, all logits are recomputed at
+    each step, with the same result.
     """
     device, size, n_new = prompt.device, model.config.block_size, config.max_new_tokens
     B, T = config.num_samples, len(prompt)
-    generators = [np.random.default_rng((config.seed, i)) for i in range(B)]
+    seed = draw_seed() if config.seed is None else config.seed
+    generators = [np.random.default_rng((seed, i)) for i in range(B)]
     draws = np.stack([g.random(n_new, dtype=np.float32) for g in generators])
     uniform = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
     text = torch.cat([prompt.repeat(B, 1), prompt.new_zeros(B, n_new)], dim=1)
@@ -163,20 +179,31 @@ def end_tokens(tokenizer: Tokenizer) -> list[int]:
     return [i for text, i in tokenizer.specials.items() if text in (END_OF_TEXT, "<EOS>")]
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> Tensor:
+def encode_prompt(tokenizer: Tokenizer, text: str, qa: bool = True) -> Tensor:
     """The ids of a prompt (T,). Characters that the tokenizer does not know are left out, with a
-    warning. An empty prompt becomes the token that starts a text: <BOS> for questions and answers,
-    or <|endoftext|>; without special tokens, a newline or else the first token."""
-    if unknown := tokenizer.unknown(text):
+    warning. If the model answers questions, the text becomes one, as in training, unless `qa` is
+    off: <BOS>Question: ...\\nAnswer:
+
+    An empty prompt, or a blank question, becomes the token that starts a text: <BOS> for questions
+    and answers, or <|endoftext|>; without special tokens, a newline or else the first token.
+    """
+    unk = tokenizer.specials.get("<UNK>")  # never trained: all characters of a corpus are known
+    chars = sorted(set(text))
+    unknown = [c for c in chars if tokenizer.unknown(c) or unk in tokenizer.encode(c).tolist()]
+    if unknown:
         names = " ".join(map(repr, unknown))
         print(f"warning: unknown characters left out of the prompt: {names}", file=sys.stderr)
         text = "".join(c for c in text if c not in unknown)
+    ask = qa and answers_questions(tokenizer)
+    if ask:
+        text = text.strip() and prompt_text(text)
     if not text and not tokenizer.specials and not tokenizer.unknown("\n"):
         text = "\n"
-    if not text:
+    ids = tokenizer.encode(text)  # (T,)
+    if ask or not text:
         starts = [tokenizer.specials[t] for t in START_TOKENS if t in tokenizer.specials]
-        return torch.tensor([*starts, 0][:1])
-    return torch.from_numpy(tokenizer.encode(text))
+        ids = np.append([*starts, 0][0], ids)
+    return torch.from_numpy(ids)
 
 
 def decode_prompt(tokenizer: Tokenizer, prompt: Tensor) -> str:
@@ -185,9 +212,9 @@ def decode_prompt(tokenizer: Tokenizer, prompt: Tensor) -> str:
     return tokenizer.decode(i for i in prompt.tolist() if i not in hidden)
 
 
-def model_prompt(model: GPT, tokenizer: Tokenizer, text: str) -> Tensor:
-    """The ids of a prompt (T,), on the model's device, with a warning if it exceeds the window."""
-    prompt = encode_prompt(tokenizer, text)
+def model_prompt(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Tensor:
+    """The ids of the prompt (T,), on the model's device; a warning if it exceeds the window."""
+    prompt = encode_prompt(tokenizer, config.prompt, config.qa)
     warn_if_cut("the prompt", len(prompt), model.config.block_size)
     return prompt.to(model.tok.weight.device)
 
@@ -225,16 +252,11 @@ class TextWriter:
         return text
 
 
-def stop_strings(config: SampleConfig) -> list[str]:
-    """The strings that end a text; backslash and n, as a shell passes them, are a newline."""
-    return config.stop.replace("\\n", "\n").split("|")
-
-
 def stream_texts(
     model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Tensor
 ) -> Iterator[list[str]]:
     """Continue a prompt (T,); yields the new text of each sample, per step."""
-    writers = [TextWriter(tokenizer, stop_strings(config)) for _ in range(config.num_samples)]
+    writers = [TextWriter(tokenizer, config.stop.split("|")) for _ in range(config.num_samples)]
     for step in generate(model, prompt, config, end_tokens(tokenizer)):
         yield [w.add(i) for w, i in zip(writers, step.ids.tolist(), strict=True)]
         if all(writer.done for writer in writers):
@@ -245,7 +267,7 @@ def stream_texts(
 def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[str]:
     """The samples as texts, each with its prompt; with beams, the texts that beam search finds,
     best first, each with its score."""
-    prompt = model_prompt(model, tokenizer, config.prompt)
+    prompt = model_prompt(model, tokenizer, config)
     start = decode_prompt(tokenizer, prompt)
     if not config.beams:
         steps = stream_texts(model, tokenizer, config, prompt)
@@ -254,7 +276,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[
     ends = end_tokens(tokenizer)
     texts = []
     for score, ids in beam_search(model, prompt, config.beams, config.max_new_tokens, ends):
-        writer = TextWriter(tokenizer, stop_strings(config))
+        writer = TextWriter(tokenizer, config.stop.split("|"))
         text = "".join(map(writer.add, ids)) + writer.finish()
         texts.append(f"{start}{text}\n[{score:.4f} per token]")
     return texts
@@ -263,20 +285,32 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[
 # --- command line
 
 
-def load_for_sampling(config: SampleConfig) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+def load_for_sampling(
+    config: SampleConfig, chat: bool = False
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model, tokenizer and checkpoint that the settings name, in their precision and compiled
-    if asked for. Fills in config.checkpoint, and config.prompt from the prompt file."""
+    if asked for. Fills in config.checkpoint, config.prompt from the prompt file, and config.seed;
+    config.qa is off for a model that was last trained on text. Prints one line to stderr. Raises
+    UserError for a blank question, except for a chat, which has no prompt."""
     accept_any_text()
     if config.prompt_file:
         config.prompt = read_text(Path(config.prompt_file))
     config.checkpoint = config.checkpoint or str(newest_checkpoint(Path("checkpoints")))
     device = pick_device(config.device)
-    model, tokenizer, state = load_checkpoint(Path(config.checkpoint), device)
+    model, tokenizer, state = load_checkpoint(config.checkpoint, device)
+    config.qa = config.qa and not last_trained_on_text(state)
+    if not chat:
+        check_question(config, tokenizer)
     check_sampling_memory(model.config, config, len(config.prompt), device)
     lower_precision(model, config.precision)
     if config.compile:
         hide_missing_cuda()
         model.compile(dynamic=True)
+    line = checkpoint_line(config.checkpoint, state)
+    if config.seed is None and config.temperature and not config.beams:
+        config.seed = draw_seed()
+        line += f"; seed {config.seed}"
+    print(line, file=sys.stderr)
     return model, tokenizer, state
 
 
@@ -287,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     one_sample = config.num_samples == 1 and not config.beams and not config.output_file
     stream = one_sample and sys.stdout.isatty() if config.stream is None else config.stream
     if stream:
-        prompt = model_prompt(model, tokenizer, config.prompt)
+        prompt = model_prompt(model, tokenizer, config)
         print(decode_prompt(tokenizer, prompt), end="", flush=True)
         for (piece,) in stream_texts(model, tokenizer, config, prompt):
             print(piece, end="", flush=True)
@@ -296,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = sample_text(model, tokenizer, config)
     if config.output_file:
         write_text(Path(config.output_file), header(config, state) + SEPARATOR.join(texts) + "\n")
-        print(f"{len(texts)} samples: {config.output_file}")
+        print(f"{len(texts)} sample{'s' * (len(texts) > 1)}: {config.output_file}")
     else:
         print(SEPARATOR.join(texts))
     return 0

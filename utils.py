@@ -228,9 +228,10 @@ def check_types(data: dict[str, Any], types: dict[str, type]) -> None:
 
 
 def load_checkpoint(
-    path: Path, device: torch.device
+    path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[GPT, tokenizers.Tokenizer, dict[str, Any]]:
     """The model, on the device and in eval mode, its tokenizer, and the checkpoint's contents."""
+    path = Path(path)
     state = read_checkpoint(path)
     with matching_contents(path):
         config = from_dict(GPTConfig, state["gpt_config"])

@@ -148,7 +148,7 @@ def bench_generate(config: BenchConfig) -> str:
 
 def sample_configs(n_tokens: int) -> dict[str, SampleConfig]:
     """The ways of sampling to compare, by name."""
-    base = {"max_new_tokens": n_tokens, "temperature": 0.8, "top_k": 40}
+    base = {"max_new_tokens": n_tokens, "temperature": 0.8, "top_k": 40, "seed": 1337}
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
     settings |= {f"cache, {p}": {"precision": p} for p in ("float32", "bfloat16", "int8")}
     settings["cache, int8, compiled"] = {"precision": "int8", "compile": True}

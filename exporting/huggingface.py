@@ -109,7 +109,8 @@ print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True)[0
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     best = min(state["log"], key=lambda record: record["val"]) if state["log"] else {}
-    sample = sample_text(model, tokenizer, SampleConfig(max_new_tokens=200))[0].strip("\n")
+    settings = SampleConfig(max_new_tokens=200, seed=1337)
+    sample = sample_text(model, tokenizer, settings)[0].strip("\n")
     config, trained, corpus = model.config, state["train_config"], state["corpus"]
     rows = {
         "architecture": CLASSES[arch],

@@ -3,6 +3,7 @@
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from config import GPTConfig, SampleConfig, UserError
 from system.files import file_problems
 from system.memory import check_memory
+from tokenizer import QA_SPECIALS, Tokenizer
 from utils import device_problems
 
 # What beam search, which draws no random numbers, would ignore.
@@ -41,6 +43,29 @@ def sampling_problems(config: SampleConfig) -> list[str]:
             problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
         found += [f"--output_file: {problem}" for problem in problems]
     return found
+
+
+def answers_questions(tokenizer: Tokenizer) -> bool:
+    """Whether the model of a tokenizer was trained on questions: then the tokenizer has their
+    special tokens."""
+    return set(QA_SPECIALS) <= tokenizer.specials.keys()
+
+
+def last_trained_on_text(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint was fine-tuned on text, perhaps after questions, whose tokens it keeps.
+    The objective of a merged adapter is unknown."""
+    finetune = state.get("finetune")
+    objective = finetune.get("objective") if isinstance(finetune, dict) else ""
+    return objective == "text" and "merged" not in state
+
+
+def check_question(config: SampleConfig, tokenizer: Tokenizer) -> None:
+    """Raise UserError if the model answers questions and the prompt is blank, as the default is."""
+    if config.qa and answers_questions(tokenizer) and not config.prompt.strip():
+        raise UserError(
+            f'{config.checkpoint} answers questions: ask one with --prompt "Who are you?", or chat '
+            f"with it: python explore.py chat {config.checkpoint}"
+        )
 
 
 def is_same(path: Path, name: str) -> bool:

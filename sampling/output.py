@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from config import SampleConfig, UserError
+from system.command_line import escape
 from system.files import atomic_write
 
 
@@ -29,9 +30,18 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-def header(config: SampleConfig, state: dict[str, Any]) -> str:
+def checkpoint_line(path: str | Path, state: dict[str, Any]) -> str:
+    """A checkpoint in one line: its path, its step, and the validation loss there if it was
+    measured."""
+    if not state["corpus"]["sha256"]:
+        return f"{path}: an imported model"
+    losses = [record["val"] for record in state["log"] if record["step"] == state["step"]]
+    loss = f", validation loss {losses[-1]:.4f}" if losses else ""
+    return f"{path}: step {state['step']}{loss}"
+
+
+def header(config: SampleConfig, state: dict[str, Any], command: str = "python generate.py") -> str:
     """The first lines of an output file: the model, and the command that reproduces the file."""
-    command = "python generate.py"
     for name, field in SampleConfig.__dataclass_fields__.items():
         value = getattr(config, name)
         if value == field.default or (name == "prompt" and config.prompt_file):
@@ -39,6 +49,7 @@ def header(config: SampleConfig, state: dict[str, Any]) -> str:
         if isinstance(value, bool):
             command += f" --{name}" if value else f" --no-{name}"
         else:
-            quoted = shlex.quote(str(value)).replace("\n", "'$'\\n''")  # one line, also in a shell
+            text = escape(value) if field.metadata.get("escapes") else str(value)
+            quoted = shlex.quote(text).replace("\n", "'$'\\n''")  # one line, also in a shell
             command += f" --{name}={quoted}"
     return f"# model trained on {state['corpus']['name']}, step {state['step']}\n# {command}\n\n"

@@ -1,5 +1,6 @@
 """The command line of every script, made from dataclasses of settings: flags, checks, --help."""
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,8 @@ def read_flags(
             problems.append(f"--{name} needs a value (write --{name}=VALUE if it begins with --)")
         else:
             try:
-                flags[f.name] = convert(f, text if equals else rest.pop(0))
+                value = convert(f, text if equals else rest.pop(0))
+                flags[f.name] = unescape(value) if f.metadata.get("escapes") else value
             except ValueError as error:
                 problems.append(str(error))
     return flags, problems
@@ -106,6 +108,20 @@ def convert(f: Field, text: str) -> Any:
         return kind_of(f)(text)
     except ValueError:
         raise ValueError(f"--{f.name} must be {words}, not {text!r}") from None
+
+
+def escape(text: str) -> str:
+    r"""Text as a flag with `escapes` reads it: \n for a newline, \\ for a backslash."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def unescape(text: str) -> str:
+    r"""The text that `escape` wrote. Other characters after a backslash stay as they are.
+
+    >>> unescape(r"a\nb"), unescape(r"a\\nb"), unescape(r"\alpha")
+    ('a\nb', 'a\\nb', '\\alpha')
+    """
+    return re.sub(r"\\([n\\])", lambda found: "\n" if found[1] == "n" else "\\", text)
 
 
 def help_text(

@@ -137,5 +137,5 @@ class Pretraining:
 def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int) -> str:
     """n_tokens tokens after a newline, or after an empty prompt if the tokenizer has no newline."""
     prompt = "" if tokenizer.unknown("\n") else "\n"
-    config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens)
+    config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens, seed=1337)
     return sample_text(model, tokenizer, config)[0]
