@@ -20,6 +20,7 @@ import pytest
         "train",
         "training.run_log",
         "explore",
+        "system.command_line",
         "viz.internals",
     ],
 )

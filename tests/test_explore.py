@@ -11,10 +11,10 @@ import torch
 from conftest import make_model
 
 import explore
+import generate
 from config import SampleConfig, UserError
-from generate import generate
 from sampling.quantize import Int8Linear
-from tokenizer import CharTokenizer
+from tokenizer import QA_SPECIALS, CharTokenizer
 from utils import load_checkpoint
 
 TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
@@ -49,10 +49,10 @@ def test_a_chat_keeps_its_context_until_new(trained, monkeypatch):
 
 
 def test_a_model_with_question_tokens_is_asked_questions(monkeypatch, capsys):
-    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], ["<BOS>", "<EOS>"])
+    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
     model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
     prompts = record_prompts(monkeypatch, ["Who?", "Who?", ""])
-    explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3))
+    explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3, seed=1))
     bos, eos = (tokenizer.specials[name] for name in ("<BOS>", "<EOS>"))
     question = [bos, *tokenizer.encode("Question: Who?\nAnswer:").tolist()]
     first, second = (prompt.tolist() for prompt in prompts)
@@ -63,7 +63,7 @@ def test_a_model_with_question_tokens_is_asked_questions(monkeypatch, capsys):
 
 
 def test_a_reply_with_special_tokens_keeps_the_chat_going(monkeypatch, capsys):
-    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], ["<PAD>", "<BOS>", "<EOS>"])
+    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
     model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
     model.head.weight.data.zero_()  # all logits are equal: greedy decoding gives <PAD>
     prompts = record_prompts(monkeypatch, ["Who?", "Who?", ""])
@@ -107,12 +107,32 @@ def test_probabilities_are_those_under_the_sampling_settings(trained, capsys):
 
 def test_a_prompt_file_is_the_prompt(trained, capsys):
     Path("prompt.txt").write_text("the quick ")
-    explore.main(["probs", "--max_tokens=4", "--prompt=the quick "])
+    explore.main(["probs", "--max_tokens=4", "--seed=1", "--prompt=the quick "])
     wanted = capsys.readouterr().out
-    explore.main(["probs", "--max_tokens=4", "--prompt_file=prompt.txt"])
+    explore.main(["probs", "--max_tokens=4", "--seed=1", "--prompt_file=prompt.txt"])
     assert capsys.readouterr().out == wanted
-    explore.main(["probs", "--max_tokens=4", "--prompt=a lazy dog "])
+    explore.main(["probs", "--max_tokens=4", "--seed=1", "--prompt=a lazy dog "])
     assert capsys.readouterr().out != wanted
+
+
+def test_probabilities_after_a_question_are_those_of_the_answer(monkeypatch, capsys):
+    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
+    state = {"corpus": {"name": "qa.json", "sha256": "0"}, "step": 20, "log": []}
+    monkeypatch.setattr(generate, "load_checkpoint", lambda path, device: (model, tokenizer, state))
+    flags = ["qa.pt", "--max_tokens=1"]
+    explore.main(["probs", *flags, "--prompt=Who?", "--temperature=1", "--seed=1"])
+    record = [tokenizer.specials["<BOS>"], *tokenizer.encode("Question: Who?\nAnswer:").tolist()]
+    probs = model(torch.tensor([record]))[0][0, -1].softmax(dim=-1)
+    text, line = capsys.readouterr()
+    assert f"{tokenizer.decode([int(probs.argmax())])!r} {probs.max():.3f}" in text
+    assert line == "qa.pt: step 20\n"
+    for action in ("probs", "sweep"):
+        with pytest.raises(UserError, match=r"qa.pt answers questions: ask one with --prompt"):
+            explore.main([action, *flags])
+    record_prompts(monkeypatch, [""])
+    assert explore.main(["chat", "qa.pt"]) == 0
+    assert re.fullmatch(r"qa.pt: step 20; seed \d+\n", capsys.readouterr().err)
 
 
 # --- sweeps
@@ -135,7 +155,7 @@ def test_a_sweep_measures_each_combination(trained, capsys):
 
 def test_the_file_of_a_sweep_contains_the_command_that_reproduces_it(trained):
     flags = ["--settings=temperature=0.5,1 top_k=3", "--max_tokens=10", "--output_file=one.md"]
-    explore.main(["sweep", *flags])
+    explore.main(["sweep", *flags, "--prompt=# python generate.py\\n"])
     first = Path("one.md").read_text()
     command = re.search(r"^# python explore\.py (.*)$", first, re.M)[1]
     Path("one.md").unlink()
@@ -145,9 +165,9 @@ def test_the_file_of_a_sweep_contains_the_command_that_reproduces_it(trained):
 
 def test_statistics_are_those_of_the_distributions_that_were_sampled_from():
     model = make_model()
-    config = SampleConfig(prompt="abc", max_new_tokens=8, num_samples=3, temperature=0.7)
+    config = SampleConfig(prompt="abc", max_new_tokens=8, num_samples=3, temperature=0.7, seed=1)
     prompt = torch.from_numpy(TOKENIZER.encode("abc"))
-    steps = generate(model, prompt, config)
+    steps = generate.generate(model, prompt, config)
     ids = torch.stack([step.ids for step in steps], dim=1)  # (B, T)
     text = torch.cat([prompt.repeat(3, 1), ids], dim=1)
     logits = model(text[:, :-1])[0][:, len(prompt) - 1 :].detach()  # (B, T, V)
@@ -163,9 +183,11 @@ def test_statistics_are_those_of_the_distributions_that_were_sampled_from():
 
 def test_the_log_probability_is_that_of_the_model_without_the_penalty():
     model = make_model()
-    config = SampleConfig(prompt="abc", max_new_tokens=8, temperature=0.7, repetition_penalty=3.0)
+    config = SampleConfig(
+        prompt="abc", max_new_tokens=8, temperature=0.7, repetition_penalty=3.0, seed=1
+    )
     prompt = torch.from_numpy(TOKENIZER.encode("abc"))
-    ids = torch.cat([step.ids for step in generate(model, prompt, config)])
+    ids = torch.cat([step.ids for step in generate.generate(model, prompt, config)])
     logits = model(torch.cat([prompt, ids])[None, :-1])[0][0, 2:]
     expected = torch.distributions.Categorical(logits=logits).log_prob(ids).mean().item()
     found = explore.sample_statistics(model, TOKENIZER, config)
@@ -209,6 +231,7 @@ def test_precision_and_compile_apply_to_the_model(trained, monkeypatch):
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
         (["sweep", "--output_file=data"], "data is a folder"),
         (["sweep", "--settings="], "--settings: give at least one"),
+        (["sweep", "--temperature=0.7"], "--temperature and temperature in --settings: give one"),
         (["sweep", "--settings=top_k=1 top_k=2"], "--settings: top_k is given twice"),
         (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),
     ],
