@@ -717,7 +717,7 @@ def test_a_model_trained_on_questions_answers_the_prompt(workplace, capsys):
     Path("qa.json").write_text(json.dumps(records))
     sizes = "--n_embd=32 --n_layer=1 --block_size=48 --batch_size=8 --max_steps=100 --lr_max=2e-2"
     train.main([*TINY_RUN, *sizes.split(), "--data=qa.json", "--eval_every=100"])
-    capsys.readouterr()
+    assert capsys.readouterr().out.endswith('best.pt --prompt "Who are you?"\n')
     flags = ["checkpoints/latest.pt", "--temperature=0", "--prompt"]
     for question, answer in answers.items():
         generate.main([*flags, question])

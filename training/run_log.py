@@ -212,11 +212,14 @@ class RunLog:
         with atomic_write(self.run_dir / "loss_log.json") as file:
             file.write(json.dumps(summary | {"final": final}, indent=1).encode())
         self.write_log({"final": final})
+        records = str(self.header["corpus"].get("name", "")).endswith(".json")
+        question = ' --prompt "Who are you?"' if records else ""
         print(
             f"done in {seconds:.0f} s: best at step {final['step']}, validation loss "
             f"{metrics['val']:.4f}{format_final(metrics)} over the whole split\n"
             f"verdict: {words}\n"
-            f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}",
+            f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}"
+            f"{question}",
             flush=True,
         )
         self.plot()
