@@ -4,7 +4,7 @@
     python explore.py probs checkpoints/best.pt --max_tokens 20
     python explore.py sweep --settings "temperature=0.5,0.8,1.1 top_k=20,40"
 
-chat continues a conversation; a model fine-tuned on questions answers them. probs prints the most
+chat continues a conversation; a model trained on questions answers them. probs prints the most
 likely tokens at each step. sweep samples with every combination of --settings, prints statistics of
 the samples and writes the samples to sweep.md, or to --output_file.
 """
@@ -56,8 +56,8 @@ N_SHOWN = 5  # probabilities per step of probs
 class ExploreConfig:
     """What to do."""
 
-    action: str = setting("", "chat, probs or sweep", positional=True)
-    settings: str = setting("temperature=0.5,0.8,1.1", "sweep: values to compare")
+    action: str = setting("", "the first argument: chat, probs or sweep", positional=True)
+    settings: str = setting("temperature=0.5,0.8,1.1", "sweep: the values to compare")
 
     def problems(self) -> list[str]:
         """A missing or unknown action."""
@@ -247,7 +247,10 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
             for values in combinations:
                 found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]
             replaced = [name for name in combinations[0] if given[name] != defaults[name]]
-            found += [f"--{n} and {n} in --settings: give one of them" for n in replaced]
+            found += [
+                f"--{name} is among the --settings to compare ({explore.settings}): leave it out"
+                for name in replaced
+            ]
         except UserError as error:
             found.append(str(error))
     return list(dict.fromkeys(found))  # several combinations share a bad value

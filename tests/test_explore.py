@@ -231,7 +231,7 @@ def test_precision_and_compile_apply_to_the_model(trained, monkeypatch):
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
         (["sweep", "--output_file=data"], "data is a folder"),
         (["sweep", "--settings="], "--settings: give at least one"),
-        (["sweep", "--temperature=0.7"], "--temperature and temperature in --settings: give one"),
+        (["sweep", "--temperature=0.7"], "--temperature is among the --settings to compare"),
         (["sweep", "--settings=top_k=1 top_k=2"], "--settings: top_k is given twice"),
         (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),
     ],
