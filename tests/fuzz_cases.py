@@ -47,7 +47,7 @@ COMMANDS = (
     f"train --overwrite --tag=char --data=data/input.txt {TINY}",
     *(f"generate {name} {SAMPLE}" for name in (CHAR, LLAMA, BPE, "")),
     f"generate {CHAR} --prompt_file=data/texts/a.txt --output_file=out.txt {SAMPLE}",
-    f"generate {QA} --num_samples=2 {SAMPLE}",
+    f"generate {QA} --prompt=Who? --num_samples=2 {SAMPLE}",
     f"generate {CHAR} --beams=2 {SAMPLE}",
     f"generate {CHAR} --stream --precision=int8 {SAMPLE}",
     "prepare data/docs.jsonl --name=new --vocab_size=300 --workers=1",

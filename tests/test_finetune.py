@@ -397,7 +397,10 @@ def test_every_objective_writes_a_checkpoint_for_generate_and_evaluate(
     names = {file.name for file in Path("checkpoints/a").iterdir()}
     expected = {"best.pt", "latest.pt", "log.jsonl", "loss_log.json", "loss_curve.png"}
     assert names == expected | {"samples.txt", "lock"} | ({"adapter.pt"} if adapted else set())
-    assert generate.main(["checkpoints/a/best.pt", "--max_new_tokens=5", "--device=cpu"]) == 0
+    assert (
+        generate.main(["checkpoints/a/best.pt", "--prompt=Why?", "--max_tokens=5", "--device=cpu"])
+        == 0
+    )
     assert evaluate.main(["checkpoints/a/best.pt", "--data=data/input.txt", "--device=cpu"]) == 0
     out = capsys.readouterr().out
     share = float(re.search(r"are\s+trained \((.*?)%\)", out)[1])
