@@ -32,8 +32,8 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     Limits: low and high (inclusive), above and below (exclusive), choices. `group` starts a section
     of --help. `positional=True` also accepts the value without its flag. `alias` is another
     name of the flag, or several separated by spaces; system/flag_names.py has more. `flag=False`
-    leaves the field out of the command line. `escapes=True`: there, \\n in the text is a newline, and
-    \\\\ a backslash. A field of type tuple takes all positional arguments.
+    leaves the field out of the command line. `escapes=True`: in its text, \\n is a newline and \\\\
+    a backslash. A field of type tuple takes all positional arguments.
     """
     return field(default=default, metadata={"help": help, **limits})
 
