@@ -1,7 +1,9 @@
-"""The notebook runs from a clean kernel, and its training goes on from what is there."""
+"""The notebook runs from a clean kernel, resumes its run, and finds the code."""
 
+import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,3 +43,33 @@ def test_the_notebook_runs_and_resumes(workplace, monkeypatch):
     assert "error:" not in "".join(output.get("text", "") for output in outputs)
     assert "resuming at step 20" in "".join(output.text for output in again.outputs)
     assert read_checkpoint(workplace / "checkpoints" / "colab" / "latest.pt")["step"] == 30
+
+
+def first_cell(repo: str = "") -> str:
+    """The code of the notebook's first cell, with the address of the repository."""
+    notebook = json.loads((ROOT / "colab.ipynb").read_text(encoding="utf-8"))
+    code = next(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    return "".join(code).replace('REPO = ""', f"REPO = {repo!r}")
+
+
+def test_the_notebook_finds_the_code_or_clones_it_or_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="set REPO"):
+        exec(first_cell(), {})
+    with pytest.raises(SystemExit, match="could not be cloned: check REPO"):
+        exec(first_cell(str(tmp_path / "none")), {})
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    (origin / "train.py").touch()
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    exec(first_cell(str(origin)), {})
+    assert Path.cwd() == tmp_path / "TinyLLM" and Path("train.py").exists()
+    exec(first_cell(), {})  # opened from a clone
+    assert Path.cwd() == tmp_path / "TinyLLM"
+    os.chdir(tmp_path)  # a new kernel on the same machine
+    exec(first_cell(), {})
+    assert Path.cwd() == tmp_path / "TinyLLM"
