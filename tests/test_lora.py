@@ -1,5 +1,6 @@
 """Low-rank adapters: the formula, gradients equal to peft's, merging, files, other bases."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -177,6 +178,22 @@ def test_an_adapter_for_another_base_is_rejected(change, message):
         check(make_model(9, **(SIZES | change), **ARCHS["gpt2"]))
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])  # tied to the output layer, and not
+def test_an_adapter_with_new_tokens_may_have_a_larger_vocabulary(arch: str):
+    base = make_model(0, **SIZES, **ARCHS[arch])
+    larger = make_model(0, **(SIZES | {"vocab_size": 33}), **ARCHS[arch])
+    config = LoRAConfig(lora_rank=3)
+    lora.add_lora(larger, config, also=EMBEDDINGS)
+    extended = CharTokenizer([*TOKENIZER.chars, "\u2581", "\u2582"])
+    adapter = make_adapter(larger, config) | {"tokenizer": extended.to_dict()}
+    adapter["base_sha256"] = sha256 = lora.weights_sha256(base.state_dict())
+    lora.check_adapter(adapter, base.config, TOKENIZER, sha256, Path("a.pt"))
+    for name in EMBEDDINGS:
+        adapter["tensors"].pop(name, None)
+    with pytest.raises(UserError, match="vocab_size 31 instead of 33"):
+        lora.check_adapter(adapter, base.config, TOKENIZER, sha256, Path("a.pt"))
+
+
 def test_files_that_are_not_adapters_are_rejected(tmp_path: Path):
     torch.save({"weights": {}}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="not an adapter of this program"):
@@ -281,6 +298,13 @@ def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Pat
     assert export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")]) == 0
     idx = torch.randint(31, (2, 9))
     before = theirs(idx).logits
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    names = {
+        "gpt2": ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"],
+        "other": [f"mlp.{n}_proj" for n in ("down", "gate", "up")]
+        + [f"self_attn.{n}_proj" for n in "koqv"],
+    }
+    assert written["target_modules"] == names["gpt2" if arch == "gpt2" else "other"]
     loaded = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "out"))
     assert not torch.allclose(loaded(idx).logits, before, atol=1e-2)
     assert torch.allclose(loaded(idx).logits, ours.eval()(idx)[0], atol=1e-4)

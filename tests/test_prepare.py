@@ -183,6 +183,22 @@ def test_removed_whitespace_is_counted():
     assert clean(chunk, CleanConfig(whitespace=True), removed) == "a\n\n  b c"
     # the newline before a, two spaces after it, two of four newlines, the tab, the last newline
     assert removed["whitespace"].count == 1 + 2 + 2 + 1 + 1
+    assert removed["whitespace"].examples == ["'a'"]  # the first line that was changed
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("my book.v2.txt", "my_book.v2"), ("d\u00e9j\u00e0-vu.txt", "d\u00e9j\u00e0-vu")],
+)
+def test_the_name_of_a_data_set_is_that_of_its_source(source: str, name: str):
+    assert dataset.DatasetConfig(sources=(source,)).name == name
+
+
+def test_the_limits_of_the_length_of_a_document_may_be_equal():
+    assert CleanConfig(min_chars=5, max_chars=5).problems() == []
+    assert CleanConfig(min_chars=5, max_chars=0).problems() == []  # 0: no limit
+    for max_chars in (1, 4):
+        assert CleanConfig(min_chars=5, max_chars=max_chars).problems()
 
 
 def test_the_default_removes_nothing():

@@ -1,0 +1,67 @@
+"""Batches of text are divided among processes."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import pytest
+
+from config import UserError
+from corpus import workers
+
+
+def test_batches_are_mapped_in_order_and_few_are_read_ahead(monkeypatch: pytest.MonkeyPatch):
+    read, settings = [], {}
+
+    def pool(workers: int, **kwargs: Any) -> ThreadPoolExecutor:
+        settings.update(kwargs, workers=workers)
+        return ThreadPoolExecutor(workers)
+
+    def batches() -> Iterator[list[Any]]:
+        for i in range(20):
+            read.append(i)
+            yield [i]
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+    results = workers.parallel_map(lambda batch: batch[0] ** 2, batches(), 2)
+    assert next(results) == 0 and len(read) == 5  # four more than the first keep two busy
+    assert list(results) == [i**2 for i in range(1, 20)]
+    assert settings["workers"] == 2 and settings["initializer"] is workers.init_worker
+    assert settings["mp_context"].get_start_method() == "spawn"
+
+
+def test_one_process_needs_no_pool(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
+    assert list(workers.parallel_map(len, [[], []], 1)) == [0, 0]
+
+
+def test_a_killed_worker_is_one_error(monkeypatch: pytest.MonkeyPatch):
+    def die(batch: list[Any]) -> None:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
+    with pytest.raises(UserError, match=r"a worker process was killed.*--workers 1"):
+        list(workers.parallel_map(die, [[], []], 2))
+
+
+def test_a_worker_ignores_ctrl_c_and_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch):
+    class Parent:
+        def join(self) -> None:
+            joined.set()
+
+    joined, ended = threading.Event(), threading.Event()
+    statuses, handlers = [], {}
+
+    def fake_exit(status: int) -> None:
+        statuses.append((status, joined.is_set()))
+        ended.set()
+
+    monkeypatch.setattr(workers.multiprocessing, "parent_process", Parent)
+    monkeypatch.setattr(workers.os, "_exit", fake_exit)
+    monkeypatch.setattr(workers.signal, "signal", handlers.__setitem__)
+    workers.init_worker()
+    assert ended.wait(10) and statuses == [(1, True)]
+    assert handlers == {signal.SIGINT: signal.SIG_IGN}
