@@ -213,6 +213,12 @@ def test_settings_that_change_the_computation_are_rejected(arch, values, message
         config_from_hf({"model_type": arch} | SMALL[arch] | values)
 
 
+def test_the_width_of_all_heads_is_limited():
+    values = {"model_type": "llama"} | SMALL["llama"] | {"head_dim": 1 << 22}
+    with pytest.raises(UserError, match="num_attention_heads x head_dim is too large"):
+        config_from_hf(values)
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", [2], {}, 10**9, 10**400, math.nan])
 @pytest.mark.parametrize("arch", SMALL)
 def test_sizes_must_be_numbers_in_range(arch, value):

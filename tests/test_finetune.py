@@ -243,6 +243,13 @@ def make_task_model(vocab_size: int, seed: int = 0) -> GPT:
     return make_model(seed, vocab_size=vocab_size, block_size=64, n_layer=1)
 
 
+def test_samples_of_answers_are_as_long_as_requested():
+    task = make_task("qa", TrainConfig(sample_tokens=3, precision="float32"))
+    text = task.sample(make_task_model(task.tokenizer.vocab_size, seed=3))
+    prompts = [task.tokenizer.decode(ids[1:n].tolist()) for ((ids, n),) in task.splits["val"][:2]]
+    assert len("\n".join(prompts)) < len(text) <= len("\n".join(prompts)) + 2 * 3 * len("<EOS>")
+
+
 def records_in_order(items: list, config: TrainConfig, step: int, micro_step: int) -> list:
     """Instead of `random_items`: the same records in a step, whatever the batch size."""
     return items[micro_step * config.batch_size :][: config.batch_size]
@@ -631,6 +638,8 @@ def test_batches_are_a_pure_function_of_seed_step_and_micro_step():
 def test_long_records_are_cut_at_the_start_or_skipped():
     ids = np.arange(10)
     assert fit_window([(ids, 6)], 9, skip_long=False)[0][0].tolist() == list(range(10))
+    ((cut, n_prompt),) = fit_window([(ids, 6)], 8, skip_long=False)  # one too long
+    assert cut.tolist() == list(range(1, 10)) and n_prompt == 5
     ((cut, n_prompt),) = fit_window([(ids, 6)], 7, skip_long=False)
     assert (cut.tolist(), n_prompt) == ([2, 3, 4, 5, 6, 7, 8, 9], 4)
     assert fit_window([(ids, 6)], 7, skip_long=True) is None
@@ -689,6 +698,9 @@ def test_long_records_are_reported(place: Path, capsys):
         (["--data=other.txt", "--lora_rank=17"], "lora_rank 17 is above the smaller side .* 16"),
         (["--data=other.txt", "--lora_rank=2", "--lora_targets=x"], "lora_targets must be one of"),
         (["--data=other.txt", "--n_layer=3"], "--n_layer is determined by the checkpoint"),
+        (["--data=other.txt", "--arch=llama"], "--arch is determined by the checkpoint"),
+        (["--data=other.txt", "--preset=tiny"], "--preset is determined by the checkpoint"),
+        (["--data=other.txt", "--tokenizer=bpe"], "--tokenizer is determined by the checkpoint"),
         (["--data=other.txt", "--tag=../x"], "must be a plain name"),
         (["--data=data/qa.json"], "contains questions and answers: use --objective qa"),
         (["--objective=qa", "--alpha=0.5", "--foo"], "unknown flag --foo.*--alpha is for"),

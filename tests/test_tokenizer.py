@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tokenizer as tokenizers
 from config import ENCODINGS, UserError
 from corpus import encodings
-from corpus.bpe import count_pieces, learn_merges, train_bpe
+from corpus.bpe import count_pieces, learn_merges, merge_pair, train_bpe
 from tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,
@@ -391,3 +391,9 @@ def test_a_downloaded_encoding_keeps_its_special_tokens(monkeypatch: pytest.Monk
     ours = encodings.from_tiktoken("gpt2")
     assert ours.specials == {"<|endoftext|>": 300} and ours.vocab_size == 301
     assert ours.pattern == r"\S+|\s+" and ours.encode("a b").tolist() == [97, 32, 98]
+
+
+@given(st.text("abc", max_size=20), st.text("abc", min_size=2, max_size=2))
+def test_merging_a_pair_equals_replacing_text(word: str, pair: str):
+    merged = merge_pair([ord(c) for c in word], (ord(pair[0]), ord(pair[1])), ord("Z"))
+    assert "".join(map(chr, merged)) == word.replace(pair, "Z")
