@@ -6,8 +6,8 @@
     python train.py --resume                   resume a stopped run
     torchrun --nproc_per_node=2 train.py       two GPUs; see training/distributed.py
 
-A run's folder, checkpoints/ or checkpoints/TAG/, contains latest.pt and best.pt, log.jsonl (one
-line per evaluation), loss_log.json (at the end), loss_curve.png and samples.txt.
+A run's folder, checkpoints/ or checkpoints/TAG/, contains latest.pt and best.pt, loss_curve.png,
+samples.txt, loss_log.json (a list of the evaluations) and log.jsonl (all measurements).
 Next: python generate.py
 """
 
@@ -47,7 +47,7 @@ from training.distributed import (
 )
 from training.dry_run import print_dry_run
 from training.overfit import overfit_batch
-from training.run_log import READ_INTERVAL, RunLog, diverged
+from training.run_log import RunLog, diverged
 from training.setup import (
     check_corpus,
     check_current,
@@ -152,9 +152,9 @@ class Trainer:
                     break
                 metrics = self.train_step()
                 self.unchecked.append((self.step, metrics))
-                if self.step % READ_INTERVAL == 0:
+                if self.step % config.log_every == 0:  # reading a number waits for a GPU
                     self.check_finite()
-                log.training_step(self.step, metrics)
+                log.training_step(self.step, metrics, get_lr(self.step, config))
                 if log.is_evaluation_step(self.step):
                     self.evaluate_and_save(log)
                 elif names := self.numbered():

@@ -192,8 +192,8 @@ def train_one(study: Study, flags: Flags, share: float) -> Result:
         if status:
             print("stopped; the same command resumes it")
             raise KeyboardInterrupt
-        summary = json.loads((run_dir / "loss_log.json").read_text())
-        final = {key: summary["final"][key] for key in final}
+        summary = read_run(run_dir).final
+        final = {key: summary[key] for key in final}
     log = read_run(run_dir).log
     return final | {"params": trainer.model.num_params(), "log": log} | step_times(log)
 

@@ -46,6 +46,7 @@ from training.distributed import (
     wrap,
 )
 from training.setup import check_run, resolve_train
+from viz.runs import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -170,7 +171,7 @@ def test_two_processes_equal_one_with_the_same_micro_batches(workplace, train_on
     for name in ("train", "val", "grad_norm"):
         values = [[record[name] for record in log if record[name]] for log in logs]
         assert values[0] == pytest.approx(values[1], abs=1e-5), name
-    final = [json.loads((run / "loss_log.json").read_text())["final"]["val"] for run in runs]
+    final = [read_run(run).final["val"] for run in runs]
     assert final[0] == pytest.approx(final[1], abs=1e-5)
     # saved by two processes, resumed by one; and the reverse
     for tag in ("one", "two"):

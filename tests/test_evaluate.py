@@ -14,6 +14,7 @@ import train
 from config import UserError
 from corpus.load import Corpus
 from evaluate import EvaluateConfig
+from viz.runs import read_run
 
 
 def corpus_of(ids: np.ndarray, **settings: object) -> Corpus:
@@ -48,7 +49,7 @@ def test_the_table_has_a_row_for_each_checkpoint(workplace, capsys):
     for tag, tokenizer in (("a", "char"), ("b", "bpe")):
         size = ["--vocab_size=300"] * (tokenizer == "bpe")
         assert train.main([*TINY_RUN, f"--tag={tag}", f"--tokenizer={tokenizer}", *size]) == 0
-    final = [json.loads(Path("checkpoints", t, "loss_log.json").read_text())["final"] for t in "ab"]
+    final = [read_run(Path("checkpoints", t)).final for t in "ab"]
     capsys.readouterr()
     assert evaluate.main(["checkpoints/a/best.pt", "checkpoints/b/best.pt"]) == 0
     title, *rows = capsys.readouterr().out.splitlines()

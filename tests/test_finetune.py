@@ -50,6 +50,7 @@ from tokenizer import QA_SPECIALS, CharTokenizer
 from train import Trainer
 from training.run_log import RunLog
 from training.task import PlainFormat, Pretraining
+from viz.runs import read_run
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -435,7 +436,7 @@ def test_a_stopped_run_resumes_bit_for_bit(place: Path, monkeypatch, objective, 
 def test_text_runs_also_report_the_loss_on_the_old_corpus(place: Path, capsys):
     Path("other.txt").write_text(make_text(300)[::-1])  # no new characters
     tune("--data=other.txt", "--eval_windows=999", "--max_steps=100", "--lr_max=2e-2")
-    whole = json.loads(Path("checkpoints/loss_log.json").read_text())["final"]["val"]
+    whole = read_run(Path("checkpoints")).final["val"]
     assert read("text")["log"][0]["old"] == pytest.approx(whole, rel=1e-5)
     assert read("text")["log"][-1]["old"] > whole
     Path("data/input.txt").write_text(make_text(500))
@@ -480,7 +481,8 @@ def test_merging_the_adapter_gives_the_same_model(place: Path):
     for name, tensor in read("qa", "best.pt")["model"].items():
         assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
     assert "adapter" not in merged and merged["merged"]["adapter"] == str(adapter)
-    assert generate.main(["checkpoints/merged/best.pt", "--max_new_tokens=5", "--device=cpu"]) == 0
+    words = ["checkpoints/merged/best.pt", "--prompt=Who?", "--max_new_tokens=5", "--device=cpu"]
+    assert generate.main(words) == 0
     for flag in ([], ["--no-overwrite"]):
         with pytest.raises(UserError, match="exists: --overwrite"):
             finetune.main(["checkpoints/best.pt", "--merge", str(adapter), *flag])
@@ -1112,7 +1114,7 @@ def test_pretraining_never_sees_held_out_questions_and_validates_on_them(held_ou
     for start in range(0, len(ids) - 1, 16):  # windows of 16 tokens
         x, y = ids[start : start + 16], ids[start + 1 : start + 17]
         total += F.cross_entropy(model(x[None, : len(y)])[0][0], y, reduction="sum").item()
-    final = json.loads(Path("checkpoints/scratch/loss_log.json").read_text())["final"]["val"]
+    final = read_run(Path("checkpoints/scratch")).final["val"]
     assert final == pytest.approx(total / (len(ids) - 1), rel=1e-5)
 
 
@@ -1134,7 +1136,7 @@ def test_fine_tuning_never_sees_held_out_questions_and_validates_on_them(
     ids, n_prompt = qa.encode_record(tokenizer, held_out_first)
     logits = model(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :]
     expected = F.cross_entropy(logits, torch.from_numpy(ids[n_prompt:])).item()
-    final = json.loads(Path("checkpoints/qa/loss_log.json").read_text())["final"]["val"]
+    final = read_run(Path("checkpoints/qa")).final["val"]
     assert final == pytest.approx(expected, rel=1e-5)
 
 

@@ -12,7 +12,9 @@ from viz.runs import read_run
 SETTINGS = {"vocab_size": 65, "batch_size": 5, "grad_accum": 2, "block_size": 100}
 SETTINGS |= {"corpus": {"name": "poems"}, "n_layer": 3, "n_embd": 48}
 RECORD = {"train": 2.0, "val": 2.0, "lr": 1e-3, "seconds": 1.0, "grad_norm": 1.0}
+STEP = {"step": 2, "loss": 2.0, "lr": 1e-3, "seconds": 1.0, "grad_norm": None}
 LINES = [json.dumps(SETTINGS), *(json.dumps({"step": i} | RECORD) for i in range(4))]
+LINES[3:3] = [json.dumps(STEP)]
 
 
 def test_a_log_whose_last_line_is_cut_off_is_read_with_a_note(tmp_path: Path):

@@ -72,11 +72,64 @@ def test_several_runs_share_their_axes_and_have_a_verdict_each(x, at):
     assert "b: overfitting since step 100" in words
 
 
+def steps(losses: list[float]) -> list[dict]:
+    """Records of training steps 20, 40, ..., with a learning rate that rises until step 60."""
+    return [
+        {"step": 20 * i, "loss": loss, "lr": 1e-3 * min(i, 3), "seconds": 6.0 * i, "grad_norm": 2.0}
+        for i, loss in enumerate(losses, 1)
+    ]
+
+
+def test_the_curve_shows_training_steps_and_the_learning_rate_at_each_of_them():
+    trained = steps([4.1, 3.5, 3.0, 2.6, 2.3, 2.1, 2.0, 1.9, 1.8, 1.7])
+    run = Run("a", SETTINGS, log([4.2, 2.0, 1.5], [4.2, 2.2, 1.8]), steps=trained)
+    losses, rates, norms = plot_runs([run], "time").axes
+    thin, *_ = losses.lines
+    assert list(thin.get_xdata()) == pytest.approx([0.1 * i for i in range(1, 11)])  # minutes
+    assert list(thin.get_ydata()) == [step["loss"] for step in trained]
+    (rate,) = rates.lines
+    by_time = {round(t, 6): lr for t, lr in zip(rate.get_xdata(), rate.get_ydata(), strict=True)}
+    assert max(by_time.values()) == by_time[0.3] == 3e-3 and by_time[0.1] == 1e-3
+    assert len(norms.lines[0].get_xdata()) == 13  # with three evaluations
+
+
+def test_the_range_of_the_curve_is_that_of_the_losses_after_the_first_tenth():
+    run = Run("a", SETTINGS, log([4.2, 2.0, 1.5], [4.2, 2.2, 1.8]), steps=steps([4.1, 3.0, 2.5]))
+    low, high = plot_runs([run]).axes[0].get_ylim()
+    # 4.1 is of step 20, the last of the first tenth; 5 percent of 1.5 to 3.0 on both sides
+    assert (low, high) == pytest.approx((1.5 - 0.075, 3.0 + 0.075))
+
+
+def test_the_loss_of_a_uniform_guess_is_a_line_if_it_is_in_the_range():
+    def labels(losses: list[float]) -> str:
+        axes = plot_runs([Run("a", SETTINGS, log(losses, losses))]).axes[0]
+        return " ".join(text.get_text() for text in axes.get_legend().get_texts())
+
+    assert "uniform guess: 4.17" in labels([4.2, 4.3, 4.0])  # ln 65
+    assert "uniform" not in labels([4.2, 2.0, 1.5])
+
+
+def test_a_diverged_run_does_not_stretch_the_range():
+    losses = [4.2, 2.0, 1e6]
+    _, high = plot_runs([Run("a", SETTINGS, log(losses, losses))]).axes[0].get_ylim()
+    assert 4.2 < high < 6
+
+
+def test_many_training_steps_are_thinned_out():
+    trained = [{"step": i, "loss": 2.0, "lr": 1e-3, "seconds": 1.0 * i} for i in range(1, 9002)]
+    run = Run("a", SETTINGS, log([4.2, 2.0], [4.2, 2.0]), steps=trained)
+    assert len(plot_runs([run]).axes[0].lines[0].get_xdata()) == 9001 // 5 + 1
+
+
 def test_a_run_is_read_from_its_folder_and_from_its_checkpoint(workplace):
     train.main([*TINY_RUN, "--tag=a"])
     folder, checkpoint = (read_run(workplace / "checkpoints" / "a" / n) for n in ("", "latest.pt"))
     lines = (workplace / "checkpoints" / "a" / "log.jsonl").read_text().splitlines()
-    assert folder.log == checkpoint.log == [json.loads(line) for line in lines[1:-1]]
+    records = [json.loads(line) for line in lines[1:-1]]
+    assert folder.log == checkpoint.log == [record for record in records if "val" in record]
+    assert folder.steps == [record for record in records if "val" not in record]
+    assert [record["step"] for record in folder.steps] == [10, 20] and not checkpoint.steps
+    assert {"final": folder.final} == json.loads(lines[-1]) and not checkpoint.final
     assert folder.tokens_per_step == checkpoint.tokens_per_step == 4 * 16
     assert plots.main(["--picture=attention", "--text=the dog", "--output_file=maps.svg"]) == 0
     assert (workplace / "maps.svg").read_bytes().startswith(b"<?xml")

@@ -50,12 +50,22 @@ def read_lines(run: Path) -> list[dict]:
 
 
 def read_records(run: Path, without: tuple[str, ...] = ()) -> list[dict]:
-    """The records of log.jsonl, without empty values."""
+    """The evaluations and training steps of log.jsonl, without empty values."""
     return [
         {name: value for name, value in line.items() if value is not None and name not in without}
         for line in read_lines(run)
         if "step" in line
     ]
+
+
+def read_evaluations(run: Path) -> list[dict]:
+    """The evaluations of log.jsonl, without empty values."""
+    return [record for record in read_records(run) if "val" in record]
+
+
+def checkpoint(log: RunLog, step: int = 1000) -> dict:
+    """What a checkpoint after this step has of a log."""
+    return log.state() | {"step": step}
 
 
 def files_in(folder: Path) -> set[str]:
@@ -92,7 +102,7 @@ def test_further_terms_of_the_loss_reach_the_log_and_the_status_line(workplace, 
 
     flags = [*TINY_RUN, "--grad_accum=2", "--max_steps=10"]
     assert train.main(flags, task_type=TwoTerms) == 0
-    records = read_records(Path("checkpoints"))
+    records = read_evaluations(Path("checkpoints"))
     # before the first step there is no loss; the micro-batches of step 5 are calls 9 and 10
     assert [record.get("calls") for record in records] == [None, 9.5, 19.5]
     assert not any("loss" in record for record in records)
@@ -125,7 +135,7 @@ def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
     slow("save", 7.0)
     monkeypatch.setattr(run_log, "time", SimpleNamespace(perf_counter=lambda: now))
     train.main([*TINY_RUN, "--grad_accum=2"])
-    first, *records = read_records(Path("checkpoints"))
+    first, *records = read_evaluations(Path("checkpoints"))
     assert "ms_per_step" not in first
     for record in records:  # steps have 2 micro-batches of 4 windows of 16 tokens
         assert record["ms_per_step"] == pytest.approx(250)
@@ -154,7 +164,7 @@ def test_without_patience_a_run_never_stops_early(workplace):
 def test_patience_counts_evaluations_from_before_a_resume(workplace):
     log = make_log(patience=3)
     log_validation_losses(log, [1.0, 2.0, 2.0])
-    resumed = RunLog(log.config, HEADER, state=log.state())
+    resumed = RunLog(log.config, HEADER, state=checkpoint(log))
     assert not resumed.out_of_patience()
     log_validation_losses(resumed, [2.0])
     assert resumed.out_of_patience()
@@ -193,7 +203,7 @@ def test_a_resume_only_shortens_files_and_only_those_of_the_run(workplace, name)
     file = log.run_dir / name
     file.write_text("a short text")
     size = 1000 if name == "samples.txt" else 0
-    RunLog(log.config, HEADER, state=log.state() | {"files": {name: size}})
+    RunLog(log.config, HEADER, state=checkpoint(log) | {"files": {name: size}})
     assert file.read_text() == "a short text"
 
 
@@ -204,11 +214,13 @@ def test_resuming_a_finished_run_leaves_one_final_line(workplace, more):
     header, *records, final = read_lines(Path("checkpoints"))
     assert header["corpus"]["name"] == "input.txt"
     steps = [0, 5, 10, 15, 20] if more else [0, 5, 10]
-    assert [record["step"] for record in records] == steps  # each once, and no other line
-    best = min(records, key=lambda record: record["val"])
+    evaluations = [record for record in records if "val" in record]
+    assert [record["step"] for record in evaluations] == steps  # each once
+    trained = [record["step"] for record in records if "val" not in record]
+    assert trained == ([10, 20] if more else [10])
+    best = min(evaluations, key=lambda record: record["val"])
     assert final.keys() == {"final"} and final["final"]["step"] == best["step"]
-    summary = json.loads(Path("checkpoints/loss_log.json").read_text())
-    assert summary["final"] == final["final"] and summary["log"] == records
+    assert json.loads(Path("checkpoints/loss_log.json").read_text()) == evaluations
 
 
 def test_a_new_run_deletes_the_files_of_the_old_one_and_no_others(workplace, monkeypatch):
@@ -337,7 +349,8 @@ class Clock:
         for step in range(first, last + 1):
             self.now += seconds
             terms = {"loss": 10.0 + step, "grad_norm": 20.0 + step, "margin": 30.0 + step}
-            log.training_step(step, {name: torch.tensor(value) for name, value in terms.items()})
+            metrics = {name: torch.tensor(value) for name, value in terms.items()}
+            log.training_step(step, metrics, lr=step / 8)
 
 
 def test_the_record_of_an_evaluation_by_hand(workplace, monkeypatch):
@@ -361,7 +374,7 @@ def test_the_record_of_an_evaluation_by_hand(workplace, monkeypatch):
         {"step": 5, "val": 3.0, "ppl": 20.0, **terms, "lr": 0.25, **speed, "seconds": 72.0},
     ]
     assert log.records[2]["margin"] == 35.0 and log.records[2]["ms_per_step"] is None
-    assert read_records(log.run_dir) == [
+    assert read_evaluations(log.run_dir) == [
         {name: value for name, value in record.items() if value is not None}
         for record in log.records
     ]
@@ -377,7 +390,7 @@ def test_a_resumed_log_continues_the_seconds_and_times_only_its_own_steps(workpl
         clock.now += seconds
         log.evaluation(step, {"val": 4.0}, 0.0, "")
     clock = Clock(monkeypatch, now=5.0)
-    resumed = RunLog(config, HEADER, 64, log.state())
+    resumed = RunLog(config, HEADER, 64, checkpoint(log))
     assert resumed.records == log.records
     clock.steps(resumed, 11, 11, seconds=30.0)
     clock.steps(resumed, 12, 20, seconds=2.0)
@@ -401,6 +414,45 @@ def test_evaluations_are_at_multiples_and_at_the_last_step():
     log = SimpleNamespace(config=TrainConfig(max_steps=14, eval_every=4))
     found = [step for step in range(1, 15) if RunLog.is_evaluation_step(log, step)]
     assert found == [4, 8, 12, 14]
+
+
+def test_training_steps_are_logged_in_between_and_after_a_resume_as_before(workplace, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(run_log, "PLOT_INTERVAL", math.inf)
+    log = RunLog(TrainConfig(max_steps=100, eval_every=10, log_every=4), HEADER)
+    log.evaluation(0, {"val": 4.0}, 0.0, "")
+    clock.steps(log, 1, 10, seconds=0.5)
+    log.evaluation(10, {"val": 3.0}, 0.25, "")
+    before = checkpoint(log, 10)
+    clock.steps(log, 11, 16, seconds=0.5)  # lost: the checkpoint is of step 10
+    step_4 = {"step": 4, "loss": 14.0, "grad_norm": 24.0, "margin": 34.0, "lr": 0.5, "seconds": 2.0}
+    assert [(r["step"], "val" in r) for r in read_records(log.run_dir)] == [
+        *((0, True), (4, False), (8, False), (10, True), (12, False), (16, False)),
+    ]
+    with open(log.run_dir / "log.jsonl", "a") as file:
+        file.write('{"step": 20, "lo')  # cut off by a kill
+    resumed = RunLog(log.config, HEADER | {"max_steps": 100}, state=before)
+    header, *records = read_lines(log.run_dir)
+    assert header == HEADER | {"max_steps": 100}
+    assert [r["step"] for r in records] == [0, 4, 8, 10] and records[1] == step_4
+    clock.steps(resumed, 11, 12, seconds=0.5)
+    assert [r["step"] for r in read_records(log.run_dir)] == [0, 4, 8, 10, 12]
+
+
+def test_a_gradient_that_is_not_finite_is_null_in_the_log(workplace):
+    log = make_log(log_every=2)
+    log.training_step(2, {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(math.inf)}, 0.5)
+    assert read_lines(log.run_dir)[-1]["grad_norm"] is None
+
+
+def test_a_run_that_patience_ends_says_so(workplace, monkeypatch, capsys):
+    for losses, stopped in (([3.0, 2.0, 2.5, 2.5], True), ([3.0, 2.0, 2.5], False)):
+        log = make_log(patience=2)
+        log_validation_losses(log, losses)
+        capsys.readouterr()
+        log.finish({"val": 2.0})
+        words = "stopped at step 3: no improvement in 2 evaluations (--patience 2)"
+        assert (words in capsys.readouterr().out.splitlines()) == stopped
 
 
 def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workplace, monkeypatch):
@@ -440,7 +492,7 @@ def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace):
 
     log = make_log(eval_every=7, max_steps=24)
     for step in range(3, 25):
-        log.training_step(step, {"loss": Number(step)})
+        log.training_step(step, {"loss": Number(step)}, lr=0.0)
     assert read == [3, 7, 10, 14, 20, 21, 24]
 
 
@@ -467,7 +519,26 @@ def test_samples_are_written_whole_and_printed_by_their_first_lines(workplace, c
     log.write_sample(4, "")
     text = (log.run_dir / "samples.txt").read_text(encoding="utf-8")
     assert text == "--- step 3\none\n\ntwo\nthree\n\nfour\nfive é\n\n"
-    assert capsys.readouterr().out == "    one\n    two\n    three\n    four\n"
+    lines = ["sample at step 3:", "  one", "  two", "  three", "  four"]
+    assert capsys.readouterr().out == "".join(f"  {line}\n" for line in lines)
+
+
+def test_long_lines_of_a_sample_are_wrapped_and_the_first_sample_is_untrained(
+    workplace, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "30")
+    log = make_log()
+    sample = "word " * 8 + "word\n" + "x" * 60
+    log.write_sample(0, sample)
+    assert capsys.readouterr().out.splitlines() == [
+        "  sample before training:",
+        "    word word word word word",
+        "    word word word word",
+        "    " + "x" * 25,
+        "    " + "x" * 25,
+    ]
+    text = (log.run_dir / "samples.txt").read_text()
+    assert text == f"--- step 0, before training\n{sample}\n\n"
 
 
 def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
@@ -490,9 +561,7 @@ def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     ]
     final = {"step": 1, "val": 1.25, "ppl": 3.5, "bpb": 0.75, "margin": 2.0}
     final["verdict"] = "50257 is fine"
-    assert json.loads((run / "loss_log.json").read_text()) == {
-        "corpus": {"name": "a text"}, "log": log.records, "seconds": 30.0, "final": final,
-    }  # fmt: skip
+    assert json.loads((run / "loss_log.json").read_text()) == log.records
     assert read_lines(run) == [HEADER, *log.records, {"final": final}]
     assert (run / "loss_curve.png").exists()
     log.stopped(17)
@@ -504,13 +573,16 @@ def test_a_new_log_makes_its_folders_and_a_resumed_one_finds_them(workplace):
     assert log.run_dir == Path("a/b/c") and log.run_dir.is_dir()
     assert log.state() == {"log": [], "files": {}}
     log.write_sample(0, "é")
-    assert log.state()["files"] == {"samples.txt": len(b"--- step 0\n\xc3\xa9\n\n")}
+    assert log.state()["files"] == {
+        "samples.txt": len(b"--- step 0, before training\n\xc3\xa9\n\n")
+    }
     (log.run_dir / "samples.txt").write_text("")
-    resumed = RunLog(log.config, HEADER, state={"log": [], "files": {"samples.txt": 14}})
+    state = {"step": 0, "log": [], "files": {"samples.txt": 14}}
+    resumed = RunLog(log.config, HEADER, state=state)
     assert (resumed.run_dir / "samples.txt").read_text() == ""
     (log.run_dir / "samples.txt").unlink()
-    RunLog(log.config, HEADER, state={"log": [], "files": {"samples.txt": 14}})
-    RunLog(log.config, HEADER, state={"log": []})  # of a run without any such file
+    RunLog(log.config, HEADER, state=state)
+    RunLog(log.config, HEADER, state={"step": 0, "log": []})  # of a run without any such file
 
 
 def test_the_tools_that_are_asked_for_must_be_installed(monkeypatch):
@@ -539,7 +611,7 @@ def test_records_reach_a_tool_without_their_empty_values(workplace, monkeypatch)
     sent = {"step": 3, "val": 2.0, "lr": 0.5, "seconds": log.records[0]["seconds"]}
     settings = {"project": "tinyllm", "name": "a", "dir": log.run_dir, "config": HEADER}
     assert received == [settings, (3, sent)]
-    RunLog(TrainConfig(wandb=True), HEADER, state=log.state())
+    RunLog(TrainConfig(wandb=True), HEADER, state=checkpoint(log))
     assert received[2:] == [settings | {"name": None, "dir": Path("checkpoints")}, (3, sent)]
 
 
@@ -562,7 +634,7 @@ def test_tensorboard_is_written_again_from_the_first_record(workplace, monkeypat
     (run / "tensorboard").mkdir(parents=True)
     (run / "tensorboard" / "old").touch()
     record = {"step": 4, "val": 2.0, "ppl": None, "seconds": 1.0}
-    RunLog(TrainConfig(tensorboard=True), {"a": 1, "b": "x"}, state={"log": [record]})
+    RunLog(TrainConfig(tensorboard=True), {"a": 1, "b": "x"}, state={"step": 4, "log": [record]})
     assert received == [
         ("folder", run / "tensorboard"),
         ("text", "settings", "    a: 1\n    b: x"),

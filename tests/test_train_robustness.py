@@ -202,6 +202,7 @@ def test_weights_that_are_not_finite_are_rejected(trained: Path):
 
 FIXED = {
     "separator",
+    "hold_out",
     "preset",
     "arch",
     "tokenizer",

@@ -1,9 +1,12 @@
 """The record of a training run: its files, what it prints, its best step."""
 
 import importlib.util
+import itertools
 import json
+import math
 import os
 import shutil
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +18,14 @@ from tqdm import tqdm
 from config import TrainConfig, UserError
 from system.files import atomic_write
 from training.distributed import rank
-from viz.runs import best_record, plot_runs, read_run, save_figure
+from viz.runs import best_record, plot_runs, read_run, save_figure, training_steps
 from viz.verdict import verdict
 
-Evaluation = dict[str, Any]  # the metrics of one evaluation, by name
-Writer = Callable[[Evaluation], None]  # forwards them to another tool
+Record = dict[str, Any]  # the metrics of an evaluation or of a training step, by name
+Writer = Callable[[Record], None]  # forwards them to another tool
 
 # The files and folders of a run, by what happens to them. A new run deletes them all.
-REWRITTEN = ("log.jsonl", "loss_log.json", "loss_curve.png")  # at each evaluation or at the end
+REWRITTEN = ("log.jsonl", "loss_log.json", "loss_curve.png")  # on resume, or at each evaluation
 APPENDED = ("samples.txt",)  # on resume, cut back to their length at the checkpoint
 CHECKPOINTS = ("best.pt", "latest.pt", "ckpt_*.pt", "adapter.pt")
 FOLDERS = ("tensorboard",)  # rewritten when a run starts or resumes
@@ -42,9 +45,9 @@ FORMATS: dict[str, tuple[str, str]] = {
     "seconds": ("", ""),
 }
 OTHER_FORMATS = ("{name} {:.3f}", "{name} {:.4f}")
-READ_INTERVAL = 10  # steps; reading a metric waits for a GPU
 PLOT_INTERVAL = 5.0  # seconds; drawing the curve takes a fraction of one
 SAMPLE_LINES = 4  # of a sample that are printed
+SAMPLE_WIDTH = 100  # of these lines, if the width of the terminal is unknown
 
 
 class RunLog:
@@ -63,8 +66,8 @@ class RunLog:
         files of an earlier run in the folder are deleted."""
         self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
         self.run_dir = Path(config.out_dir, config.tag)
-        self.records: list[Evaluation] = state["log"] if state else []
-        self.seconds_before = (self.records[-1].get("seconds") or 0.0) if self.records else 0.0
+        self.records: list[Record] = state["log"] if state else []  # of the evaluations
+        self.seconds_before = 0.0  # of the run, before this process
         self.started = self.plotted = time.perf_counter()
         # when the timed interval began, and after which step
         self.clock_time, self.clock_step = self.started, 0
@@ -76,8 +79,10 @@ class RunLog:
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.prepare_files(state)
+            records = self.restore_log(state["step"]) if state else []
+            self.seconds_before = max((r.get("seconds") or 0.0 for r in records), default=0.0)
             self.writers = open_writers(config, self.run_dir, header)
-            for record in self.records:
+            for record in records:
                 self.forward(record)
 
     def prepare_files(self, state: dict[str, Any] | None) -> None:
@@ -96,6 +101,17 @@ class RunLog:
         for name in FOLDERS:
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
 
+    def restore_log(self, step: int) -> list[Record]:
+        """Write log.jsonl as it was at a checkpoint, with the settings of now: the evaluations are
+        in the checkpoint, the training steps in the file. Returns all records."""
+        file = self.run_dir / "log.jsonl"
+        steps = [record for record in training_steps(file) if record["step"] <= step]
+        records = sorted([*self.records, *steps], key=lambda r: (r["step"], "val" in r))
+        with atomic_write(file) as new_file:
+            new_file.write("".join(map(json_line, (self.header, *records))).encode())
+        self.write_evaluations()
+        return records
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this log."""
         files = (self.run_dir / name for name in APPENDED)
@@ -112,16 +128,22 @@ class RunLog:
         self.bar = tqdm(total=self.config.max_steps, initial=step, **settings)
         return self.bar
 
-    def training_step(self, step: int, metrics: dict[str, Tensor]) -> None:
-        """Record a step: show its loss now and then, and keep its metrics for the evaluation."""
+    def training_step(self, step: int, metrics: dict[str, Tensor], lr: float) -> None:
+        """Record a step: log its loss every log_every steps, and keep its metrics for the
+        evaluation."""
         first = self.timed_step is None
-        if first or step % READ_INTERVAL == 0 or self.is_evaluation_step(step):
+        due = step % self.config.log_every == 0
+        if first or due or self.is_evaluation_step(step):
             self.metrics = {name: value.item() for name, value in metrics.items()}
             self.timed_step, self.timed_until = step, time.perf_counter()
         if first:  # it may have included compilation
             self.restart_clock(step)
+        if due and rank() == 0:
+            record = {"step": step, **self.metrics, "lr": lr, "seconds": self.seconds()}
+            self.append(record)
+            self.forward(record)
         if self.bar is not None:
-            if step % READ_INTERVAL == 0:
+            if due:
                 self.bar.set_postfix_str(f"loss {self.metrics['loss']:.4f}", refresh=False)
             self.bar.update()
 
@@ -147,50 +169,67 @@ class RunLog:
             "grad_norm": self.metrics.get("grad_norm"),
             "tokens_per_second": tokens / seconds if tokens and seconds else None,
             "ms_per_step": 1000 * seconds if seconds else None,
-            "seconds": self.seconds_before + time.perf_counter() - self.started,
+            "seconds": self.seconds(),
         }
         self.records.append(record)
         tqdm.write(status_line(record))
         if rank() == 0:
             self.write_sample(step, sample)
-            self.write_log()
+            self.append(record)
+            self.write_evaluations()
             self.forward(record)
             if time.perf_counter() > self.plotted + PLOT_INTERVAL and step < self.config.max_steps:
                 self.plot()
         return record is self.best()
 
-    def best(self) -> Evaluation:
+    def seconds(self) -> float:
+        """The duration of the run until now, without interruptions."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def best(self) -> Record:
         """The record with the lowest validation loss."""
         return best_record(self.records)
 
+    def since_best(self) -> int:
+        """The number of evaluations since the best one."""
+        return len(self.records) - 1 - self.records.index(self.best())
+
     def out_of_patience(self) -> bool:
         """Whether none of the last `patience` evaluations improved the validation loss."""
-        since_best = len(self.records) - 1 - self.records.index(self.best())
-        return 0 < self.config.patience <= since_best
+        return 0 < self.config.patience <= self.since_best()
 
     # --- output
 
     def write_sample(self, step: int, sample: str) -> None:
-        """Append a sample to samples.txt, and print its first lines."""
+        """Append a sample to samples.txt, and print its first lines, wrapped to the terminal."""
         if not sample:
             return
         with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{sample}\n\n")
-        for line in [line for line in sample.splitlines() if line][:SAMPLE_LINES]:
+            file.write(f"--- step {step}{'' if step else ', before training'}\n{sample}\n\n")
+        width = max(20, shutil.get_terminal_size((SAMPLE_WIDTH, 24)).columns - 5)
+        lines = (part for line in sample.splitlines() for part in textwrap.wrap(line, width))
+        tqdm.write(f"  sample at step {step}:" if step else "  sample before training:")
+        for line in itertools.islice(lines, SAMPLE_LINES):
             tqdm.write(f"    {line}")
 
-    def write_log(self, *last: dict[str, Any]) -> None:
-        """Write log.jsonl: the header, a line per evaluation, and at the end the final metrics."""
-        with atomic_write(self.run_dir / "log.jsonl") as file:
-            for record in (self.header, *self.records, *last):
-                file.write((json.dumps(record) + "\n").encode())
+    def append(self, record: Record) -> None:
+        """Add a line to log.jsonl. The first line is the header."""
+        with open(self.run_dir / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write("" if file.tell() else json_line(self.header))
+            file.write(json_line(record))
+
+    def write_evaluations(self) -> None:
+        """Write loss_log.json, the list of the evaluations."""
+        lines = ",\n".join(json_line(record).strip() for record in self.records)
+        with atomic_write(self.run_dir / "loss_log.json") as file:
+            file.write(f"[\n{lines}\n]\n".encode())
 
     def plot(self) -> None:
         """Draw the curve so far."""
         save_figure(plot_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
         self.plotted = time.perf_counter()
 
-    def forward(self, record: Evaluation) -> None:
+    def forward(self, record: Record) -> None:
         """Send a record to TensorBoard and Weights & Biases, if they are in use."""
         for write in self.writers:
             write({name: value for name, value in record.items() if value is not None})
@@ -205,17 +244,19 @@ class RunLog:
         """Report the metrics of the best checkpoint over the whole validation split."""
         words = verdict(self.records, self.header)
         final = {"step": self.best()["step"], **metrics, "verdict": words}
-        seconds = self.records[-1]["seconds"]
+        last = self.records[-1]
         if rank():
             return
-        summary = {"corpus": self.header["corpus"], "log": self.records, "seconds": seconds}
-        with atomic_write(self.run_dir / "loss_log.json") as file:
-            file.write(json.dumps(summary | {"final": final}, indent=1).encode())
-        self.write_log({"final": final})
+        self.append({"final": final})
+        if self.out_of_patience() and last["step"] < self.config.max_steps:
+            print(
+                f"stopped at step {last['step']}: no improvement in {self.since_best()} "
+                f"evaluations (--patience {self.config.patience})"
+            )
         records = str(self.header["corpus"].get("name", "")).endswith(".json")
         question = ' --prompt "Who are you?"' if records else ""
         print(
-            f"done in {seconds:.0f} s: best at step {final['step']}, validation loss "
+            f"done in {last['seconds']:.0f} s: best at step {final['step']}, validation loss "
             f"{metrics['val']:.4f}{format_final(metrics)} over the whole split\n"
             f"verdict: {words}\n"
             f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}"
@@ -244,7 +285,18 @@ def format_metrics(metrics: dict[str, Any], final: bool = False) -> list[str]:
     return words
 
 
-def status_line(record: Evaluation) -> str:
+def json_line(record: Record) -> str:
+    """A record as a line of JSON, which has no infinite numbers: the gradient norm of a step that
+    overflowed float16 becomes null.
+
+    >>> json_line({"step": 10, "grad_norm": math.inf})
+    '{"step": 10, "grad_norm": null}\\n'
+    """
+    bad = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(record | bad) + "\n"
+
+
+def status_line(record: Record) -> str:
     """The metrics of an evaluation in one line.
 
     >>> status_line({"lr": 0.001, "margin": 0.5, "val": 1.23456, "step": 10, "grad_norm": None})
@@ -299,7 +351,7 @@ def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -
         board = SummaryWriter(folder)
         board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
-        def write_board(record: Evaluation) -> None:
+        def write_board(record: Record) -> None:
             for name, number in record.items():
                 board.add_scalar(name, number, record["step"])
             board.flush()

@@ -1,11 +1,12 @@
 """Plots of training runs: losses, learning rate and gradient norm, with a verdict in words."""
 
+import contextlib
 import io
 import itertools
 import json
 import math
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ TITLE_CHARS = 102  # that fit in one line above the plot
 
 MAX_RUNS = 20  # in one picture: more verdicts and names than that do not fit
 MAX_NUMBER = 1e100  # of a log; matplotlib's axes overflow before floats do
+MAX_POINTS = 2000  # of a line; more cannot be told apart
+START = 0.1  # of the steps: their losses, near ln V, do not set the range of the plot
+
+Record = dict[str, Any]  # a line of a log: metrics by name
 
 
 @dataclass
@@ -34,8 +39,10 @@ class Run:
 
     name: str
     settings: dict[str, Any]  # of the model and the run; "corpus" describes the data
-    log: list[dict[str, Any]]  # a record per evaluation: step, train, val, lr, grad_norm, seconds
+    log: list[Record]  # of evaluations: step, train, val, lr, grad_norm, seconds
     note: str = ""  # what is missing of it
+    steps: list[Record] = field(default_factory=list)  # step, loss, lr, grad_norm, seconds
+    final: Record = field(default_factory=dict)  # of a finished run: its best step, val, verdict
 
     @property
     def tokens_per_step(self) -> int:
@@ -45,8 +52,9 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """Read a run from its folder, its log.jsonl or one of its checkpoints. The last line of a log
-    may be cut off. Raises UserError if there is no valid log or no evaluation in it."""
-    note = ""
+    may be cut off. A checkpoint does not contain the training steps. Raises UserError if there is
+    no valid log or no evaluation in it."""
+    note, steps, final = "", [], {}
     if path.suffix == ".pt":
         state = read_checkpoint(path)
         parts = [state[key] for key in ("gpt_config", "train_config")]
@@ -55,16 +63,21 @@ def read_run(path: Path) -> Run:
         settings = parts[0] | parts[1] | {"corpus": state["corpus"]}
         log = state["log"]
     else:
-        settings, log, note = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
+        file = path if path.suffix == ".jsonl" else path / "log.jsonl"
+        (settings, *lines), note = read_log(file)
+        if lines and isinstance(lines[-1], dict) and "final" in lines[-1]:
+            final = lines.pop()["final"]
+        steps = [line for line in lines if is_training_step(line)]
+        log = [line for line in lines if not is_training_step(line)]
     if not log:
         raise UserError(f"{path} cannot be plotted: the run has not been evaluated yet")
-    if problems := settings_problems(settings) + record_problems(log):
+    if problems := settings_problems(settings) + evaluation_problems(log) + step_problems(steps):
         raise UserError(f"{path} cannot be plotted: {'; '.join(problems[:3])}")
-    return Run(str(path), settings, log, note)
+    return Run(str(path), settings, log, note, steps, final)
 
 
-def read_log(file: Path) -> tuple[Any, list[Any], str]:
-    """The settings and evaluations of a log.jsonl, and a note if its last line was cut off."""
+def read_log(file: Path) -> tuple[list[Any], str]:
+    """The lines of a log.jsonl, and a note if the last one was cut off."""
     if file.parent.suffix == ".json" and file.parent.is_file():
         raise UserError(f"{file.parent} has no settings: plot {file.parent.parent}/log.jsonl")
     try:
@@ -79,8 +92,22 @@ def read_log(file: Path) -> tuple[Any, list[Any], str]:
         raise UserError(f"{file.parent} is not the folder of a run: {error}") from None
     if not values:
         raise UserError(f"{file} cannot be plotted: it is empty or damaged")
-    final = isinstance(values[-1], dict) and "final" in values[-1]
-    return values[0], values[1 : len(values) - final], note
+    return values, note
+
+
+def is_training_step(line: Any) -> bool:
+    """Whether a line of a log is about a training step, and not about an evaluation."""
+    return isinstance(line, dict) and "loss" in line and "val" not in line
+
+
+def training_steps(file: Path) -> list[Record]:
+    """The training steps of a log.jsonl that can be read; none if there is no such file."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                found += [json.loads(line)]
+    return [r for r in found if is_training_step(r) and not step_problems([r])]
 
 
 def is_number(value: Any) -> bool:
@@ -111,25 +138,31 @@ def settings_problems(settings: Any) -> list[str]:
     return found
 
 
-def record_problems(log: list[Any]) -> list[str]:
+def evaluation_problems(log: list[Any]) -> list[str]:
     """The evaluations whose numbers cannot be drawn. Only the training loss may be missing; step 0
     has no gradient norm, and that of float16 may be infinite."""
+    log = [{"train": 0, **record} if isinstance(record, dict) else record for record in log]
+    return record_problems("evaluation", log, ("step", "train", "val", "lr", "seconds"))
+
+
+def step_problems(steps: list[Any]) -> list[str]:
+    """The training steps whose numbers cannot be drawn."""
+    return record_problems("training step", steps, ("step", "loss", "lr", "seconds"))
+
+
+def record_problems(what: str, records: list[Any], needed: tuple[str, ...]) -> list[str]:
+    """The records that lack one of the needed numbers, or whose steps do not increase."""
     found, last = [], -1
-    for i, record in enumerate(log, 1):
+    for i, record in enumerate(records, 1):
         if not isinstance(record, dict):
-            found.append(f"evaluation {i} is not a record")
+            found.append(f"{what} {i} is not a record")
             continue
-        record = {"train": 0, **record}
         norm = record.get("grad_norm")
-        names = [
-            n for n in ("step", "train", "val", "lr", "seconds") if not is_number(record.get(n))
-        ]
+        names = [name for name in needed if not is_number(record.get(name))]
         names += ["grad_norm"] * (norm is not None and not isinstance(norm, (int, float)))
-        found += [
-            f"{n} of evaluation {i} is {record.get(n)!r:.40}, no finite number" for n in names
-        ]
+        found += [f"{n} of {what} {i} is {record.get(n)!r:.40}, no finite number" for n in names]
         if not names and (type(record["step"]) is not int or record["step"] <= last):
-            found.append(f"step of evaluation {i} is {record['step']}, after {last}")
+            found.append(f"step of {what} {i} is {record['step']}, after {last}")
         last = record["step"] if not names else last
     return found
 
@@ -155,15 +188,15 @@ def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
     figure = new_figure(8, 7.5)
     losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3.5, 1, 1])
     for run, color in zip(runs, itertools.cycle(COLORS)):
-        xs = x_values(run, x)
-        plot_losses(losses, run, xs, color, only_run=len(runs) == 1)
-        rates.plot(xs, [record["lr"] for record in run.log], color=color)
-        norms.plot(xs, [drawable(record.get("grad_norm")) for record in run.log], color=color)
-    dashed = "" if len(runs) == 1 else ", training dashed"
+        plot_losses(losses, run, x, color, only_run=len(runs) == 1)
+        records = sorted(run.steps + run.log, key=lambda record: record["step"])
+        rates.plot(*points(run, records, "lr", x), color=color)
+        norms.plot(*points(run, records, "grad_norm", x), color=color, linewidth=0.8)
+    show_range(losses, runs)
     # A name may contain $, which starts a formula otherwise.
     losses.set_title(runs_title(runs), loc="left", fontsize=10, parse_math=False)
-    losses.set_ylabel(f"loss (nats per token){dashed}")
-    for label in losses.legend().get_texts():
+    losses.set_ylabel("loss (nats)" if len(runs) == 1 else "loss (nats), training: thin lines")
+    for label in losses.legend(loc="upper right").get_texts():
         label.set_parse_math(False)
     rates.set_ylabel("learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -178,26 +211,53 @@ def drawable(value: Any) -> float:
     return value if is_number(value) else math.nan
 
 
-def x_values(run: Run, x: str) -> list[float]:
-    """The steps of the evaluations, the million tokens trained on until then, or the minutes."""
-    if x == "time":
-        return [record["seconds"] / 60 for record in run.log]
-    scale = run.tokens_per_step / 1e6 if x == "tokens" else 1
-    return [record["step"] * scale for record in run.log]
+def points(
+    run: Run, records: list[Record], name: str, x: str = "step"
+) -> tuple[list[float], list[float]]:
+    """A metric of these records, at most MAX_POINTS: where they are on the horizontal axis (the
+    steps, the million tokens trained on until then, or the minutes), and its values."""
+    records = records[:: math.ceil(len(records) / MAX_POINTS) or 1]
+    scale = {"step": 1.0, "tokens": run.tokens_per_step / 1e6, "time": 1 / 60}[x]
+    xs = [record["seconds" if x == "time" else "step"] * scale for record in records]
+    return xs, [drawable(record.get(name)) for record in records]
 
 
-def plot_losses(axes: "Axes", run: Run, xs: list[float], color: str, only_run: bool) -> None:
-    """Training loss (dashed) and validation loss, with a star at the best step. The legend names
-    the losses of a run plotted alone, otherwise the runs."""
+def plot_losses(axes: "Axes", run: Run, x: str, color: str, only_run: bool) -> None:
+    """The training loss of single steps (thin) and of the evaluations (dashed), the validation
+    loss, and a star at its best step. The legend names the losses of a run plotted alone, otherwise
+    the runs."""
     best = best_record(run.log)
-    training_label = "training loss" if only_run else None
-    training_color = ORANGE if only_run else color
-    training = [drawable(record.get("train")) for record in run.log]
-    axes.plot(xs, training, linestyle="--", color=training_color, label=training_label)
+    train_color = ORANGE if only_run else color
+    steps_label, train_label = (
+        ("training loss of a batch", "training loss") if only_run else ("", "")
+    )
+    if run.steps:
+        thin: dict[str, Any] = {"color": train_color, "linewidth": 0.7, "alpha": 0.5}
+        axes.plot(*points(run, run.steps, "loss", x), label=steps_label, **thin)
+    axes.plot(*points(run, run.log, "train", x), "--", color=train_color, label=train_label)
     name = "validation loss, best" if only_run else run.name
     label = f"{name}: {best['val']:.4f} at step {best['step']}"
-    axes.plot(xs, [record["val"] for record in run.log], color=color, marker=".", label=label)
-    axes.plot(xs[run.log.index(best)], best["val"], "*", color=color, markersize=12)
+    axes.plot(*points(run, run.log, "val", x), color=color, marker="o", markersize=4, label=label)
+    axes.plot(*points(run, [best], "val", x), "*", color=color, markersize=12)
+
+
+def show_range(axes: "Axes", runs: list[Run]) -> None:
+    """Limit the vertical axis to the losses after the START of the runs, and not far above that of
+    a uniform guess, which is a dotted line if it is in this range."""
+    shown: list[float] = []
+    for run in runs:
+        records = run.log + run.steps
+        start = START * max(record["step"] for record in records)
+        late = [record for record in records if record["step"] > start] or records
+        numbers = (drawable(r.get(name)) for r in late for name in ("val", "train", "loss"))
+        shown += [number for number in numbers if not math.isnan(number)]
+    uniform = max(math.log(run.settings["vocab_size"]) for run in runs)
+    limit = 1.2 * max(uniform, *(run.log[0]["val"] for run in runs))
+    low, high = min(shown), min(max(shown), max(limit, min(shown)))
+    margin = 0.05 * (high - low) or 0.05
+    axes.set_ylim(low - margin, high + margin)
+    if low < uniform < high:
+        axes.axhline(uniform, color="gray", linestyle=":", label=f"uniform guess: {uniform:.2f}")
 
 
 def runs_title(runs: list[Run]) -> str:
