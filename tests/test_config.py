@@ -414,7 +414,7 @@ numbers:
 
 switches:
   --fast                        no accuracy [off]
-  --no-exact                    no speed [on]
+  --exact, --no-exact           no speed [on]
   --mode                        a b | c [a\nb]
 """
 
