@@ -65,6 +65,13 @@ def test_each_document_is_in_one_split_and_starts_with_end_of_text(tmp_path, kin
     assert [corpus.train_bytes, corpus.val_bytes] == sizes
 
 
+def test_an_encoding_of_tiktoken_is_used_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(make_text())
+    tokenizer = CharTokenizer.train([make_text()])
+    monkeypatch.setattr(load, "from_tiktoken", {"cl100k_base": tokenizer}.__getitem__)
+    assert load.load_corpus(str(tmp_path / "text.txt"), "cl100k_base")[0] is tokenizer
+
+
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_records_become_a_corpus_between_bos_and_eos(tmp_path, kind):
     records = [

@@ -266,3 +266,13 @@ def test_a_download_without_a_network_is_one_error(workplace, monkeypatch):
     monkeypatch.setattr(download.urllib.request, "build_opener", no_network)
     with pytest.raises(UserError, match=r"TinyStories-train\.txt could not be downloaded .*no rou"):
         download.fetch("tinystories")
+
+
+def test_the_stories_are_two_files_named_by_their_split(workplace, monkeypatch):
+    asked = []
+    monkeypatch.setattr(download, "download", lambda url, path: asked.append((url, path)))
+    names = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
+    paths = {split: Path("data", name) for split, name in names.items()}
+    assert download.fetch("tinystories") == paths
+    folder = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+    assert asked == [(folder + path.name, path) for path in paths.values()]

@@ -280,6 +280,7 @@ CHANGES: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("must be a list of texts with ids", lambda c: add_token(c, content=None)),
     ("must be a list of texts with ids", lambda c: c.update(added_tokens={})),
     ("no vocab", lambda c: add_token(c, content="<x>", id=5)),
+    ("no vocab", lambda c: c["model"]["vocab"].update({END_OF_TEXT: 999})),
 ]
 
 

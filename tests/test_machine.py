@@ -270,3 +270,15 @@ def test_the_table_of_presets_in_the_help():
     )
     assert len(lines) == arch + 4  # gpt2, llama, qwen3: all their settings are columns
     assert {len(line) for line in lines if " and " not in line} == {9 + 12 * 9, 9 + 12 * 8}
+
+
+@pytest.mark.parametrize(("name", "preset"), [("cuda", "medium"), ("cpu", "laptop")])
+def test_the_device_that_is_given_selects_the_preset(monkeypatch, name: str, preset: str):
+    monkeypatch.setattr(setup, "device_problems", lambda name: [])
+    monkeypatch.setattr(setup, "pick_device", lambda name: torch.device(name))
+    assert setup.resolve_train({"device": name})[1].preset == preset
+    assert setup.device_type({"device": "cuda:1"}) == "cuda"
+
+
+def test_an_invalid_device_is_treated_as_a_cpu_until_it_is_reported():
+    assert setup.device_type({"device": "abacus"}) == "cpu"

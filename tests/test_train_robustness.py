@@ -242,6 +242,15 @@ def test_resuming_honors_or_rejects_every_setting(trained: Path):
         assert {k for k in saved if resolved[k] != saved[k]} <= {name, "out_dir", "resume"}
 
 
+def test_a_run_in_another_folder_is_resumed_from_there(trained: Path):
+    shutil.copytree("checkpoints", "elsewhere/a")
+    _, config, state = resolve_train({"resume": True, "out_dir": "elsewhere", "tag": "a"})
+    assert (config.out_dir, config.tag) == (str(Path("elsewhere/a")), "") and state
+    (Path("elsewhere/a") / "latest.pt").unlink()
+    with pytest.raises(UserError, match=r"there is no checkpoint elsewhere.a.latest\.pt"):
+        resolve_train({"resume": True, "out_dir": "elsewhere", "tag": "a"})
+
+
 def test_a_run_cannot_be_resumed_to_an_earlier_step(trained: Path):
     with pytest.raises(UserError, match="max_steps 10 is below 20, where the run resumes"):
         train.main(["--resume", "--device=cpu", "--max_steps=10"])
