@@ -93,6 +93,23 @@ def test_the_curve_shows_training_steps_and_the_learning_rate_at_each_of_them():
     assert len(norms.lines[0].get_xdata()) == 13  # with three evaluations
 
 
+def test_no_straight_line_leads_from_an_evaluation_above_the_plot():
+    """With two evaluations, it would look as if the loss fell by equal amounts all the time."""
+    run = Run("a", SETTINGS, log([4.2, 1.5], [4.2, 1.8]), steps=steps([4.1, 2.5, 2.0, 1.7, 1.6]))
+    validation = "validation loss, best: 1.8000 at step 100"
+
+    def drawn(run: Run) -> dict[str, list]:
+        lines = plot_runs([run]).axes[0].lines
+        return {str(line.get_label()): list(line.get_ydata()) for line in lines}
+
+    assert drawn(run)[validation] == [1.8]
+    assert drawn(run)["training loss at evaluations"] == [1.5]
+    run.steps = []  # of an older version: there is no other line
+    assert drawn(run)[validation] == [4.2, 1.8]
+    run.steps, run.log = steps([1e6] * 5), log([1e6, 1e6], [1e6, 1e6])
+    assert 1e6 in drawn(run)["validation loss, best: 1000000.0000 at step 0"]
+
+
 def test_the_range_of_the_curve_is_that_of_the_losses_after_the_first_tenth():
     run = Run("a", SETTINGS, log([4.2, 2.0, 1.5], [4.2, 2.2, 1.8]), steps=steps([4.1, 3.0, 2.5]))
     low, high = plot_runs([run]).axes[0].get_ylim()
@@ -107,6 +124,9 @@ def test_the_loss_of_a_uniform_guess_is_a_line_if_it_is_in_the_range():
 
     assert "uniform guess: 4.17" in labels([4.2, 4.3, 4.0])  # ln 65
     assert "uniform" not in labels([4.2, 2.0, 1.5])
+    both = [Run("a", SETTINGS | {"vocab_size": n}, log([4.2, 5, 2], [4.2, 5, 2])) for n in (65, 20)]
+    dotted = [line for line in plot_runs(both).axes[0].lines if line.get_linestyle() == ":"]
+    assert [line.get_ydata()[0] for line in dotted] == [math.log(20), math.log(65)]
 
 
 def test_a_diverged_run_does_not_stretch_the_range():

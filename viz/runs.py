@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", BLACK, "#999999")
 X_LABELS = {"step": "step", "tokens": "training tokens (millions)", "time": "time (minutes)"}
-TITLE_CHARS = 102  # that fit in one line above the plot
+TITLE_CHARS = 98  # that fit in one line above the plot
 
 MAX_RUNS = 20  # in one picture: more verdicts and names than that do not fit
 MAX_NUMBER = 1e100  # of a log; matplotlib's axes overflow before floats do
@@ -187,16 +187,17 @@ def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
     X_LABELS. The best step of each run is marked; the verdicts are the title."""
     figure = new_figure(8, 7.5)
     losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3.5, 1, 1])
+    low, high = loss_range(runs)
     for run, color in zip(runs, itertools.cycle(COLORS)):
-        plot_losses(losses, run, x, color, only_run=len(runs) == 1)
+        plot_losses(losses, run, x, color, high, only_run=len(runs) == 1)
         records = sorted(run.steps + run.log, key=lambda record: record["step"])
         rates.plot(*points(run, records, "lr", x), color=color)
         norms.plot(*points(run, records, "grad_norm", x), color=color, linewidth=0.8)
-    show_range(losses, runs)
+    set_range(losses, low, high, {math.log(run.settings["vocab_size"]) for run in runs})
     # A name may contain $, which starts a formula otherwise.
     losses.set_title(runs_title(runs), loc="left", fontsize=10, parse_math=False)
-    losses.set_ylabel("loss (nats)" if len(runs) == 1 else "loss (nats), training: thin lines")
-    for label in losses.legend(loc="upper right").get_texts():
+    losses.set_ylabel("loss (nats)" if len(runs) == 1 else "loss (nats); training: thin, dashed")
+    for label in losses.legend().get_texts():
         label.set_parse_math(False)
     rates.set_ylabel("learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -222,28 +223,30 @@ def points(
     return xs, [drawable(record.get(name)) for record in records]
 
 
-def plot_losses(axes: "Axes", run: Run, x: str, color: str, only_run: bool) -> None:
+def plot_losses(axes: "Axes", run: Run, x: str, color: str, highest: float, only_run: bool) -> None:
     """The training loss of single steps (thin) and of the evaluations (dashed), the validation
     loss, and a star at its best step. The legend names the losses of a run plotted alone, otherwise
     the runs."""
-    best = best_record(run.log)
+    best, log = best_record(run.log), run.log
+    if run.steps:  # no straight lines from the first evaluations, which are above the plot
+        log = list(itertools.dropwhile(lambda record: record["val"] > highest, log)) or log
+    name, labels = run.name, ["", ""]
+    if only_run:
+        name = "validation loss, best"
+        labels = ["training loss of one batch", "training loss at evaluations"]
     train_color = ORANGE if only_run else color
-    steps_label, train_label = (
-        ("training loss of a batch", "training loss") if only_run else ("", "")
-    )
     if run.steps:
         thin: dict[str, Any] = {"color": train_color, "linewidth": 0.7, "alpha": 0.5}
-        axes.plot(*points(run, run.steps, "loss", x), label=steps_label, **thin)
-    axes.plot(*points(run, run.log, "train", x), "--", color=train_color, label=train_label)
-    name = "validation loss, best" if only_run else run.name
+        axes.plot(*points(run, run.steps, "loss", x), label=labels[0], **thin)
+    axes.plot(*points(run, log, "train", x), "--.", color=train_color, label=labels[1])
     label = f"{name}: {best['val']:.4f} at step {best['step']}"
-    axes.plot(*points(run, run.log, "val", x), color=color, marker="o", markersize=4, label=label)
+    axes.plot(*points(run, log, "val", x), color=color, marker="o", markersize=4, label=label)
     axes.plot(*points(run, [best], "val", x), "*", color=color, markersize=12)
 
 
-def show_range(axes: "Axes", runs: list[Run]) -> None:
-    """Limit the vertical axis to the losses after the START of the runs, and not far above that of
-    a uniform guess, which is a dotted line if it is in this range."""
+def loss_range(runs: list[Run]) -> tuple[float, float]:
+    """The lowest and the highest loss after the START of the runs, the highest not far above that
+    of a uniform guess."""
     shown: list[float] = []
     for run in runs:
         records = run.log + run.steps
@@ -251,13 +254,20 @@ def show_range(axes: "Axes", runs: list[Run]) -> None:
         late = [record for record in records if record["step"] > start] or records
         numbers = (drawable(r.get(name)) for r in late for name in ("val", "train", "loss"))
         shown += [number for number in numbers if not math.isnan(number)]
-    uniform = max(math.log(run.settings["vocab_size"]) for run in runs)
-    limit = 1.2 * max(uniform, *(run.log[0]["val"] for run in runs))
-    low, high = min(shown), min(max(shown), max(limit, min(shown)))
+    guess = max(math.log(run.settings["vocab_size"]) for run in runs)
+    limit = 1.2 * max(guess, *(run.log[0]["val"] for run in runs))
+    return min(shown), min(max(shown), max(limit, min(shown)))
+
+
+def set_range(axes: "Axes", low: float, high: float, guesses: set[float]) -> None:
+    """Limit the vertical axis to these losses; that of a uniform guess, if in between, is a dotted
+    line."""
     margin = 0.05 * (high - low) or 0.05
     axes.set_ylim(low - margin, high + margin)
-    if low < uniform < high:
-        axes.axhline(uniform, color="gray", linestyle=":", label=f"uniform guess: {uniform:.2f}")
+    for guess in sorted(guesses):
+        if low < guess < high:
+            label = f"uniform guess: {guess:.2f}"
+            axes.axhline(guess, color="gray", linestyle=":", label=label)
 
 
 def runs_title(runs: list[Run]) -> str:
