@@ -513,6 +513,22 @@ def test_the_curve_is_redrawn_every_few_seconds_but_not_at_the_last_step(workpla
     assert len(plots) == 2 and plots[0][1] == Path("checkpoints/loss_curve.png")
 
 
+def test_a_curve_that_takes_long_to_draw_is_drawn_rarely(workplace, monkeypatch):
+    clock, plots = Clock(monkeypatch), []
+
+    def draw(figure: object, file: Path) -> None:
+        plots.append(clock.now)
+        clock.now += 2.0
+
+    monkeypatch.setattr(run_log, "save_figure", draw)
+    monkeypatch.setattr(run_log, "plot_runs", lambda runs: None)
+    log = make_log()
+    for step in range(100):
+        clock.now += 1.0
+        log.evaluation(step, {"val": 1.0}, 0.0, "")
+    assert plots == [1006.0, 1049.0, 1092.0]  # 40 seconds after the end of the last one
+
+
 def test_samples_are_written_whole_and_printed_by_their_first_lines(workplace, capsys):
     log = make_log()
     log.write_sample(3, "one\n\ntwo\nthree\n\nfour\nfive é")

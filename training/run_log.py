@@ -45,7 +45,8 @@ FORMATS: dict[str, tuple[str, str]] = {
     "seconds": ("", ""),
 }
 OTHER_FORMATS = ("{name} {:.3f}", "{name} {:.4f}")
-PLOT_INTERVAL = 5.0  # seconds; drawing the curve takes a fraction of one
+PLOT_INTERVAL = 5.0  # seconds between two drawings of the curve
+PLOT_SHARE = 0.05  # of the time, at most, for drawing: it takes 1.2 s for a million steps
 SAMPLE_LINES = 4  # of a sample that are printed
 SAMPLE_WIDTH = 100  # of these lines, if the width of the terminal is unknown
 
@@ -68,7 +69,8 @@ class RunLog:
         self.run_dir = Path(config.out_dir, config.tag)
         self.records: list[Record] = state["log"] if state else []  # of the evaluations
         self.seconds_before = 0.0  # of the run, before this process
-        self.started = self.plotted = time.perf_counter()
+        self.started = time.perf_counter()
+        self.next_plot = self.started + PLOT_INTERVAL
         # when the timed interval began, and after which step
         self.clock_time, self.clock_step = self.started, 0
         self.timed_step: int | None = None  # the last step whose metrics were read
@@ -178,7 +180,7 @@ class RunLog:
             self.append(record)
             self.write_evaluations()
             self.forward(record)
-            if time.perf_counter() > self.plotted + PLOT_INTERVAL and step < self.config.max_steps:
+            if time.perf_counter() > self.next_plot and step < self.config.max_steps:
                 self.plot()
         return record is self.best()
 
@@ -226,8 +228,10 @@ class RunLog:
 
     def plot(self) -> None:
         """Draw the curve so far."""
+        start = time.perf_counter()
         save_figure(plot_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
-        self.plotted = time.perf_counter()
+        now = time.perf_counter()
+        self.next_plot = now + max(PLOT_INTERVAL, (now - start) / PLOT_SHARE)
 
     def forward(self, record: Record) -> None:
         """Send a record to TensorBoard and Weights & Biases, if they are in use."""
