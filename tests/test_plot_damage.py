@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from viz.runs import read_run
+from viz.runs import plot_runs, read_run
 
 SETTINGS = {"vocab_size": 65, "batch_size": 5, "grad_accum": 2, "block_size": 100}
 SETTINGS |= {"corpus": {"name": "poems"}, "n_layer": 3, "n_embd": 48}
@@ -27,7 +27,7 @@ def test_a_log_whose_last_line_is_cut_off_is_read_with_a_note(tmp_path: Path):
 def test_damage_is_one_error_line_or_leaves_a_valid_run(tmp_path: Path):
     rng = random.Random(1)
     values = [None, "x", [], {}, True, -1, float("nan"), float("inf"), 1e300, 10**400]
-    for _ in range(200):
+    for trial in range(200):
         lines = list(LINES)
         i = rng.randrange(len(lines))
         entries = json.loads(lines[i])
@@ -40,6 +40,9 @@ def test_damage_is_one_error_line_or_leaves_a_valid_run(tmp_path: Path):
             assert "\n" not in str(error)
         else:
             assert all(isinstance(record["val"], (int, float)) for record in run.log)
+            assert all(isinstance(record["loss"], (int, float)) for record in run.steps)
+            if trial % 10 == 0:
+                plot_runs([run])
 
 
 @pytest.mark.parametrize("text", ["", "\n", "null", "\0"])

@@ -254,6 +254,7 @@ def test_only_rank_0_writes_and_all_ranks_decide_alike(workplace, monkeypatch):
         monkeypatch.setattr(run_log, "PLOT_INTERVAL", -1.0)  # plot at every evaluation
         log = make_log(patience=2)
         best = log_validation_losses(log, [3.0, 2.0, 2.5, 2.5])
+        log.training_step(10, {"loss": torch.tensor(2.0)}, 0.5)
         decisions.append((best, log.best()["step"], log.out_of_patience()))
         log.stopped(3)
         log.finish({"val": 2.0})
@@ -453,6 +454,30 @@ def test_a_run_that_patience_ends_says_so(workplace, monkeypatch, capsys):
         log.finish({"val": 2.0})
         words = "stopped at step 3: no improvement in 2 evaluations (--patience 2)"
         assert (words in capsys.readouterr().out.splitlines()) == stopped
+
+
+@pytest.mark.parametrize("flags", [["--patience=4"], ["--patience=1", "--max_steps=5"]])
+def test_a_run_that_ends_at_max_steps_does_not_blame_patience(
+    workplace, monkeypatch, capsys, flags
+):
+    monkeypatch.setattr(Pretraining, "mean_loss", lambda *_: 3.0)
+    train.main([*TINY_RUN, *flags])
+    assert "no improvement in" not in capsys.readouterr().out
+
+
+def test_a_resume_keeps_the_training_steps_that_can_be_read(workplace, monkeypatch):
+    """The evaluations are in the checkpoint, so that they need no file."""
+    log = make_log()
+    log_validation_losses(log, [3.0])
+    Clock(monkeypatch).steps(log, 1, 20, seconds=1.0)
+    state = log.state() | {"step": 17}
+    file = Path("checkpoints/log.jsonl")
+    with open(file, "a") as damaged:  # the last line is of a process killed while it wrote
+        damaged.write('{"step": 12, "loss": "x"}\n[7]\n\0\0\n' + "[" * 10_000 + '\n{"step": 13, "')
+    for expected in ([0, 10], [0]):
+        RunLog(log.config, HEADER, state=state)
+        assert [line["step"] for line in read_lines(file.parent)[1:]] == expected
+        file.unlink()
 
 
 def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workplace, monkeypatch):
