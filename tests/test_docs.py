@@ -233,3 +233,14 @@ def test_the_core_files_that_the_readme_names_exist():
     diagram = re.search(r"## How the files fit.*?```\n(.*?)```", README, re.S)[1]
     names = re.findall(r"\w+\.py", diagram)
     assert len(names) > 10 and all((ROOT / name).exists() for name in names)
+
+
+def test_the_evaluations_are_read_as_the_settings_page_says(
+    tiny_training: Path, capsys: pytest.CaptureFixture
+):
+    train.main([])
+    capsys.readouterr()
+    (snippet,) = snippets("settings.md")
+    exec(snippet, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "5", "10", "15", "20"]
