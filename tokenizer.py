@@ -267,7 +267,8 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
         return CharTokenizer(list(data["chars"]), list(data.get("specials", ())))
     if data.get("kind") == "bpe":
         ranks = {from_printable(text): int(i) for text, i in data["ranks"].items()}
-        if not all(bytes([b]) in ranks for b in range(256)):
-            raise UserError("a byte-pair vocabulary without a token for every byte")
+        ids = [*ranks.values(), *data["specials"].values()]
+        if len({*ids}) < len(ids) or not all(bytes([b]) in ranks for b in range(256)):
+            raise UserError("byte pairs need a token for every byte, and an id for every token")
         return BPETokenizer(ranks, dict(data["specials"]), regex.compile(data["pattern"]).pattern)
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")

@@ -68,10 +68,13 @@ def test_special_tokens_come_first_and_unknown_characters_become_one_of_them():
 def test_an_unknown_or_incomplete_tokenizer_is_rejected():
     with pytest.raises(UserError, match="'magic'"):
         from_dict({"kind": "magic"})
-    incomplete = BPE.to_dict()
+    incomplete, doubled, shared = BPE.to_dict(), BPE.to_dict(), BPE.to_dict()
     del incomplete["ranks"]["!"]
-    with pytest.raises(UserError, match="without a token for every byte"):
-        from_dict(incomplete)
+    doubled["ranks"]["!"] = doubled["ranks"]["?"]
+    shared["specials"] = {"<x>": shared["ranks"]["!"]}
+    for data in (incomplete, doubled, shared):
+        with pytest.raises(UserError, match="a token for every byte, and an id for every token"):
+            from_dict(data)
 
 
 # --- byte pairs: training
