@@ -170,6 +170,20 @@ def test_a_folder_is_replaced_only_at_the_end_and_by_one_process(tmp_path, monke
     assert checks == [False, False, True, True]
 
 
+def test_what_a_killed_replacement_moved_away_returns_before_the_next_one(tmp_path: Path):
+    old = tmp_path / ".set.part" / "old"
+    old.mkdir(parents=True)
+    (old / "a.txt").write_text("old")
+
+    def check() -> None:  # it must see the old folder, to decide whether it may be replaced
+        assert (tmp_path / "set" / "a.txt").read_text() == "old"
+        raise UserError("not to be replaced")
+
+    with pytest.raises(UserError, match="not to be"), replacing(tmp_path / "set", "a test", check):
+        pass
+    assert (tmp_path / "set" / "a.txt").read_text() == "old" and os.listdir(tmp_path) == ["set"]
+
+
 def test_a_replaced_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     calls, fsync, rename = [], os.fsync, Path.rename
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
