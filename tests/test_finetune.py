@@ -31,7 +31,7 @@ from corpus.bpe import count_pieces, train_bpe
 from finetuning import lora, tasks
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
-from finetuning.setup import FinetuneConfig, check_finetune, resolve_finetune
+from finetuning.setup import FinetuneConfig, check_finetune, load_base, resolve_finetune
 from finetuning.tasks import (
     DPOTask,
     QATask,
@@ -900,6 +900,14 @@ def test_a_truncated_or_altered_adapter_is_rejected(place: Path, adapted: Path):
 def settings_of(words: list[str]) -> tuple:
     classes = (FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
     return parse_args(classes, words, "", resolve_finetune, check_finetune)
+
+
+def test_a_base_whose_run_had_invalid_settings_is_rejected(place: Path):
+    state = read("", "best.pt")
+    state["train_config"]["lr_max"] = -1.0
+    utils.save_checkpoint(Path("odd.pt"), state)
+    with pytest.raises(UserError, match=r"invalid checkpoint odd\.pt: .*lr_max must be above 0"):
+        load_base(Path("odd.pt"))
 
 
 @pytest.mark.parametrize("objective", ["qa", "distill"])
