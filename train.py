@@ -6,7 +6,7 @@
     python train.py --resume                   resume a stopped run
     torchrun --nproc_per_node=2 train.py       two GPUs; see training/distributed.py
 
-A run's folder, checkpoints/ or checkpoints/TAG/, contains latest.pt and best.pt, loss_curve.png,
+The run folder, checkpoints/ or checkpoints/TAG/, contains latest.pt and best.pt, loss_curve.png,
 samples.txt, loss_log.json (a list of the evaluations) and log.jsonl (all measurements).
 Next: python generate.py
 """

@@ -8,9 +8,9 @@ import torch
 
 from config import (
     ARCHS,
-    ENCODINGS,
     PRESETS,
     SGD_LR,
+    TOKENIZERS,
     GPTConfig,
     TrainConfig,
     UserError,
@@ -112,7 +112,7 @@ def load_base(path: Path) -> Base:
     model, tokenizer, state = load_checkpoint(path, torch.device("cpu"))
     state["optimizers"] = []  # twice as large as the weights, and not needed
     saved = state["train_config"]
-    names = {"preset": PRESETS, "arch": ARCHS, "tokenizer": ("char", "bpe", *ENCODINGS)}
+    names = {"preset": PRESETS, "arch": ARCHS, "tokenizer": TOKENIZERS}
     known = {name for name, choices in names.items() if saved.get(name) in [*choices]}
     known |= {"data", "separator", "hold_out", "lr_max", "optimizer"}
     values = {"preset": "laptop"} | {name: saved[name] for name in known & saved.keys()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -45,11 +46,13 @@ def test_the_notebook_runs_and_resumes(workplace, monkeypatch):
     assert read_checkpoint(workplace / "checkpoints" / "colab" / "latest.pt")["step"] == 30
 
 
-def first_cell(repo: str = "") -> str:
-    """The code of the notebook's first cell, with the address of the repository."""
+def run_first_cell(folder: Path, repo: str = "") -> None:
+    """Run the notebook's first cell, with the address of the repository, in this folder."""
     notebook = json.loads((ROOT / "colab.ipynb").read_text(encoding="utf-8"))
     code = next(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code")
-    return "".join(code).replace('REPO = ""', f"REPO = {repo!r}")
+    script = folder / "first_cell.py"
+    script.write_text("".join(code).replace('REPO = ""', f"REPO = {repo!r}"))
+    runpy.run_path(str(script))
 
 
 def test_the_notebook_finds_the_code_or_clones_it_or_says_what_to_do(
@@ -57,19 +60,19 @@ def test_the_notebook_finds_the_code_or_clones_it_or_says_what_to_do(
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="set REPO"):
-        exec(first_cell(), {})
+        run_first_cell(tmp_path)
     with pytest.raises(SystemExit, match="could not be cloned: check REPO"):
-        exec(first_cell(str(tmp_path / "none")), {})
+        run_first_cell(tmp_path, str(tmp_path / "none"))
     origin = tmp_path / "origin"
     origin.mkdir()
     (origin / "train.py").touch()
     git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
-    exec(first_cell(str(origin)), {})
+    run_first_cell(tmp_path, str(origin))
     assert Path.cwd() == tmp_path / "TinyLLM" and Path("train.py").exists()
-    exec(first_cell(), {})  # opened from a clone
+    run_first_cell(tmp_path)  # opened from a clone
     assert Path.cwd() == tmp_path / "TinyLLM"
     os.chdir(tmp_path)  # a new kernel on the same machine
-    exec(first_cell(), {})
+    run_first_cell(tmp_path)
     assert Path.cwd() == tmp_path / "TinyLLM"

@@ -185,9 +185,11 @@ def test_links_lead_to_files_and_sections():
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def snippets(page: str) -> list[str]:
-    """The Python code of a page."""
-    return re.findall(r"^```python\n(.*?)^```", PAGES[page], re.S | re.M)
+def run_snippet(page: str, *replacement: str) -> dict[str, object]:
+    """Run the Python code of a page, with a text replaced. Returns its variables."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGES[page], re.S | re.M)
+    Path("snippet.py").write_text(code.replace(*replacement) if replacement else code)
+    return runpy.run_path("snippet.py")
 
 
 @pytest.fixture
@@ -200,9 +202,7 @@ def tiny_training(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_custom_loss_is_trained_and_logged(tiny_training: Path):
-    (snippet,) = snippets("how_it_works.md")
-    Path("custom_loss.py").write_text(snippet)
-    runpy.run_path("custom_loss.py")
+    run_snippet("how_it_works.md")
     state = utils.read_checkpoint(Path("checkpoints/smoothed/latest.pt"))
     last = state["log"][-1]
     assert last["step"] == state["step"] == 20
@@ -212,17 +212,14 @@ def test_the_custom_loss_is_trained_and_logged(tiny_training: Path):
 def test_five_lines_of_python_train_sample_and_inspect(
     tiny_training: Path, capsys: pytest.CaptureFixture
 ):
-    (snippet,) = snippets("README.md")
-    Path("notebook.py").write_text(snippet.replace("ROMEO:", "the dog"))
-    scope = runpy.run_path("notebook.py")
+    scope = run_snippet("README.md", "ROMEO:", "the dog")
     printed = capsys.readouterr().out
     assert "\nthe dog" in printed and "GPT(" in printed
     assert scope["checkpoint"]["step"] == 20
 
 
-def test_the_tokenizer_page_shows_what_it_says(capsys: pytest.CaptureFixture):
-    (snippet,) = snippets("tokenizers.md")
-    exec(snippet, {})
+def test_the_tokenizer_page_shows_what_it_says(workplace: Path, capsys: pytest.CaptureFixture):
+    run_snippet("tokenizers.md")
     first, second = capsys.readouterr().out.splitlines()
     # <|endoftext|> is 0; space d e h l o r w are 1 to 8
     assert first == "[4, 3, 5, 5, 6, 0] 'hello<|endoftext|>'"
@@ -240,7 +237,6 @@ def test_the_evaluations_are_read_as_the_settings_page_says(
 ):
     train.main([])
     capsys.readouterr()
-    (snippet,) = snippets("settings.md")
-    exec(snippet, {})
+    run_snippet("settings.md")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["0", "5", "10", "15", "20"]
