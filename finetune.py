@@ -3,7 +3,7 @@
     python finetune.py checkpoints/best.pt --data my.txt                         another text
     python finetune.py checkpoints/best.pt --objective qa --data data/qa.json    answering questions
     python finetune.py --objective distill --teacher checkpoints/best.pt --n_layer 2     a student
-    python finetune.py checkpoints/best.pt --objective dpo --data pairs.jsonl    preferences
+    python finetune.py checkpoints/best.pt --objective dpo --data data/pairs.jsonl     preferences
     python finetune.py checkpoints/best.pt --data my.txt --lora_rank 8           with LoRA
     python finetune.py checkpoints/best.pt --merge checkpoints/text/adapter.pt   merge an adapter
 
