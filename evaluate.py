@@ -3,10 +3,17 @@
     python evaluate.py                                     best.pt of the newest run
     python evaluate.py checkpoints/a/best.pt checkpoints/b/best.pt
     python evaluate.py checkpoints/a/best.pt --data other.txt --split train
+    python evaluate.py --stride 64                         also the loss with more context
 
 The loss is in nats per token, which is comparable between models with the same tokenizer. Bits per
 byte (bpb) are comparable between all models evaluated on the same text. top-1 is the accuracy of
 the most likely token.
+
+Windows are consecutive, so the first tokens of each are predicted from a short context. --stride S
+adds the loss over overlapping windows, one every S tokens, of which only the last S predictions are
+scored (all of them in the first window). Each token is still scored once, but after the first
+window from more than block_size - S tokens of context. That alone makes this loss lower, so compare
+only losses of the same stride. It takes block_size / S times as long as the usual loss.
 """
 
 import math
@@ -19,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, UserError, setting
+from config import DEVICE_HELP, PRECISIONS, GPTConfig, UserError, from_dict, setting
 from corpus.load import Corpus, load_corpus
 from model import GPT
 from system.command_line import parse_args
@@ -40,6 +47,9 @@ class EvaluateConfig:
     data: str = setting("", "a corpus, as for train.py; default: the checkpoint's own")
     separator: str = setting("", "text between the documents of --data, as for train.py")
     split: str = setting("val", "split of the corpus", choices=("val", "train"))
+    stride: int | None = setting(
+        None, "also the loss over windows that begin every STRIDE tokens; see above", low=1
+    )
     batch_size: int = setting(16, "windows per batch", low=1)
     device: str = setting("auto", DEVICE_HELP)
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
@@ -47,25 +57,35 @@ class EvaluateConfig:
 
 @torch.no_grad()
 def evaluate_split(
-    model: GPT, corpus: Corpus, config: EvaluateConfig, doc_mask: bool
+    model: GPT,
+    corpus: Corpus,
+    config: EvaluateConfig,
+    doc_mask: bool,
+    stride: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on every token of a split but the first. Raises UserError if there is none.
 
     Returns the number of predicted tokens, the mean loss in nats, the top-1 accuracy and the tokens
-    per second. With doc_mask, tokens attend only within their own document.
+    per second. With doc_mask, tokens attend only within their own document. Windows begin every
+    `stride` tokens, 1 to block_size, which is the default; see the top of this file.
     """
     device, block_size = next(model.parameters()).device, model.config.block_size
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
-    starts = utils.even_starts(len(ids), block_size)
     if len(ids) < 2:
         raise UserError(f"the {config.split} split has {len(ids)} tokens: use a longer text")
+    label = f"stride {stride}" if stride else None
+    stride = stride or block_size
+    overlap = block_size - stride
+    starts = utils.even_starts(max(len(ids) - overlap, 2), stride)  # 2: a split within one window
     total_loss = 0.0
     n_correct = n_tokens = 0
     start_time = time.perf_counter()
     batches = range(0, len(starts), config.batch_size)
-    for first in tqdm(batches, unit="batch", leave=False, disable=None):
+    for first in tqdm(batches, label, unit="batch", leave=False, disable=None):
         batch_starts = starts[first : first + config.batch_size]
-        x, y = (t.to(device) for t in utils.windows(ids, batch_starts, block_size))  # (B, T) both
+        x, y = utils.windows(ids, batch_starts, block_size)  # (B, T) both
+        y[torch.from_numpy(batch_starts > 0), :overlap] = -100  # scored in an earlier window
+        x, y = x.to(device), y.to(device)
         docs = None
         if doc_mask and corpus.separator is not None:
             docs = (x == corpus.separator).cumsum(dim=1)
@@ -84,6 +104,13 @@ def evaluate_split(
     }
 
 
+def window_size(path: Path) -> int:
+    """The block_size of a checkpoint. Raises UserError if it is missing or damaged."""
+    state = utils.read_checkpoint(path)
+    with utils.matching_contents(path):
+        return int(from_dict(GPTConfig, state["gpt_config"]).block_size)
+
+
 def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
     """The row of a checkpoint in the table. Raises UserError if its corpus is missing or has
     changed since the training."""
@@ -99,20 +126,27 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     )
     if not config.data and corpus.info["sha256"] != state["corpus"].get("sha256"):
         raise UserError(f"{data} is not what {path} was trained on: choose a corpus with --data")
-    row = evaluate_split(model, corpus, config, bool(train_config.get("doc_mask")))
+    doc_mask = bool(train_config.get("doc_mask"))
+    row = evaluate_split(model, corpus, config, doc_mask)
 
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     n_bytes = corpus.val_bytes if config.split == "val" else corpus.train_bytes
     unknown = tokenizer.specials.get("<UNK>")
     # The bytes of unknown characters cannot be predicted.
     has_bpb = n_bytes and (unknown is None or not (ids[:] == unknown).any())
-    row["bpb"] = utils.bits_per_byte(row["loss"], n_bytes / len(ids)) if has_bpb else math.nan
+    bytes_per_token = n_bytes / len(ids) if has_bpb else math.nan
+    row["bpb"] = utils.bits_per_byte(row["loss"], bytes_per_token)
+    if config.stride is not None:
+        loss = evaluate_split(model, corpus, config, doc_mask, config.stride)["loss"]
+        row |= {"stride_loss": loss, "stride_bpb": utils.bits_per_byte(loss, bytes_per_token)}
     return {"checkpoint": str(path), "parameters": model.num_params(), "split": config.split} | row
 
 
-def format_table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]], stride: int | None = None) -> str:
     """The rows as text, in aligned columns with a header."""
     lines: list[tuple[str, ...]] = [COLUMNS]
+    if stride is not None:
+        lines = [(*COLUMNS, f"loss, stride {stride}", f"bpb, stride {stride}")]
     for row in rows:
         lines.append(
             (
@@ -125,6 +159,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
                 f"{row['bpb']:.4f}",
                 f"{row['top1']:.1%}",
                 f"{row['tokens_per_second']:,.0f}",
+                *(f"{row[key]:.4f}" for key in ("stride_loss", "stride_bpb") if key in row),
             )
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -142,8 +177,10 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(name) for name in config.checkpoints]
     paths = paths or [newest_checkpoint(Path("checkpoints"))]
     device = utils.pick_device(config.device)
-    for path in paths:  # report damaged checkpoints before anything slow starts
-        utils.read_checkpoint(path)
+    # report damaged checkpoints, and strides that would skip tokens, before anything slow starts
+    size, name = min((window_size(path), str(path)) for path in paths)
+    if config.stride is not None and config.stride > size:
+        raise UserError(f"stride must be at most {size}, the window of {name}, not {config.stride}")
     config.precision, _ = pick_precision(config.precision, device)
     rows: list[dict[str, Any]] = []
     try:
@@ -151,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(evaluate_checkpoint(path, config, device))
     finally:  # print the finished rows even after an error
         if rows:
-            print(format_table(rows))
+            print(format_table(rows, config.stride))
     return 0
 
 

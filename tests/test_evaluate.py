@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import train
 from config import UserError
 from corpus.load import Corpus
 from evaluate import EvaluateConfig
+from model import GPT
 from viz.runs import read_run
 
 
@@ -34,6 +36,94 @@ def test_every_token_of_a_split_is_evaluated():
     assert row["tokens"] == 100 == len(losses)
     assert row["loss"] == pytest.approx(sum(losses) / 100, abs=1e-5)
     assert row["top1"] == right / 100
+
+
+def one_token_at_a_time(model: GPT, ids: np.ndarray, first: Callable[[int], int]) -> list[float]:
+    """The loss of each token t but the first, predicted from the tokens first(t) to t - 1 alone."""
+    losses = []
+    for t in range(1, len(ids)):
+        context = torch.from_numpy(ids[first(t) : t])
+        probs = model(context[None])[0][0, -1].softmax(dim=-1)
+        losses.append(-probs[ids[t]].log().item())
+    return losses
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("n_ids", [2, 5, 12, 13, 14, 40])  # windows have 12 tokens and a target
+def test_with_stride_1_every_token_has_the_full_context(n_ids: int, batch_size: int):
+    model, ids = make_model(pos="learned"), np.random.default_rng(0).integers(11, size=300 + n_ids)
+    config = EvaluateConfig(precision="float32", batch_size=batch_size)
+    row = evaluate.evaluate_split(model, corpus_of(ids), config, False, stride=1)
+    losses = one_token_at_a_time(model, ids[300:], lambda t: max(0, t - 12))
+    assert row["tokens"] == len(losses) == n_ids - 1
+    assert row["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("n_ids", [12, 13, 17, 18, 19, 41])
+def test_with_stride_5_contexts_have_8_to_12_tokens(n_ids: int):
+    model, ids = make_model(pos="learned"), np.random.default_rng(0).integers(11, size=300 + n_ids)
+    first = [0] * 13 + [5] * 5 + [10] * 5 + [15] * 5 + [20] * 5 + [25] * 5 + [30] * 5
+    assert [t - first[t] for t in range(13, 24)] == [8, 9, 10, 11, 12, 8, 9, 10, 11, 12, 8]
+    config = EvaluateConfig(precision="float32")
+    row = evaluate.evaluate_split(model, corpus_of(ids), config, False, stride=5)
+    losses = one_token_at_a_time(model, ids[300:], lambda t: first[t])
+    assert row["tokens"] == len(losses) == n_ids - 1
+    assert row["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_with_a_stride_and_a_document_mask_the_context_begins_at_the_separator():
+    # the positions of rope are relative: a shorter context has the logits of a masked one
+    model, ids = make_model(pos="rope"), np.random.default_rng(0).integers(11, size=340)
+    config, val = EvaluateConfig(precision="float32"), ids[300:]
+
+    def first(t: int) -> int:
+        separators = [i for i in range(max(0, t - 12), t) if val[i] == 3]
+        return max([max(0, t - 12), *separators])
+
+    assert sum(first(t) > t - 12 for t in range(12, 40)) > 10  # the mask matters
+    row = evaluate.evaluate_split(model, corpus_of(ids, separator=3), config, True, stride=1)
+    assert row["tokens"] == 39
+    assert row["loss"] == pytest.approx(np.mean(one_token_at_a_time(model, val, first)), abs=1e-5)
+
+
+@pytest.mark.parametrize("n_ids", [2, 12, 13, 14, 25, 100])
+def test_a_stride_of_a_full_window_is_the_usual_loss(n_ids: int):
+    model, ids = make_model(), np.random.default_rng(0).integers(11, size=300 + n_ids)
+    config, corpus = EvaluateConfig(precision="float32"), corpus_of(ids)
+    usual = evaluate.evaluate_split(model, corpus, config, False)
+    row = evaluate.evaluate_split(model, corpus, config, False, stride=12)
+    for key in ("tokens", "loss", "top1"):
+        assert row[key] == usual[key]
+
+
+def test_the_stride_adds_two_columns_and_must_fit_every_window(workplace, capsys, monkeypatch):
+    for tag, size in (("a", 16), ("b", 8)):
+        assert train.main([*TINY_RUN, f"--tag={tag}", f"--block_size={size}"]) == 0
+    paths = ["checkpoints/a/best.pt", "checkpoints/b/best.pt"]
+    capsys.readouterr()
+    tables = []
+    for flags in ([], ["--stride=8"]):
+        assert evaluate.main([*paths, *flags]) == 0
+        tables.append(capsys.readouterr().out.splitlines())
+    assert tables[1][0].endswith("  loss, stride 8  bpb, stride 8")
+    rows = [[line.split() for line in table[1:]] for table in tables]
+    for usual, row in zip(*rows, strict=True):
+        assert row[:9] == usual[:9] and len(row) == len(usual) + 2  # all but tok/s
+        # one byte per character
+        assert float(row[-1]) == pytest.approx(float(row[-2]) / math.log(2), abs=2e-4)
+    assert rows[1][1][-2] == rows[1][1][5]  # the window of b is 8 tokens
+    assert rows[1][0][-2] != rows[1][0][5]
+
+    monkeypatch.setattr(evaluate, "load_corpus", lambda *_, **__: pytest.fail("a late error"))
+    for order in (paths, paths[::-1]):
+        with pytest.raises(
+            UserError,
+            match=r"^stride must be at most 8, the window of checkpoints/b/best\.pt, not 9$",
+        ):
+            evaluate.main([*order, "--stride=9"])
+    for value, words in (("0", "at least 1, not 0"), ("-1", "at least 1"), ("x", "a whole number")):
+        with pytest.raises(UserError, match=f"stride must be {words}"):
+            evaluate.main([*paths, f"--stride={value}"])
 
 
 def test_a_document_mask_changes_the_loss():
@@ -95,9 +185,11 @@ def test_rows_are_printed_before_an_error_and_unknown_characters_have_no_bpb(wor
     (workplace / "other.txt").write_text("日本語 " * 300)
     capsys.readouterr()
     with pytest.raises(UserError, match=r"characters.*: '日', '本', '語'"):
-        evaluate.main(["checkpoints/qa/best.pt", "checkpoints/text/best.pt", "--data=other.txt"])
+        evaluate.main(
+            ["checkpoints/qa/best.pt", "checkpoints/text/best.pt", "--data=other.txt", "--stride=4"]
+        )
     row = capsys.readouterr().out.splitlines()[1]
-    assert row.startswith("checkpoints/qa") and " nan " in row
+    assert row.startswith("checkpoints/qa") and row.split().count("nan") == 2
 
 
 @pytest.mark.parametrize("text", ["a", "ab", "the quick brown fox"])
@@ -106,7 +198,7 @@ def test_a_short_text_is_evaluated_or_one_error(workplace, capsys, text, split):
     assert train.main(TINY_RUN) == 0
     (workplace / "short.txt").write_text(text)
     n_tokens = len(text) * 9 // 10 if split == "train" else len(text) - len(text) * 9 // 10
-    flags = ["--data=short.txt", f"--split={split}"]
+    flags = ["--data=short.txt", f"--split={split}", "--stride=5"]
     if n_tokens >= 2:
         assert evaluate.main(flags) == 0
         return
