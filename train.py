@@ -46,6 +46,7 @@ from training.distributed import (
     wrap,
 )
 from training.dry_run import print_dry_run
+from training.muon import Muon
 from training.overfit import overfit_batch
 from training.run_log import RunLog, diverged
 from training.setup import (
@@ -93,9 +94,8 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
     """AdamW (Loshchilov and Hutter 2019), with weight decay for matrices but not for biases and
     norm gains.
 
-    With "muon", the matrices of the blocks use Muon (Jordan et al. 2024), which makes an update
-    equally large in all directions, scaled so that AdamW's learning rate fits (Liu et al. 2025).
-    "sgd" has momentum, and is for comparison: it learns slower.
+    With "muon", the matrices of the blocks use Muon, which learns faster (training/muon.py). "sgd"
+    has momentum, and is for comparison: it learns slower.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {n: p for n, p in params.items() if p.dim() == 2 and "blocks." in n}
@@ -112,10 +112,7 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
     if any(group["params"] for group in groups):
         optimizers += [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
     if hidden:
-        muon = torch.optim.Muon(
-            hidden.values(), lr, weight_decay=decay, momentum=0.9, adjust_lr_fn="match_rms_adamw"
-        )
-        optimizers += [muon]
+        optimizers += [Muon(hidden.values(), lr, decay)]
     return optimizers
 
 

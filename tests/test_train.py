@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, make_model, make_text
 from torch import Tensor
+from torch.nn import functional as F
 
 import train
 import utils
@@ -22,6 +23,7 @@ from config import ARCHS, TrainConfig, UserError
 from corpus.load import Corpus
 from tokenizer import CharTokenizer
 from train import Trainer, get_lr
+from training.muon import Muon, orthogonalize
 from training.task import Pretraining
 from viz.runs import read_run
 
@@ -151,23 +153,59 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert found[0] == set(names.values()) - found[1]
 
 
-def test_muon_moves_matrices_by_the_rate_in_every_direction():
+@pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
+def test_muon_orthogonalizes_a_gradient(shape: tuple[int, int]):
+    gradients = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    for gradient, found in zip(gradients, orthogonalize(gradients).float(), strict=True):
+        # Five times Jordan et al.'s polynomial (2024) brings singular values, which begin as the
+        # gradient's over its Frobenius norm, near 1. The singular vectors are the gradient's.
+        u, sizes, vt = torch.linalg.svd(gradient / gradient.norm(), full_matrices=False)
+        assert sizes.min() < 0.3
+        for _ in range(5):
+            sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
+        assert torch.allclose(found, u * sizes @ vt, atol=0.03)
+
+
+def test_muon_moves_all_rows_of_a_matrix_alike_in_the_first_step():
     trainer = make_trainer(
         optimizer="muon", lr_max=1e-2, warmup_steps=0, weight_decay=0.0, grad_clip=0.0
     )
-    weight = trainer.model.blocks[0].attn.proj.weight  # (16, 16)
+    weight = trainer.model.blocks[0].mlp.fc.weight  # (128, 16)
     before = weight.detach().clone()
     trainer.train_step()
-    moved, gradient = torch.linalg.svdvals(weight.detach() - before), weight.grad
-    # Five times Jordan et al.'s polynomial (2024) brings singular values, which begin as the
-    # gradient's over its Frobenius norm, near 1; then 0.2 lr sqrt(16) (Liu et al. 2025, eq. 4).
-    sizes = torch.linalg.svdvals(gradient) / gradient.norm()
-    assert (sizes < 0.1).sum() > 8
+    assert weight.grad is not None
+    orthogonal = orthogonalize(weight.grad[None])[0].float()
+    # NorMuon (Li et al. 2025): rows of equal norm, together as large as before, times
+    # 0.2 lr sqrt(max(R, C)), which is 0.002 sqrt(128) (Liu et al. 2025, eq. 4).
+    rows = (weight.detach() - before).norm(dim=1)
+    assert torch.allclose(rows, (0.002 * orthogonal.norm()).expand(128), rtol=5e-3)
+    cosine = F.cosine_similarity(before - weight.detach(), orthogonal, dim=1)
+    assert cosine.min() > 0.95  # bfloat16 rounds small rows
+
+
+def test_muon_divides_rows_by_their_mean_size_over_time():
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    muon = Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0)
+    for gradient in ([[1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]):
+        weight.grad, before = torch.tensor(gradient), weight.detach().clone()
+        muon.step()
+    # The singular values before the polynomial are 1 in step 1, and sqrt(1/2), twice, in step 2.
+    one, two = 1.0, math.sqrt(0.5)
     for _ in range(5):
-        sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
-    unit = 0.2 * 1e-2 * 4
-    assert torch.allclose(moved, unit * sizes.sort(descending=True).values, atol=0.05 * unit)
-    assert (sizes > 0.3).sum() > 12
+        one, two = (3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5 for s in (one, two))
+    # Means of the squares, times 40: row 0 had an update in both steps, row 1 in the second only.
+    row_0, row_1 = 0.95 * one**2 + two**2, two**2
+    moved = (before - weight.detach()).diagonal()
+    assert moved[1] / moved[0] == pytest.approx(math.sqrt(row_0 / row_1), rel=0.02)
+    assert moved.norm() == pytest.approx(0.2 * math.sqrt(2) * math.sqrt(2) * two, rel=0.02)
+
+
+def test_muon_leaves_matrices_without_a_gradient_in_place():
+    weights = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+    muon = Muon(weights, lr=1.0, weight_decay=0.0)
+    weights[0].grad = torch.zeros(2, 3)
+    muon.step()
+    assert torch.equal(weights[0], torch.ones(2, 3)) and torch.equal(weights[1], torch.ones(2, 3))
 
 
 # --- the step

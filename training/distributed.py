@@ -194,7 +194,7 @@ class Weights:
 
 OPTIMIZER_STATE = {
     "AdamW": {"step", "exp_avg", "exp_avg_sq"},
-    "Muon": {"momentum_buffer"},
+    "Muon": {"momentum_buffer", "row_squares"},
     "SGD": {"momentum_buffer"},
 }
 
@@ -208,11 +208,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         if values.keys() != names:
             raise ValueError(f"the optimizer's state has {sorted(values)}")
         for name, value in values.items():
-            if value.shape != (() if name == "step" else parameter.shape):
+            shapes = {"step": (), "row_squares": (len(parameter), 1)}
+            if value.shape != shapes.get(name, parameter.shape):
                 raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
         if hasattr(parameter, "full_tensor"):
             for name, value in values.items():
-                if value.shape == parameter.shape:
+                if value.shape == parameter.shape and name != "row_squares":
                     values[name] = shard_like(parameter, value)
 
 
