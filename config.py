@@ -44,21 +44,24 @@ PRESET_FIELDS += ("max_steps", "lr_max", "dropout", "eval_every")
 PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(PRESET_FIELDS, row, strict=True))
     for name, row in {
-        "laptop": (4, 2, 128, 192, 12, 1000, 6e-3, 0.0, 200),
+        "laptop": (4, 4, 128, 192, 12, 2000, 4e-3, 0.0, 250),
         "tiny": (2, 2, 128, 128, 32, 3000, 3e-3, 0.0, 250),
         "small": (4, 4, 256, 256, 64, 5000, 2e-3, 0.1, 250),
         "medium": (6, 6, 384, 256, 64, 5000, 1e-3, 0.2, 250),
         "large": (8, 8, 512, 512, 64, 10000, 1e-3, 0.2, 500),
         "gpt2": (12, 12, 768, 1024, 32, 20000, 6e-4, 0.0, 500),
+        "fast": (4, 2, 128, 256, 9, 1800, 6e-3, 0.0, 450),
         "quick": (2, 2, 128, 64, 24, 120, 1e-2, 0.0, 120),
         "baseline": (4, 4, 128, 64, 12, 2000, 1e-3, 0.0, 250),
     }.items()
 }
-# Fastest to a given loss on a CPU: there LayerNorm is one kernel and RMSNorm six operations, a
-# square is faster than a sigmoid, and compiling takes longer than it saves in a thousand steps.
+# Compiling takes 15 s, longer than it saves in 2000 steps of this size.
+PRESETS["laptop"] |= {"compile": False}
+# Lowest loss in a given time on a CPU: there LayerNorm is one kernel and RMSNorm six operations,
+# and a square is faster than a sigmoid. experiments/records.md has the effect of each setting.
 FAST = {"optimizer": "muon", "schedule": "linear", "compile": False}
 FAST |= {"norm": "layernorm", "mlp": "relu2", "token_shift": True}
-PRESETS["laptop"] |= FAST
+PRESETS["fast"] |= FAST | {"grow_windows": True}
 PRESETS["quick"] |= FAST
 # nanoGPT's recipe for a CPU, for comparison
 PRESETS["baseline"] |= {"arch": "gpt2", "precision": "float32", "compile": False, "lr_min": 1e-4}
@@ -158,6 +161,7 @@ class TrainConfig:
     weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", low=0)
     grad_clip: float = setting(1.0, "clip gradients to this norm; 0: no clipping", low=0)
     patience: int = setting(0, "stop after N evaluations without improvement; 0: never", low=0)
+    grow_windows: bool = setting(False, "begin with windows of block_size / 4, then / 2: faster")
     optimizer: str = setting("adamw", OPTIMIZER_HELP, choices=("adamw", "muon", "sgd"))
     overfit_batch: bool = setting(False, "sanity check: train on one batch to a loss below 0.01")
     dry_run: bool = setting(False, "print what would be trained, write nothing, and exit")

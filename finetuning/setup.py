@@ -73,7 +73,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("teacher", "temperature_kd", "alpha"), ("distill",)),
     **dict.fromkeys(("long", "hold_out"), ("qa", "dpo")),
     "beta": ("dpo",),
-    "doc_mask": ("text", "distill"),
+    **dict.fromkeys(("doc_mask", "grow_windows"), ("text", "distill")),
 }
 # What --help shows instead of a default. None: it does not show this flag, which cannot be given.
 HELP_DEFAULTS: dict[str, str | None] = {

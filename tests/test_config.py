@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import pytest
 
 from config import (
+    ARCH_FIELDS,
     ARCHS,
     PRESETS,
     GPTConfig,
@@ -121,6 +122,14 @@ def test_a_flag_wins_over_arch_over_preset_over_default():
     assert (gpt.norm, gpt.mlp, gpt.pos) == ("layernorm", "gelu", "learned")  # the architecture's
     assert (gpt.tie_weights, config.max_steps) == (False, 7)  # the flags'
     assert config.weight_decay == TrainConfig.weight_decay
+
+
+def test_all_presets_but_three_are_textbook_recipes_with_the_components_of_qwen3():
+    for name in PRESETS.keys() - {"fast", "quick", "baseline"}:
+        gpt, config = read(f"--preset {name}")
+        assert {field: getattr(gpt, field) for field in ARCH_FIELDS} == ARCHS["qwen3"], name
+        assert (config.optimizer, config.schedule, config.lr_min) == ("adamw", "cosine", 0.0), name
+        assert config.grad_clip == 1.0 and not config.grow_windows, name
 
 
 @pytest.mark.parametrize(
@@ -334,7 +343,7 @@ def test_help_names_every_flag_with_its_default_on_this_machine(capsys):
         for name, field in cls.__dataclass_fields__.items():
             assert (f"  --{name}" in text) == field.metadata.get("flag", True), name
     lines = {line.split()[0].strip(","): line for line in text.splitlines() if "  --" in line}
-    assert "[1000]" in lines["--max_steps"] and "[muon]" in lines["--optimizer"]  # laptop's
+    assert "[2000]" in lines["--max_steps"] and "[adamw]" in lines["--optimizer"]  # laptop's
     assert "contain the defaults of preset laptop;" in text
     assert "[off]" in lines["--resume"] and "[0.0]" in lines["--dropout"]
 

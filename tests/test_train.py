@@ -408,7 +408,8 @@ def test_a_run_leaves_its_files(workplace, capsys):
     records = [line for line in lines if "val" in line]
     trained = [(line["step"], line["lr"]) for line in lines if "val" not in line]
     # after a warmup of 2 of the 20 steps, the rate falls linearly from 6e-3 to 0
-    assert trained == [(10, pytest.approx(6e-3 * 10 / 18)), (20, 0.0)]
+    middle = 4e-3 * (1 + math.cos(math.pi * 8 / 18)) / 2  # cosine after 2 warmup steps
+    assert trained == [(10, pytest.approx(middle)), (20, 0.0)]
     raw = (workplace / "data" / "input.txt").read_bytes()
     assert start["corpus"]["name"] == "input.txt" and start["corpus"]["bytes"] == len(raw)
     assert final_state(run)["corpus"] == start["corpus"]
@@ -846,3 +847,21 @@ def test_checkpoints_are_kept_every_so_many_steps_and_belong_to_their_step(workp
     assert [[r["step"] for r in state["log"]] for state in states] == [[0, 3], [0, 3, 6]]
     steps = {s["step"].item() for s in states[1]["optimizers"][0]["state"].values()}
     assert steps == {8}
+
+
+def test_windows_grow_from_a_quarter_to_the_whole_and_batches_keep_their_tokens():
+    trainer = make_trainer(make_model(block_size=8), grow_windows=True, max_steps=20, batch_size=2)
+    shapes = [tuple(trainer.task.get_batch(step, 0)[0][0].shape) for step in (0, 9, 10, 15, 16, 19)]
+    assert shapes == [(8, 2), (8, 2), (4, 4), (4, 4), (2, 8), (2, 8)]  # at 50% and at 80%
+    assert [int(trainer.task.get_batch(step, 0)[1]) for step in (0, 10, 19)] == [16, 16, 16]
+    shortest = make_trainer(make_model(block_size=1), grow_windows=True, max_steps=20)
+    assert shortest.task.get_batch(0, 0)[0][0].shape == (4, 1)  # nothing to divide
+
+
+def test_a_run_with_growing_windows_resumes_bit_for_bit(workplace):
+    flags = [*TINY_RUN, "--grow_windows"]
+    assert train.main([*flags, "--save_every=10"]) == 0
+    whole = final_state()
+    Path("checkpoints/ckpt_00010.pt").rename("checkpoints/latest.pt")
+    assert train.main(["--resume", "--device=cpu"]) == 0
+    assert_same_run(final_state(), whole)

@@ -90,11 +90,26 @@ class Pretraining:
     def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
         config = self.config
         number = step * config.grad_accum + micro_step  # of all the batches of the run
-        docs = self.corpus.train_docs
+        parts = self.parts_of_window(step)
         x, y = get_batch(
-            self.train_ids, self.block_size, config.batch_size, config.seed, number, docs
+            self.train_ids,
+            self.block_size // parts,
+            config.batch_size * parts,
+            config.seed + parts - 1,  # other positions than in the batches of other windows
+            number,
+            self.corpus.train_docs,
         )
         return (x, y), (y != -100).sum()
+
+    def parts_of_window(self, step: int) -> int:
+        """How many parts windows are divided into at a step. With grow_windows, 4 in the first half
+        of the run, then 2 until 80%: a small model first learns from the last few tokens, and short
+        windows are faster."""
+        if not self.config.grow_windows:
+            return 1
+        progress = step / self.config.max_steps
+        parts = 4 if progress < 0.5 else 2 if progress < 0.8 else 1
+        return min(parts, self.block_size)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"loss": model(x, y, self.document_numbers(x))[1]}
