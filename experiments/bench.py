@@ -4,12 +4,9 @@ python -m experiments.bench tokenizers --data data/plays.jsonl --vocab_size 1000
 python -m experiments.bench generate --nanogpt path/to/nanoGPT
 python -m experiments.bench train --preset laptop --arch gpt2 --nanogpt path/to/nanoGPT
 python -m experiments.bench data
-python -m experiments.bench time_to_loss --nanogpt path/to/nanoGPT
 """
 
 import functools
-import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +25,6 @@ from experiments.baselines import (
     Functions,
     hf_samplers,
     hf_tokenizer,
-    nanogpt_command,
     nanogpt_sampler,
     nanogpt_step,
 )
@@ -40,7 +36,6 @@ from experiments.timing import (
     memory_bandwidth,
     step_costs,
     time_once,
-    time_to_loss,
 )
 from generate import generate
 from model import GPT, LearnedPositions
@@ -54,7 +49,7 @@ from training.task import Pretraining
 from utils import device_problems, get_batch, pick_device
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("tokenizers", "generate", "train", "data", "time_to_loss")
+BENCHMARKS = ("tokenizers", "generate", "train", "data")
 VOCAB_SIZE = 65  # of the models: the characters of TinyShakespeare
 
 
@@ -69,7 +64,6 @@ class BenchConfig:
     arch: str = setting("gpt2", "architecture; '': the preset's", choices=("", *ARCHS))
     tokens: int = setting(500, "tokens to generate", low=10)
     steps: int = setting(10, "training steps per timing", low=1)
-    runs: str = setting("quick,laptop,baseline", "time_to_loss: presets, separated by commas")
     nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
     device: str = setting("cpu", DEVICE_HELP)
     repeats: int = setting(3, "timings of each, of which the median counts", low=1)
@@ -261,41 +255,6 @@ def bench_data(config: BenchConfig) -> str:
     return "\n".join(lines)
 
 
-# --- time to a loss
-
-
-def bench_time_to_loss(config: BenchConfig) -> str:
-    """The seconds from the command to its last validation loss, and this loss, for some presets and
-    for nanoGPT's recipe for a CPU, in turns. Nothing is compiled beforehand. Our loss is over the
-    whole validation split, nanoGPT's is its estimate."""
-    data = find_corpus(config.data or "shakespeare").resolve()
-    names = [*(["nanoGPT"] if config.nanogpt else []), *config.runs.split(",")]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    losses: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(config.repeats):
-        for name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                caches = {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
-                command = f"train.py --preset {name} --data {data} --out_dir {folder}".split()
-                cwd = str(ROOT)
-                if name == "nanoGPT":
-                    command, cwd = nanogpt_command(config.nanogpt, data, folder), config.nanogpt
-                time, loss = time_to_loss([sys.executable, *command], cwd, os.environ | caches)
-            seconds[name].append(time)
-            losses[name].append(loss)
-            print(f"{name:12}{time:8.1f} s{loss:10.4f}", flush=True)
-    threads = torch.get_num_threads()
-    lines = [f"medians of {config.repeats}, {config.device}, {threads} threads"]
-    first = median(seconds[names[0]])
-    for name in names:
-        time = median(seconds[name])
-        lines.append(
-            f"{name:12}{time:8.1f} s{median(losses[name]):10.4f}   {time / first:.2f} times the "
-            "time of the first"
-        )
-    return "\n".join(lines)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     config = parse_args(
@@ -306,7 +265,6 @@ def main(argv: list[str] | None = None) -> int:
         "generate": bench_generate,
         "train": bench_train,
         "data": bench_data,
-        "time_to_loss": bench_time_to_loss,
     }
     try:
         print(functions[config.benchmark](config))

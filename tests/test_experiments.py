@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from config import ARCH_FIELDS, ARCHS, GPTConfig, UserError
+from config import (
+    ARCH_FIELDS,
+    ARCHS,
+    GPTConfig,
+    TrainConfig,
+    UserError,
+    all_problems,
+    train_settings,
+)
 from experiments import (
     bench,
     lr_context,
@@ -25,12 +33,14 @@ from experiments import (
     scaling,
     short_speeches,
     sizes,
+    speedrun,
     study,
     swaps,
     timing,
     tokenization,
 )
 from model import GPT
+from system.command_line import read_flags
 from train import Trainer
 from training.run_log import RunLog
 from viz.runs import new_figure
@@ -524,7 +534,50 @@ def test_functions_are_timed_in_turns():
     assert set(times) == {"a", "b"} and min(times.values()) >= 0
 
 
-@pytest.mark.parametrize("module", [sampling, study])
+@pytest.mark.parametrize("module", [sampling, speedrun, study])
 def test_docstring_examples(module: Any):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, tmp_path, capsys):
+    commands = []
+    monkeypatch.setattr(
+        speedrun,
+        "time_to_loss",
+        lambda command, cwd, environment: (commands.append(command), (len(commands), 1.5))[1],
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    flags = ["--recipes=quick,fast", "--seeds=1,2", f"--data={text}"]
+    assert speedrun.main(flags) == 0
+    for command, (preset, seed) in zip(
+        commands, [("quick", "1"), ("fast", "1"), ("quick", "2"), ("fast", "2")], strict=True
+    ):
+        assert command[1:4] == ["train.py", "--preset", preset]
+        assert command[command.index("--seed") + 1] == seed
+        assert command[command.index("--data") + 1] == str(text)
+    assert "| fast | 2.0, 4.0 | 4.0 | 1.33 | 1.5000, 1.5000 | 1.5000 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem"),
+    [
+        ("--recipes=quick,slow", "no recipe 'slow': choose from quick, laptop, fast"),
+        ("--seeds=1,x", "seeds must be numbers"),
+        ("--nanogpt=missing", "missing is not a checkout of nanoGPT"),
+    ],
+)
+def test_the_speedrun_names_what_is_wrong(flag: str, problem: str):
+    with pytest.raises(UserError, match=problem):
+        speedrun.main([flag])
+
+
+@pytest.mark.parametrize("name", speedrun.RECIPES)
+def test_the_recipes_of_the_speedrun_are_valid(name: str):
+    known = {f.name: f for cls in (GPTConfig, TrainConfig) for f in fields(cls)}
+    flags, problems = read_flags(speedrun.RECIPES[name].split(), known, known)
+    assert problems == []
+    assert flags["preset"] == name or flags["preset"] == "fast"
+    for config in train_settings(flags, "cpu"):
+        assert all_problems(config) == []

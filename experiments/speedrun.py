@@ -1,0 +1,114 @@
+"""The lowest validation loss in a given time: train each recipe with several seeds, in turns.
+
+python -m experiments.speedrun --nanogpt path/to/nanoGPT                  quick, laptop, fast
+python -m experiments.speedrun --recipes five_minutes --seeds 1337
+python -m experiments.speedrun --recipes twenty_minutes --seeds 1337
+
+The seconds are those from starting the command to its last validation loss, with nothing compiled
+beforehand. Our losses are over the whole validation split; nanoGPT's is its own estimate, from
+random windows. The time of nanoGPT's recipe for a CPU is the unit in which experiments/records.md
+compares times, because it has less noise than seconds.
+"""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from config import UserError, setting
+from corpus.load import find_corpus
+from experiments.baselines import nanogpt_command
+from experiments.timing import median, time_to_loss
+from system.command_line import parse_args
+from system.errors import run
+
+ROOT = Path(__file__).parent.parent
+LARGER = "--preset fast --n_embd 192 --n_head 3 --compile --log_every 50"
+RECIPES = {
+    "quick": "--preset quick",
+    "laptop": "--preset laptop",
+    "fast": "--preset fast",
+    "five_minutes": f"{LARGER} --dropout 0.05 --max_steps 3000 --eval_every 1000",
+    "twenty_minutes": "--preset fast --n_layer 6 --n_embd 256 --n_head 4 --batch_size 16 --compile "
+    "--dropout 0.2 --max_steps 4000 --eval_every 1000 --log_every 50",
+}
+BASELINE = "nanoGPT"
+
+
+@dataclass
+class SpeedrunConfig:
+    """What is trained."""
+
+    recipes: str = setting("quick,laptop,fast", f"names, separated by commas: {', '.join(RECIPES)}")
+    seeds: str = setting("1337,1338,1339", "random seeds of our runs, separated by commas")
+    nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
+    data: str = setting("shakespeare", "text, as for train.py")
+
+    def problems(self) -> list[str]:
+        """Names that do not exist."""
+        unknown = [name for name in self.recipes.split(",") if name not in RECIPES]
+        found = [f"no recipe {name!r}: choose from {', '.join(RECIPES)}" for name in unknown]
+        if not all(seed.isdecimal() for seed in self.seeds.split(",")):
+            found.append(f"seeds must be numbers separated by commas, not {self.seeds!r}")
+        return found
+
+
+def measure(name: str, seed: str, config: SpeedrunConfig) -> tuple[float, float]:
+    """The seconds and the loss of one run, with empty caches of compiled code."""
+    data = find_corpus(config.data).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+        command, cwd = ["train.py", *RECIPES.get(name, "").split()], str(ROOT)
+        command += f"--data {data} --out_dir {folder} --seed {seed}".split()
+        if name == BASELINE:
+            command, cwd = nanogpt_command(config.nanogpt, data, folder), config.nanogpt
+        return time_to_loss([sys.executable, *command], cwd, os.environ | caches)
+
+
+def table(results: dict[str, list[tuple[float, float]]]) -> str:
+    """The seconds and losses of the runs by recipe, as a Markdown table. Times are relative to the
+    first recipe.
+
+    >>> print(table({"a": [(4.0, 1.5), (2.0, 1.75), (3.0, 1.625)], "b": [(6.0, 1.25)]}))
+    | recipe | seconds | median | relative | validation loss | mean |
+    |---|---|---|---|---|---|
+    | a | 4.0, 2.0, 3.0 | 3.0 | 1.00 | 1.5000, 1.7500, 1.6250 | 1.6250 |
+    | b | 6.0 | 6.0 | 2.00 | 1.2500 | 1.2500 |
+    """
+    lines = ["| recipe | seconds | median | relative | validation loss | mean |"]
+    lines.append("|---|---|---|---|---|---|")
+    unit = 0.0
+    for name, runs in results.items():
+        seconds, losses = zip(*runs, strict=True)
+        middle = median(list(seconds))
+        unit = unit or middle
+        lines.append(
+            f"| {name} | {', '.join(f'{s:.1f}' for s in seconds)} | {middle:.1f} | "
+            f"{middle / unit:.2f} | {', '.join(f'{loss:.4f}' for loss in losses)} | "
+            f"{sum(losses) / len(losses):.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    config = parse_args(SpeedrunConfig, argv, __doc__)
+    if config.nanogpt and not Path(config.nanogpt, "train.py").exists():
+        raise UserError(f"{config.nanogpt} is not a checkout of nanoGPT: it has no train.py")
+    names = [BASELINE] * bool(config.nanogpt) + config.recipes.split(",")
+    results: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    runs = [(name, seed) for seed in config.seeds.split(",") for name in names]
+    for name, seed in tqdm(runs, unit="run", disable=None):
+        seconds, loss = measure(name, seed, config)
+        results[name].append((seconds, loss))
+        tqdm.write(f"{name}, seed {seed}: {seconds:.1f} s, loss {loss:.4f}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{table(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
