@@ -1,8 +1,7 @@
 """Convert checkpoints to and from Hugging Face's format.
 
-    python train.py --arch qwen3 --tag qwen3               or llama, or gpt2; then export the run
-    python export.py checkpoints/qwen3/best.pt out/        to a folder that `transformers` loads
-    python export.py checkpoints/qwen3/best.pt out/ --push user/name     and upload it to the hub
+    python export.py checkpoints/best.pt out/              to a folder that `transformers` loads
+    python export.py checkpoints/best.pt out/ --push user/name           and upload it to the hub
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`

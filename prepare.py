@@ -37,7 +37,7 @@ from system.folders import replacing
 
 # Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
 TOKENS_PER_PARAMETER = 20
-SAME_SIZES = ("quick", "baseline")  # presets with the sizes of others
+SAME_SIZES = ("quick", "fast", "baseline")  # presets with the sizes of others
 
 
 @dataclass
