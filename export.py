@@ -6,6 +6,7 @@
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
+    python export.py checkpoints/qwen3/best.pt model.gguf  a file for llama.cpp, Ollama, LM Studio
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
 --overwrite replaces an earlier export, and nothing else, once the new one is complete.
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from config import setting
 from exporting.folders import check_target
+from exporting.gguf_file import KINDS, export_gguf
 from exporting.huggingface import export_hf, import_hf, import_optional, upload
 from exporting.peft import export_adapter
 from finetuning import lora
@@ -36,6 +38,10 @@ class ExportConfig:
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
     push: str = setting("", "user/name: upload the exported folder to the hub")
+    type: str = setting(
+        "", "of the numbers in a .gguf file, f16 by default: 2 bytes each; f32: 4, exact; q8_0: 1, "
+        "less exact", choices=("", *KINDS)
+    )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
 
     def problems(self) -> list[str]:
@@ -47,6 +53,11 @@ class ExportConfig:
             found.append(f"--push must be user/name, not {self.push!r}")
         if self.push and self.source:
             found.append("--push uploads an exported folder, and --from imports one")
+        to_gguf = bool(self.paths) and self.paths[-1].endswith(".gguf")
+        if to_gguf and (self.source or self.push):
+            found.append("--from writes a checkpoint and --push uploads a folder, not a .gguf file")
+        if self.type and not to_gguf:
+            found.append("--type applies to .gguf files only")
         return found
 
 
@@ -57,6 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
+    if target.suffix == ".gguf":
+        modelfile = export_gguf(checkpoint, target, config.type or KINDS[0], config.overwrite)
+        print(f"{target}: run it with llama.cpp or LM Studio")
+        print(f"{modelfile}: ollama create NAME -f {modelfile}, then ollama run NAME")
+        return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")
     if config.push:
