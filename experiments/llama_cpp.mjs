@@ -1,36 +1,41 @@
-// Runs llama.cpp by the npm package node-llama-cpp: node llama_cpp.mjs FOLDER_OF_THE_PACKAGE
-// Reads {model, texts, prompts, n, threads} from stdin and writes {ids, tokens, seconds}: the token
-// ids of each text, and for each prompt of ids its n most likely next tokens, and how long it took.
-import fs from "node:fs";
+// llama.cpp, by the npm package node-llama-cpp, as a process that answers lines of JSON:
+//     node llama_cpp.mjs FOLDER_OF_THE_PACKAGE MODEL.gguf THREADS exact|fast
+// {"text": "..."} -> its token ids; {"prompt": [ids], "n": 9} -> the most likely next 9 tokens, or
+// fewer if the text ends. exact: keys and values are stored in float32; fast: as by default.
 import path from "node:path";
+import {createInterface} from "node:readline";
 import {pathToFileURL} from "node:url";
 
-const entry = path.join(process.argv[2], "dist", "index.js");
-const {getLlama, LlamaLogLevel} = await import(pathToFileURL(entry).href);
-const job = JSON.parse(fs.readFileSync(0, "utf8"));
+const [folder, modelPath, threads, mode] = process.argv.slice(2);
+const entry = pathToFileURL(path.join(folder, "dist", "index.js"));
+const {getLlama, LlamaLogLevel} = await import(entry.href);
 const llama = await getLlama({gpu: false, build: "never", logLevel: LlamaLogLevel.error});
-const model = await llama.loadModel({modelPath: job.model});
-const ids = job.texts.map((text) => model.tokenize(text));
-const context = await model.createContext({
-    contextSize: model.trainContextSize,
-    threads: job.threads,
+const model = await llama.loadModel({modelPath});
+const float32 = {
     flashAttention: false,
     experimentalKvCacheKeyType: "F32",
     experimentalKvCacheValueType: "F32"
+};
+const context = await model.createContext({
+    contextSize: model.trainContextSize,
+    threads: Number(threads),
+    ...(mode === "exact" ? float32 : {})
 });
 const sequence = context.getSequence();
-const tokens = [];
-const seconds = [];
-for (const prompt of job.prompts) {
+
+async function mostLikely(prompt, n) {
+    const tokens = [];
     await sequence.clearHistory();
-    const start = performance.now();
-    const found = [];
     for await (const token of sequence.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
-        if (found.push(token) === job.n || model.isEogToken(token))
+        if (tokens.push(token) === n || model.isEogToken(token))
             break;
     }
-    seconds.push((performance.now() - start) / 1000);
-    tokens.push(found);
+    return tokens;
+}
+
+for await (const line of createInterface({input: process.stdin})) {
+    const {text, prompt, n} = JSON.parse(line);
+    const answer = prompt ? await mostLikely(prompt, n) : model.tokenize(text);
+    process.stdout.write(JSON.stringify(answer) + "\n");
 }
 await llama.dispose();
-process.stdout.write(JSON.stringify({ids, tokens, seconds}));
