@@ -1,4 +1,4 @@
-"""Convert checkpoints to and from Hugging Face's format.
+"""Convert checkpoints to and from Hugging Face's format, and to a file for llama.cpp.
 
     python train.py --arch qwen3 --tag qwen3               or llama, or gpt2; then export the run
     python export.py checkpoints/qwen3/best.pt out/        to a folder that `transformers` loads
@@ -10,7 +10,8 @@
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
 --overwrite replaces an earlier export, and nothing else, once the new one is complete.
-Needs `pip install safetensors`, and for the hub `pip install huggingface_hub`.
+Needs `pip install safetensors`, for the hub `pip install huggingface_hub`, for .gguf files `pip
+install gguf`.
 """
 
 import re
@@ -32,17 +33,24 @@ class ExportConfig:
     """What is converted, and where it is written."""
 
     paths: tuple[str, ...] = setting(
-        (), "a checkpoint and a folder; with --from only a checkpoint", positional=True
+        (),
+        "a checkpoint, and a folder or a file NAME.gguf; with --from only a checkpoint",
+        positional=True,
     )
     source: str = setting(
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
     push: str = setting("", "user/name: upload the exported folder to the hub")
     type: str = setting(
-        "", "of the numbers in a .gguf file, f16 by default: 2 bytes each; f32: 4, exact; q8_0: 1, "
-        "less exact", choices=("", *KINDS)
+        "", "weights of a .gguf file; f16 (default): 2 bytes each; f32: exact, 4 bytes; q8_0: "
+        "about 1 byte, less exact", choices=("", *KINDS)
     )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a file for llama.cpp is written."""
+        return self.paths[-1:] != () and self.paths[-1].lower().endswith(".gguf")
 
     def problems(self) -> list[str]:
         """A wrong number of paths, or a wrong name on the hub."""
@@ -53,11 +61,10 @@ class ExportConfig:
             found.append(f"--push must be user/name, not {self.push!r}")
         if self.push and self.source:
             found.append("--push uploads an exported folder, and --from imports one")
-        to_gguf = bool(self.paths) and self.paths[-1].endswith(".gguf")
-        if to_gguf and (self.source or self.push):
+        if self.is_gguf and (self.source or self.push):
             found.append("--from writes a checkpoint and --push uploads a folder, not a .gguf file")
-        if self.type and not to_gguf:
-            found.append("--type applies to .gguf files only")
+        if self.type and not self.is_gguf:
+            found.append("--type is for .gguf files: leave it out")
         return found
 
 
@@ -68,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
-    if target.suffix == ".gguf":
+    if config.is_gguf:
         modelfile = export_gguf(checkpoint, target, config.type or KINDS[0], config.overwrite)
         print(f"{target}: run it with llama.cpp or LM Studio")
         print(f"{modelfile}: ollama create NAME -f {modelfile}, then ollama run NAME")

@@ -5,6 +5,8 @@ separate matrices for queries, keys and values (but for GPT-2), and the order in
 rotates channels. Each tokenizer becomes a byte-level BPE, the kind that llama.cpp reproduces.
 """
 
+import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ MODULES = {
     "mlp.fc": ["ffn_gate", "ffn_up"],
     "mlp.proj": ["ffn_down"],
 }
+POSITIONS = "position_embd.weight"
 GPT2_MODULES = MODULES | {"attn.qkv": ["attn_qkv"], "mlp.fc": ["ffn_up"]}
 
 
@@ -75,12 +78,22 @@ def interleave(weight: Tensor, head_size: int) -> Tensor:
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
+def padded(positions: Tensor) -> Tensor:
+    """Position embeddings with a multiple of 256 rows, the first of which are the model's. llama.cpp
+    rounds the length of its context up to that, and aborts at a position without a row. The further
+    rows repeat the second half, where generate.py continues a text that exceeds the window."""
+    n, half = len(positions), len(positions) // 2
+    rows = torch.arange(math.ceil(n / 256) * 256)
+    rows[n:] = half + (rows[n:] - half) % (n - half)
+    return positions[rows]
+
+
 def quantized(name: str, tensor: Tensor, kind: str) -> tuple[np.ndarray, Any]:
     """The data of a tensor and gguf's name of its type. Vectors and position embeddings, which
     llama.cpp adds, remain float32; rows that are not made of blocks of 32 become float16 instead
     of Q8_0. Raises UserError if a number is too large for the type."""
     gguf = import_optional("gguf")
-    if tensor.dim() == 1 or name.startswith("position"):
+    if tensor.dim() == 1 or name == POSITIONS:
         kind = "f32"
     elif kind == "q8_0" and tensor.size(1) % 32:
         kind = "f16"
@@ -111,7 +124,7 @@ ROTATED_SIZES = {
 
 
 def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
-    """Write the settings of a model."""
+    """Write the settings of a model, whose context length is the number of its positions."""
     for key, ours in (SIZES if arch == "gpt2" else SIZES | ROTATED_SIZES).items():
         writer.add_uint32(f"{arch}.{key}", getattr(config, ours))
     if arch == "gpt2":
@@ -254,15 +267,21 @@ def export_gguf(checkpoint: Path, target: Path, kind: str, overwrite: bool = Fal
             f"{checkpoint}) and export the result"
         )
     model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
+    # The prompts of a conversation are those of explore.py chat.
     asks = answers_questions(tokenizer) and not last_trained_on_text(state)
-    before, after = ("<BOS>" + prompt_text("|") if asks else "|").split("|")
+    question, end = ("<BOS>" + prompt_text("|"), "<EOS>") if asks else ("|", "")
+    before, after = question.split("|")
     writer = gguf_writer(model, tokenizer, kind)
-    writer.add_chat_template(f"{{{{ {before!r} + messages[-1]['content'] + {after!r} }}}}")
+    writer.add_chat_template(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        f"{{{{ m['content'] + {end!r} }}}}"
+        f"{{% else %}}{{{{ {before!r} + m['content'] + {after!r} }}}}{{% endif %}}{{% endfor %}}"
+    )
     parameters = PARAMETERS | {"num_ctx": model.config.block_size}
     lines = [
         f"{FIRST_LINE}ollama create NAME -f {modelfile.name}, then ollama run NAME",
         f"FROM ./{target.name}",
-        f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}"""',
+        f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"""',
         *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
     ]
     with atomic_write(target) as file, atomic_write(modelfile) as text_file:
@@ -279,6 +298,9 @@ def gguf_writer(model: GPT, tokenizer: Tokenizer, kind: str) -> Any:
     weights = weights_to_gguf(model.state_dict(), config, arch)
     if special_token_ids(tokenizer)["eos_token_id"] is None:
         weights = with_end_token(weights, model)
+    if POSITIONS in weights:
+        weights[POSITIONS] = padded(weights[POSITIONS])
+        config = dataclasses.replace(config, block_size=len(weights[POSITIONS]))
     writer = gguf.GGUFWriter(None, arch)
     writer.add_name(f"TinyLLM {arch}")
     add_settings(writer, config, arch)

@@ -103,7 +103,8 @@ def test_the_tensors_are_those_of_the_model(arch, tied):
         expected["output.weight"] = ours["head.weight"]
     if arch == "gpt2":
         expected["output_norm.bias"] = ours["norm.bias"]
-        expected["position_embd.weight"] = ours["pos.table.weight"]
+        rows = [*range(24), *(12 + (i - 12) % 12 for i in range(24, 256))]
+        expected["position_embd.weight"] = ours["pos.table.weight"][rows]
     for i in range(2):
         block = {k.split(".", 2)[2]: v for k, v in ours.items() if k.startswith(f"blocks.{i}.")}
         if arch == "gpt2":
@@ -202,6 +203,7 @@ def test_settings_of_a_gpt2():
     fields, _ = exported(model_of("gpt2", CHARS), CHARS, "--type=f32")
     assert fields["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
     assert fields["gpt2.feed_forward_length"] == 128
+    assert fields["gpt2.context_length"] == 256  # llama.cpp rounds 24 up to this
     assert not any("rope" in name for name in fields)
     assert (fields["general.architecture"], fields["general.file_type"]) == ("gpt2", 0)
 
@@ -304,20 +306,24 @@ def test_patterns_of_imported_models(pattern, name):
 # --- prompts
 
 
-def rendered(fields: dict[str, Any], question: str) -> str:
+def rendered(fields: dict[str, Any]) -> str:
     template = jinja2.Template(fields["tokenizer.chat_template"], keep_trailing_newline=True)
-    return template.render(messages=[{"content": "before"}, {"content": question}])
+    roles = ("user", "assistant", "user")
+    texts = ("Who?", " me", "Why?\n")
+    return template.render(
+        messages=[{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    )
 
 
-def test_prompts_are_those_of_generate():
+def test_a_model_of_text_continues_the_conversation():
     fields, _ = exported(model_of("llama", CHARS), CHARS)
-    assert rendered(fields, "ROMEO:\n") == "ROMEO:\n"
+    assert rendered(fields) == "Who? meWhy?\n"
     assert (
         Path("model.Modelfile").read_text()
         == """\
 # For Ollama: ollama create NAME -f model.Modelfile, then ollama run NAME
 FROM ./model.gguf
-TEMPLATE \"\"\"{{ .Prompt }}\"\"\"
+TEMPLATE \"\"\"{{ .Prompt }}{{ .Response }}\"\"\"
 PARAMETER temperature 0.8
 PARAMETER top_k 0
 PARAMETER top_p 1.0
@@ -328,15 +334,17 @@ PARAMETER num_ctx 24
     )
 
 
-def test_a_model_that_answers_questions_is_asked_one():
+def test_a_model_that_answers_questions_is_asked_each_message():
     tokenizer = TOKENIZERS["char_qa"]
     model = model_of("llama", tokenizer)
     fields, _ = exported(model, tokenizer)
-    assert rendered(fields, "Who?") == "<BOS>Question: Who?\nAnswer:"
+    asked = "<BOS>Question: Who?\nAnswer: me<EOS><BOS>Question: Why?\n\nAnswer:"
+    assert rendered(fields) == asked
     modelfile = Path("model.Modelfile").read_text()
-    assert 'TEMPLATE """<BOS>Question: {{ .Prompt }}\nAnswer:"""\n' in modelfile
+    template = "<BOS>Question: {{ .Prompt }}\nAnswer:{{ .Response }}<EOS>"
+    assert f'TEMPLATE """{template}"""\n' in modelfile
     fields, _ = exported(model, tokenizer, finetune={"objective": "text"})
-    assert rendered(fields, "Who?") == "Who?"
+    assert rendered(fields) == "Who? meWhy?\n"
 
 
 # --- errors
@@ -407,7 +415,7 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("model.pt out --type=f32", "--type applies to .gguf files only"),
+        ("model.pt out --type=f32", "--type is for .gguf files: leave it out"),
         ("model.pt out.gguf --type=q4", "type must be one of f16, f32, q8_0"),
         ("model.pt out.gguf --push=a/b", "--push uploads a folder, not a .gguf file"),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
