@@ -79,9 +79,9 @@ def interleave(weight: Tensor, head_size: int) -> Tensor:
 
 
 def padded(positions: Tensor) -> Tensor:
-    """Position embeddings with a multiple of 256 rows, the first of which are the model's. llama.cpp
-    rounds the length of its context up to that, and aborts at a position without a row. The further
-    rows repeat the second half, where generate.py continues a text that exceeds the window."""
+    """Position embeddings with a multiple of 256 rows: those of the model, then their second half
+    repeated, where generate.py continues a text that exceeds the window. llama.cpp rounds the
+    length of its context up to 256, and aborts at a position without a row."""
     n, half = len(positions), len(positions) // 2
     rows = torch.arange(math.ceil(n / 256) * 256)
     rows[n:] = half + (rows[n:] - half) % (n - half)
