@@ -1,14 +1,16 @@
-"""Convert checkpoints to and from Hugging Face's format.
+"""Convert checkpoints to and from Hugging Face's format, and to a file for llama.cpp.
 
     python export.py checkpoints/best.pt out/              to a folder that `transformers` loads
     python export.py checkpoints/best.pt out/ --push user/name           and upload it to the hub
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
+    python export.py checkpoints/best.pt model.gguf        a file for llama.cpp, Ollama, LM Studio
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
 --overwrite replaces an earlier export, and nothing else, once the new one is complete.
-Needs `pip install safetensors`, and for the hub `pip install huggingface_hub`.
+Needs `pip install safetensors`, for the hub `pip install huggingface_hub`, for .gguf files `pip
+install gguf`.
 """
 
 import re
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from config import setting
 from exporting.folders import check_target
+from exporting.gguf_file import KINDS, export_gguf
 from exporting.huggingface import export_hf, import_hf, import_optional, upload
 from exporting.peft import export_adapter
 from finetuning import lora
@@ -29,13 +32,24 @@ class ExportConfig:
     """What is converted, and where it is written."""
 
     paths: tuple[str, ...] = setting(
-        (), "a checkpoint and a folder; with --from only a checkpoint", positional=True
+        (),
+        "a checkpoint, and a folder or a file NAME.gguf; with --from only a checkpoint",
+        positional=True,
     )
     source: str = setting(
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
     push: str = setting("", "user/name: upload the exported folder to the hub")
+    type: str = setting(
+        "", "weights of a .gguf file; f16 (default): 2 bytes each; f32: exact, 4 bytes; q8_0: "
+        "about 1 byte, less exact", choices=("", *KINDS)
+    )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether a file for llama.cpp is written."""
+        return self.paths[-1:] != () and self.paths[-1].lower().endswith(".gguf")
 
     def problems(self) -> list[str]:
         """A wrong number of paths, or a wrong name on the hub."""
@@ -46,6 +60,10 @@ class ExportConfig:
             found.append(f"--push must be user/name, not {self.push!r}")
         if self.push and self.source:
             found.append("--push uploads an exported folder, and --from imports one")
+        if self.is_gguf and (self.source or self.push):
+            found.append("--from writes a checkpoint and --push uploads a folder, not a .gguf file")
+        if self.type and not self.is_gguf:
+            found.append("--type is for .gguf files: leave it out")
         return found
 
 
@@ -56,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
         import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
+    if config.is_gguf:
+        modelfile = export_gguf(checkpoint, target, config.type or KINDS[0], config.overwrite)
+        print(f"{target}: run it with llama.cpp or LM Studio")
+        print(f"{modelfile}: ollama create NAME -f {modelfile}, then ollama run NAME")
+        return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")
     if config.push:

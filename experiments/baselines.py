@@ -1,9 +1,15 @@
-"""Other implementations, for comparison: nanoGPT and Hugging Face's models and tokenizers."""
+"""Other implementations, for comparison: nanoGPT, llama.cpp, Hugging Face's models and
+tokenizers."""
 
+import dataclasses
+import functools
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import GPTConfig, train_settings
+from config import GPTConfig, UserError, train_settings
+from exporting.gguf_file import gguf_writer, write_gguf
+from model import GPT
+from tokenizer import CharTokenizer
 from training.setup import Flags
 from utils import autocast, pick_device
 
@@ -84,6 +93,58 @@ def nanogpt_command(checkout: str, text: Path, out_dir: str) -> list[str]:
         subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, capture_output=True)
     config = "config/train_shakespeare_char.py"
     return ["train.py", config, *NANOGPT_CPU_FLAGS.split(), f"--out_dir={out_dir}"]
+
+
+# --- llama.cpp
+
+
+def llama_cpp_command(model: Path, threads: int, mode: str) -> list[str]:
+    """The command that runs llama_cpp.mjs; empty if its npm package is not installed, in the folder
+    NODE_LLAMA_CPP or by `npm install -g node-llama-cpp`."""
+    folder = os.environ.get("NODE_LLAMA_CPP", "")
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if npm and not folder:
+        result = subprocess.run([npm, "root", "-g"], capture_output=True, text=True)
+        folder = str(Path(result.stdout.strip(), "node-llama-cpp"))
+    if not node or not Path(folder, "dist", "index.js").is_file():
+        return []
+    script = Path(__file__).with_name("llama_cpp.mjs")
+    return [node, str(script), folder, str(model), str(threads), mode]
+
+
+def llama_cpp_samplers(n: int, gpt: GPTConfig) -> Functions:
+    """llama.cpp's greedy generation of n tokens on a CPU, with models of the same sizes; none, with
+    a hint, if something that this needs is not installed, or llama.cpp lacks a component. Its
+    processes end with this one."""
+    if not llama_cpp_command(Path(), 1, "fast"):
+        print("to compare with llama.cpp: npm install -g node-llama-cpp")
+        return {}
+    model = GPT(dataclasses.replace(gpt, block_size=max(gpt.block_size, n + 1)))
+    tokenizer = CharTokenizer([chr(i) for i in range(gpt.vocab_size)])
+    samplers: Functions = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for kind in ("f16", "q8_0"):
+            path = Path(folder, f"{kind}.gguf")
+            try:
+                write_gguf(gguf_writer(model, tokenizer, kind), path)
+            except UserError as error:
+                print(f"no comparison with llama.cpp: {error}")
+                return {}
+            command = llama_cpp_command(path, torch.get_num_threads(), "fast")
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+            ask(process, {"text": ""})  # wait until the model is loaded
+            question = {"prompt": [0], "n": n}
+            samplers[f"llama.cpp, {kind}"] = functools.partial(ask, process, question)
+    return samplers
+
+
+def ask(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
+    """The answer of llama_cpp.mjs to a question."""
+    assert process.stdin and process.stdout
+    process.stdin.write(json.dumps(question) + "\n")
+    process.stdin.flush()
+    return json.loads(process.stdout.readline())
 
 
 # --- Hugging Face

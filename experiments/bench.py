@@ -25,6 +25,7 @@ from experiments.baselines import (
     Functions,
     hf_samplers,
     hf_tokenizer,
+    llama_cpp_samplers,
     nanogpt_sampler,
     nanogpt_step,
 )
@@ -109,7 +110,8 @@ def learn_bpe(texts: list[str], vocab_size: int) -> Any:
 
 def bench_generate(config: BenchConfig) -> str:
     """Tokens per second and sample at temperature 0.8 and top-k 40: ours without and with a cache,
-    in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's."""
+    in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
+    llama.cpp's, which is greedy, on a CPU."""
     device = pick_device(config.device)
     bandwidth = memory_bandwidth(device)
     gpt, _ = train_settings(model_flags(config), device.type)
@@ -124,6 +126,8 @@ def bench_generate(config: BenchConfig) -> str:
         weight_bytes[f"ours, {name}"] = linear_bytes(model)
     samplers |= hf_samplers(config.tokens, gpt, device)
     samplers |= nanogpt_sampler(config.nanogpt, config.tokens, gpt, device)
+    if device.type == "cpu":
+        samplers |= llama_cpp_samplers(config.tokens, gpt)
     for sampler in samplers.values():
         sampler()  # warm up, and compile
     lines = [

@@ -31,7 +31,7 @@ def matching_arch(config: GPTConfig) -> str:
             f"{f} is {getattr(config, f)} and not {ARCHS[nearest][f]}" for f in differences[nearest]
         )
         raise UserError(
-            f"no Hugging Face architecture has these components; {nearest} is nearest, but {found} "
+            f"no standard architecture has these components; {nearest} is nearest, but {found} "
             f"(train one that can be exported: python train.py --arch {nearest} --tag {nearest})"
         )
     usual_heads = (config.n_head, config.n_embd // config.n_head)

@@ -1,0 +1,332 @@
+"""Convert models to GGUF, the file format of llama.cpp, Ollama and LM Studio.
+
+Our tensors keep their shapes; llama.cpp reads the same matrices as we do. What differs: names,
+separate matrices for queries, keys and values (but for GPT-2), and the order in which `llama`
+rotates channels. Each tokenizer becomes a byte-level BPE, the kind that llama.cpp reproduces.
+"""
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import utils
+from config import GPTConfig, SampleConfig, UserError, raise_problems
+from corpus.records import prompt_text
+from exporting.hf_model import matching_arch, split_sizes
+from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN, merges_of
+from exporting.huggingface import import_optional, special_token_ids
+from finetuning import lora
+from model import GPT
+from sampling.checks import answers_questions, last_trained_on_text
+from system.files import atomic_write, file_problems
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
+
+KINDS = ("f16", "f32", "q8_0")  # of numbers
+MAGIC = b"GGUF"  # the start of a GGUF file
+FIRST_LINE = "# For Ollama: "  # the start of a Modelfile
+
+# --- tensors
+
+# Our module -> llama.cpp's, of which several are concatenated along the first dimension in ours.
+MODULES = {
+    "tok": ["token_embd"],
+    "pos.table": ["position_embd"],
+    "norm": ["output_norm"],
+    "head": ["output"],
+    "norm1": ["attn_norm"],
+    "attn.qkv": ["attn_q", "attn_k", "attn_v"],
+    "attn.q_norm": ["attn_q_norm"],
+    "attn.k_norm": ["attn_k_norm"],
+    "attn.proj": ["attn_output"],
+    "norm2": ["ffn_norm"],
+    "mlp.fc": ["ffn_gate", "ffn_up"],
+    "mlp.proj": ["ffn_down"],
+}
+POSITIONS = "position_embd.weight"
+GPT2_MODULES = MODULES | {"attn.qkv": ["attn_qkv"], "mlp.fc": ["ffn_up"]}
+
+
+def weights_to_gguf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
+    """Our weights by llama.cpp's names."""
+    converted: dict[str, Tensor] = {}
+    for ours, tensor in state.items():
+        module, _, kind = ours.rpartition(".")
+        prefix = ""
+        if module.startswith("blocks."):
+            _, layer, module = module.split(".", 2)
+            prefix = f"blk.{layer}."
+        if module == "head" and config.tie_weights:
+            continue  # llama.cpp uses the embedding if there is no output matrix
+        names = (GPT2_MODULES if arch == "gpt2" else MODULES)[module]
+        tensors = tensor.split(split_sizes(config, ours)) if len(names) > 1 else (tensor,)
+        for name, t in zip(names, tensors, strict=True):
+            rotated = arch == "llama" and name in ("attn_q", "attn_k")
+            converted[f"{prefix}{name}.{kind}"] = interleave(t, config.head_size) if rotated else t
+    return converted
+
+
+def interleave(weight: Tensor, head_size: int) -> Tensor:
+    """Reorder the rows of each head, D of them, from 0, D/2, ... to neighbors: for `llama`,
+    llama.cpp rotates the channel pairs (2i, 2i + 1), and we rotate (i, i + D/2)."""
+    heads = weight.view(-1, 2, head_size // 2, weight.size(1))  # (H, 2, D/2, C)
+    return heads.transpose(1, 2).reshape(weight.shape)
+
+
+def padded(positions: Tensor) -> Tensor:
+    """Position embeddings with a multiple of 256 rows: those of the model, then their second half
+    repeated, where generate.py continues a text that exceeds the window. llama.cpp rounds the
+    length of its context up to 256, and aborts at a position without a row."""
+    n, half = len(positions), len(positions) // 2
+    rows = torch.arange(math.ceil(n / 256) * 256)
+    rows[n:] = half + (rows[n:] - half) % (n - half)
+    return positions[rows]
+
+
+def quantized(name: str, tensor: Tensor, kind: str) -> tuple[np.ndarray, Any]:
+    """The data of a tensor and gguf's name of its type. Vectors and position embeddings, which
+    llama.cpp adds, remain float32; rows that are not made of blocks of 32 become float16 instead
+    of Q8_0. Raises UserError if a number is too large for the type."""
+    gguf = import_optional("gguf")
+    if tensor.dim() == 1 or name == POSITIONS:
+        kind = "f32"
+    elif kind == "q8_0" and tensor.size(1) % 32:
+        kind = "f16"
+    dtype = gguf.GGMLQuantizationType[kind.upper()]
+    array = tensor.float().numpy()
+    with np.errstate(over="ignore"):
+        data = gguf.quants.quantize(array, dtype)
+        if not np.isfinite(gguf.quants.dequantize(data, dtype)).all():
+            raise UserError(f"{name} has numbers that {kind} cannot represent: add --type f32")
+    return data, dtype
+
+
+# --- settings
+
+SIZES = {
+    "context_length": "block_size",
+    "embedding_length": "n_embd",
+    "block_count": "n_layer",
+    "feed_forward_length": "n_inner",
+    "attention.head_count": "n_head",
+    "attention.head_count_kv": "n_kv_head",
+}
+ROTATED_SIZES = {
+    "attention.key_length": "head_size",
+    "attention.value_length": "head_size",
+    "rope.dimension_count": "head_size",
+}
+
+
+def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
+    """Write the settings of a model, whose context length is the number of its positions."""
+    for key, ours in (SIZES if arch == "gpt2" else SIZES | ROTATED_SIZES).items():
+        writer.add_uint32(f"{arch}.{key}", getattr(config, ours))
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_rope_freq_base(config.rope_theta)
+
+
+# --- tokenizers
+
+# The pre-tokenizers of llama.cpp that split text as our patterns do, and whether they look for a
+# piece among the tokens before they merge, as tiktoken does. tiktoken's own pattern for gpt2 splits
+# in the same way as GPT-2's. Those of cl100k_base and o200k_base have no exact equivalent: the
+# first differs in spaces after the last newline, the second in combining marks.
+TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PRE_TOKENIZERS = {
+    GPT2_PATTERN: "gpt-2",
+    TIKTOKEN_GPT2: "gpt-2",
+    DIGITS_PATTERN: "smollm",
+    LLAMA3_PATTERN: "llama-bpe",
+    LLAMA3_PATTERN.replace("{1,3}", ""): "qwen2",
+}
+IGNORES_MERGES = ("llama-bpe",)
+NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
+
+
+def bpe_rules(tokenizer: BPETokenizer) -> tuple[str, list[str]]:
+    """The name of the pre-tokenizer, and the merges. Raises UserError if llama.cpp would give other
+    ids."""
+    pre = PRE_TOKENIZERS.get(tokenizer.pattern)
+    merges = list(merges_of(tokenizer))
+    unmerged = len({left + right for left, right in merges}) < len(tokenizer.ranks) - 256
+    if pre is None or (pre not in IGNORES_MERGES and unmerged):
+        raise UserError(
+            "llama.cpp has no tokenizer that splits text as this one does (train a model that can "
+            "be exported with --tokenizer bpe, char or gpt2)"
+        )
+    return pre, [" ".join(map(to_printable, pair)) for pair in merges]
+
+
+def char_rules(chars: list[str]) -> tuple[str, list[str]]:
+    """The name of a pre-tokenizer, and the merges that make characters of their bytes, from left to
+    right: of an e with acute accent, C3 + A9. The intermediate results of longer characters are not
+    in the vocabulary: llama.cpp leaves out what is not, and so unknown characters, as generate.py
+    does. Where text is split makes no difference, so this is a pre-tokenizer that does not remove
+    spaces before punctuation from the output, as "gpt-2" does in some programs.
+    """
+    merges: dict[str, None] = {}  # a set in order
+    for char in (*chars, "\xe9"):  # the list must not be empty
+        text = printable_char(char)
+        merges |= {f"{text[:i]} {text[i]}": None for i in range(1, len(text))}
+    return "qwen2", list(merges)
+
+
+def printable_char(char: str) -> str:
+    """The bytes of a character in GPT-2's printable alphabet."""
+    return to_printable(char.encode("utf-8", "surrogatepass"))
+
+
+def add_tokenizer(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
+    """Write a tokenizer. n_rows is the number of embeddings, at least one for each token."""
+    if isinstance(tokenizer, BPETokenizer):
+        pre, merges = bpe_rules(tokenizer)
+        tokens = {i: (to_printable(token), NORMAL) for token, i in tokenizer.ranks.items()}
+    else:
+        pre, merges = char_rules(tokenizer.chars)
+        tokens = {
+            i: (printable_char(char), NORMAL)
+            for i, char in enumerate(tokenizer.chars, len(tokenizer.specials))
+        }
+    tokens |= {i: (text, CONTROL) for text, i in tokenizer.specials.items()}
+    ids = special_token_ids(tokenizer)
+    bos, end, pad = (ids[f"{name}_token_id"] for name in ("bos", "eos", "pad"))
+    if end is None:
+        bos = end = n_rows - 1
+        tokens[end] = (END_OF_TEXT, CONTROL)
+        writer.add_array("tokenizer.ggml.suppress_tokens", [end])
+    texts, types = zip(
+        *(tokens.get(i, (f"<|unused_{i}|>", UNUSED)) for i in range(n_rows)), strict=True
+    )
+    if len(set(texts)) < n_rows:
+        raise UserError("a special token has the same text as another token")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    # Without fim_pad, llama.cpp would take <PAD> for a token that ends a text.
+    for name, i in {"bos": bos, "eos": end, "fim_pad": end, "padding": pad}.items():
+        if i is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
+    for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
+        writer.add_bool(f"tokenizer.ggml.{name}", False)
+
+
+@torch.no_grad()
+def with_end_token(weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
+    """The weights of a model that has no token that ends a text, with one more row for such a token
+    (without it, llama.cpp would end texts at token 11).
+
+    The row is the mean of the rows of the two tokens that are least likely after other tokens. So
+    its logit is the mean of theirs, and never the largest. Sampled at temperature 0.8, it has a
+    probability of 1e-6 to 1e-5 with models of TinyShakespeare; recent versions of llama.cpp never
+    sample a token in suppress_tokens.
+    """
+    config = model.config
+    logits, _ = model(torch.arange(config.vocab_size)[None, : config.block_size])  # (1, T, V)
+    rarest = logits[0].mean(dim=0).argsort()[:2]
+    return weights | {
+        name: torch.cat([rows, rows[rarest].mean(dim=0, keepdim=True)])
+        for name, rows in weights.items()
+        if name in ("token_embd.weight", "output.weight")
+    }
+
+
+# --- files
+
+# The sampling of generate.py, where Ollama has other defaults
+PARAMETERS = {
+    "temperature": SampleConfig.temperature,
+    "top_k": SampleConfig.top_k,
+    "top_p": SampleConfig.top_p,
+    "min_p": SampleConfig.min_p,
+    "repeat_penalty": SampleConfig.repetition_penalty,
+}
+
+
+def export_gguf(checkpoint: Path, target: Path, kind: str, overwrite: bool = False) -> Path:
+    """Write the model of a checkpoint as a GGUF file of one of the KINDS, and beside it a Modelfile
+    for Ollama, whose path is returned. Raises UserError if llama.cpp does not have the model's
+    components or tokenizer, or if a file exists, unless it is an export and `overwrite` is set."""
+    modelfile = target.with_suffix(".Modelfile")
+    check_file(target, MAGIC, overwrite)
+    check_file(modelfile, FIRST_LINE.encode(), overwrite)
+    import_optional("gguf")
+    if lora.is_adapter(checkpoint):
+        raise UserError(
+            f"{checkpoint} is an adapter: merge it first (python finetune.py BASE --merge "
+            f"{checkpoint}) and export the result"
+        )
+    model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
+    # The prompts of a conversation are those of explore.py chat.
+    asks = answers_questions(tokenizer) and not last_trained_on_text(state)
+    question, end = ("<BOS>" + prompt_text("|"), "<EOS>") if asks else ("|", "")
+    before, after = question.split("|")
+    writer = gguf_writer(model, tokenizer, kind)
+    writer.add_chat_template(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        f"{{{{ m['content'] + {end!r} }}}}"
+        f"{{% else %}}{{{{ {before!r} + m['content'] + {after!r} }}}}{{% endif %}}{{% endfor %}}"
+    )
+    parameters = PARAMETERS | {"num_ctx": model.config.block_size}
+    lines = [
+        f"{FIRST_LINE}ollama create NAME -f {modelfile.name}, then ollama run NAME",
+        f"FROM ./{target.name}",
+        f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"""',
+        *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
+    ]
+    with atomic_write(target) as file, atomic_write(modelfile) as text_file:
+        write_gguf(writer, Path(file.name))
+        text_file.write("\n".join([*lines, ""]).encode())
+    return modelfile
+
+
+def gguf_writer(model: GPT, tokenizer: Tokenizer, kind: str) -> Any:
+    """A writer of the gguf package with the settings, tokenizer and weights of a model. Raises
+    UserError if llama.cpp does not have its components or tokenizer."""
+    gguf = import_optional("gguf")
+    config, arch = model.config, matching_arch(model.config)
+    weights = weights_to_gguf(model.state_dict(), config, arch)
+    if special_token_ids(tokenizer)["eos_token_id"] is None:
+        weights = with_end_token(weights, model)
+    if POSITIONS in weights:
+        weights[POSITIONS] = padded(weights[POSITIONS])
+        config = dataclasses.replace(config, block_size=len(weights[POSITIONS]))
+    writer = gguf.GGUFWriter(None, arch)
+    writer.add_name(f"TinyLLM {arch}")
+    add_settings(writer, config, arch)
+    add_tokenizer(writer, tokenizer, len(weights["token_embd.weight"]))
+    types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(gguf.LlamaFileType[types[kind]])
+    for name, tensor in weights.items():
+        data, dtype = quantized(name, tensor, kind)
+        writer.add_tensor(name, data, raw_dtype=dtype)
+    return writer
+
+
+def write_gguf(writer: Any, path: Path) -> None:
+    """Write a file with what a writer contains."""
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_file(path: Path, start: bytes, overwrite: bool) -> None:
+    """Raise UserError unless a file can be written: it does not exist, or it may be replaced and
+    starts as an export does."""
+    if os.path.lexists(path):
+        if not overwrite:
+            raise UserError(f"{path} exists: add --overwrite or choose another path")
+        if not path.is_file() or path.open("rb").read(len(start)) != start:
+            raise UserError(f"{path} was not written by export.py: choose another path")
+    raise_problems(file_problems(path))
