@@ -86,9 +86,9 @@ def cache_speed(device: torch.device, quick: bool) -> list[Row]:
     return rows
 
 
-def plot_losses(axes: "Axes", losses_by_swap: dict[str, list[float]]) -> None:
-    """The losses of each swap, a dot per seed, above a band that spans those of the base."""
-    base = losses_by_swap[BASE]
+def plot_losses(axes: "Axes", losses_by_swap: dict[str, list[float]], title: str) -> None:
+    """The losses of each swap, a dot per seed, above a band that spans those of the first one."""
+    base = next(iter(losses_by_swap.values()))
     axes.axvspan(min(base), max(base), color=BLUE, alpha=0.2)
     for y, values in enumerate(losses_by_swap.values()):
         color = BLUE if y == 0 else ORANGE
@@ -97,7 +97,7 @@ def plot_losses(axes: "Axes", losses_by_swap: dict[str, list[float]]) -> None:
     axes.set_yticks(range(len(losses_by_swap)), list(losses_by_swap))
     axes.invert_yaxis()
     axes.set(xlabel="validation loss (nats per token), one dot per seed")
-    axes.set_title("One component at a time")
+    axes.set_title(title)
 
 
 def plot_cache(axes: "Axes", rows: list[Row]) -> None:
@@ -118,7 +118,7 @@ def plot_cache(axes: "Axes", rows: list[Row]) -> None:
 def plot(losses_by_swap: dict[str, list[float]], cache_rows: list[Row]) -> "Figure":
     figure = new_figure(11, 5)
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    plot_losses(left, losses_by_swap)
+    plot_losses(left, losses_by_swap, "One component at a time")
     plot_cache(right, cache_rows)
     for axes in (left, right):
         axes.grid(alpha=0.3)

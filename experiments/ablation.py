@@ -1,0 +1,76 @@
+"""What each part of the fast preset contributes: it is trained without one part at a time.
+
+python -m experiments.ablation --quick
+
+AdamW has its own learning rate, the best of 2e-3, 4e-3 and 6e-3; all other variants use the
+preset's rate, so a difference can be smaller with a rate that is tuned for the variant.
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from experiments.study import (
+    Row,
+    difference,
+    loss_columns,
+    parse_study,
+    val_losses,
+    with_seeds,
+    write_results,
+)
+from experiments.swaps import plot_losses
+from system.errors import run
+from training.setup import Flags
+from viz.runs import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BASE = "fast"
+VARIANTS: dict[str, Flags] = {
+    BASE: {},
+    "AdamW instead of Muon": {"optimizer": "adamw", "lr_max": 4e-3},
+    "cosine instead of linear decay": {"schedule": "cosine"},
+    "no token shift": {"token_shift": False},
+    "windows do not grow": {"grow_windows": False},
+    "windows of 192, batch size 12": {"block_size": 192, "batch_size": 12},
+    "RMSNorm instead of LayerNorm": {"norm": "rmsnorm"},
+    "SwiGLU instead of squared ReLU": {"mlp": "swiglu"},
+    "four heads instead of two": {"n_head": 4},
+    "no QK-norm": {"qk_norm": False},
+    "learning rate 4e-3 instead of 6e-3": {"lr_max": 4e-3},
+    "learning rate 9e-3": {"lr_max": 9e-3},
+    "weight decay 0 instead of 0.1": {"weight_decay": 0.0},
+    "weight decay 0.3": {"weight_decay": 0.3},
+}
+QUICK: Flags = {"max_steps": 500, "eval_every": 500}
+
+
+def plot(losses_by_variant: dict[str, list[float]]) -> "Figure":
+    figure = new_figure(8, 5)
+    axes = figure.subplots()
+    plot_losses(axes, losses_by_variant, "Without one part of the fast preset")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    study = parse_study("ablation", argv, __doc__)
+    study.n_runs = len(VARIANTS) * study.config.seeds
+    rows: list[Row] = []
+    losses_by_variant: dict[str, list[float]] = {}
+    for name, change in VARIANTS.items():
+        flags = {"preset": "fast"} | (QUICK if study.config.quick else {}) | change
+        runs = with_seeds(study, re.sub(r"\W+", "-", name), flags)
+        losses_by_variant[name] = val_losses(runs)
+        row = {"variant": name, **loss_columns(runs), "difference": ""}
+        if name != BASE:
+            row["difference"] = difference(losses_by_variant[BASE], val_losses(runs))
+        rows.append(row)
+    write_results(study, {"One part at a time": rows}, plot(losses_by_variant))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
