@@ -44,7 +44,7 @@ PRESET_FIELDS += ("max_steps", "lr_max", "dropout", "eval_every")
 PRESETS: dict[str, dict[str, Any]] = {
     name: dict(zip(PRESET_FIELDS, row, strict=True))
     for name, row in {
-        "laptop": (4, 4, 128, 192, 12, 2000, 4e-3, 0.0, 250),
+        "laptop": (4, 4, 128, 256, 9, 2400, 4e-3, 0.0, 300),
         "tiny": (2, 2, 128, 128, 32, 3000, 3e-3, 0.0, 250),
         "small": (4, 4, 256, 256, 64, 5000, 2e-3, 0.1, 250),
         "medium": (6, 6, 384, 256, 64, 5000, 1e-3, 0.2, 250),

@@ -343,7 +343,7 @@ def test_help_names_every_flag_with_its_default_on_this_machine(capsys):
         for name, field in cls.__dataclass_fields__.items():
             assert (f"  --{name}" in text) == field.metadata.get("flag", True), name
     lines = {line.split()[0].strip(","): line for line in text.splitlines() if "  --" in line}
-    assert "[2000]" in lines["--max_steps"] and "[adamw]" in lines["--optimizer"]  # laptop's
+    assert "[2400]" in lines["--max_steps"] and "[adamw]" in lines["--optimizer"]  # laptop's
     assert "contain the defaults of preset laptop;" in text
     assert "[off]" in lines["--resume"] and "[0.0]" in lines["--dropout"]
 

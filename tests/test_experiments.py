@@ -27,6 +27,7 @@ from config import (
     train_settings,
 )
 from experiments import (
+    ablation,
     bench,
     lr_context,
     sampling,
@@ -150,6 +151,32 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     assert int(rows[0]["parameters"]) - int(row["parameters"]) == 16 * 16  # the learned positions
     one, two = (runs[f"GPT-2-s-architecture-{seed}"]["flags"] for seed in (1, 2))
     assert one["arch"] == "gpt2" and (one["seed"], two["seed"]) == (1, 2)
+
+
+def test_ablation(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ablation, "QUICK", TINY)
+    some = (ablation.BASE, "no token shift")
+    monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in some})
+    rows = run_twice(ablation, monkeypatch)
+    runs = results("ablation_quick")
+    assert [
+        runs[f"{name}-1"]["flags"].get("token_shift") for name in ("fast", "no-token-shift")
+    ] == [
+        None,
+        False,
+    ]
+    means = [
+        (runs[f"{name}-1"]["val"] + runs[f"{name}-2"]["val"]) / 2
+        for name in ("fast", "no-token-shift")
+    ]
+    assert [float(row["validation loss"]) for row in rows] == pytest.approx(means)
+
+
+def test_every_variant_of_the_ablation_differs_from_the_preset():
+    fast = train_settings({"preset": "fast"}, "cpu")
+    for name, change in ablation.VARIANTS.items():
+        variant = train_settings({"preset": "fast"} | change, "cpu")
+        assert (variant == fast) == (name == ablation.BASE), name
 
 
 def test_sizes(workplace: Path, monkeypatch: pytest.MonkeyPatch):

@@ -258,7 +258,7 @@ def test_only_fsdp_divides_the_memory(monkeypatch, parallel: str, n_shards: int)
 def test_the_table_of_presets_in_the_help():
     lines = preset_table().splitlines()
     assert lines[0].split() == ["preset", *PRESET_FIELDS]
-    assert lines[1].split() == "laptop 4 4 128 192 12 2000 0.004 0.0 250".split()
+    assert lines[1].split() == "laptop 4 4 128 256 9 2400 0.004 0.0 300".split()
     assert lines[2] == "             and compile False"
     assert lines[3].split()[0] == "tiny" and lines[4].split()[0] == "small"  # nothing else in tiny
     arch = next(i for i, line in enumerate(lines) if line.startswith("arch "))
