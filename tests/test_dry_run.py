@@ -68,7 +68,7 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(workplace: Path, capsys)
     assert lines["training"].startswith(  # 4 x 2 windows of 16 characters, 20 steps
         f"128 tokens per step, 2,560 in 20 steps, {2560 / n_train:.2f} epochs; "
     )
-    assert "attention 1,024, MLP 2,048," in lines["parameters"]
+    assert "attention 1,024, MLP 3,072," in lines["parameters"]
 
     train.main(TINY_RUN)
     before = contents(workplace)

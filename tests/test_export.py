@@ -177,7 +177,8 @@ def test_the_first_examples_of_help_run_as_written(workplace):
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.vocab_size > 20
 
 
-def test_the_error_for_a_default_run_names_the_command_that_trains_an_exportable_one(trained):
+def test_the_error_for_a_fast_run_names_the_command_that_trains_an_exportable_one(workplace):
+    assert train.main([*TINY_RUN, "--preset=fast"]) == 0
     with pytest.raises(UserError, match=r"exported: python train.py --arch qwen3 --tag qwen3") as e:
         export.main(["checkpoints/best.pt", "out"])
     command = re.search(r"python train.py (.*)\)", str(e.value))

@@ -1021,8 +1021,8 @@ def test_a_dry_run_shows_the_first_record_and_writes_nothing(place: Path, object
     assert sorted(place.rglob("*")) == before
     text = capsys.readouterr().out
     rows = text.splitlines()
-    # 1 layer of 16 channels: qkv and proj have 4 x 16 x 16 weights, relu2's matrices 2 x 16 x 64
-    assert "attention 1,024, MLP 2,048" in text
+    # 1 layer of 16 channels: qkv and proj have 4 x 16 x 16 weights, SwiGLU's matrices 3 x 16 x 64
+    assert "attention 1,024, MLP 3,072" in text
     masked = objective in ("qa", "dpo")  # only answers are scored
     assert rows[-3] == f"token by token{' (-: not scored)' * masked}:"
     assert rows[-2].startswith("  input ") and rows[-1].startswith("  target ")

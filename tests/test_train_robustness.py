@@ -259,7 +259,7 @@ def test_a_run_cannot_be_resumed_to_an_earlier_step(trained: Path):
 def test_an_extended_run_warns_that_its_rate_rises_again(trained: Path, capsys):
     train.main(RESUME)
     # cosine at 18 of 28 steps after 2 steps of warmup, instead of the end of the cosine
-    rate = 6e-3 * (1 - 18 / 28)  # the preset's decay is linear
+    rate = 4e-3 * (1 + math.cos(math.pi * 18 / 28)) / 2
     line = f"warning: the learning rate at step 20 is now {rate:g} instead of 0\n"
     assert line in capsys.readouterr().out
 
