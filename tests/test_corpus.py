@@ -408,7 +408,8 @@ RECORDS = [
 ]
 SMALL_RUN = (
     "--device=cpu --precision=float32 --preset=fast --no-grow_windows --n_layer=2 --n_embd=64 "
-    "--block_size=96 --lr_max=1e-2 --batch_size=6 --eval_every=1000 --sample_tokens=0 --data=qa.json "
+    "--block_size=96 --lr_max=1e-2 --batch_size=6 --eval_every=1000 --sample_tokens=0 "
+    "--data=qa.json"
 ).split()
 
 
