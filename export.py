@@ -1,4 +1,4 @@
-"""Convert checkpoints to and from Hugging Face's format.
+"""Convert checkpoints to and from Hugging Face's format, or to a web page that runs the model.
 
     python train.py --arch qwen3 --tag qwen3               or llama, or gpt2; then export the run
     python export.py checkpoints/qwen3/best.pt out/        to a folder that `transformers` loads
@@ -6,10 +6,11 @@
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
+    python export.py checkpoints/best.pt model.html        one file: open it in a browser and sample
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
 --overwrite replaces an earlier export, and nothing else, once the new one is complete.
-Needs `pip install safetensors`, and for the hub `pip install huggingface_hub`.
+Folders need `pip install safetensors`, and the hub `pip install huggingface_hub`; a page neither.
 """
 
 import re
@@ -20,6 +21,7 @@ from config import setting
 from exporting.folders import check_target
 from exporting.huggingface import export_hf, import_hf, import_optional, upload
 from exporting.peft import export_adapter
+from exporting.web_page import export_page
 from finetuning import lora
 from system.command_line import parse_args
 from system.errors import run
@@ -30,13 +32,24 @@ class ExportConfig:
     """What is converted, and where it is written."""
 
     paths: tuple[str, ...] = setting(
-        (), "a checkpoint and a folder; with --from only a checkpoint", positional=True
+        (),
+        "a checkpoint, and a folder or a web page (NAME.html); with --from only a checkpoint",
+        positional=True,
     )
     source: str = setting(
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
     push: str = setting("", "user/name: upload the exported folder to the hub")
+    precision: str = setting(
+        "auto", "weights of a web page; auto: int8 if the measured loss is nearly the same",
+        choices=("auto", "float16", "int8"),
+    )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
+
+    @property
+    def is_page(self) -> bool:
+        """Whether a web page is written."""
+        return not self.source and self.paths[-1:] != () and self.paths[-1].endswith(".html")
 
     def problems(self) -> list[str]:
         """A wrong number of paths, or a wrong name on the hub."""
@@ -47,6 +60,10 @@ class ExportConfig:
             found.append(f"--push must be user/name, not {self.push!r}")
         if self.push and self.source:
             found.append("--push uploads an exported folder, and --from imports one")
+        if self.push and self.is_page:
+            found.append("--push uploads an exported folder, not a web page")
+        if self.precision != "auto" and not self.is_page:
+            found.append("--precision is for web pages (NAME.html): leave it out")
         return found
 
 
@@ -57,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
+    if config.is_page:
+        export_page(checkpoint, target, config.precision, config.overwrite)
+        return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")
     if config.push:
