@@ -1,16 +1,17 @@
-"""Convert checkpoints to and from Hugging Face's format, and to a file for llama.cpp.
+"""Convert checkpoints to and from Hugging Face's format, to a web page, or to a file for llama.cpp.
 
     python export.py checkpoints/best.pt out/              to a folder that `transformers` loads
     python export.py checkpoints/best.pt out/ --push user/name           and upload it to the hub
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
+    python export.py checkpoints/best.pt model.html        one file: open it in a browser and sample
     python export.py checkpoints/best.pt model.gguf        a file for llama.cpp, Ollama, LM Studio
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
 --overwrite replaces an earlier export, and nothing else, once the new one is complete.
-Needs `pip install safetensors`, for the hub `pip install huggingface_hub`, for .gguf files `pip
-install gguf`.
+Folders need `pip install safetensors`, the hub `pip install huggingface_hub`, .gguf files `pip
+install gguf`; a page needs nothing.
 """
 
 import re
@@ -19,9 +20,10 @@ from pathlib import Path
 
 from config import setting
 from exporting.folders import check_target
-from exporting.gguf_file import KINDS, export_gguf
+from exporting.gguf_file import export_gguf
 from exporting.huggingface import export_hf, import_hf, import_optional, upload
 from exporting.peft import export_adapter
+from exporting.web_page import export_page
 from finetuning import lora
 from system.command_line import parse_args
 from system.errors import run
@@ -33,23 +35,24 @@ class ExportConfig:
 
     paths: tuple[str, ...] = setting(
         (),
-        "a checkpoint, and a folder or a file NAME.gguf; with --from only a checkpoint",
+        "a checkpoint, and a folder, NAME.html or NAME.gguf; with --from only a checkpoint",
         positional=True,
     )
     source: str = setting(
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
     push: str = setting("", "user/name: upload the exported folder to the hub")
-    type: str = setting(
-        "", "weights of a .gguf file; f16 (default): 2 bytes each; f32: exact, 4 bytes; q8_0: "
-        "about 1 byte, less exact", choices=("", *KINDS)
+    precision: str = setting(
+        "auto", "weights of a .html or .gguf file; auto: .html: int8 if the measured loss is "
+        "nearly the same, .gguf: float16", choices=("auto", "float32", "float16", "int8")
     )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
 
     @property
-    def is_gguf(self) -> bool:
-        """Whether a file for llama.cpp is written."""
-        return self.paths[-1:] != () and self.paths[-1].lower().endswith(".gguf")
+    def kind(self) -> str:
+        """html or gguf, if such a file is written."""
+        suffix = Path(self.paths[-1]).suffix.lower() if self.paths and not self.source else ""
+        return suffix[1:] if suffix in (".html", ".gguf") else ""
 
     def problems(self) -> list[str]:
         """A wrong number of paths, or a wrong name on the hub."""
@@ -60,10 +63,14 @@ class ExportConfig:
             found.append(f"--push must be user/name, not {self.push!r}")
         if self.push and self.source:
             found.append("--push uploads an exported folder, and --from imports one")
-        if self.is_gguf and (self.source or self.push):
-            found.append("--from writes a checkpoint and --push uploads a folder, not a .gguf file")
-        if self.type and not self.is_gguf:
-            found.append("--type is for .gguf files: leave it out")
+        if self.push and self.kind:
+            found.append(f"--push uploads an exported folder, not a .{self.kind} file")
+        if self.source and self.paths[-1:] and self.paths[-1].lower().endswith((".html", ".gguf")):
+            found.append("--from writes a checkpoint: name it NAME.pt")
+        if self.precision != "auto" and not self.kind:
+            found.append("--precision is for .html and .gguf files: leave it out")
+        if self.precision == "float32" and self.kind == "html":
+            found.append("a web page has weights in float16 or int8")
         return found
 
 
@@ -74,8 +81,12 @@ def main(argv: list[str] | None = None) -> int:
         import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
-    if config.is_gguf:
-        modelfile = export_gguf(checkpoint, target, config.type or KINDS[0], config.overwrite)
+    if config.kind == "html":
+        export_page(checkpoint, target, config.precision, config.overwrite)
+        return 0
+    if config.kind == "gguf":
+        precision = "float16" if config.precision == "auto" else config.precision
+        modelfile = export_gguf(checkpoint, target, precision, config.overwrite)
         print(f"{target}: run it with llama.cpp or LM Studio")
         print(f"{modelfile}: ollama create NAME -f {modelfile}, then ollama run NAME")
         return 0

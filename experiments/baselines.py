@@ -123,10 +123,10 @@ def llama_cpp_samplers(n: int, gpt: GPTConfig) -> Functions:
     tokenizer = CharTokenizer([chr(i) for i in range(gpt.vocab_size)])
     samplers: Functions = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for kind in ("f16", "q8_0"):
-            path = Path(folder, f"{kind}.gguf")
+        for precision in ("float16", "int8"):
+            path = Path(folder, f"{precision}.gguf")
             try:
-                write_gguf(gguf_writer(model, tokenizer, kind), path)
+                write_gguf(gguf_writer(model, tokenizer, precision), path)
             except UserError as error:
                 print(f"no comparison with llama.cpp: {error}")
                 return {}
@@ -135,7 +135,7 @@ def llama_cpp_samplers(n: int, gpt: GPTConfig) -> Functions:
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
             ask(process, {"text": ""})  # wait until the model is loaded
             question = {"prompt": [0], "n": n}
-            samplers[f"llama.cpp, {kind}"] = functools.partial(ask, process, question)
+            samplers[f"llama.cpp, {precision}"] = functools.partial(ask, process, question)
     return samplers
 
 

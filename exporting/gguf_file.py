@@ -27,7 +27,7 @@ from sampling.checks import answers_questions, last_trained_on_text
 from system.files import atomic_write, file_problems
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
 
-KINDS = ("f16", "f32", "q8_0")  # of numbers
+TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
 MAGIC = b"GGUF"  # the start of a GGUF file
 FIRST_LINE = "# For Ollama: "  # the start of a Modelfile
 
@@ -88,21 +88,23 @@ def padded(positions: Tensor) -> Tensor:
     return positions[rows]
 
 
-def quantized(name: str, tensor: Tensor, kind: str) -> tuple[np.ndarray, Any]:
+def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, Any]:
     """The data of a tensor and gguf's name of its type. Vectors and position embeddings, which
     llama.cpp adds, remain float32; rows that are not made of blocks of 32 become float16 instead
     of Q8_0. Raises UserError if a number is too large for the type."""
     gguf = import_optional("gguf")
     if tensor.dim() == 1 or name == POSITIONS:
-        kind = "f32"
-    elif kind == "q8_0" and tensor.size(1) % 32:
-        kind = "f16"
-    dtype = gguf.GGMLQuantizationType[kind.upper()]
+        precision = "float32"
+    elif precision == "int8" and tensor.size(1) % 32:
+        precision = "float16"
+    dtype = gguf.GGMLQuantizationType[TYPES[precision]]
     array = tensor.float().numpy()
     with np.errstate(over="ignore"):
         data = gguf.quants.quantize(array, dtype)
         if not np.isfinite(gguf.quants.dequantize(data, dtype)).all():
-            raise UserError(f"{name} has numbers that {kind} cannot represent: add --type f32")
+            raise UserError(
+                f"{name} has numbers too large for {precision}: add --precision float32"
+            )
     return data, dtype
 
 
@@ -253,8 +255,8 @@ PARAMETERS = {
 }
 
 
-def export_gguf(checkpoint: Path, target: Path, kind: str, overwrite: bool = False) -> Path:
-    """Write the model of a checkpoint as a GGUF file of one of the KINDS, and beside it a Modelfile
+def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> Path:
+    """Write the model of a checkpoint as a GGUF file, and beside it a Modelfile
     for Ollama, whose path is returned. Raises UserError if llama.cpp does not have the model's
     components or tokenizer, or if a file exists, unless it is an export and `overwrite` is set."""
     modelfile = target.with_suffix(".Modelfile")
@@ -271,7 +273,7 @@ def export_gguf(checkpoint: Path, target: Path, kind: str, overwrite: bool = Fal
     asks = answers_questions(tokenizer) and not last_trained_on_text(state)
     question, end = ("<BOS>" + prompt_text("|"), "<EOS>") if asks else ("|", "")
     before, after = question.split("|")
-    writer = gguf_writer(model, tokenizer, kind)
+    writer = gguf_writer(model, tokenizer, precision)
     writer.add_chat_template(
         "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         f"{{{{ m['content'] + {end!r} }}}}"
@@ -290,7 +292,7 @@ def export_gguf(checkpoint: Path, target: Path, kind: str, overwrite: bool = Fal
     return modelfile
 
 
-def gguf_writer(model: GPT, tokenizer: Tokenizer, kind: str) -> Any:
+def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
     """A writer of the gguf package with the settings, tokenizer and weights of a model. Raises
     UserError if llama.cpp does not have its components or tokenizer."""
     gguf = import_optional("gguf")
@@ -305,10 +307,10 @@ def gguf_writer(model: GPT, tokenizer: Tokenizer, kind: str) -> Any:
     writer.add_name(f"TinyLLM {arch}")
     add_settings(writer, config, arch)
     add_tokenizer(writer, tokenizer, len(weights["token_embd.weight"]))
-    types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[types[kind]])
+    mostly = "ALL" if precision == "float32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{TYPES[precision]}"])
     for name, tensor in weights.items():
-        data, dtype = quantized(name, tensor, kind)
+        data, dtype = quantized(name, tensor, precision)
         writer.add_tensor(name, data, raw_dtype=dtype)
     return writer
 

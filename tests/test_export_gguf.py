@@ -96,7 +96,7 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_tensors_are_those_of_the_model(arch, tied):
     model = model_of(arch, TOKENIZERS["bpe"], tie_weights=tied, n_inner=48)
-    _, found = exported(model, TOKENIZERS["bpe"], "--type=f32")
+    _, found = exported(model, TOKENIZERS["bpe"], "--precision=float32")
     ours = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     expected = {"token_embd.weight": ours["tok.weight"], "output_norm.weight": ours["norm.weight"]}
     if not tied:
@@ -135,7 +135,7 @@ def test_the_tensors_are_those_of_the_model(arch, tied):
 def test_neighboring_channels_of_llama_rotate_together(monkeypatch):
     """llama.cpp's rotation of the pairs (2i, 2i + 1) gives the same attention scores as ours."""
     model = model_of("llama", CHARS, n_layer=1)
-    _, found = exported(model, CHARS, "--type=f32")
+    _, found = exported(model, CHARS, "--precision=float32")
     x = torch.randn(5, 32)
     angle = torch.outer(torch.arange(5), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
     ours = model.blocks[0].attn.qkv(x).detach().view(5, 8, 8).transpose(0, 1)
@@ -155,9 +155,9 @@ def test_neighboring_channels_of_llama_rotate_together(monkeypatch):
 
 def test_types_round_as_they_should():
     model = model_of("gpt2", CHARS, n_inner=40)  # rows of 40 are not made of blocks of 32
-    _, f32 = exported(model, CHARS, "--type=f32")
+    _, f32 = exported(model, CHARS, "--precision=float32")
     _, f16 = exported(model, CHARS)
-    fields, q8 = exported(model, CHARS, "--type=q8_0")
+    fields, q8 = exported(model, CHARS, "--precision=int8")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader("model.gguf").tensors}
     bound = 0.5 + 127 / 2048  # to the nearest of 127 steps, which float16 stores to 11 bits
     assert fields["general.file_type"] == 7  # llama.cpp's MOSTLY_Q8_0
@@ -200,7 +200,7 @@ def test_settings_of_a_llama():
 
 
 def test_settings_of_a_gpt2():
-    fields, _ = exported(model_of("gpt2", CHARS), CHARS, "--type=f32")
+    fields, _ = exported(model_of("gpt2", CHARS), CHARS, "--precision=float32")
     assert fields["gpt2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
     assert fields["gpt2.feed_forward_length"] == 128
     assert fields["gpt2.context_length"] == 256  # llama.cpp rounds 24 up to this
@@ -275,7 +275,7 @@ def test_ids_without_a_token_are_unused():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_model_without_an_end_token_gets_one_that_is_never_the_most_likely(arch):
     model = model_of(arch, CHARS)
-    fields, found = exported(model, CHARS, "--type=f32")
+    fields, found = exported(model, CHARS, "--precision=float32")
     end = CHARS.vocab_size
     assert fields["tokenizer.ggml.suppress_tokens"] == [end]
     assert len(fields["tokenizer.ggml.tokens"]) == end + 1
@@ -387,8 +387,8 @@ def test_numbers_too_large_for_the_type():
     model.blocks[1].mlp.proj.weight.data[0, 0] = 1e5
     save(model, CHARS)
     message = error_of("model.pt", "model.gguf")
-    assert "blk.1.ffn_down.weight" in message and "--type f32" in message
-    assert export.main(["model.pt", "model.gguf", "--type=f32"]) == 0
+    assert "blk.1.ffn_down.weight" in message and "--precision float32" in message
+    assert export.main(["model.pt", "model.gguf", "--precision=float32"]) == 0
 
 
 def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
@@ -403,8 +403,8 @@ def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
     Path("model.Modelfile").unlink()
     assert export.main(["model.pt", "model.gguf"]) == 0
     size = Path("model.gguf").stat().st_size
-    assert "add --overwrite" in error_of("model.pt", "model.gguf", "--type=f32")
-    assert export.main(["model.pt", "model.gguf", "--type=f32", "--overwrite"]) == 0
+    assert "add --overwrite" in error_of("model.pt", "model.gguf", "--precision=float32")
+    assert export.main(["model.pt", "model.gguf", "--precision=float32", "--overwrite"]) == 0
     assert Path("model.gguf").stat().st_size > size
 
 
@@ -417,9 +417,9 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("model.pt out --type=f32", "--type is for .gguf files: leave it out"),
-        ("model.pt out.gguf --type=q4", "type must be one of f16, f32, q8_0"),
-        ("model.pt out.gguf --push=a/b", "--push uploads a folder, not a .gguf file"),
+        ("model.pt out --precision=float32", "--precision is for .html and .gguf files"),
+        ("model.pt out.gguf --precision=q4", "precision must be one of auto, float32"),
+        ("model.pt out.gguf --push=a/b", "--push uploads an exported folder, not a .gguf file"),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("model.pt no/folder/out.gguf", "there is no folder no/folder"),
         ("missing.pt out.gguf", "missing.pt"),
@@ -467,7 +467,7 @@ def llama_cpp() -> None:
 def test_llama_cpp_gives_the_same_tokens_and_text(llama_cpp, arch, name):
     tokenizer = TOKENIZERS[name]
     model = model_of(arch, tokenizer)
-    exported(model, tokenizer, "--type=f32")
+    exported(model, tokenizer, "--precision=float32")
     rng = random.Random(0)
     texts = PROBES + ["".join(rng.choices(STRINGS, k=rng.randint(1, 12))) for _ in range(1000)]
     prompts = [tokenizer.encode(text) for text in ("the quick", "fox ", "\n", "a 中")]
