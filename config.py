@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # Compiling takes 15 s, longer than it saves in 2000 steps of this size.
 PRESETS["laptop"] |= {"compile": False}
 # Lowest loss in a given time on a CPU: there LayerNorm is one kernel and RMSNorm six operations,
-# and a square is faster than a sigmoid. experiments/records.md has the effect of each setting.
+# and a square is faster than a sigmoid. experiments/README.md has the effect of each.
 FAST = {"optimizer": "muon", "schedule": "linear", "compile": False}
 FAST |= {"norm": "layernorm", "mlp": "relu2", "token_shift": True}
 PRESETS["fast"] |= FAST | {"grow_windows": True}
