@@ -73,7 +73,7 @@ def size_flags(size: tuple[int, ...]) -> Flags:
     """The flags of a size. The wider the model, the lower its best learning rate."""
     n_layer, n_embd, block_size, batch_size = size
     flags = {"preset": RECIPE, "n_layer": n_layer, "n_embd": n_embd, "block_size": block_size}
-    flags |= {"lr_max": round(6e-3 * math.sqrt(128 / n_embd), 4), "compile": False}
+    flags |= {"lr_max": round(6e-3 * math.sqrt(128 / n_embd), 5), "compile": False}
     return flags | {"batch_size": batch_size, "dropout": 0.0}
 
 
@@ -155,7 +155,8 @@ def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> "tuple
             trainer.task.sample(trainer.model)
     sample = (time.perf_counter() - start) / gpt.n_layer
     n_tokens, n_unique = steps * step_tokens(gpt, config), len(trainer.task.corpus.train_ids)
-    return Pilot(block_params(gpt), n_tokens, n_unique, loss), sample
+    window = gpt.block_size * trainer.task.corpus.bytes_per_token
+    return Pilot(block_params(gpt), n_tokens, window, n_unique, loss), sample
 
 
 def measure_sizes(
@@ -169,15 +170,17 @@ def measure_sizes(
             last = found[-1]
             if (last.gpt, last.config) == (gpt, config):
                 continue
-            work = block_params(gpt) * step_tokens(gpt, config)
-            work /= block_params(last.gpt) * step_tokens(last.gpt, last.config)
-            if MIN_STEPS * last.step * work > limit / 2:
+            ratio = block_params(gpt) / last.n_params
+            ratio *= step_tokens(gpt, config) / step_tokens(last.gpt, last.config)
+            if MIN_STEPS * last.step * ratio > limit / 2:
                 break
         trainer = make_trainer(gpt, config)
         evaluation = 2 * config.eval_windows * seconds_per_window(trainer) + sample * gpt.n_layer
         evaluation += 2 * 12 * count_params(gpt)[0] / DISK_SPEED  # best.pt and latest.pt
         step, final = seconds_per_step(trainer), final_seconds(trainer)
-        found.append(Candidate(gpt, config, step, evaluation, final))
+        window = gpt.block_size * trainer.task.corpus.bytes_per_token
+        size = (block_params(gpt), window)
+        found.append(Candidate(gpt, config, *size, step, evaluation, final))
     return found
 
 
@@ -192,46 +195,52 @@ class Law:
     size_power: float
     tokens: float
     tokens_power: float
+    window: float
     overfit: float
     overfit_power: float
     dropout_cost: float
     dropout_power: float
 
-    def __call__(self, n_params: int, n_tokens: int, n_unique: int, dropout: float) -> float:
-        """The loss of a run with N parameters and D training tokens, up to a constant, relative to
-        that of the pilot.
+    def __call__(self, n: float, d: float, u: float, window: float, dropout: float) -> float:
+        """The loss of a run with n parameters and d training tokens, up to a constant, as a
+        multiple of the pilot's.
 
-        The first two terms are those of Hoffmann et al. (2022): larger models and more tokens are
-        better, with diminishing returns. The third is what it costs to read the U tokens of the
-        training split D / U times; it is higher for models that are large for the text. Dropout
-        reduces it, and slows down learning.
+        More parameters and tokens are better, with diminishing returns (Hoffmann et al. 2022), and
+        so is a longer window, in bytes of text. Reading the u tokens of the training split d / u
+        times has a cost, which is higher for models that are large for the text; dropout reduces
+        it, and slows down learning. (Muennighoff et al. 2023 let repeated tokens count less, so
+        that the loss cannot rise. For these small texts it does.)
         """
-        overfit = self.overfit * (n_params / n_unique) ** self.overfit_power * n_tokens / n_unique
+        overfit = self.overfit * (n / u) ** self.overfit_power * d / u
         return (
-            self.size * (n_params / 1e6) ** -self.size_power
-            + self.tokens * (n_tokens / 1e6) ** -self.tokens_power
+            self.size * (n / 1e6) ** -self.size_power
+            + self.tokens * (d / 1e6) ** -self.tokens_power
+            + self.window * 100 / window
             + overfit * math.exp(-self.dropout_power * dropout)
             + self.dropout_cost * dropout
         )
 
 
-LAW = Law(0.1, 0.35, 0.25, 0.3, 0.01, 0.4, 0.35, 5.0)
+LAW = Law(0.03876, 0.4233, 0.1692, 0.4003, 0.0201, 0.009419, 0.3485, 0.3168, 5.563)
 
 
 @dataclass(frozen=True)
 class Pilot:
     """A short run of the smallest model. Its loss shows how difficult the text is."""
 
-    n_params: int
-    n_tokens: int
-    n_unique: int  # tokens of the training split
+    n_params: float
+    n_tokens: float
+    window: float  # in bytes
+    n_unique: float  # tokens of the training split
     loss: float  # of the validation split, in nats per token
 
-    def predict(self, n_params: int, n_tokens: int, dropout: float, law: Law = LAW) -> float:
+    def predict(
+        self, n_params: float, n_tokens: float, window: float, dropout: float, law: Law = LAW
+    ) -> float:
         """The validation loss at the end of another run on this text. On a text on which the
         pilot's loss is twice as high, so are the differences between runs."""
-        change = law(n_params, n_tokens, self.n_unique, dropout)
-        change -= law(self.n_params, self.n_tokens, self.n_unique, 0.0)
+        change = law(n_params, n_tokens, self.n_unique, window, dropout)
+        change -= law(self.n_params, self.n_tokens, self.n_unique, self.window, 0.0)
         return self.loss * (1 + change)
 
 
@@ -244,6 +253,8 @@ class Candidate:
 
     gpt: GPTConfig
     config: TrainConfig
+    n_params: int  # without embeddings
+    window: float  # in bytes
     step: float
     evaluation: float  # one during training, with its sample and checkpoints
     final: float  # after the last step
@@ -262,9 +273,11 @@ class Candidate:
             size = replace(self, step=self.step * (DROPOUT_TIME if dropout else 1))
             most = int((seconds - self.seconds(0, evaluations)) / size.step)
             for steps in {round(most * 0.9**i) for i in range(60)}:
+                if steps < MIN_STEPS:
+                    continue
                 n_tokens = steps * step_tokens(self.gpt, self.config)
-                loss = pilot.predict(block_params(self.gpt), max(n_tokens, 1), dropout)
-                if steps >= MIN_STEPS and loss < best.loss:
+                loss = pilot.predict(self.n_params, n_tokens, self.window, dropout)
+                if loss < best.loss:
                     own: Flags = {"max_steps": steps, "warmup_steps": flags.get("warmup_steps")}
                     own["eval_every"] = flags.get("eval_every", math.ceil(steps / evaluations))
                     gpt, config = replace(self.gpt, dropout=dropout), replace(self.config, **own)
@@ -316,7 +329,20 @@ def plan_run(
             f"{config.minutes:g} minutes are too short to measure, train and evaluate on "
             f"{config.data}: give at least --minutes {math.ceil(10 * needed) / 10:g}"
         )
-    larger, steps = runs[runs.index(best) + 1 :], best.config.max_steps
-    if best.seconds(round(steps / 0.9), 2) < seconds:
-        print("more steps would overfit")
+    print(f"chosen: {reason(best, runs, seconds)}", flush=True)
     return best.gpt, best.config
+
+
+def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
+    """Why this run, in words."""
+    size = f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels"
+    rest = [run for run in runs if run is not best and run.loss < math.inf]
+    if best.seconds(round(best.config.max_steps / 0.9) + 1, 2) < seconds:
+        why = "more steps would overfit this text"
+    elif not rest:
+        why = "the only size that is fast enough"
+    elif best.n_params < max(run.n_params for run in runs):
+        why = "larger models would get too few steps"
+    else:
+        why = "the time is enough for the largest size"
+    return f"{size}, {best.config.max_steps:,} steps: {why}"
