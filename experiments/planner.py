@@ -74,7 +74,8 @@ PRIOR = 0.1  # nats that a constant costs that differs from these by a factor of
 
 def run_flags(study: Study, text: str, size: int, dropout: float, steps: int) -> Flags:
     """The flags of a run."""
-    flags = size_flags(SIZES[size]) | TEXTS[text] | {"dropout": dropout, "max_steps": steps}
+    fixed = TEXTS[text] | {"dropout": dropout, "max_steps": steps}
+    flags = size_flags(SIZES[size], fixed)
     if flags.get("data") == "short.txt":
         flags["data"] = str(study.folder / flags["data"])
     return flags | {"eval_every": max(1, steps // 5), "seed": 1}

@@ -35,7 +35,8 @@ class Deadline:
         self.final = final_seconds(trainer)
         self.step, self.now = trainer.step, log.seconds()
         self.evaluation = 0.0  # seconds of the last one
-        self.mean, self.lowest = 0.0, math.inf  # seconds per step, of about the last twentieth
+        self.mean, self.lowest = 0.0, math.inf  # seconds per step, of about the last tenth
+        self.announced = self.config.max_steps
         self.n_timed = -1  # steps, without the first, which may include compilation
 
     def keep(self, step: int) -> None:
@@ -48,7 +49,7 @@ class Deadline:
         elif n_steps:
             self.n_timed += 1
             if self.n_timed:
-                share = max(1 / self.n_timed, min(0.1, 20 / config.max_steps))
+                share = max(1 / self.n_timed, min(0.1, 10 / config.max_steps))
                 self.mean += share * (took - self.mean)
         if self.n_timed < 10 or step < (config.warmup_steps or 0):
             return
@@ -62,8 +63,9 @@ class Deadline:
             self.log.header["max_steps"] = possible  # for the verdict
             if self.log.bar is not None:
                 self.log.bar.total = possible
-            if possible < 0.98 * before:
+            if possible < 0.9 * self.announced:
                 tqdm.write(
-                    f"  {1000 * self.mean:.1f} ms per step are too slow for {before:,} steps in "
-                    f"{config.minutes:g} minutes: the schedule now ends at step {possible:,}"
+                    f"  steps now take {1000 * self.mean:.1f} ms: to end in {config.minutes:g} "
+                    f"minutes, the schedule is shortened from {self.announced:,} to {possible:,}"
                 )
+                self.announced = possible
