@@ -5,7 +5,7 @@
 Trains models of the sizes of training/plan.py for different times on several texts, and fits the
 constants of the law to the runs marked `fit`. All that the law knows about a text is the loss of a
 pilot, a short run of the smallest model. It must then predict the runs marked `check`, which are
-not used for the fit. Copy the constants that this prints to LAW in training/plan.py.
+not used for the fit. Copy the constants that this prints to LAW in training/law.py.
 """
 
 import csv
@@ -18,7 +18,8 @@ import numpy as np
 from corpus.sources import find_sources
 from experiments.study import Row, Study, make_run, parse_study, study_corpus, write_results
 from system.errors import run
-from training.plan import SIZES, Law, Pilot, block_params, settings, size_flags, step_tokens
+from training.law import Law, Pilot
+from training.plan import SIZES, block_params, settings, size_flags, step_tokens
 from training.setup import Flags
 from viz.runs import BLACK, COLORS, new_figure
 

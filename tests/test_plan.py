@@ -15,11 +15,12 @@ import torch
 
 import finetune
 import train
-from config import GPTConfig, TrainConfig, UserError
+from config import GPTConfig, TrainConfig, UserError, from_dict
 from experiments import planner
 from training import deadline, plan
 from training.deadline import Deadline, shorten
-from training.plan import LAW, Candidate, Law, Pilot
+from training.law import LAW, Law, Pilot
+from training.plan import Candidate
 from training.run_log import RunLog
 
 ROOT = Path(__file__).parent.parent
@@ -244,6 +245,8 @@ def test_a_planned_run_equals_one_with_its_settings_as_flags(fast, capsys):
 def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsys):
     assert train.main([*FAST, "--minutes=0.5"]) == 0
     whole = torch.load("checkpoints/latest.pt", weights_only=True)
+    gpt = from_dict(GPTConfig, whole["gpt_config"])
+    config = from_dict(TrainConfig, whole["train_config"])
 
     class Stop(train.StopSignal):
         """A signal during the twelfth step."""
@@ -257,6 +260,7 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "StopSignal", Stop)
+        patch.setattr(train, "plan_run", lambda *args: (gpt, replace(config, tag="b")))
         assert train.main([*FAST, "--minutes=0.5", "--tag=b"]) == 128 + 15
     state = torch.load("checkpoints/b/latest.pt", weights_only=True)
     assert state["step"] == 12 and state["seconds"] > 0

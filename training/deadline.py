@@ -34,7 +34,7 @@ class Deadline:
         self.end = 60 * self.config.minutes  # in seconds of the run
         self.final = final_seconds(trainer)
         self.step, self.now = trainer.step, log.seconds()
-        self.evaluation = 0.0  # seconds of the last one
+        self.evaluation, self.n_evaluations = 0.0, 0  # seconds, the mean: one imports matplotlib
         self.mean, self.lowest = 0.0, math.inf  # seconds per step, of about the last tenth
         self.announced = self.config.max_steps
         self.n_timed = -1  # steps, without the first, which may include compilation
@@ -44,8 +44,9 @@ class Deadline:
         late. Called before each step."""
         config, n_steps, took = self.config, step - self.step, self.log.seconds() - self.now
         self.step, self.now = step, self.now + took
-        if self.log.is_evaluation_step(step):
-            self.evaluation = took - n_steps * self.mean if n_steps or not step else 0.0
+        if self.log.is_evaluation_step(step) and (n_steps or not step):
+            self.n_evaluations += 1
+            self.evaluation += (took - n_steps * self.mean - self.evaluation) / self.n_evaluations
         elif n_steps:
             self.n_timed += 1
             if self.n_timed:

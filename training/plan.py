@@ -1,12 +1,13 @@
-"""Plan a run that takes a given time: measure, predict, choose. (deadline.py keeps the time.)
+"""Plan a run that takes a given time.
 
     python train.py --minutes 5    the best model that five minutes on this machine give
     python train.py --plan         what 1, 5, 20, 60 and 240 minutes would give
 
 1. Measure: a pilot run of the smallest model shows how difficult the text is, and a few steps of
    each size how fast this machine is.
-2. Predict: a scaling law gives the loss of each size after the steps that the time allows.
+2. Predict: a scaling law (law.py) gives the loss of each size after the steps that fit.
 3. Choose the size, the number of steps and the dropout with the lowest predicted loss.
+4. While training, keep the time (deadline.py).
 """
 
 import math
@@ -28,6 +29,7 @@ from config import (
     train_settings,
 )
 from training.distributed import is_torchrun
+from training.law import Pilot
 from training.setup import Flags, State, resolve_train
 from utils import autocast, count_params, even_starts
 
@@ -141,10 +143,13 @@ def final_seconds(trainer: Any) -> float:
     return n_windows * seconds_per_window(trainer) + END_SECONDS
 
 
-def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> "tuple[Pilot, float]":
+def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[Pilot, float]:
     """Train the pilot for some time. Flags that fix a size do not apply to it, all others do.
     Also returns the seconds that a sample takes per layer."""
-    gpt, config = settings(flags | size_flags(SIZES[0], {}))
+    short = {
+        "block_size": min(SIZES[0][2], flags.get("block_size", SIZES[0][2]))
+    }  # for short texts
+    gpt, config = settings(flags | size_flags(SIZES[0], short))
     steps = max(MIN_STEPS, int(seconds / seconds_per_step(make_trainer(gpt, config))))
     trainer = make_trainer(gpt, replace(config, max_steps=steps, warmup_steps=None))
     for _ in range(steps):
@@ -155,15 +160,15 @@ def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> "tuple
             trainer.task.sample(trainer.model)
     sample = (time.perf_counter() - start) / gpt.n_layer
     n_tokens, n_unique = steps * step_tokens(gpt, config), len(trainer.task.corpus.train_ids)
-    window = gpt.block_size * trainer.task.corpus.bytes_per_token
-    return Pilot(block_params(gpt), n_tokens, window, n_unique, loss), sample
+    n_bytes = window * trainer.task.corpus.bytes_per_token
+    return Pilot(block_params(gpt), n_tokens, n_bytes, n_unique, loss), sample
 
 
 def measure_sizes(
     make_trainer: MakeTrainer, flags: Flags, limit: float, sample: float
 ) -> "list[Candidate]":
-    """Time all sizes, except those for which MIN_STEPS would take half of the limit. A flag that
-    fixes a part of the size applies to all of them."""
+    """Time all sizes, except those for which MIN_STEPS would take half of the limit, or the text is
+    too short. A flag that fixes a part of the size applies to all of them."""
     found: list[Candidate] = []
     for gpt, config in (settings(size_flags(size, flags)) for size in SIZES):
         if found:  # estimate from the size before
@@ -175,73 +180,15 @@ def measure_sizes(
             if MIN_STEPS * last.step * ratio > limit / 2:
                 break
         trainer = make_trainer(gpt, config)
+        corpus = trainer.task.corpus
+        if corpus.train_docs is None and len(corpus.train_ids) <= gpt.block_size:
+            break
         evaluation = 2 * config.eval_windows * seconds_per_window(trainer) + sample * gpt.n_layer
         evaluation += 2 * 12 * count_params(gpt)[0] / DISK_SPEED  # best.pt and latest.pt
         step, final = seconds_per_step(trainer), final_seconds(trainer)
-        window = gpt.block_size * trainer.task.corpus.bytes_per_token
-        size = (block_params(gpt), window)
+        size = (block_params(gpt), gpt.block_size * corpus.bytes_per_token)
         found.append(Candidate(gpt, config, *size, step, evaluation, final))
     return found
-
-
-# --- predict
-
-
-@dataclass(frozen=True)
-class Law:
-    """The constants of the scaling law, fitted by experiments/planner.py."""
-
-    size: float
-    size_power: float
-    tokens: float
-    tokens_power: float
-    window: float
-    overfit: float
-    overfit_power: float
-    dropout_cost: float
-    dropout_power: float
-
-    def __call__(self, n: float, d: float, u: float, window: float, dropout: float) -> float:
-        """The loss of a run with n parameters and d training tokens, up to a constant, as a
-        multiple of the pilot's.
-
-        More parameters and tokens are better, with diminishing returns (Hoffmann et al. 2022), and
-        so is a longer window, in bytes of text. Reading the u tokens of the training split d / u
-        times has a cost, which is higher for models that are large for the text; dropout reduces
-        it, and slows down learning. (Muennighoff et al. 2023 let repeated tokens count less, so
-        that the loss cannot rise. For these small texts it does.)
-        """
-        overfit = self.overfit * (n / u) ** self.overfit_power * d / u
-        return (
-            self.size * (n / 1e6) ** -self.size_power
-            + self.tokens * (d / 1e6) ** -self.tokens_power
-            + self.window * 100 / window
-            + overfit * math.exp(-self.dropout_power * dropout)
-            + self.dropout_cost * dropout
-        )
-
-
-LAW = Law(0.03876, 0.4233, 0.1692, 0.4003, 0.0201, 0.009419, 0.3485, 0.3168, 5.563)
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """A short run of the smallest model. Its loss shows how difficult the text is."""
-
-    n_params: float
-    n_tokens: float
-    window: float  # in bytes
-    n_unique: float  # tokens of the training split
-    loss: float  # of the validation split, in nats per token
-
-    def predict(
-        self, n_params: float, n_tokens: float, window: float, dropout: float, law: Law = LAW
-    ) -> float:
-        """The validation loss at the end of another run on this text. On a text on which the
-        pilot's loss is twice as high, so are the differences between runs."""
-        change = law(n_params, n_tokens, self.n_unique, window, dropout)
-        change -= law(self.n_params, self.n_tokens, self.n_unique, self.window, 0.0)
-        return self.loss * (1 + change)
 
 
 # --- choose
@@ -309,8 +256,7 @@ def plan_run(
     budgets = (config.minutes,) if config.minutes else BUDGETS
     limit, startup = 60 * budgets[-1], time.perf_counter() - started
     print("plan: timing this machine, and a short pilot run on this text", flush=True)
-    flags = flags | {"precision": config.precision, "tokenizer": config.tokenizer}
-    flags |= {"vocab_size": vocab_size}
+    flags = flags | {"precision": config.precision, "vocab_size": vocab_size}
     pilot, sample = run_pilot(make_trainer, flags, min(PILOT_SECONDS, PILOT_SHARE * limit))
     sizes = measure_sizes(make_trainer, flags, limit, sample)
     measured = time.perf_counter() - started
@@ -321,24 +267,25 @@ def plan_run(
         runs = [size.best_run(seconds, pilot, flags) for size in sizes]
         best = min(runs, key=lambda run: run.loss)
         for run in runs:
-            if run is best or (config.minutes and run.loss < math.inf):
+            if run.loss < math.inf and (run is best or config.minutes):
                 print(run.line(minutes, pilot, "*" * bool(config.minutes and run is best)))
     if best.loss == math.inf:
         needed = (measured + sizes[0].seconds(MIN_STEPS, 2)) / (0.9 - MARGIN) / 60
         raise UserError(
-            f"{config.minutes:g} minutes are too short to measure, train and evaluate on "
+            f"{minutes:g} minutes are too short to measure, train and evaluate on "
             f"{config.data}: give at least --minutes {math.ceil(10 * needed) / 10:g}"
         )
     if config.minutes:
         print(f"chosen: {reason(best, runs, seconds)}", flush=True)
-    return best.gpt, best.config
+    return best.gpt, replace(best.config, tokenizer=config.tokenizer)  # a data set has its own
 
 
 def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
     """Why this run, in words."""
     size = f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels"
     rest = [run for run in runs if run is not best and run.loss < math.inf]
-    if best.seconds(round(best.config.max_steps / 0.9) + 1, 2) < seconds:
+    steps, every = best.config.max_steps, best.config.eval_every
+    if best.seconds(round(1.05 * steps), math.ceil(steps / every)) < seconds:
         why = "more steps would overfit this text"
     elif not rest:
         why = "the only size that is fast enough"
@@ -346,4 +293,4 @@ def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
         why = "larger models would get too few steps"
     else:
         why = "the time is enough for the largest size"
-    return f"{size}, {best.config.max_steps:,} steps: {why}"
+    return f"{size}, {steps:,} steps: {why}"
