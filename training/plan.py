@@ -146,10 +146,8 @@ def final_seconds(trainer: Any) -> float:
 def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[Pilot, float]:
     """Train the pilot for some time. Flags that fix a size do not apply to it, all others do.
     Also returns the seconds that a sample takes per layer."""
-    short = {
-        "block_size": min(SIZES[0][2], flags.get("block_size", SIZES[0][2]))
-    }  # for short texts
-    gpt, config = settings(flags | size_flags(SIZES[0], short))
+    window = min(SIZES[0][2], flags.get("block_size", SIZES[0][2]))  # the text may be short
+    gpt, config = settings(flags | size_flags(SIZES[0], {"block_size": window}))
     steps = max(MIN_STEPS, int(seconds / seconds_per_step(make_trainer(gpt, config))))
     trainer = make_trainer(gpt, replace(config, max_steps=steps, warmup_steps=None))
     for _ in range(steps):
