@@ -149,6 +149,8 @@ class TrainConfig:
     resume: bool = setting(False, "continue the run of this tag from its latest.pt")
     overwrite: bool = setting(False, "delete the run of this tag and start a new one")
     seed: int = setting(1337, "seed of initial weights, batches and dropout", low=0)
+    minutes: float | None = setting(None, "plan the best run that takes this long", above=0)
+    plan: bool = setting(False, "print what 1 to 240 minutes would give, and exit")
     max_steps: int = setting(5000, "optimizer steps", low=1, group="training", alias="max_iters")
     batch_size: int = setting(64, "sequences per micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches per step, over all processes", low=1)

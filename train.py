@@ -3,6 +3,7 @@
     python train.py                            TinyShakespeare, with settings for this machine
     python train.py --data my.txt --tag mine   your own text, into checkpoints/mine/
     python train.py --data my.txt --tokenizer bpe --vocab_size 2000    byte pairs, not characters
+    python train.py --minutes 5                the best model that takes five minutes here
     python train.py --resume                   resume a stopped run
     torchrun --nproc_per_node=2 train.py       two GPUs; see training/distributed.py
 
@@ -13,6 +14,7 @@ Next: python generate.py
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from model import GPT
 from system.command_line import parse_args
 from system.errors import run
 from system.folders import locked
+from training.deadline import Deadline
 from training.distributed import (
     Weights,
     all_reduce_mean,
@@ -48,6 +51,7 @@ from training.distributed import (
 from training.dry_run import print_dry_run
 from training.muon import Muon
 from training.overfit import overfit_batch
+from training.plan import plan_run, process_seconds, resolve_plan
 from training.run_log import RunLog, diverged
 from training.setup import (
     check_corpus,
@@ -55,7 +59,6 @@ from training.setup import (
     check_run,
     preset_table,
     print_summary,
-    resolve_train,
     setup_machine,
 )
 from training.signals import StopSignal
@@ -135,6 +138,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.micro_steps = range(rank(), config.grad_accum, world_size())  # of this process
         self.step = 0  # optimizer steps done
+        self.deadline: Deadline | None = None  # with --minutes
         self.unchecked: list[tuple[int, dict[str, Tensor]]] = []  # steps with their metrics
 
     def train(self, log: RunLog) -> int:
@@ -147,6 +151,8 @@ class Trainer:
             while self.step < config.max_steps:
                 if log.out_of_patience() or stop.requested():
                     break
+                if self.deadline:
+                    self.deadline.keep(self.step)
                 metrics = self.train_step()
                 self.unchecked.append((self.step, metrics))
                 if self.step % config.log_every == 0:  # reading a number waits for a GPU
@@ -286,9 +292,11 @@ class Trainer:
 # --- runs
 
 
-def run_training(trainer: Trainer, state: dict[str, Any] | None = None) -> tuple[int, RunLog]:
-    """Train, from a checkpoint if there is one, and score the best step. Returns the exit status
-    and the log."""
+def run_training(
+    trainer: Trainer, state: dict[str, Any] | None = None, started: float | None = None
+) -> tuple[int, RunLog]:
+    """Train, from a checkpoint if there is one, and score the best step. The time of the run begins
+    at `started`, by default now. Returns the exit status and the log."""
     settings = asdict(trainer.model.config) | asdict(trainer.config)
     header = {"corpus": trainer.task.format.entries["corpus"]} | settings
     run_dir = Path(trainer.config.out_dir, trainer.config.tag)
@@ -299,7 +307,9 @@ def run_training(trainer: Trainer, state: dict[str, Any] | None = None) -> tuple
                 trainer.restore(state)
             warn_if_rate_jumps(trainer.step, trainer.config, state["train_config"])
             print(f"resuming at step {trainer.step}")
-        log = RunLog(trainer.config, header, trainer.task.tokens_per_step, state)
+        log = RunLog(trainer.config, header, trainer.task.tokens_per_step, state, started)
+        if trainer.config.minutes:
+            trainer.deadline = Deadline(trainer, log)
         status = trainer.train(log)
         if status == 0:
             log.finish(trainer.evaluate_best(log))
@@ -315,12 +325,13 @@ def warn_if_rate_jumps(step: int, config: TrainConfig, saved: dict[str, Any]) ->
 
 def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraining) -> int:
     """The command line."""
-    gpt_config, config, state = parse_args(
+    started = time.perf_counter() - (process_seconds() if argv is None else 0.0)
+    gpt_config, config, state, flags = parse_args(
         (GPTConfig, TrainConfig),
         argv,
         f"{__doc__}\n{preset_table()}",
-        resolve_train,
-        lambda gpt_config, config, state: check_run(config),
+        resolve_plan,
+        lambda gpt_config, config, state, flags: check_run(config),
     )
     device = init_process_group(pick_device(config.device))
     tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
@@ -334,16 +345,28 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
         config.tokenizer = tokenizer.to_dict()["kind"]
     why_precision = setup_machine(config, device, state)
     gpt_config = replace(gpt_config, vocab_size=tokenizer.vocab_size)
+
+    def make_trainer(gpt_config: GPTConfig, config: TrainConfig) -> Trainer:
+        torch.manual_seed(config.seed)
+        model = GPT(gpt_config)
+        task = task_type(corpus, tokenizer, gpt_config.block_size, config, device)
+        return Trainer(model, task, config, device)
+
+    if config.plan or (config.minutes and not state):
+        gpt_config, config = plan_run(flags, config, tokenizer.vocab_size, make_trainer, started)
+        if config.plan:
+            return 0
     print_summary(gpt_config, config, corpus, device, why_precision)
     if config.dry_run:
         print_dry_run(gpt_config, config, corpus, tokenizer, device)
         destroy_process_group()
         return 0
-    model = GPT(gpt_config)
-    task = task_type(corpus, tokenizer, gpt_config.block_size, config, device)
-    trainer = Trainer(model, task, config, device)
-    status = overfit_batch(trainer) if config.overfit_batch else run_training(trainer, state)[0]
-    del trainer, task, model
+    trainer = make_trainer(gpt_config, config)
+    if config.overfit_batch:
+        status = overfit_batch(trainer)
+    else:
+        status, _ = run_training(trainer, state, started if config.minutes else None)
+    del trainer
     destroy_process_group()
     return status
 

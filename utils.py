@@ -178,8 +178,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         check_types(state, CHECKPOINT_TYPES)
         for record in state["log"]:  # adding raises TypeError unless all are numbers
             sum((record["step"], record["val"], *filter(None, record.values())))
-        if min([state["step"], *state.get("files", {}).values()]) < 0:
-            raise ValueError("a negative step or size")
+        sizes = state.get("files", {}).values()
+        if min([state["step"], state.get("seconds", 0.0), *sizes]) < 0:
+            raise ValueError("a negative step, time or size")
         state["corpus"]["name"] + state["corpus"]["sha256"]
     return state
 

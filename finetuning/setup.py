@@ -78,6 +78,7 @@ ONLY_FOR: dict[str, tuple[str, ...]] = {
 # What --help shows instead of a default. None: it does not show this flag, which cannot be given.
 HELP_DEFAULTS: dict[str, str | None] = {
     **dict.fromkeys(("preset", "arch", "tokenizer", "bpe_vocab_size", "parallel")),
+    **dict.fromkeys(("minutes", "plan")),
     **dict.fromkeys(asdict(GPTConfig()), "the teacher's"),
     "dropout": "the checkpoint's",
     "data": "qa: data/qa.json; distill: the teacher's",
@@ -189,6 +190,7 @@ def finetune_flags(flags: dict[str, Any], state: dict[str, Any], latest: Path) -
 def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig) -> list[str]:
     """What is wrong with the flags of a new run, before any file is read."""
     found, objective = [], settings.objective
+    found += [f"--{name} is for train.py" for name in ("minutes", "plan") if name in flags]
     student = objective == "distill" and not settings.source
     for name, objectives in ONLY_FOR.items():
         if name in flags and objective not in objectives:

@@ -615,7 +615,7 @@ def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
 def test_a_new_log_makes_its_folders_and_a_resumed_one_finds_them(workplace):
     log = RunLog(TrainConfig(out_dir="a/b", tag="c"), HEADER)
     assert log.run_dir == Path("a/b/c") and log.run_dir.is_dir()
-    assert log.state() == {"log": [], "files": {}}
+    assert log.state()["log"] == [] and log.state()["files"] == {}
     log.write_sample(0, "é")
     assert log.state()["files"] == {
         "samples.txt": len(b"--- step 0, before training\n\xc3\xa9\n\n")

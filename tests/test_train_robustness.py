@@ -210,6 +210,8 @@ FIXED = {
     "optimizer",
     "weight_decay",
     "bpe_vocab_size",
+    "minutes",
+    "plan",
 }
 FIXED |= {f.name for f in fields(GPTConfig)} - {"dropout"}
 PLACES = {"out_dir", "tag", "resume", "overwrite", "overfit_batch", "device", "data", "vocab_size"}

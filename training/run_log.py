@@ -61,20 +61,23 @@ class RunLog:
         header: dict[str, Any],
         tokens_per_step: int | None = None,
         state: dict[str, Any] | None = None,
+        started: float | None = None,
     ):
         """header: the first line of log.jsonl, what is trained. tokens_per_step: for tokens per
         second. state: the checkpoint of the run to resume; without one, a new run begins and the
-        files of an earlier run in the folder are deleted."""
+        files of an earlier run in the folder are deleted. started: when the time of the run begins,
+        by time.perf_counter; default: now."""
         self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
         self.run_dir = Path(config.out_dir, config.tag)
         self.records: list[Record] = state["log"] if state else []  # of the evaluations
         self.seconds_before = 0.0  # of the run, before this process
-        self.started = time.perf_counter()
-        self.next_plot = self.started + PLOT_INTERVAL
+        now = time.perf_counter()
+        self.started = now if started is None else started
+        self.next_plot = now + PLOT_INTERVAL
         # when the timed interval began, and after which step
-        self.clock_time, self.clock_step = self.started, 0
+        self.clock_time, self.clock_step = now, 0
         self.timed_step: int | None = None  # the last step whose metrics were read
-        self.timed_until = self.started  # when they were read
+        self.timed_until = now  # when they were read
         self.metrics: dict[str, float] = {}  # of the last step that was read
         self.bar: tqdm | None = None
         self.writers: list[Writer] = []
@@ -82,7 +85,8 @@ class RunLog:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.prepare_files(state)
             records = self.restore_log(state["step"]) if state else []
-            self.seconds_before = max((r.get("seconds") or 0.0 for r in records), default=0.0)
+            seconds = [r.get("seconds") or 0.0 for r in records]
+            self.seconds_before = max([state.get("seconds", 0.0) if state else 0.0, *seconds])
             self.writers = open_writers(config, self.run_dir, header)
             for record in records:
                 self.forward(record)
@@ -119,6 +123,7 @@ class RunLog:
         files = (self.run_dir / name for name in APPENDED)
         return {
             "log": self.records,
+            "seconds": self.seconds(),
             "files": {file.name: file.stat().st_size for file in files if file.exists()},
         }
 

@@ -64,9 +64,11 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None]:
     if state and "finetune" in state:
         raise UserError("this is a run of finetune.py: resume it with finetune.py")
     if state:
-        fixed = {"preset", "arch", "tokenizer", "seed", *state["gpt_config"]} - {"dropout"}
+        fixed = {"preset", "arch", "tokenizer", "seed", "minutes", "plan", *state["gpt_config"]}
+        fixed -= {"dropout"}
         with matching_contents(run_dir / "latest.pt"):
             saved = saved_settings(state)
+            fixed |= {"max_steps"} if saved["minutes"] else set()  # of its plan
             tokenizers.from_dict(state["tokenizer"])
         flags = resumed_flags(flags, saved, fixed) | {"out_dir": str(run_dir), "tag": ""}
     else:

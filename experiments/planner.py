@@ -1,0 +1,259 @@
+"""The scaling law of --minutes: fit it to runs, and check its predictions on others.
+
+    python -m experiments.planner
+
+Trains models of the sizes of training/plan.py for different times on several texts, and fits the
+constants of the law to the runs marked `fit`. All that the law knows about a text is the loss of a
+pilot, a short run of the smallest model. It must then predict the runs marked `check`, which are
+not used for the fit. Copy the constants that this prints to LAW in training/law.py.
+"""
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from corpus.sources import find_sources
+from experiments.study import Row, Study, make_run, parse_study, study_corpus, write_results
+from system.errors import run
+from training.law import Law, Pilot
+from training.plan import SIZES, block_params, settings, size_flags, step_tokens
+from training.setup import Flags
+from viz.runs import BLACK, COLORS, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BPE: Flags = {"tokenizer": "bpe", "bpe_vocab_size": 2000}
+TEXTS: dict[str, Flags] = {
+    "shakespeare": {},
+    "shakespeare, BPE": BPE,
+    "plays": {"data": "plays"},
+    "plays, BPE": BPE | {"data": "plays"},
+    "100 kB": {"data": "short.txt"},  # the first 100 kB of shakespeare, in the folder of the study
+}
+# text, size (its number in SIZES), dropout: steps of the runs for the fit, of those for the check
+RUNS: dict[tuple[str, int, float], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    ("shakespeare", 0, 0): ((150, 600), (2400,)),
+    ("shakespeare", 1, 0): ((100, 400, 1600), (4000,)),
+    ("shakespeare", 1, 0.2): ((400,), ()),
+    ("shakespeare", 2, 0): ((100, 400), (1200,)),
+    ("shakespeare", 3, 0): ((100,), (400,)),
+    ("shakespeare", 4, 0): ((60,), (150,)),
+    ("shakespeare, BPE", 0, 0): ((150, 600), (2400,)),
+    ("shakespeare, BPE", 1, 0): ((400, 1200), ()),
+    ("shakespeare, BPE", 1, 0.2): ((), (1200,)),
+    ("shakespeare, BPE", 2, 0): ((200, 500), ()),
+    ("shakespeare, BPE", 2, 0.2): ((500,), ()),
+    ("shakespeare, BPE", 3, 0): ((), (200,)),
+    ("plays", 0, 0): ((150, 600), (2400,)),
+    ("plays", 1, 0): ((400,), (1600,)),
+    ("plays", 2, 0): ((400,), (1000,)),
+    ("plays", 3, 0): ((150,), ()),
+    ("plays, BPE", 0, 0): ((150, 600), ()),
+    ("plays, BPE", 1, 0): ((400,), (1200,)),
+    ("plays, BPE", 2, 0): ((400,), (900,)),
+    ("plays, BPE", 3, 0): ((150,), ()),
+    ("100 kB", 0, 0): ((75, 150, 300, 600, 1200), ()),
+    ("100 kB", 1, 0): ((75, 150, 600), (300,)),
+    ("100 kB", 1, 0.2): ((600,), ()),
+    ("100 kB", 2, 0): ((75, 300), (150,)),
+    ("100 kB", 2, 0.2): ((300,), (600, 1200)),
+    ("100 kB", 3, 0): ((75,), (150,)),
+    ("100 kB", 3, 0.2): ((), (300,)),
+}
+PILOTS = (150, 600)  # steps: of the plan for one minute and for longer times here
+OVERFITTED = 0.1  # nats above the best loss: there, the weight of a run in the fit is a half
+START = (0.05, 0.35, 0.16, 0.4, 0.02, 0.01, 0.3, 0.33, 6.0)  # of the fit: constants of this order
+PRIOR = 0.1  # nats that a constant costs that differs from these by a factor of e
+
+
+# --- runs
+
+
+def run_flags(study: Study, text: str, size: int, dropout: float, steps: int) -> Flags:
+    """The flags of a run."""
+    fixed = TEXTS[text] | {"dropout": dropout, "max_steps": steps}
+    flags = size_flags(SIZES[size], fixed)
+    if flags.get("data") == "short.txt":
+        flags["data"] = str(study.folder / flags["data"])
+    return flags | {"eval_every": max(1, steps // 5), "seed": 1}
+
+
+def write_short_text(study: Study) -> None:
+    """Write the first 100 kB of the text of the study."""
+    path = study.folder / "short.txt"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(find_sources([study.config.data])[0].path.read_bytes()[:100_000])
+
+
+def train_all(study: Study) -> list[Row]:
+    """The table of all runs. Their checkpoints, which take gigabytes, are deleted."""
+    rows: list[Row] = []
+    for (text, size, dropout), uses in RUNS.items():
+        labeled = [("fit", n) for n in uses[0]] + [("check", n) for n in uses[1]]
+        for use, steps in labeled:
+            flags = run_flags(study, text, size, dropout, steps)
+            name = f"{text}-{size}-{dropout}-{steps}".replace(", ", "-").replace(" ", "")
+            result = make_run(study, name, flags)
+            for file in (study.folder / name).glob("*.pt"):
+                file.unlink()
+            tokenizer, corpus = study_corpus(study, flags)
+            gpt, config = settings(flags | {"vocab_size": tokenizer.vocab_size})
+            last, best = result["log"][-1], min(record["val"] for record in result["log"])
+            rows += [
+                {
+                    "use": use,
+                    "text": text,
+                    "size": f"{gpt.n_layer} x {gpt.n_embd}",
+                    "params": block_params(gpt),
+                    "dropout": dropout,
+                    "steps": steps,
+                    "window": round(gpt.block_size * corpus.bytes_per_token, 1),
+                    "tokens": steps * step_tokens(gpt, config),
+                    "unique": len(corpus.train_ids),
+                    # at the end: if that is the best step, over the whole split
+                    "loss": round(result["val"] if last["val"] == best else last["val"], 4),
+                    "best": round(result["val"], 4),
+                }
+            ]
+    return rows
+
+
+# --- fit
+
+
+def read_runs(path: Path) -> list[Row]:
+    """The table of runs that a study wrote."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    words = ("use", "text", "size")
+    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
+
+
+def pilots(rows: list[Row]) -> dict[tuple[str, int], Pilot]:
+    """The pilots by text and steps."""
+    return {
+        (r["text"], int(r["steps"])): Pilot(
+            r["params"], r["tokens"], r["window"], r["unique"], r["loss"]
+        )
+        for r in rows
+        if r["params"] == min(row["params"] for row in rows) and r["steps"] in PILOTS
+    }
+
+
+def predicted(pilot: Pilot, row: Row, law: Law) -> float:
+    return pilot.predict(row["params"], row["tokens"], row["window"], row["dropout"], law)
+
+
+def pairs(rows: list[Row], use: str) -> list[tuple[Pilot, Row]]:
+    """Each run with this use, after each pilot on its text that takes less training."""
+    return [
+        (pilot, row)
+        for (text, _), pilot in pilots(rows).items()
+        for row in rows
+        if row["use"] == use and row["text"] == text
+        if row["params"] > pilot.n_params or row["tokens"] > pilot.n_tokens
+    ]
+
+
+def fit(rows: list[Row]) -> Law:
+    """The constants with the smallest squared error over all pairs of the runs for the fit, by the
+    method of Levenberg (1944) and Marquardt (1963). All constants are positive: the fit is over
+    their logarithms, with a weak prior, because the runs hardly tell the effect of the size from
+    that of the window. By how much a run overfits does not matter if it is much: such runs have a
+    lower weight."""
+    data = pairs(rows, "fit")
+    excess = np.array([row["loss"] - row["best"] for _, row in data])
+    weights = 1 / np.sqrt(1 + (excess / OVERFITTED) ** 2)
+
+    def errors(logs: np.ndarray) -> np.ndarray:
+        law = Law(*np.exp(logs).tolist())
+        errors = weights * [predicted(pilot, row, law) - row["loss"] for pilot, row in data]
+        return np.append(errors, PRIOR * (logs - np.log(START)))
+
+    logs, damping = np.log(START), 1e-2
+    now = errors(logs)
+    for _ in range(200):
+        steps = 1e-6 * np.eye(len(logs))
+        jacobian = np.stack([(errors(logs + step) - now) / 1e-6 for step in steps], axis=1)
+        squares = jacobian.T @ jacobian
+        squares += damping * np.diag(np.diag(squares) + 1e-9)
+        logs_next = logs - np.clip(np.linalg.solve(squares, jacobian.T @ now), -1, 1)
+        after = errors(logs_next)
+        better = after @ after < now @ now
+        logs, now = (logs_next, after) if better else (logs, now)
+        damping = damping / 3 if better else damping * 4
+    return Law(*(float(f"{value:.4g}") for value in np.exp(logs)))
+
+
+# --- tables
+
+
+def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
+    """The runs with this use, with their predictions from each pilot."""
+    table = []
+    for row in (row for row in rows if row["use"] == use):
+        from_pilots = {
+            f"from {steps} steps": predicted(pilot, row, law)
+            for (text, steps), pilot in sorted(pilots(rows).items())
+            if text == row["text"]
+        }
+        table.append(
+            {
+                **{name: row[name] for name in ("text", "size", "dropout")},
+                "steps": int(row["steps"]),
+                "epochs": round(row["tokens"] / row["unique"], 1),
+                "measured": row["loss"],
+                **from_pilots,
+                **{
+                    name.replace("from", "error from"): v - row["loss"]
+                    for name, v in from_pilots.items()
+                },
+            }
+        )
+    return table
+
+
+def plot(rows: list[Row], law: Law) -> "Figure":
+    """The predicted loss over the measured one, relative to the pilot's."""
+    figure = new_figure(6, 5)
+    axes = figure.subplots()
+    for text, color in zip(TEXTS, COLORS, strict=False):
+        for use, marker in (("fit", "o"), ("check", "*")):
+            points = [(row["loss"] / p.loss, predicted(p, row, law) / p.loss)
+                      for p, row in pairs(rows, use) if row["text"] == text]  # fmt: skip
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, marker, color=color, alpha=0.7, label=f"{text}, {use}")
+    axes.plot([0.75, 1.15], [0.75, 1.15], color=BLACK, linewidth=1)
+    axes.set(
+        xlabel="measured loss / loss of the pilot", ylabel="predicted loss / loss of the pilot"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    study = parse_study("planner", argv, __doc__)
+    study.n_runs = sum(len(steps) for uses in RUNS.values() for steps in uses)
+    write_short_text(study)
+    rows = train_all(study)
+    law = fit(rows)
+    tables = {
+        "Runs": rows,
+        "Check: runs that the law was not fitted to": prediction_rows(rows, law, "check"),
+        "Fit: runs that the law was fitted to": prediction_rows(rows, law, "fit"),
+        "Constants": [asdict(law)],
+    }
+    write_results(study, tables, plot(rows, law))
+    print(f"\nLAW = {law}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,376 @@
+"""Planned runs: measuring, the law, the choice, the deadline. Step times are made up: no test
+depends on the speed of the machine."""
+
+import math
+import os
+import subprocess
+import time
+from dataclasses import astuple, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import finetune
+import train
+from config import GPTConfig, TrainConfig, UserError, from_dict
+from experiments import planner
+from training import deadline, plan
+from training.deadline import Deadline, end_schedule_at
+from training.law import LAW, Law, Pilot
+from training.plan import Candidate
+from training.run_log import RunLog
+
+ROOT = Path(__file__).parent.parent
+# One of everything, so that each term can be worked out by hand.
+SIMPLE = Law(0.1, 1.0, 0.2, 0.5, 0.05, 0.01, 1.0, 0.3, math.log(10))
+PILOT = Pilot(n_params=1e6, n_tokens=1e6, window=100, n_unique=1e9, loss=2.0)
+# Of 10,240 tokens per step, with a step of 0.1 s, evaluations of 1 s and 5 s at the end.
+CONFIG = TrainConfig(batch_size=40, max_steps=1000, lr_max=0.01, schedule="linear", minutes=2.0)
+BIG = Candidate(GPTConfig(), CONFIG, 1_000_000, 256.0, 0.1, 1.0, 5.0)
+SMALL = replace(BIG, n_params=100_000, step=0.01)
+
+
+# --- the law
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "u", "window", "dropout", "expected"),
+    [
+        (1e6, 1e6, 1e6, 100, 0.0, 0.1 + 0.2 + 0.05 + 0.01),
+        (2e6, 1e6, 1e12, 100, 0.0, 0.05 + 0.2 + 0.05 + 0.0),  # twice the size
+        (1e6, 4e6, 1e12, 100, 0.0, 0.1 + 0.1 + 0.05 + 0.0),  # four times the tokens, power 1/2
+        (1e6, 1e6, 1e12, 200, 0.0, 0.1 + 0.2 + 0.025 + 0.0),
+        (1e6, 4e6, 1e6, 100, 0.0, 0.1 + 0.1 + 0.05 + 0.04),  # four epochs
+        (1e6, 4e6, 5e5, 100, 0.0, 0.1 + 0.1 + 0.05 + 0.01 * 2 * 8),  # 8 of half the text
+        (1e6, 4e6, 5e5, 100, 1.0, 0.1 + 0.1 + 0.05 + 0.016 + 0.3),  # a tenth, and its cost
+    ],
+)
+def test_the_law_by_hand(n, d, u, window, dropout, expected):
+    assert SIMPLE(n, d, u, window, dropout) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_prediction_is_relative_to_the_pilot():
+    assert PILOT.predict(1e6, 1e6, 100, 0.0, SIMPLE) == 2.0  # the pilot itself
+    # four times the tokens: 0.2 / sqrt(4) instead of 0.2, so 10% less
+    assert PILOT.predict(1e6, 4e6, 100, 0.0, SIMPLE) == pytest.approx(1.8)
+    harder = replace(PILOT, loss=4.0)
+    assert harder.predict(1e6, 4e6, 100, 0.0, SIMPLE) == pytest.approx(3.6)
+
+
+def test_the_constants_are_those_of_the_published_runs():
+    rows = planner.read_runs(ROOT / "experiments/results/planner.csv")
+    assert planner.fit(rows) == LAW
+
+
+def test_a_fit_recovers_the_law_that_made_the_losses(monkeypatch):
+    rows = planner.read_runs(ROOT / "experiments/results/planner.csv")
+    monkeypatch.setattr(planner, "PRIOR", 1e-4)
+    monkeypatch.setattr(planner, "PILOTS", (150,))
+    for row in rows:
+        row["loss"] = row["best"] = 2.0
+    for (text, _), pilot in planner.pilots(rows).items():
+        for row in (row for row in rows if row["text"] == text):
+            row["loss"] = row["best"] = planner.predicted(pilot, row, SIMPLE)
+    assert astuple(planner.fit(rows)) == pytest.approx(astuple(SIMPLE), rel=0.02)
+
+
+# --- the choice
+
+
+def test_a_run_fills_the_time():
+    run = BIG.best_run(100.0, PILOT, {})
+    # Evaluations: 5% of 100 s, 5 of 1 s. 100 - 5 at the end - 6 evaluations, one before the run.
+    assert run.config.max_steps == 890 and run.config.eval_every == 178
+    assert run.config.warmup_steps == 89 and run.gpt.dropout == 0
+    tokens = 890 * 40 * 256
+    assert run.loss == pytest.approx(PILOT.predict(1_000_000, tokens, 256.0, 0.0))
+
+
+def test_what_the_user_fixes_is_kept():
+    flags = {"eval_every": 10, "warmup_steps": 7, "dropout": 0.3}
+    run = BIG.best_run(100.0, PILOT, flags)
+    assert (run.config.eval_every, run.config.warmup_steps, run.gpt.dropout) == (10, 7, 0.3)
+    assert run.step == 0.1 * plan.DROPOUT_TIME
+
+
+def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_one():
+    def best(seconds: float) -> int:
+        runs = [size.best_run(seconds, PILOT, {}) for size in (SMALL, BIG)]
+        return min(runs, key=lambda run: run.loss).n_params
+
+    assert best(20) == SMALL.n_params and best(100_000) == BIG.n_params
+    assert BIG.best_run(11.0, PILOT, {}).loss == math.inf  # less than 50 steps
+
+
+def test_a_small_text_is_not_read_more_often_than_it_helps():
+    little = replace(PILOT, n_unique=1e6)
+    run = BIG.best_run(100_000.0, little, {"dropout": 0.0})
+    most = BIG.best_run(100_000.0, PILOT, {"dropout": 0.0}).config.max_steps
+    assert run.config.max_steps < most / 10
+    tokens = run.config.max_steps * 40 * 256
+    for factor in (0.7, 1.4):  # both sides of the minimum
+        assert little.predict(1_000_000, tokens * factor, 256.0, 0.0) > run.loss
+    # with dropout, more repetitions help
+    regularized = BIG.best_run(100_000.0, little, {"dropout": 0.2})
+    assert regularized.config.max_steps > run.config.max_steps
+
+
+# --- the deadline
+
+
+def test_a_shortened_schedule_continues_from_its_learning_rate():
+    config = TrainConfig(
+        lr_max=0.01, lr_min=0.001, max_steps=1000, warmup_steps=100, schedule="linear"
+    )
+    before = train.get_lr(400, config)
+    slope = before - train.get_lr(401, config)
+    end_schedule_at(config, 400, 700)  # 300 steps instead of 600
+    assert train.get_lr(400, config) == pytest.approx(before)
+    assert before - train.get_lr(401, config) == pytest.approx(2 * slope)
+    assert train.get_lr(700, config) == 0.001 and config.max_steps == 700
+
+
+class FakeRun:
+    """A run whose steps and evaluations take made-up times."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, config: TrainConfig, now: float = 0.0):
+        monkeypatch.setattr(deadline, "final_seconds", lambda trainer: 5.0)
+        self.config, self.now, self.step = config, now, 0
+        log: Any = SimpleNamespace(seconds=lambda: self.now, bar=None, header={})
+        log.is_evaluation_step = lambda step: step % config.eval_every == 0
+        self.log = log
+        self.deadline = Deadline(self, log)
+        self.rates: list[float] = []
+
+    def train(self, seconds: Any, evaluation: float = 1.0, end: int = 10**9) -> float:
+        """Train until the end, or the step `end`. Returns the time at the end."""
+        self.now += evaluation if not self.step else 0.0
+        while self.step < min(self.config.max_steps, end):
+            self.deadline.keep(self.step)
+            self.rates.append(train.get_lr(self.step, self.config))
+            self.now += seconds(self.step)
+            self.step += 1
+            if self.log.is_evaluation_step(self.step) or self.step == self.config.max_steps:
+                self.now += evaluation
+        return self.now + 5.0
+
+
+def make_config(**settings: Any) -> TrainConfig:
+    return replace(CONFIG, **{"warmup_steps": 50, "eval_every": 200, **settings})
+
+
+def test_a_run_that_is_fast_enough_is_not_shortened(monkeypatch):
+    config = make_config()  # 1000 steps of 0.1 s, 6 evaluations of 1 s and 5 s fit into 120 s
+    assert FakeRun(monkeypatch, config).train(lambda step: 0.1) < 120
+    assert (config.max_steps, config.lr_max) == (1000, 0.01)
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        lambda step: 0.2,  # from the beginning
+        lambda step: 0.1 if step < 500 else 0.3,  # later
+        lambda step: 0.08 if step < 800 else 0.5,  # near the end
+        lambda step: 10.0 if step == 0 else 0.15,  # with compilation
+        lambda step: 0.1 + 0.1 * (step % 7 == 0),  # unevenly
+        lambda step: 0.15 if step % 100 < 50 else 0.1,
+    ],
+)
+def test_a_slow_run_ends_in_time_with_its_schedule_complete(monkeypatch, seconds, capsys):
+    config = make_config()
+    run = FakeRun(monkeypatch, config)
+    total = run.train(seconds)
+    assert 95 < total <= 120
+    assert config.max_steps < 1000 and run.log.header["max_steps"] == config.max_steps
+    assert run.rates[-1] < 0.05 * 0.01  # decayed to almost 0
+    steepest = max(a - b for a, b in zip(run.rates[50:], run.rates[51:], strict=False))
+    assert steepest < 0.01 / 20  # no jump
+
+
+def test_a_run_that_was_slow_for_a_while_gets_its_steps_back(monkeypatch):
+    config = make_config(minutes=4.0)
+    run = FakeRun(monkeypatch, config)
+    total = run.train(lambda step: 0.5 if step < 120 else 0.1)
+    assert run.deadline.announced <= 1000 == config.max_steps and total <= 240
+    steepest = max(abs(a - b) for a, b in zip(run.rates[50:], run.rates[51:], strict=False))
+    assert steepest < 0.01 / 200
+
+
+def test_slow_evaluations_shorten_a_run_too(monkeypatch):
+    config = make_config()
+    assert 105 < FakeRun(monkeypatch, config).train(lambda step: 0.1, evaluation=6.0) <= 120
+
+
+def test_a_run_out_of_time_does_one_more_step(monkeypatch):
+    config = make_config()
+    run = FakeRun(monkeypatch, config)
+    run.train(lambda step: 0.1, end=300)
+    run.now += 500  # the machine slept
+    run.deadline.now = run.now  # which no step is blamed for
+    run.train(lambda step: 0.1)
+    assert run.step == config.max_steps == 301
+
+
+# --- the command
+
+
+@pytest.fixture
+def fast(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place in which planning takes no time: tiny models with a law of their own."""
+    monkeypatch.setattr(plan, "SIZES", ((1, 16, 16, 4), (1, 32, 16, 4)))
+    monkeypatch.setattr(plan, "seconds_per_step", lambda trainer: 0.5)
+    monkeypatch.setattr(plan, "seconds_per_window", lambda trainer: 0.01)
+    monkeypatch.setattr(plan, "MIN_STEPS", 20)
+    monkeypatch.setattr(plan, "PILOT_SECONDS", 0.0)
+    monkeypatch.setattr(RunLog, "plot", lambda log: None)  # most of the time
+    return workplace
+
+
+FAST = "--device=cpu --precision=float32 --eval_windows=4 --sample_tokens=0".split()
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_a_planned_run_equals_one_with_its_settings_as_flags(fast, capsys):
+    assert train.main([*FAST, "--minutes=0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "plan: timing this machine" in text and "done in" in text
+    state = torch.load("checkpoints/latest.pt", weights_only=True)
+    names = {"n_layer", "n_embd", "block_size", "dropout", "batch_size", "max_steps", "lr_max"}
+    names |= {"preset", "eval_every"}
+    settings = state["gpt_config"] | state["train_config"]
+    assert settings["minutes"] == 0.5 and 20 <= settings["max_steps"] < 60
+    flags = [f"--{name}={settings[name]}" for name in sorted(names)]
+    assert train.main([*FAST, *flags, "--tag=b"]) == 0
+    ours, theirs = weights("checkpoints/latest.pt"), weights("checkpoints/b/latest.pt")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsys):
+    assert train.main([*FAST, "--minutes=0.5"]) == 0
+    whole = torch.load("checkpoints/latest.pt", weights_only=True)
+    gpt = from_dict(GPTConfig, whole["gpt_config"])
+    config = from_dict(TrainConfig, whole["train_config"])
+
+    class Stop(train.StopSignal):
+        """A signal during the twelfth step."""
+
+        steps = 0
+
+        def requested(self) -> bool:
+            Stop.steps += 1
+            self.number = 15
+            return Stop.steps > 12
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", Stop)
+        patch.setattr(train, "plan_run", lambda *args: (gpt, replace(config, tag="b")))
+        assert train.main([*FAST, "--minutes=0.5", "--tag=b"]) == 128 + 15
+    state = torch.load("checkpoints/b/latest.pt", weights_only=True)
+    assert state["step"] == 12 and state["seconds"] > 0
+    used: list[float] = []
+    keep = Deadline.keep
+    monkeypatch.setattr(
+        Deadline, "keep", lambda self, step: used.append(self.log.seconds()) or keep(self, step)
+    )
+    monkeypatch.setattr(train, "plan_run", lambda *args: pytest.fail("planned again"))
+    assert train.main(["--resume", "--device=cpu", "--tag=b"]) == 0
+    assert used[0] > state["seconds"]  # the time before the interruption counts
+    resumed = torch.load("checkpoints/b/latest.pt", weights_only=True)
+    assert resumed["train_config"]["max_steps"] == whole["train_config"]["max_steps"]
+    assert all(torch.equal(resumed["model"][k], v) for k, v in whole["model"].items())
+
+
+def test_a_plan_prints_a_line_per_budget_and_writes_nothing(fast, capsys):
+    assert train.main([*FAST, "--plan"]) == 0
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert [row.split()[0] for row in rows] == ["1", "5", "20", "60", "240"]
+    losses = [float(row.split()[-1]) for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    assert not Path("checkpoints").exists()
+
+
+def test_fixed_sizes_are_planned_around(fast, capsys):
+    assert train.main([*FAST, "--plan", "--minutes=1", "--n_layer=3", "--n_embd=48"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " x " in line]
+    assert len(rows) == 1 and "3 x 48" in rows[0]  # both sizes became the same
+
+
+def test_too_little_time_is_an_error_that_names_the_least(fast):
+    with pytest.raises(UserError, match=r"0\.01 minutes are too short.*--minutes (\d[\d.]*)$") as e:
+        train.main([*FAST, "--minutes=0.01"])
+    least = str(e.value).split()[-1]
+    assert train.main([*FAST, "--plan", f"--minutes={least}"]) == 0
+    assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--minutes=1", "--max_steps=5"], "choose --max_steps: leave it out"),
+        (["--plan", "--preset=tiny"], "choose --preset: leave it out"),
+        (["--minutes=1", "--overfit_batch"], "--overfit_batch"),
+        (["--minutes=0"], "minutes must be above 0"),
+        (["--minutes=1", "--block_size=0"], "block_size must be at least 1"),
+        (["--minutes=1", "--n_embd=30", "--n_head=4"], "not divisible by n_head"),
+    ],
+)
+def test_contradictions_are_errors(fast, flags, message):
+    with pytest.raises(UserError, match=message):
+        train.main([*FAST, *flags])
+
+
+def test_several_processes_are_an_error(fast, monkeypatch):
+    monkeypatch.setattr(plan, "is_torchrun", lambda: True)
+    with pytest.raises(UserError, match="for one process"):
+        train.main([*FAST, "--minutes=1"])
+
+
+def test_a_resumed_run_cannot_get_another_plan(fast, capsys):
+    assert train.main([*FAST, "--minutes=0.5"]) == 0
+    for flag in ("--minutes=1", "--max_steps=500", "--plan"):
+        with pytest.raises(UserError, match="in the run to resume"):
+            train.main(["--resume", "--device=cpu", flag])
+
+
+def test_fine_tuning_has_no_plan(fast):
+    with pytest.raises(UserError, match=r"--minutes is for train\.py"):
+        finetune.main(["some.pt", "--data=data/input.txt", "--minutes=1"])
+
+
+# --- measuring
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/stat"), reason="Linux tells the age of a process"
+)
+def test_the_age_of_a_process_includes_its_start():
+    shown = subprocess.run(
+        ["ps", "-o", "etimes=", "-p", str(os.getpid())], capture_output=True, text=True
+    )
+    assert abs(int(shown.stdout) - plan.process_seconds()) < 1.5
+
+
+def test_without_proc_the_age_is_the_computing_time(monkeypatch):
+    def fail(self: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    before = time.process_time()
+    assert before <= plan.process_seconds() <= time.process_time()
+
+
+def test_measuring_takes_the_median_step_without_the_first(monkeypatch):
+    now, times = [0.0], iter([9.0, 0.2, 0.1, 5.0])
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+
+    def train_step() -> dict[str, torch.Tensor]:
+        now[0] += next(times)
+        return {"loss": torch.tensor(0.0)}
+
+    assert plan.seconds_per_step(SimpleNamespace(train_step=train_step)) == pytest.approx(0.2)

@@ -1,0 +1,294 @@
+"""Plan a run that takes a given time.
+
+    python train.py --minutes 5    the best model that five minutes on this machine give
+    python train.py --plan         what 1, 5, 20, 60 and 240 minutes would give
+
+1. Measure: a pilot run of the smallest model shows how difficult the text is, and a few steps of
+   each size how fast this machine is.
+2. Predict: a scaling law (law.py) gives the loss of each size after the steps that fit.
+3. Choose the size, the number of steps and the dropout with the lowest predicted loss.
+4. While training, keep the time (deadline.py).
+"""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from config import (
+    PRESETS,
+    GPTConfig,
+    TrainConfig,
+    UserError,
+    all_problems,
+    raise_problems,
+    train_settings,
+)
+from training.distributed import is_torchrun
+from training.law import Pilot
+from training.setup import Flags, State, resolve_train
+from utils import autocast, count_params, even_starts
+
+MakeTrainer = Callable[[GPTConfig, TrainConfig], Any]  # makes a Trainer of train.py
+
+RECIPE = "fast" if "fast" in PRESETS else "laptop"  # the preset whose runs the law was fitted to
+# layers, channels, window, batch size. Longer windows are too slow for the small models.
+SIZES = (
+    (2, 64, 64, 24),
+    (2, 128, 64, 24),
+    (4, 128, 192, 12),
+    (4, 192, 192, 12),
+    (6, 256, 256, 12),
+    (6, 384, 256, 12),
+)
+PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
+DROPOUT, DROPOUT_TIME = 0.2, 1.25  # the choice besides 0, and a step's time with it on a CPU
+BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
+PILOT_SHARE, PILOT_SECONDS = 0.05, 15.0  # of the time, and at most
+PILOT_WINDOWS = 1024  # to measure its loss
+TIMING_SECONDS = 0.3  # per size
+MIN_STEPS = 50  # of a run, and of the pilot
+EVAL_SHARE = 0.05  # of the time
+MARGIN = 0.03  # of the time, for what takes longer than measured
+DISK_SPEED = 2e8  # bytes per second, for checkpoints
+END_SECONDS = 2.0  # for the plot at the end, with the import of matplotlib
+
+
+def resolve_plan(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, Flags]:
+    """`resolve_train`, with the smallest size if a run is to be planned; and the flags. Raises
+    UserError for flags that contradict a plan."""
+    if flags.get("resume") or not (flags.get("plan") or "minutes" in flags):
+        return *resolve_train(flags), flags
+    chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
+    raise_problems(
+        [f"--minutes and --plan choose {chosen}: leave it out"] * bool(chosen)
+        + ["--minutes and --plan are for one process: start them without torchrun"] * is_torchrun()
+    )
+    return *resolve_train(size_flags(SIZES[0], flags)), flags
+
+
+def size_flags(size: tuple[int, ...], fixed: Flags) -> Flags:
+    """The flags of a size, with those that the user fixed. The wider the model, the lower its best
+    learning rate."""
+    flags: Flags = dict(zip(("n_layer", "n_embd", "block_size", "batch_size"), size, strict=True))
+    flags |= {"preset": RECIPE, "dropout": 0.0, "compile": False} | fixed
+    return {"lr_max": round(6e-3 * math.sqrt(128 / max(1, flags["n_embd"])), 5)} | flags
+
+
+def settings(flags: Flags) -> tuple[GPTConfig, TrainConfig]:
+    """The settings of a run with these flags. Raises UserError if they are not valid."""
+    gpt, config = train_settings(flags, "cpu")
+    raise_problems(all_problems(gpt) + all_problems(config))
+    return gpt, config
+
+
+def block_params(gpt: GPTConfig) -> int:
+    """The size N of the law: without embeddings, which mostly depend on the vocabulary."""
+    return gpt.n_layer * count_params(gpt)[1]
+
+
+def step_tokens(gpt: GPTConfig, config: TrainConfig) -> int:
+    """The training tokens of a step."""
+    return config.batch_size * config.grad_accum * gpt.block_size
+
+
+# --- measure
+
+
+def process_seconds() -> float:
+    """The age of this process. Where the system does not tell, the time that it has computed."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.process_time()
+    return age
+
+
+def seconds_per_step(trainer: Any) -> float:
+    """The time of a training step, the median of a few. Reading the loss waits for a GPU."""
+    times: list[float] = []
+    trainer.train_step()["loss"].item()  # allocates memory
+    while len(times) < 3 or (sum(times) < TIMING_SECONDS and len(times) < 20):
+        start = time.perf_counter()
+        trainer.train_step()["loss"].item()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def seconds_per_window(trainer: Any) -> float:
+    """The time that an evaluation takes per window, from the faster of two batches."""
+    n_windows, times = trainer.config.batch_size, []
+    for _ in range(2):
+        start = time.perf_counter()
+        evaluate(trainer, n_windows)
+        times.append(time.perf_counter() - start)
+    return min(times) / n_windows
+
+
+def evaluate(trainer: Any, n_windows: int) -> float:
+    """The validation loss over evenly spaced windows."""
+    with trainer.eval_mode(), autocast(trainer.device, trainer.config.precision):
+        ids = trainer.task.corpus.val_ids
+        return trainer.task.mean_loss(trainer.model, ids, n_windows)
+
+
+def final_seconds(trainer: Any) -> float:
+    """The time that a run takes after its last step: it evaluates the whole validation split."""
+    n_windows = len(even_starts(len(trainer.task.corpus.val_ids), trainer.model.config.block_size))
+    return n_windows * seconds_per_window(trainer) + END_SECONDS
+
+
+def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[Pilot, float]:
+    """Train the pilot for some time. Flags that fix a size do not apply to it, all others do.
+    Also returns the seconds that a sample takes per layer."""
+    window = min(SIZES[0][2], flags.get("block_size", SIZES[0][2]))  # the text may be short
+    gpt, config = settings(flags | size_flags(SIZES[0], {"block_size": window}))
+    steps = max(MIN_STEPS, int(seconds / seconds_per_step(make_trainer(gpt, config))))
+    trainer = make_trainer(gpt, replace(config, max_steps=steps, warmup_steps=None))
+    for _ in range(steps):
+        trainer.train_step()
+    loss, start = evaluate(trainer, PILOT_WINDOWS), time.perf_counter()
+    if config.sample_tokens:
+        with trainer.eval_mode():
+            trainer.task.sample(trainer.model)
+    sample = (time.perf_counter() - start) / gpt.n_layer
+    n_tokens, n_unique = steps * step_tokens(gpt, config), len(trainer.task.corpus.train_ids)
+    n_bytes = window * trainer.task.corpus.bytes_per_token
+    return Pilot(block_params(gpt), n_tokens, n_bytes, n_unique, loss), sample
+
+
+def measure_sizes(
+    make_trainer: MakeTrainer, flags: Flags, limit: float, sample: float
+) -> "list[Candidate]":
+    """Time all sizes, except those for which MIN_STEPS would take half of the limit, or the text is
+    too short. A flag that fixes a part of the size applies to all of them."""
+    found: list[Candidate] = []
+    for gpt, config in (settings(size_flags(size, flags)) for size in SIZES):
+        if found:  # estimate from the size before
+            last = found[-1]
+            if (last.gpt, last.config) == (gpt, config):
+                continue
+            ratio = block_params(gpt) / last.n_params
+            ratio *= step_tokens(gpt, config) / step_tokens(last.gpt, last.config)
+            if MIN_STEPS * last.step * ratio > limit / 2:
+                break
+        trainer = make_trainer(gpt, config)
+        corpus = trainer.task.corpus
+        if corpus.train_docs is None and len(corpus.train_ids) <= gpt.block_size:
+            break
+        evaluation = 2 * config.eval_windows * seconds_per_window(trainer) + sample * gpt.n_layer
+        evaluation += 2 * 12 * count_params(gpt)[0] / DISK_SPEED  # best.pt and latest.pt
+        step, final = seconds_per_step(trainer), final_seconds(trainer)
+        size = (block_params(gpt), gpt.block_size * corpus.bytes_per_token)
+        found.append(Candidate(gpt, config, *size, step, evaluation, final))
+    return found
+
+
+# --- choose
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A size and what it costs on this machine, in seconds; with a loss, a run of this size."""
+
+    gpt: GPTConfig
+    config: TrainConfig
+    n_params: int  # without embeddings
+    window: float  # in bytes
+    step: float
+    evaluation: float  # one during training, with its sample and checkpoints
+    final: float  # after the last step
+    loss: float = math.inf  # predicted
+
+    def seconds(self, steps: int, evaluations: int) -> float:
+        """What a run takes. There is one more evaluation before it."""
+        return steps * self.step + (evaluations + 1) * self.evaluation + self.final
+
+    def best_run(self, seconds: float, pilot: Pilot, flags: Flags) -> "Candidate":
+        """The run with the lowest predicted loss in this time; without a loss if there is too
+        little time. Fewer steps than possible are better if more would overfit."""
+        evaluations = min(10, max(2, int(EVAL_SHARE * seconds / self.evaluation)))
+        best = self
+        for dropout in (flags["dropout"],) if "dropout" in flags else (0.0, DROPOUT):
+            size = replace(self, step=self.step * (DROPOUT_TIME if dropout else 1))
+            most = int((seconds - self.seconds(0, evaluations)) / size.step)
+            if most < MIN_STEPS:
+                continue
+            for steps in {round(most * (MIN_STEPS / most) ** (i / 50)) for i in range(51)}:
+                n_tokens = steps * step_tokens(self.gpt, self.config)
+                loss = pilot.predict(self.n_params, n_tokens, self.window, dropout)
+                if loss < best.loss:
+                    own: Flags = {"max_steps": steps, "warmup_steps": flags.get("warmup_steps")}
+                    own["eval_every"] = flags.get("eval_every", math.ceil(steps / evaluations))
+                    gpt, config = replace(self.gpt, dropout=dropout), replace(self.config, **own)
+                    best = replace(size, gpt=gpt, config=config, loss=loss)
+        return best
+
+    def line(self, minutes: float, pilot: Pilot, mark: str = "") -> str:
+        """A run as a line of the table."""
+        gpt, steps = self.gpt, self.config.max_steps
+        size, epochs = f"{gpt.n_layer} x {gpt.n_embd}", steps * step_tokens(gpt, self.config)
+        return (
+            f"{mark:1}{minutes:8g}  {size:8}{count_params(gpt)[0]:12,}{1000 * self.step:9.1f}"
+            f"{steps:10,}{epochs / pilot.n_unique:8.1f}{gpt.dropout:9g}{self.loss:16.3f}"
+        )
+
+
+HEADER = "  minutes  size      parameters  ms/step     steps  epochs  dropout  predicted loss"
+
+
+def plan_run(
+    flags: Flags, config: TrainConfig, vocab_size: int, make_trainer: MakeTrainer, started: float
+) -> tuple[GPTConfig, TrainConfig]:
+    """Measure, print the plan, and return the best settings for the time in config.minutes (or for
+    the longest of BUDGETS). Raises UserError if the time is too short.
+
+    make_trainer(gpt, config) makes a trainer on the corpus; `started` is when the process began, by
+    time.perf_counter.
+    """
+    budgets = (config.minutes,) if config.minutes else BUDGETS
+    limit, startup = 60 * budgets[-1], time.perf_counter() - started
+    print("plan: timing this machine, and a short pilot run on this text", flush=True)
+    flags = flags | {"precision": config.precision, "vocab_size": vocab_size}
+    pilot, sample = run_pilot(make_trainer, flags, min(PILOT_SECONDS, PILOT_SHARE * limit))
+    sizes = measure_sizes(make_trainer, flags, limit, sample)
+    measured = time.perf_counter() - started
+    print(f"the pilot has a loss of {pilot.loss:.3f} after {pilot.n_tokens:,} tokens\n{HEADER}")
+    for minutes in budgets:
+        used = measured if config.minutes else min(measured, startup + 6 * minutes)  # a tenth
+        seconds = 60 * minutes * (1 - MARGIN) - used
+        runs = [size.best_run(seconds, pilot, flags) for size in sizes]
+        best = min(runs, key=lambda run: run.loss)
+        for run in runs:
+            if run.loss < math.inf and (run is best or config.minutes):
+                print(run.line(minutes, pilot, "*" * bool(config.minutes and run is best)))
+    if best.loss == math.inf:
+        needed = (measured + sizes[0].seconds(MIN_STEPS, 2)) / (0.9 - MARGIN) / 60
+        raise UserError(
+            f"{minutes:g} minutes are too short to measure, train and evaluate on "
+            f"{config.data}: give at least --minutes {math.ceil(10 * needed) / 10:g}"
+        )
+    if config.minutes:
+        print(f"chosen: {reason(best, runs, seconds)}", flush=True)
+    return best.gpt, replace(best.config, tokenizer=config.tokenizer)  # a data set has its own
+
+
+def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
+    """Why this run, in words."""
+    size = f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels"
+    rest = [run for run in runs if run is not best and run.loss < math.inf]
+    steps, every = best.config.max_steps, best.config.eval_every
+    if best.seconds(round(1.05 * steps), math.ceil(steps / every)) < seconds:
+        why = "more steps would overfit this text"
+    elif not rest:
+        why = "the only size that is fast enough"
+    elif best.n_params < max(run.n_params for run in runs):
+        why = "larger models would get too few steps"
+    else:
+        why = "the time is enough for the largest size"
+    return f"{size}, {steps:,} steps: {why}"
