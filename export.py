@@ -1,4 +1,4 @@
-"""Convert checkpoints to and from Hugging Face's format, and to a file for llama.cpp.
+"""Convert checkpoints to and from Hugging Face's format, to a file for llama.cpp, to a web page.
 
     python export.py checkpoints/best.pt out/              to a folder that `transformers` loads
     python export.py checkpoints/best.pt out/ --push user/name           and upload it to the hub
@@ -6,11 +6,12 @@
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
     python export.py checkpoints/best.pt model.gguf        a file for llama.cpp, Ollama, LM Studio
+    python export.py checkpoints/best.pt model.html        a page that runs the model in a browser
 
 The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
 --overwrite replaces an earlier export, and nothing else, once the new one is complete.
-Needs `pip install safetensors`, for the hub `pip install huggingface_hub`, for .gguf files `pip
-install gguf`.
+Folders need `pip install safetensors`, the hub `pip install huggingface_hub`, .gguf files `pip
+install gguf`; a page needs nothing.
 """
 
 import re
@@ -22,6 +23,7 @@ from exporting.folders import check_target
 from exporting.gguf_file import KINDS, export_gguf
 from exporting.huggingface import export_hf, import_hf, import_optional, upload
 from exporting.peft import export_adapter
+from exporting.web_page import export_page
 from finetuning import lora
 from system.command_line import parse_args
 from system.errors import run
@@ -33,7 +35,7 @@ class ExportConfig:
 
     paths: tuple[str, ...] = setting(
         (),
-        "a checkpoint, and a folder or a file NAME.gguf; with --from only a checkpoint",
+        "a checkpoint, and a folder, NAME.gguf or NAME.html; with --from only a checkpoint",
         positional=True,
     )
     source: str = setting(
@@ -44,12 +46,16 @@ class ExportConfig:
         "", "weights of a .gguf file; f16 (default): 2 bytes each; f32: exact, 4 bytes; q8_0: "
         "about 1 byte, less exact", choices=("", *KINDS)
     )  # fmt: skip
+    precision: str = setting(
+        "auto", "weights of a .html page; auto: int8 if the measured loss is nearly the same",
+        choices=("auto", "float16", "int8"),
+    )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
 
     @property
-    def is_gguf(self) -> bool:
-        """Whether a file for llama.cpp is written."""
-        return self.paths[-1:] != () and self.paths[-1].lower().endswith(".gguf")
+    def suffix(self) -> str:
+        """.gguf for a file for llama.cpp, .html for a web page, otherwise anything."""
+        return Path(self.paths[-1]).suffix.lower() if self.paths else ""
 
     def problems(self) -> list[str]:
         """A wrong number of paths, or a wrong name on the hub."""
@@ -60,10 +66,14 @@ class ExportConfig:
             found.append(f"--push must be user/name, not {self.push!r}")
         if self.push and self.source:
             found.append("--push uploads an exported folder, and --from imports one")
-        if self.is_gguf and (self.source or self.push):
-            found.append("--from writes a checkpoint and --push uploads a folder, not a .gguf file")
-        if self.type and not self.is_gguf:
+        if self.suffix in (".gguf", ".html") and (self.source or self.push):
+            found.append(
+                f"--from writes a checkpoint and --push uploads a folder, not a {self.suffix} file"
+            )
+        if self.type and self.suffix != ".gguf":
             found.append("--type is for .gguf files: leave it out")
+        if self.precision != "auto" and self.suffix != ".html":
+            found.append("--precision is for .html pages: leave it out")
         return found
 
 
@@ -74,10 +84,13 @@ def main(argv: list[str] | None = None) -> int:
         import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
-    if config.is_gguf:
+    if config.suffix == ".gguf":
         modelfile = export_gguf(checkpoint, target, config.type or KINDS[0], config.overwrite)
         print(f"{target}: run it with llama.cpp or LM Studio")
         print(f"{modelfile}: ollama create NAME -f {modelfile}, then ollama run NAME")
+        return 0
+    if config.suffix == ".html":
+        export_page(checkpoint, target, config.precision, config.overwrite)
         return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")

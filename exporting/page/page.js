@@ -1,0 +1,249 @@
+// The user interface: sends the weights to the worker, asks it for text, shows what it answers.
+// Text is only ever set as textContent, never as HTML.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const element = (name, className, text) => {
+  const created = document.createElement(name);
+  if (className) created.className = className;
+  if (text !== undefined) created.textContent = text;
+  return created;
+};
+const data = JSON.parse($("data").textContent);
+let run = { number: 0, active: false }; // the text that is generated, or the last one
+
+function showStatus(text, isError = false) {
+  $("status").textContent = text;
+  $("status").classList.toggle("error", isError);
+}
+
+// --- the worker: a Blob of the engine's text, so that this one file is all there is
+let worker;
+
+function startWorker() {
+  const engine = Array.from(document.querySelectorAll("script.engine"), (part) => part.textContent);
+  const url = URL.createObjectURL(new Blob(engine, { type: "text/javascript" }));
+  worker = new Worker(url);
+  worker.onmessage = ({ data: message }) => {
+    if (message.error) fail(message.error);
+    else if (message.ready) setRunning(false, "Ready");
+    else receiveSteps(message);
+  };
+  worker.onerror = (event) => fail(event.message ?? "the worker could not be started");
+  for (const part of document.querySelectorAll("script.weight")) {
+    const { name, kind, shape } = part.dataset;
+    const numbers = shape.split(",").map(Number);
+    worker.postMessage({ tensor: { name, kind, shape: numbers, base64: part.textContent } });
+    part.remove(); // frees its memory
+  }
+  worker.postMessage({ model: { config: data.config, tokenizer: data.tokenizer } });
+}
+
+function fail(message) {
+  setRunning(false, "");
+  showStatus(`Error: ${message}`, true);
+}
+
+function setRunning(running, status) {
+  $("generate").disabled = running;
+  $("halt").disabled = !running;
+  run.active = running;
+  showStatus(status);
+}
+
+// --- one text at a time
+const readEscapes = (text) => text.replace(/\\([n\\])/g, (_, char) => (char === "n" ? "\n" : "\\"));
+
+function start() {
+  const prompt = $("prompt").value;
+  if (data.qa && !prompt.trim()) return showStatus("Ask a question", true);
+  const seed = $("seed").value || String(Math.floor(Math.random() * 1e6));
+  const settings = { prompt, seed, qa: data.qa, stop: readEscapes($("stop").value) };
+  for (const name of ["temperature", "top_k", "top_p", "max_new_tokens"]) {
+    settings[name] = Number($(name).value);
+  }
+  hideAlternatives();
+  $("output").replaceChildren();
+  $("result").hidden = false;
+  setRunning(true, "");
+  const number = run.number + 1;
+  run = { number, active: true, seed, n_tokens: 0, ms: 0, notes: [], pending: [] };
+  worker.postMessage({ start: { number, settings } });
+}
+
+// The worker computes for a moment and waits: without a request for the next steps, it stops.
+function receiveSteps({ number, steps, done, ms }) {
+  if (!run.active || number !== run.number) return; // stopped meanwhile
+  const nearEnd = $("output").scrollHeight - $("output").scrollTop - $("output").clientHeight < 40;
+  for (const step of steps) showStep(step);
+  if (steps.some((step) => step.token)) run.ms += ms;
+  if (nearEnd) $("output").scrollTop = $("output").scrollHeight;
+  const progress = steps.at(-1)?.of ? `Reading ${steps.at(-1).read} of ${steps.at(-1).of} tokens` : speed();
+  if (done) return setRunning(false, speed());
+  showStatus(progress);
+  worker.postMessage({ next: true });
+}
+
+function speed() {
+  const perSecond = run.n_tokens && run.ms ? (1000 * run.n_tokens) / run.ms : 0;
+  const rounded = perSecond < 20 ? perSecond.toFixed(1) : Math.round(perSecond);
+  return [`${run.n_tokens} tokens`, `${rounded} tokens/s`, `seed ${run.seed}`, ...run.notes].join(" \u00b7 ");
+}
+
+function showStep(step) {
+  if (step.prompt !== undefined) {
+    $("output").append(element("span", "prompt", step.prompt));
+    if (step.unknown.length) run.notes.push(`unknown characters left out: ${step.unknown.join(" ")}`);
+    if (step.n_tokens > data.config.block_size) {
+      run.notes.push(`the model sees only the last ${Math.max(data.config.block_size >> 1, 1)} tokens of the prompt`);
+    }
+  }
+  if (step.token) {
+    run.n_tokens += 1;
+    run.pending.push(step.token);
+  }
+  // A token may end inside a character: then the text comes with a later token.
+  if (step.text) {
+    const span = element("span", "token", step.text);
+    span.tokens = run.pending;
+    span.style.setProperty("--p", step.token ? step.token.probability : 0);
+    $("output").append(span);
+    run.pending = [];
+  }
+}
+
+// --- the alternatives of a token
+const VISIBLE_SPACES = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5" };
+const label = (text) => text.replace(/[ \n\t]/g, (space) => VISIBLE_SPACES[space]);
+
+function showAlternatives(span) {
+  hideAlternatives();
+  span.classList.add("shown");
+  const box = $("alternatives");
+  for (const token of span.tokens) {
+    const { alternatives } = token;
+    const listed = alternatives.some(({ id }) => id === token.id) ? alternatives : [...alternatives, token];
+    if (box.childElementCount) box.append(element("hr"));
+    for (const other of listed) box.append(alternativeRow(other, other.id === token.id));
+  }
+  box.hidden = false;
+  const place = span.getClientRects()[0];
+  const left = Math.min(place.left, document.documentElement.clientWidth - box.offsetWidth - 8);
+  const above = place.bottom + box.offsetHeight + 8 > window.innerHeight && place.top > box.offsetHeight + 8;
+  box.style.left = `${Math.max(left, 8) + window.scrollX}px`;
+  box.style.top = `${(above ? place.top - box.offsetHeight - 4 : place.bottom + 4) + window.scrollY}px`;
+}
+
+function alternativeRow({ label: text, probability }, chosen) {
+  const row = element("div", chosen ? "chosen" : "");
+  const bar = element("span", "bar");
+  const filled = element("span");
+  filled.style.setProperty("--p", probability);
+  bar.append(filled);
+  row.append(element("span", "label", label(text)), bar, element("span", "", `${(100 * probability).toFixed(1)}%`));
+  return row;
+}
+
+function hideAlternatives() {
+  $("alternatives").hidden = true;
+  $("alternatives").replaceChildren();
+  document.querySelector(".token.shown")?.classList.remove("shown");
+}
+
+// --- the run: loss curve and settings
+const svg = (name, attributes, text) => {
+  const created = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) created.setAttribute(key, value);
+  if (text !== undefined) created.textContent = text;
+  return created;
+};
+
+// About n round numbers that divide a range: 1, 2 or 5 times a power of ten apart.
+function ticks(low, high, n) {
+  const power = 10 ** Math.floor(Math.log10((high - low) / n));
+  const step = power * [1, 2, 5, 10].find((factor) => (high - low) / (power * factor) <= n);
+  const found = [];
+  for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(Number((i * step).toPrecision(6)));
+  return found;
+}
+
+function drawCurve() {
+  const [width, height, left, right, bottom] = [$("curve").clientWidth, 240, 40, 72, 36];
+  const lines = ["train", "val"].map((name) => [name, data.log.filter((record) => record[name] !== null)]);
+  const losses = lines.flatMap(([name, records]) => records.map((record) => record[name]));
+  const highStep = Math.max(...data.log.map((record) => record.step), 1);
+  const low = Math.min(...losses), high = Math.max(...losses, low + 1e-3);
+  const x = (step) => left + (step / highStep) * (width - left - right);
+  const y = (loss) => 8 + ((high - loss) / (high - low)) * (height - 8 - bottom);
+  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
+  picture.append(svg("title", {}, "Loss in nats per token during training"));
+  for (const loss of ticks(low, high, 5)) {
+    picture.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(loss), y2: y(loss) }));
+    picture.append(svg("text", { x: left - 8, y: y(loss) + 4, "text-anchor": "end" }, loss));
+  }
+  for (const step of ticks(0, highStep, width < 500 ? 3 : 6)) {
+    picture.append(svg("text", { x: x(step), y: height - bottom + 18, "text-anchor": "middle" }, step));
+  }
+  const middle = left + (width - left - right) / 2;
+  picture.append(svg("text", { x: middle, y: height - 2, "text-anchor": "middle" }, "step"));
+  const labels = [];
+  for (const [name, records] of lines.filter(([, records]) => records.length)) {
+    const points = records.map((record) => `${x(record.step)},${y(record[name])}`).join(" ");
+    picture.append(svg("polyline", { class: name, points }));
+    const last = records.at(-1);
+    labels.push({ name, loss: last[name], y: y(last[name]) + 4 });
+  }
+  labels.sort((a, b) => a.y - b.y);
+  if (labels.length === 2) labels[1].y = Math.max(labels[1].y, labels[0].y + 14); // no overlap
+  for (const { name, loss, y } of labels) {
+    picture.append(svg("text", { class: name, x: width - right + 8, y }, `${name} ${loss.toFixed(2)}`));
+  }
+  $("curve").replaceChildren(picture);
+}
+
+function showRun() {
+  $("summary").textContent = data.summary;
+  if (data.qa) $("prompt-label").textContent = "Question";
+  $("prompt").placeholder = data.qa ? "Ask the model a question" : "Text that the model continues";
+  for (const [name, value] of data.settings) {
+    const row = element("tr");
+    row.append(element("td", "", name), element("td", "", value));
+    $("settings").append(row);
+  }
+  $("training").hidden = false;
+  $("curve").hidden = data.log.length === 0;
+  if (data.log.length) new ResizeObserver(drawCurve).observe($("curve"));
+}
+
+// --- events
+function showValue({ target: { id, value } }) {
+  $(`${id}-value`).textContent = Number(value).toFixed(2);
+}
+
+for (const id of ["temperature", "top_p"]) {
+  $(id).addEventListener("input", showValue);
+  showValue({ target: $(id) });
+}
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  start();
+});
+$("halt").addEventListener("click", () => setRunning(false, `Stopped: ${speed()}`));
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !run.active) $("form").requestSubmit();
+});
+// A mouse shows the alternatives by pointing, a finger by tapping.
+for (const kind of ["mouseover", "click"]) {
+  $("output").addEventListener(kind, ({ target }) => {
+    if (target.tokens) showAlternatives(target);
+    else hideAlternatives();
+  });
+}
+$("output").addEventListener("mouseleave", hideAlternatives);
+$("output").addEventListener("scroll", hideAlternatives);
+document.addEventListener("click", ({ target }) => target.tokens || hideAlternatives());
+document.addEventListener("keydown", ({ key }) => key === "Escape" && hideAlternatives());
+document.addEventListener("DOMContentLoaded", () => {
+  showRun();
+  startWorker();
+});

@@ -1,0 +1,75 @@
+// The random numbers of NumPy's default_rng([seed, stream]), so that the same seed gives the same
+// text as generate.py: PCG64 (O'Neill 2014), which SeedSequence initializes.
+"use strict";
+
+const mask = (value, bits) => BigInt.asUintN(bits, value);
+
+// The 32-bit words that seeds are made of, the lowest first: at least one.
+function words(seed) {
+  const found = [];
+  do {
+    found.push(Number(seed & 0xffffffffn));
+    seed >>= 32n;
+  } while (seed);
+  return found;
+}
+
+// Four 64-bit numbers that depend on every bit of the entropy, a list of 32-bit words. The constants
+// are those of NumPy's SeedSequence. Math.imul multiplies modulo 2^32.
+function seedSequence(entropy) {
+  const xorshift = (value) => (value ^ (value >>> 16)) >>> 0;
+  let constant = 0x43b0d7e5;
+  const hash = (value) => {
+    value ^= constant;
+    constant = Math.imul(constant, 0x931e8875);
+    return xorshift(Math.imul(value, constant));
+  };
+  const mix = (a, b) => xorshift(Math.imul(0xca01f9dd, a) - Math.imul(0x4973f715, b));
+  const pool = [0, 1, 2, 3].map((i) => hash(entropy[i] ?? 0));
+  for (let from = 0; from < 4; from++) {
+    for (let to = 0; to < 4; to++) if (from !== to) pool[to] = mix(pool[to], hash(pool[from]));
+  }
+  for (const word of entropy.slice(4)) {
+    for (let to = 0; to < 4; to++) pool[to] = mix(pool[to], hash(word));
+  }
+  constant = 0x8b51f9dd;
+  const state = Array.from({ length: 8 }, (_, i) => {
+    const value = pool[i % 4] ^ constant;
+    constant = Math.imul(constant, 0x58f38ded);
+    return BigInt(xorshift(Math.imul(value, constant)));
+  });
+  return [0, 2, 4, 6].map((i) => state[i] | (state[i + 1] << 32n));
+}
+
+class PCG64 {
+  constructor(seed, stream) {
+    const [a, b, c, d] = seedSequence([...words(BigInt(seed)), ...words(BigInt(stream))]);
+    this.increment = mask((((c << 64n) | d) << 1n) | 1n, 128);
+    this.state = mask(this.increment + ((a << 64n) | b), 128);
+    this.step();
+    this.half = null; // the second half of a 64-bit number whose first half was used
+  }
+
+  step() {
+    this.state = mask(this.state * 0x2360ed051fc65da44385df649fccf645n + this.increment, 128);
+  }
+
+  next32() {
+    if (this.half !== null) {
+      const value = this.half;
+      this.half = null;
+      return value;
+    }
+    this.step();
+    const xored = mask((this.state >> 64n) ^ this.state, 64);
+    const rotation = this.state >> 122n;
+    const value = mask((xored >> rotation) | (xored << (64n - rotation)), 64);
+    this.half = Number(value >> 32n);
+    return Number(value & 0xffffffffn);
+  }
+
+  // A float32 in [0, 1).
+  random() {
+    return (this.next32() >>> 8) / 2 ** 24;
+  }
+}

@@ -1,0 +1,92 @@
+// Text to token ids and back, as in tokenizer.py: characters and byte pairs.
+"use strict";
+
+// --- characters
+class CharTokenizer {
+  constructor({ chars, specials }) {
+    this.specials = new Map(specials.map((text, id) => [text, id]));
+    this.texts = [...specials, ...chars];
+    this.ids = new Map(chars.map((char, i) => [char, specials.length + i]));
+  }
+
+  // The ids of a text, of which all characters are known.
+  encode(text) {
+    return Array.from(text, (char) => this.ids.get(char));
+  }
+
+  decodeBytes(ids) {
+    return new TextEncoder().encode(ids.map((id) => this.texts[id]).join(""));
+  }
+
+  // The characters of a text that have no id.
+  unknown(text) {
+    return [...new Set(text)].filter((char) => !this.ids.has(char));
+  }
+}
+
+// --- byte-pair encoding
+
+// Byte strings are strings of characters U+0000 to U+00FF, which can be keys of a Map.
+const toByteString = (text) =>
+  Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
+
+// GPT-2's character for each byte: printable ones are unchanged, the others are U+0100 and following.
+const isPrintable = (b) => (b > 0x20 && b < 0x7f) || (b > 0xa0 && b !== 0xad);
+const BYTES = Array.from({ length: 256 }, (_, b) => b);
+const OTHERS = BYTES.filter((b) => !isPrintable(b));
+const PRINTABLE_TO_BYTE = new Map(
+  BYTES.map((b) => [String.fromCharCode(isPrintable(b) ? b : 0x100 + OTHERS.indexOf(b)), b]),
+);
+const fromPrintable = (text) =>
+  Array.from(text, (char) => String.fromCharCode(PRINTABLE_TO_BYTE.get(char))).join("");
+
+class BPETokenizer {
+  constructor({ ranks, specials, pattern }) {
+    this.ranks = new Map(Object.entries(ranks).map(([text, id]) => [fromPrintable(text), id]));
+    this.specials = new Map(Object.entries(specials));
+    this.pattern = new RegExp(pattern, "gu"); // translated to JavaScript's syntax
+    this.tokenBytes = new Map([...this.ranks].map(([token, id]) => [id, token]));
+    for (const [text, id] of this.specials) this.tokenBytes.set(id, toByteString(text));
+  }
+
+  encode(text) {
+    return Array.from(text.matchAll(this.pattern), ([piece]) => this.encodePiece(piece)).flat();
+  }
+
+  // In a piece, merge the pair of neighbors whose token has the lowest rank, the leftmost first,
+  // until no pair is a token.
+  encodePiece(piece) {
+    const bytes = toByteString(piece);
+    if (this.ranks.has(bytes)) return [this.ranks.get(bytes)];
+    const word = [...bytes];
+    const last = (i) => i + 1 === word.length;
+    const rank = (i) => (last(i) ? Infinity : (this.ranks.get(word[i] + word[i + 1]) ?? Infinity));
+    const pairs = word.map((_, i) => rank(i)); // the rank of each token with the next one
+    while (word.length > 1) {
+      let best = 0;
+      for (let i = 1; i < pairs.length; i++) if (pairs[i] < pairs[best]) best = i;
+      if (pairs[best] === Infinity) break;
+      word.splice(best, 2, word[best] + word[best + 1]);
+      pairs.splice(best, 1);
+      for (const i of [best - 1, best]) if (i >= 0) pairs[i] = rank(i);
+    }
+    return word.map((token) => this.ranks.get(token));
+  }
+
+  // The bytes of a sequence of ids; ids without a token are skipped.
+  decodeBytes(ids) {
+    const bytes = ids.map((id) => this.tokenBytes.get(id) ?? "").join("");
+    return Uint8Array.from(bytes, (char) => char.charCodeAt(0));
+  }
+
+  unknown() {
+    return [];
+  }
+}
+
+const tokenizerFromDict = (data) =>
+  data.kind === "char" ? new CharTokenizer(data) : new BPETokenizer(data);
+
+// ignoreBOM: U+FEFF is a character like any other.
+const decode = (tokenizer, ids) =>
+  new TextDecoder("utf-8", { ignoreBOM: true }).decode(tokenizer.decodeBytes(ids));

@@ -1,0 +1,273 @@
+"""One web page that runs a model in the browser, without a server and without a network.
+
+The file contains the weights, the tokenizer, the loss curve, and the program: exporting/page/ has a
+second implementation of model.py, tokenizer.py and generate.py, in JavaScript. Everything is ASCII,
+so the page is the same in every encoding.
+"""
+
+import base64
+import copy
+import hashlib
+import html
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import utils
+from config import GPTConfig, UserError, raise_problems
+from corpus.load import Corpus, load_corpus
+from exporting.js_regex import to_javascript
+from model import GPT
+from sampling.checks import answers_questions, last_trained_on_text
+from system.files import atomic_write, file_problems
+from tokenizer import Tokenizer
+
+PAGE = Path(__file__).parent / "page"
+ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
+GENERATOR = b'<meta name="generator" content="TinyLLM export.py">'
+# In nats per token: a third of the spread of the final loss over three seeds.
+MAX_LOSS_RISE = 0.005
+# The loss is measured on this many tokens of the validation split. Of the difference between two
+# precisions, which is measured on the same tokens, the standard error is then below 0.001.
+EVAL_TOKENS = 8192
+MAX_INT8 = 127
+# The settings of the run that the page shows; file and folder names are nobody else's business.
+RUN_SETTINGS = (
+    *("preset", "arch", "tokenizer", "seed", "max_steps", "batch_size", "grad_accum", "optimizer"),
+    *("lr_max", "lr_min", "schedule", "warmup_steps", "weight_decay", "grad_clip", "precision"),
+)
+
+
+def check_page_target(path: Path, overwrite: bool) -> None:
+    """Raise UserError unless a page can be written: there is no such file, or it may be replaced
+    and is an earlier page."""
+    raise_problems(file_problems(path))
+    if path.exists():
+        if not overwrite:
+            raise UserError(f"{path} exists: add --overwrite or choose another path")
+        with path.open("rb") as file:
+            if GENERATOR not in file.read(1000):
+                raise UserError(f"{path} was not written by export.py: choose another path")
+
+
+def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
+    """Write a checkpoint as a web page, with its weights in float16 or int8; `auto`: int8 if the
+    measured loss is nearly the same. Raises UserError if the file exists, unless it is a page and
+    `overwrite` is set."""
+    check_page_target(target, overwrite)
+    model, tokenizer, state = utils.load_checkpoint(checkpoint, utils.pick_device("auto"))
+    data = page_data(model, tokenizer, state)
+    precision, measured = pick_precision(model, tokenizer, state, precision)
+    data["summary"] += f"; weights in {precision}{measured}"
+    with atomic_write(target) as file:
+        for text in page_parts(model, data, precision):
+            file.write(text.encode("ascii"))
+    size, n_params = target.stat().st_size, model.num_params()
+    print(f"{target}: {size / 1e6:.2f} MB, {size / n_params:.2f} bytes per parameter")
+    print("open it in a browser: it needs no server and no network")
+
+
+# --- weights
+
+
+def stored(weight: Tensor, precision: str) -> tuple[str, bytes, Tensor]:
+    """A parameter in the page: the type of its numbers, its bytes, and the values that the page
+    reads from them. With int8, each row of a matrix has a scale in float32, and vectors are in
+    float32."""
+    weight = weight.detach().float().cpu()
+    if precision == "float16":
+        half = weight.half()
+        return "float16", half.numpy().astype("<f2").tobytes(), half.float()
+    if weight.dim() == 1:
+        return "float32", weight.numpy().astype("<f4").tobytes(), weight
+    scale = weight.abs().amax(dim=1, keepdim=True) / MAX_INT8  # (n_out, 1)
+    quotient = weight / scale.clamp(min=torch.finfo(torch.float32).tiny)  # (n_out, n_in)
+    integers = quotient.round().clamp(-MAX_INT8, MAX_INT8)
+    content = scale.numpy().astype("<f4").tobytes() + integers.numpy().astype("i1").tobytes()
+    return "int8", content, integers * scale
+
+
+def rounded(model: GPT, precision: str) -> GPT:
+    """A copy of the model with the weights that the page reads."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = stored(parameter, precision)[2].to(parameter.device)
+    return model
+
+
+# --- which precision
+
+
+def pick_precision(
+    model: GPT, tokenizer: Tokenizer, state: dict[str, Any], precision: str
+) -> tuple[str, str]:
+    """The precision of the weights, and what was measured, in a few words. Prints the losses."""
+    if precision != "auto":
+        if not all(p.isfinite().all() for p in rounded(model, precision).parameters()):
+            raise UserError(f"the weights are too large for {precision}: use --precision int8")
+        return precision, ""
+    try:
+        corpus = training_corpus(tokenizer, state)
+    except UserError as error:
+        print(f"weights in float16: int8 could not be compared with it, because {error}")
+        return "float16", ""
+    doc_mask = bool(state["train_config"].get("doc_mask"))
+    loss = mean_loss(model, corpus, doc_mask)
+    rise = {p: mean_loss(rounded(model, p), corpus, doc_mask) - loss for p in ("int8", "float16")}
+    # false if the rise is not a number
+    precision = "int8" if rise["int8"] < MAX_LOSS_RISE else "float16"
+    losses = ", ".join(f"{loss + change:.4f} ({change:+.4f}) in {p}" for p, change in rise.items())
+    print(f"validation loss {loss:.4f} in float32, {losses}")
+    reason = "less" if precision == "int8" else "not less"
+    print(f"weights in {precision}: with int8, the loss rises by {reason} than {MAX_LOSS_RISE}")
+    if not math.isfinite(rise[precision]):
+        raise UserError("the model's loss is not finite: its training diverged")
+    return precision, f" (loss {rise[precision]:+.4f})"
+
+
+def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
+    """The corpus of a checkpoint. Raises UserError if it is missing or has changed."""
+    settings = state["train_config"]
+    data = settings.get("data", "")
+    if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:
+        raise UserError("the checkpoint does not name its corpus")
+    hold_out, separator = settings.get("hold_out", True), settings.get("separator", "")
+    _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator, hold_out=hold_out)
+    if corpus.info["sha256"] != state["corpus"]["sha256"]:
+        raise UserError(f"{data} is not what the checkpoint was trained on")
+    return corpus
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
+    """The loss of a model on evenly spaced windows of the validation split, in nats per token."""
+    device, block_size = model.tok.weight.device, model.config.block_size
+    n_windows = math.ceil(EVAL_TOKENS / block_size)
+    starts = utils.even_starts(len(corpus.val_ids), block_size, n_windows)
+    total, n_tokens = 0.0, 0
+    for i in range(len(starts)):  # one at a time: a large vocabulary has large logits
+        x, y = utils.windows(corpus.val_ids, starts[i : i + 1], block_size)  # (1, T) both
+        docs = None
+        if doc_mask and corpus.separator is not None:
+            docs = (x == corpus.separator).cumsum(dim=1).to(device)
+        _, loss = model(x.to(device), y.to(device), docs)
+        n_scored = int((y != -100).sum())
+        total += float(loss) * n_scored
+        n_tokens += n_scored
+    return total / n_tokens
+
+
+# --- the page
+
+
+def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str, Any]:
+    """What the page knows besides the weights. Raises UserError if its tokenizer cannot be
+    translated."""
+    content = tokenizer.to_dict()
+    if "pattern" in content:
+        content["pattern"] = to_javascript(content["pattern"])
+    config, name = model.config, str(state["corpus"]["name"])
+    summary = (
+        f"{model.num_params():,} parameters: {config.n_layer} layers, {config.n_embd} channels"
+    )
+    if state["corpus"]["sha256"]:
+        summary += f"; {state['step']:,} steps on {name}"
+    log = [
+        {key: finite(record.get(key)) for key in ("step", "train", "val")}
+        for record in state["log"]
+    ]
+    losses = [record["val"] for record in log if record["step"] == state["step"]]
+    if losses and losses[-1] is not None:
+        summary += f"; validation loss {losses[-1]:.4f}"
+    return {
+        "name": name,
+        "summary": summary,
+        "config": asdict(config),
+        "tokenizer": content,
+        "qa": answers_questions(tokenizer) and not last_trained_on_text(state),
+        "log": log,
+        "settings": run_settings(config, state["train_config"]),
+    }
+
+
+def finite(value: Any) -> float | None:
+    """A number that JSON can represent, or None."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def run_settings(config: GPTConfig, train_config: dict[str, Any]) -> list[tuple[str, str]]:
+    """The settings of the model and of its training, as text."""
+    run = [(name, train_config[name]) for name in RUN_SETTINGS if name in train_config]
+    shown = [*asdict(config).items(), *run]
+    words = {True: "yes", False: "no", "": "-", None: "-"}
+    return [
+        (name, words[value] if value in ("", None) or isinstance(value, bool) else str(value)[:100])
+        for name, value in shown
+    ]
+
+
+def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str]:
+    """The text of the page, in parts. Each placeholder of page.html is replaced once, so that no
+    data is taken for one."""
+    style, script = read_source("page.css"), read_source("page.js")
+    parts = {
+        "POLICY": content_policy(f"\n{script}", style),
+        "TITLE": ascii_html(f"A language model of {data['name']}"),
+        "STYLE": style,
+        "DATA": script_json(data),
+        "ENGINE": "".join(
+            f'<script type="text/plain" class="engine" data-file="{name}">\n'
+            f"{read_source(name)}</script>\n"
+            for name in ENGINE
+        ),
+        "SCRIPT": script,
+    }
+    for i, text in enumerate(re.split(r"\{\{(\w+)\}\}", read_source("page.html"))):
+        if i % 2 and text == "WEIGHTS":
+            yield from weight_elements(model, precision)
+        else:
+            yield parts[text] if i % 2 else text
+
+
+def weight_elements(model: GPT, precision: str) -> Iterator[str]:
+    """One element per parameter; tied weights are one parameter."""
+    for name, parameter in model.named_parameters():
+        kind, content, _ = stored(parameter, precision)
+        shape = ",".join(map(str, parameter.shape))
+        yield f'<script type="text/plain" class="weight" data-name="{name}" data-kind="{kind}" '
+        yield f'data-shape="{shape}">{base64.b64encode(content).decode()}</script>\n'
+
+
+def read_source(name: str) -> str:
+    """A file of exporting/page/."""
+    return (PAGE / name).read_text(encoding="utf-8")
+
+
+def content_policy(script: str, style: str) -> str:
+    """The content security policy: only this script, this style and a worker that the script makes
+    can run, and nothing can be fetched."""
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in (script, style)
+    ]
+    return (
+        f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; worker-src blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def script_json(data: Any) -> str:
+    """JSON for a script element, which no text in it can end: in JSON, < occurs only in strings."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+
+
+def ascii_html(text: str) -> str:
+    """Text as ASCII for HTML; characters that HTML does not allow become U+FFFD."""
+    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
