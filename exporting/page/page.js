@@ -104,7 +104,7 @@ function showStep(step) {
   }
   // A token may end inside a character: then the text comes with a later token.
   if (step.text) {
-    const span = element("span", "token", step.text);
+    const span = element("span", step.text.includes("\n") ? "token newline" : "token", step.text);
     span.tokens = run.pending;
     span.style.setProperty("--p", step.token ? step.token.probability : 0);
     $("output").append(span);

@@ -1,0 +1,740 @@
+# ruff: noqa: RUF001 (unusual characters on purpose)
+"""The web page is a second implementation: in a browser it gives the numbers, the tokens and the
+text of the Python code. Without Chromium, node runs its engine, and the other tests are skipped."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chromium import CHROMIUM, Chromium, start_chromium
+from conftest import COMPONENTS, TINY_RUN, WORDS, make_model, make_text
+
+import export
+import train
+import utils
+from config import SampleConfig, TrainConfig, UserError
+from corpus.bpe import count_pieces, train_bpe
+from exporting import web_page
+from exporting.hf_tokenizer import KNOWN_PATTERNS
+from exporting.js_regex import to_javascript
+from exporting.probes import PROBES
+from generate import TextWriter, encode_prompt, generate, sample_logits, sample_text
+from model import GPT
+from tokenizer import GPT2_PATTERN, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
+
+NODE = shutil.which("node")
+LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have
+BYTES = BPETokenizer({bytes([b]): b for b in range(256)}, {}, GPT2_PATTERN)
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+
+
+def write_page(path: Path, model: GPT, tokenizer: Tokenizer, precision: str, **state: Any) -> Path:
+    """The page of a model, by way of a checkpoint."""
+    contents = {
+        "gpt_config": asdict(model.config),
+        "train_config": asdict(TrainConfig()),
+        "tokenizer": tokenizer.to_dict(),
+        "corpus": {"name": "text", "bytes": 0, "sha256": ""},
+        "model": model.state_dict(),
+        "optimizers": [],
+        "scaler": {},
+        "step": 0,
+        "log": [],
+    }
+    utils.save_checkpoint(path.with_suffix(".pt"), contents | state)
+    target = str(path.with_suffix(".html"))
+    words = [str(path.with_suffix(".pt")), target, f"--precision={precision}", "--overwrite"]
+    assert export.main(words) == 0
+    return Path(target)
+
+
+class Elements(HTMLParser):
+    """The elements of a page, with their attributes and the text of scripts and styles."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None], str]] = []
+        self.feed(path.read_bytes().decode("ascii"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs), ""))
+
+    def handle_data(self, data: str) -> None:
+        if self.found:
+            tag, attributes, text = self.found[-1]
+            self.found[-1] = tag, attributes, text + data
+
+    def scripts(self, kind: str) -> list[tuple[dict[str, str | None], str]]:
+        return [(a, text) for tag, a, text in self.found if a.get("class", a.get("id")) == kind]
+
+
+# --- where the engine's JavaScript runs
+
+
+class Browser:
+    """Evaluates JavaScript in the worker of a page."""
+
+    def __init__(self, chromium: Chromium):
+        self.chromium = chromium
+
+    def open(self, path: Path) -> None:
+        self.chromium.open(path)
+        self.chromium.wait_for("$('status').textContent != 'Loading the model ...'")
+        assert self.chromium.evaluate("$('status').textContent") == "Ready"
+
+    def evaluate(self, expression: str) -> Any:
+        return self.chromium.evaluate(expression, "worker")
+
+
+class Node:
+    """Evaluates JavaScript in node, after what the page and its worker do at the start."""
+
+    def open(self, path: Path) -> None:
+        page = Elements(path)
+        data = json.loads(page.scripts("data")[0][1])
+        weights = [
+            {
+                "name": a["data-name"],
+                "kind": a["data-kind"],
+                "shape": json.loads(f"[{a['data-shape']}]"),
+                "base64": text,
+            }
+            for a, text in page.scripts("weight")
+        ]
+        self.program = "globalThis.postMessage = () => {};\n"
+        self.program += "\n".join(text for _, text in page.scripts("engine"))
+        self.program += f"for (const w of {json.dumps(weights)}) receive.tensor(w);\n"
+        self.program += f"receive.model({json.dumps(data)});\n"
+
+    def evaluate(self, expression: str) -> Any:
+        assert NODE
+        program = f"{self.program}\nconsole.log(JSON.stringify({expression}));"
+        call = [NODE, "-"]
+        done = subprocess.run(call, input=program.encode(), capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    with start_chromium(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def engine(request: pytest.FixtureRequest) -> Browser | Node:
+    if CHROMIUM:
+        return Browser(request.getfixturevalue("chromium"))
+    if not NODE:
+        pytest.skip("needs Chromium or node")
+    return Node()
+
+
+@pytest.fixture(scope="module")
+def small_page(engine: Browser | Node, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page for tests of single functions."""
+    folder = tmp_path_factory.mktemp("page")
+    return write_page(folder / "page", make_model(), LETTERS, "float16")
+
+
+# --- the model
+
+
+def rounded(model: GPT, precision: str) -> GPT:
+    """The model with float16 weights, or with a scale of max / 127 per row of each matrix."""
+    for p in model.parameters():
+        if precision == "float16":
+            p.data = p.data.half().float()
+        elif p.dim() == 2:
+            scale = (p.data.abs().max(dim=1).values / 127)[:, None]
+            p.data = (p.data / scale).round() * scale
+    return model
+
+
+RUN_MODEL = """
+((ids, settings) => {
+  const cache = new KVCache(model.config);
+  const logits = ids.map((id) => Array.from(model.forward(id, cache)));
+  const text = (settings) => [...generate(model, ids.slice(0, 3), settings, [])];
+  const sampled = (settings) => text(settings).filter(({ id }) => id !== undefined).map(({ id }) => id);
+  return { logits, ...Object.fromEntries(settings.map((one, i) => [i, sampled(one)])) };
+})(%s, %s)
+"""
+CONFIGS = [config for config in COMPONENTS if config.get("pos") != "alibi"]  # of the tests only
+CONFIGS += [
+    {
+        "n_head": 4,
+        "n_kv_head": 2,
+        "pos": "rope",
+        "qk_norm": True,
+        "norm": "layernorm",
+        "bias": True,
+    },
+    {"post_norm": True, "token_shift": True, "pos": "sinusoidal", "norm": "layernorm"},
+    {"n_embd": 18, "n_head": 3, "n_inner": 7, "norm_eps": 0.3, "rope_theta": 50.0},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_logits_and_tokens_equal_pytorchs(engine, tmp_path, config: dict, precision: str):
+    model = make_model(**config)
+    engine.open(write_page(tmp_path / "page", model, LETTERS, precision))
+    model = rounded(model, precision)
+    ids = torch.randint(11, (12,), generator=torch.Generator().manual_seed(0))  # a full window
+    settings = {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0, "seed": 3}  # > 12, the window
+    runs = [{"temperature": 0.0}, {"temperature": 1.2}, {"top_k": 5, "top_p": 0.8, "seed": 4}]
+    runs = [{"temperature": 1.0} | settings | run for run in runs]
+    found = engine.evaluate(RUN_MODEL % (ids.tolist(), json.dumps(runs)))
+    expected = model(ids[None])[0][0]
+    assert torch.allclose(torch.tensor(found["logits"]), expected, atol=2e-4, rtol=1e-4)
+    for i, run in enumerate(runs):
+        steps = generate(model, ids[:3], SampleConfig(**run))
+        assert found[str(i)] == [int(step.ids) for step in steps], run
+
+
+@pytest.mark.skipif(not NODE, reason="needs node")
+def test_node_runs_the_engine(tmp_path):
+    """The way in which machines without Chromium test it."""
+    engine = Node()
+    test_logits_and_tokens_equal_pytorchs(engine, tmp_path, {"token_shift": True}, "int8")
+
+
+# --- sampling
+
+
+def test_random_numbers_are_numpys(engine, small_page):
+    engine.open(small_page)
+    seeds = [0, 1, 42, 1337, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 10**18 - 1]
+    draws = "((seeds) => seeds.map((seed) => { const random = new PCG64(seed, 0); "
+    draws += "return Array.from({ length: 9 }, () => random.random()); }))(%s)"
+    found = engine.evaluate(draws % json.dumps([str(seed) for seed in seeds]))
+    for seed, numbers in zip(seeds, found, strict=True):
+        expected = np.random.default_rng((seed, 0)).random(9, dtype=np.float32)
+        assert numbers == expected.tolist()
+
+
+def test_the_next_token_is_the_one_that_python_samples(engine, small_page):
+    engine.open(small_page)
+    torch.manual_seed(0)
+    cases = []
+    for i in range(300):
+        logits = 3 * torch.randn(20)
+        logits = logits.round() if i % 2 else logits  # with ties
+        settings = {
+            "temperature": [0.0, 0.3, 1.0, 2.0][i % 4],
+            "top_k": [0, 1, 4, 50][i // 4 % 4],
+            "top_p": [1.0, 0.9, 0.5, 1e-3][i // 16 % 4],
+        }
+        cases.append((logits.tolist(), torch.rand(()).item(), settings))
+    call = "(%s).map(([logits, uniform, settings]) => sampleLogits(Float32Array.from(logits), "
+    call += "Float32Array.from(logits).sort().reverse(), uniform, settings))"
+    found = engine.evaluate(call % json.dumps(cases))
+    expected = [
+        int(sample_logits(torch.tensor([logits]), torch.tensor([uniform]), **settings))
+        for logits, uniform, settings in cases
+    ]
+    assert found == expected
+    assert len(set(found)) > 10
+
+
+# --- text
+
+
+def random_texts(n: int) -> list[str]:
+    """Texts of characters of all scripts, and of those that the split patterns name."""
+    rng = random.Random(0)
+    chars = [
+        chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")
+    ]
+    kinds = [chars, list(" \n\r\t'stremdlvSTREMDLVſ019.,/!-\xa0\u2028\x85\ufeff"), list("ab 1\n")]
+    return ["".join(rng.choices(rng.choice(kinds), k=rng.randrange(1, 30))) for _ in range(n)]
+
+
+TEXTS = [*PROBES, *random_texts(300), " ".join(WORDS)]
+
+
+def learned_bpe(pattern: str, specials: tuple[str, ...] = ()) -> BPETokenizer:
+    """Byte pairs learned from the probes, so that tokens of many scripts and of spaces exist."""
+    learned = train_bpe(count_pieces([*PROBES, make_text(50)], pattern), 700, list(specials))
+    return BPETokenizer(learned.ranks, learned.specials, pattern)
+
+
+TOKENIZERS: dict[str, Any] = {
+    "char": lambda: CharTokenizer.train(TEXTS),
+    "char of questions": lambda: CharTokenizer.train(TEXTS[:60], QA_SPECIALS),
+    "bpe of questions": lambda: learned_bpe(GPT2_PATTERN, QA_SPECIALS),
+    "bytes": lambda: BYTES,
+    **{f"pattern {i}": lambda p=p: learned_bpe(p) for i, p in enumerate(sorted(KNOWN_PATTERNS))},
+}
+
+
+def in_page(tokenizer: Tokenizer) -> str:
+    """JavaScript that makes a tokenizer from what a page would contain."""
+    state = {"corpus": {"name": "", "sha256": ""}, "step": 0, "log": [], "train_config": {}}
+    content = web_page.page_data(make_model(), tokenizer, state)["tokenizer"]
+    return f"tokenizerFromDict({json.dumps(content)})"
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_equal_pythons(engine, small_page, kind: str):
+    engine.open(small_page)
+    tokenizer = TOKENIZERS[kind]()
+    texts = [text for text in TEXTS if not tokenizer.unknown(text)]
+    if "<UNK>" in tokenizer.specials and kind.startswith("char"):
+        texts = [t for t in texts if tokenizer.specials["<UNK>"] not in tokenizer.encode(t)]
+    assert len(texts) > 50
+    random.seed(0)
+    streams = [random.choices(range(tokenizer.vocab_size), k=20) for _ in range(100)]
+    call = "((tokenizer, texts, streams) => ({ ids: texts.map((text) => tokenizer.encode(text)), "
+    call += "texts: streams.map((ids) => decode(tokenizer, ids)) }))"
+    found = engine.evaluate(f"{call}({in_page(tokenizer)}, {json.dumps([texts, streams])[1:-1]})")
+    for text, ids in zip(texts, found["ids"], strict=True):
+        assert ids == tokenizer.encode(text).tolist(), repr(text)
+    assert found["texts"] == [tokenizer.decode(ids) for ids in streams]
+
+
+PROMPTS = [
+    "",
+    " ",
+    "\n",
+    "the fox",
+    " the\x85\u3000\n",
+    "\ufeffa\x1c",
+    "☃ xa",
+    "<|endoftext|><BOS>",
+]
+
+
+@pytest.mark.parametrize("qa", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["char", "char of questions", "bpe of questions", "bytes", "letters"]
+)
+def test_prompts_equal_pythons(engine, small_page, kind: str, qa: bool):
+    engine.open(small_page)
+    tokenizer = LETTERS if kind == "letters" else TOKENIZERS[kind]()
+    ask = qa and "questions" in kind  # page_data and encode_prompt find that out themselves
+    call = "((tokenizer, texts) => texts.map((text) => encodePrompt(tokenizer, text, %s).ids))"
+    found = engine.evaluate(
+        f"({call % json.dumps(ask)})({in_page(tokenizer)}, {json.dumps(PROMPTS)})"
+    )
+    assert found == [encode_prompt(tokenizer, text, qa).tolist() for text in PROMPTS]
+
+
+def test_text_appears_in_the_pieces_that_python_writes(engine, small_page):
+    engine.open(small_page)
+    tokenizer = learned_bpe(GPT2_PATTERN, QA_SPECIALS)
+    emoji = tokenizer.encode("a 😀 the\n\nfox €").tolist()
+    random.seed(0)
+    streams = [random.choices(range(256), k=30) for _ in range(50)]
+    streams += [emoji, [*emoji, tokenizer.specials["<EOS>"], *emoji], [*emoji[:3], 0, *emoji[3:]]]
+    streams += [random.choices(emoji, k=30) for _ in range(30)]
+    stops = ["", "the", "\n\n|€", " 😀|fox|o", "�"]
+    call = """((tokenizer, streams, stops) => stops.map((stop) => streams.map((ids) => {
+      const writer = new TextWriter(tokenizer, stop.split("|"));
+      return [...ids.map((id) => writer.add(id)), writer.finish()];
+    })))"""
+    found = engine.evaluate(f"{call}({in_page(tokenizer)}, {json.dumps([streams, stops])[1:-1]})")
+    for stop, pieces in zip(stops, found, strict=True):
+        for ids, written in zip(streams, pieces, strict=True):
+            writer = TextWriter(tokenizer, stop.split("|"))
+            assert written == [*map(writer.add, ids), writer.finish()], (stop, ids)
+
+
+# --- split patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"\s+\S", r"\p{White_Space}+\P{White_Space}"),
+        (r"[^\s\d]", r"[^\p{White_Space}\p{Nd}]"),
+        (r"a++b?+", r"(?=(?<p1>a+))\k<p1>(?=(?<p2>b?))\k<p2>"),
+        (r"(?:ab){1,3}+", r"(?=(?<p1>(?:ab){1,3}))\k<p1>"),
+        (r"(?i:s[k-t]1)|s", "(?:[sSſ][k-tK-T\u212aſ]1)|s"),
+        (r".\/'-[-a\-]", r"[^\n]\/'-[\-a\-]"),
+        (r"(x)\pL\P{Lu}+?$", r"(?:x)\p{L}\P{Lu}+?$"),
+    ],
+)
+def test_patterns_are_translated(pattern: str, expected: str):
+    assert to_javascript(pattern) == expected
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"\w", r"\b", r"(?i)a", r"(?x: a)", r"[a&&b]", r"[[:alpha:]]", r"\p{Greek}", "a)", "(a", "[a"]
+    + [r"(?i:é)", "^a", r"(a)\1", r"[à-ü]", r"(?>a)", "\\", "[]", "a**b"],
+)
+def test_other_patterns_are_rejected(pattern: str):
+    with pytest.raises(UserError, match="cannot split text as this tokenizer does"):
+        to_javascript(pattern)
+
+
+# --- what can be measured
+
+
+def spread_columns(model: GPT) -> None:
+    """Make one input of each MLP a thousand times larger and its norm smaller: the same function,
+    but rounding to int8 leaves nothing of the other inputs."""
+    for block in model.blocks:
+        block.norm2.weight.data[0] /= 1000
+        block.mlp.fc.weight.data[:, 0] *= 1000
+
+
+def test_int8_is_chosen_if_the_loss_is_nearly_the_same(trained, capsys):
+    assert export.main(["checkpoints/best.pt", "a.html"]) == 0
+    printed = capsys.readouterr().out
+    assert "weights in int8" in printed
+    losses = re.findall(r"(\d\.\d{4})(?: \([+-]\d\.\d{4}\))? in (\w+)", printed)
+    assert [name for _, name in losses] == ["float32", "int8", "float16"]
+    model, tokenizer, state = utils.load_checkpoint("checkpoints/best.pt")
+    spread_columns(model)
+    utils.save_checkpoint(Path("hard.pt"), state | {"model": model.state_dict()})
+    assert export.main(["hard.pt", "b.html"]) == 0
+    printed = capsys.readouterr().out
+    assert "weights in float16" in printed and losses[0][0] in printed
+    # 1 or 2 bytes per weight, in base64 four thirds of that, and what is not weights
+    overhead = 80_000
+    for name, size in (("a.html", 4 / 3), ("b.html", 8 / 3)):
+        assert 0 < Path(name).stat().st_size - size * model.num_params() < overhead
+
+
+def test_the_losses_are_those_of_the_rounded_models(trained):
+    model, tokenizer, state = utils.load_checkpoint("checkpoints/best.pt")
+    corpus = web_page.training_corpus(tokenizer, state)
+    for precision in ("float16", "int8"):
+        loss = web_page.mean_loss(web_page.rounded(model, precision), corpus, False)
+        ids = torch.from_numpy(corpus.val_ids.astype(np.int64))
+        n = (len(ids) - 1) // 16 * 16  # windows of 16
+        model_copy = rounded(utils.load_checkpoint("checkpoints/best.pt")[0], precision)
+        _, expected = model_copy(ids[:n].view(-1, 16), ids[1 : n + 1].view(-1, 16))
+        assert loss == pytest.approx(expected.item(), abs=2e-3)  # without the last window
+
+
+@pytest.mark.parametrize("change", ["deleted", "changed"])
+def test_without_the_corpus_the_weights_are_float16(trained, capsys, change: str):
+    text = Path("data/input.txt")
+    text.unlink() if change == "deleted" else text.write_text(make_text(300))
+    checkpoint = Path("checkpoints/best.pt")
+    state = torch.load(checkpoint, weights_only=True)
+    state["train_config"]["data"] = "data/input.txt"
+    torch.save(state, checkpoint)
+    assert export.main([str(checkpoint), "page.html"]) == 0
+    printed = capsys.readouterr().out
+    reason = "there is no data/input.txt" if change == "deleted" else "is not what the checkpoint"
+    assert "weights in float16" in printed and reason in printed
+
+
+# --- files and errors
+
+
+def test_a_page_is_replaced_only_if_it_is_one(trained):
+    page = Path("page.html")
+    words = ["checkpoints/best.pt", "page.html", "--precision=int8"]
+    assert export.main(words) == 0
+    before = page.read_bytes()
+    with pytest.raises(UserError, match=r"page\.html exists: add --overwrite"):
+        export.main(words)
+    assert page.read_bytes() == before
+    assert export.main([*words[:2], "--precision=float16", "--overwrite"]) == 0
+    assert len(page.read_bytes()) > len(before)
+    page.write_text("<!doctype html><title>mine</title>")
+    with pytest.raises(UserError, match=r"page\.html was not written by export\.py"):
+        export.main([*words, "--overwrite"])
+    assert "mine" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{best}", "no/folder/page.html"], "there is no folder no/folder"),
+        (["{best}", "folder.html"], r"folder\.html is a folder"),
+        (["nothing.pt", "page.html"], "there is no checkpoint nothing.pt"),
+        (["data/input.txt", "page.html"], "is not a checkpoint"),
+        (
+            ["{best}", "page.html", "--push=a/b"],
+            "--push uploads an exported folder, not a web page",
+        ),
+        (["{best}", "folder", "--precision=int8"], "--precision is for web pages"),
+        (["{best}", "page.html", "--precision=int4"], "precision must be one of"),
+        (["page.html"], "give a checkpoint and a folder"),
+    ],
+)
+def test_mistakes_are_errors_before_anything_is_written(trained, words, message: str):
+    Path("folder.html").mkdir()
+    files = set(Path().rglob("*"))
+    with pytest.raises(UserError, match=message):
+        export.main([word.format(best="checkpoints/best.pt") for word in words])
+    assert set(Path().rglob("*")) == files
+
+
+def test_an_adapter_is_merged_first(workplace):
+    torch.save({"base_sha256": "0"}, "adapter.pt")
+    with pytest.raises(UserError, match="merge it into its base"):
+        export.main(["adapter.pt", "page.html"])
+
+
+def test_nothing_is_left_of_a_page_that_could_not_be_written(trained, monkeypatch):
+    def fail(*args: Any) -> Iterator[str]:
+        yield "<!doctype html>"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(web_page, "weight_elements", fail)
+    files = set(Path().rglob("*"))
+    with pytest.raises(UserError, match="could not be written"):
+        export.main(["checkpoints/best.pt", "page.html"])
+    assert set(Path().rglob("*")) == files
+
+
+def test_weights_that_float16_cannot_represent_are_an_error(tmp_path):
+    model = make_model()
+    model.norm.weight.data[0] = 1e5
+    with pytest.raises(UserError, match="too large for float16: use --precision int8"):
+        write_page(tmp_path / "page", model, LETTERS, "float16")
+    assert not (tmp_path / "page.html").exists()
+
+
+# --- the page in a browser
+
+EVIL = '</script><script>document.title = "evil"</script><!-- <script> <img src=x onerror=alert(1)>'
+
+
+@needs_chromium
+def test_text_of_a_stranger_is_text(chromium, tmp_path):
+    tokenizer = CharTokenizer(sorted(set("<!-/script>abc\ud800é😀")), [EVIL, "]]>", "{{SCRIPT}}"])
+    model = make_model(vocab_size=tokenizer.vocab_size)
+    state = {
+        "corpus": {"name": EVIL, "bytes": 0, "sha256": "0"},
+        "train_config": asdict(TrainConfig()) | {"arch": EVIL, "schedule": "{{WEIGHTS}}"},
+    }
+    page = write_page(tmp_path / "page", model, tokenizer, "int8", **state)
+    assert page.read_bytes().isascii()
+    plain = write_page(tmp_path / "plain", make_model(), LETTERS, "int8")
+    tags, plain_tags = ([tag for tag, *_ in Elements(p).found] for p in (page, plain))
+    assert tags == plain_tags
+    Browser(chromium).open(page)
+    assert chromium.evaluate("document.title") == f"A language model of {EVIL}"
+    assert EVIL in chromium.evaluate("document.querySelector('h1').textContent")
+    assert EVIL[:100] in chromium.evaluate("$('settings').textContent")
+    # The model's text and the prompt are text, too.
+    prompt = "<b>script</b><!--"
+    chromium.evaluate(f"$('prompt').value = {prompt!r}; $('generate').click()")
+    chromium.wait_for("!run.active")
+    assert chromium.evaluate("$('output').firstChild.textContent") == prompt.replace("/b", "/b")
+    assert chromium.evaluate("$('output').querySelectorAll(':not(span)').length") == 0
+    chromium.evaluate("showAlternatives(document.querySelector('.token'))")
+    assert chromium.evaluate("$('alternatives').querySelectorAll('script, img, b').length") == 0
+    assert not [e for e in chromium.events if e["method"] == "Runtime.exceptionThrown"]
+
+
+@needs_chromium
+def test_nothing_can_be_fetched(chromium, small_page):
+    Browser(chromium).open(small_page)
+    chromium.evaluate("$('generate').click()")
+    chromium.wait_for("!run.active")
+    requests = [e["params"] for e in chromium.events if e["method"] == "Network.requestWillBeSent"]
+    urls = [params["request"]["url"].partition(":")[0] for params in requests]
+    assert sorted(urls) == ["blob", "file"]  # the worker and the page
+    messages = [
+        e for e in chromium.events if e["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")
+    ]
+    assert messages == []
+    attempt = """(async () => {
+      const blocked = new Promise((resolve) => {
+        addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
+      });
+      const reply = await fetch("http://127.0.0.1:9/").catch(() => null);
+      return reply ?? (await blocked);
+    })()"""
+    for where in ("page", "worker"):
+        assert chromium.evaluate(attempt, where) == "connect-src"
+    image = attempt.replace('await fetch("http:', 'void (new Image().src = "http:').replace(
+        ".catch(() => null)", ""
+    )
+    assert chromium.evaluate(image) == "img-src"
+    inline = (
+        "(() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1'; "
+    )
+    assert chromium.evaluate(f"{inline} document.body.append(s); return window.ran; }})()") is None
+
+
+@pytest.fixture
+def trained_page(chromium, workplace) -> tuple[GPT, Tokenizer]:
+    """The page of a trained model, open in the browser; the model with the page's weights."""
+    flags = ["--tokenizer=bpe", "--vocab_size=300", "--lr_max=1e-2", "--max_steps=150"]
+    train.main([*TINY_RUN, *flags, "--block_size=64", "--eval_every=50"])
+    assert export.main(["checkpoints/best.pt", "page.html", "--precision=float16"]) == 0
+    Browser(chromium).open(Path("page.html"))
+    model, tokenizer, _ = utils.load_checkpoint("checkpoints/best.pt")
+    return rounded(model, "float16"), tokenizer
+
+
+def fill(chromium: Chromium, **values: object) -> None:
+    """Set the inputs of the page."""
+    for name, value in values.items():
+        chromium.evaluate(
+            f"$('{name}').value = {json.dumps(str(value))}; $('{name}').dispatchEvent(new Event('input'))"
+        )
+
+
+def press(chromium: Chromium, button: str) -> None:
+    """Click on a button, with the mouse."""
+    chromium.evaluate(f"$('{button}').scrollIntoView({{block: 'center'}})")
+    box = f"(({{ x, y, width, height }}) => [x + width / 2, y + height / 2])($('{button}').getBoundingClientRect())"
+    x, y = chromium.evaluate(box)
+    for kind in ("mousePressed", "mouseReleased"):
+        chromium.mouse(kind, x, y, button="left", clickCount=1)
+
+
+@needs_chromium
+def test_the_page_samples_the_text_of_generate(chromium, trained_page):
+    model, tokenizer = trained_page
+    prompt = "the <i>quick"
+    fill(
+        chromium, prompt=prompt, temperature=0.9, top_k=50, top_p=0.95, seed=42, max_new_tokens=200
+    )
+    chromium.evaluate("window.lengths = new Set(); void new MutationObserver(() => "
+                      "lengths.add($('output').textContent.length)).observe($('output'), {childList: true})")  # fmt: skip
+    press(chromium, "generate")
+    chromium.wait_for("!run.active && run.n_tokens > 0")
+    settings = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 42, "max_new_tokens": 200}
+    (expected,) = sample_text(model, tokenizer, SampleConfig(prompt=prompt, **settings))
+    shown = chromium.evaluate("$('output').textContent")
+    assert shown == expected and len(shown) > 100
+    assert re.fullmatch(
+        r"200 tokens · [\d.]+ tokens/s · seed 42", chromium.evaluate("$('status').textContent")
+    )
+    # The same seed gives the same text, and another one another.
+    for seed, same in ((42, True), (43, False)):
+        fill(chromium, seed=seed)
+        press(chromium, "generate")
+        chromium.wait_for("!run.active")
+        assert (chromium.evaluate("$('output').textContent") == expected) is same
+    # Generation ends before the stop text.
+    fill(chromium, seed=42, stop=expected[60:63].replace("\n", "\\n"))
+    press(chromium, "generate")
+    chromium.wait_for("!run.active")
+    config = SampleConfig(prompt=prompt, stop=expected[60:63], **settings)
+    assert chromium.evaluate("$('output').textContent") == sample_text(model, tokenizer, config)[0]
+
+
+@needs_chromium
+def test_the_page_shows_the_alternatives_of_a_token(chromium, trained_page):
+    model, tokenizer = trained_page
+    fill(chromium, prompt="the quick", temperature=0.5, seed=1, max_new_tokens=10)
+    press(chromium, "generate")
+    chromium.wait_for("!run.active && run.n_tokens > 0")
+    ids = tokenizer.encode("the quick").tolist()
+    steps = generate(
+        model, torch.tensor(ids), SampleConfig(temperature=0.5, seed=1, max_new_tokens=10)
+    )
+    first = next(steps)
+    probs = first.model_logits[0].softmax(dim=-1)  # at temperature 1
+    tint = "Number(getComputedStyle(document.querySelector('.token')).getPropertyValue('--p'))"
+    assert chromium.evaluate(tint) == pytest.approx(probs[int(first.ids)].item(), abs=1e-4)
+
+    def shown() -> list[list[str]]:
+        rows = "[...$('alternatives').querySelectorAll('div')].map((row) => [row.firstChild.textContent, "
+        rows += "row.lastChild.textContent, row.className])"
+        return chromium.evaluate(rows) if not chromium.evaluate("$('alternatives').hidden") else []
+
+    place = "(({ x, y, height }) => [x + 2, y + height / 2])(document.querySelector('.token').getClientRects()[0])"
+    x, y = chromium.evaluate(f"$('output').scrollIntoView(), {place}")
+    chromium.mouse("mouseMoved", x, y)
+    top = probs.topk(8)
+    labels = [
+        tokenizer.decode([i]).replace(" ", "␣").replace("\n", "↵") for i in top.indices.tolist()
+    ]
+    rows = shown()
+    assert [row[0] for row in rows[:8]] == labels
+    assert [float(row[1][:-1]) for row in rows[:8]] == pytest.approx(
+        (100 * top.values).tolist(), abs=0.06
+    )
+    chosen = [row[0] for row in rows if row[2] == "chosen"]
+    assert chosen == [tokenizer.decode([int(first.ids)]).replace(" ", "␣").replace("\n", "↵")]
+    chromium.mouse("mouseMoved", 1, 1)
+    assert shown() == []
+    chromium.send("page", "Emulation.setTouchEmulationEnabled", enabled=True)
+    chromium.send(
+        "page", "Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}]
+    )
+    chromium.send("page", "Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    chromium.wait_for("!$('alternatives').hidden")
+    assert shown() == rows
+    chromium.send("page", "Emulation.setTouchEmulationEnabled", enabled=False)
+
+
+@needs_chromium
+def test_generation_can_be_stopped(chromium, trained_page):
+    fill(chromium, prompt="the", max_new_tokens=100_000, seed="")
+    press(chromium, "generate")
+    chromium.wait_for("run.n_tokens > 100")
+    press(chromium, "halt")
+    status = chromium.evaluate("$('status').textContent")
+    assert re.fullmatch(r"Stopped: \d+ tokens · [\d.]+ tokens/s · seed \d+", status)
+    fill(chromium, max_new_tokens=5)
+    press(
+        chromium, "generate"
+    )  # the steps of the stopped text that are still on their way are dropped
+    chromium.wait_for("!run.active")
+    assert chromium.evaluate("run.n_tokens") == 5
+
+
+@needs_chromium
+def test_the_page_shows_the_run(chromium, trained_page):
+    state = torch.load("checkpoints/best.pt", weights_only=True)
+    points = (
+        "[...document.querySelectorAll('polyline.%s')].map((line) => line.points.numberOfItems)"
+    )
+    for name in ("train", "val"):
+        assert chromium.evaluate(points % name) == [len(state["log"])]
+    rows = "Object.fromEntries([...$('settings').rows].map((row) => [...row.cells].map((c) => c.textContent)))"
+    settings = chromium.evaluate(rows)
+    assert settings["n_layer"] == "1" and settings["max_steps"] == "150"
+    assert "data" not in settings and "out_dir" not in settings  # names of the user's folders
+    for width in (320, 1200):
+        size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": width < 500}
+        chromium.send("page", "Emulation.setDeviceMetricsOverride", **size)
+        assert chromium.evaluate("document.documentElement.scrollWidth") <= width
+    chromium.send("page", "Emulation.clearDeviceMetricsOverride")
+
+
+@needs_chromium
+def test_questions_are_asked(chromium, tmp_path):
+    tokenizer = CharTokenizer.train(["Question: abc?\nAnswer:"], QA_SPECIALS)
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
+    page = write_page(tmp_path / "page", model, tokenizer, "float16")
+    Browser(chromium).open(page)
+    assert chromium.evaluate("$('prompt-label').textContent") == "Question"
+    press(chromium, "generate")
+    assert chromium.evaluate("$('status').textContent") == "Ask a question"
+    fill(chromium, prompt=" ab? ", seed=7, max_new_tokens=30)
+    press(chromium, "generate")
+    chromium.wait_for("!run.active && run.n_tokens > 0")
+    config = SampleConfig(prompt=" ab? ", seed=7, max_new_tokens=30)
+    expected = sample_text(rounded(model, "float16"), tokenizer, config)
+    assert [chromium.evaluate("$('output').textContent")] == expected
+
+
+def test_sources_can_be_embedded():
+    for path in web_page.PAGE.iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert text.isascii(), path
+        if path.suffix == ".js":
+            assert not re.search(
+                r"</script|<!--|innerHTML|\beval\b|import\(|https?://(?!www.w3.org/2000/svg)", text
+            )
+            assert all(len(line) <= 120 for line in text.splitlines())
