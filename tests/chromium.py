@@ -63,11 +63,10 @@ class Chromium:
             self.replies[message["id"]] = message
         else:
             self.events.append(message)
-        if message.get("method") == "Target.attachedToTarget":
-            if message["params"]["targetInfo"]["type"] == "worker":
-                self.sessions["worker"] = message["params"]["sessionId"]
-                self.send("worker", "Runtime.enable")
-                self.send("worker", "Network.enable")
+        params = message.get("params", {})
+        if params.get("targetInfo", {}).get("type") == "worker" and "sessionId" in params:
+            self.sessions["worker"] = params["sessionId"]
+            self.send("worker", "Network.enable")
 
     def evaluate(self, expression: str, where: str = "page") -> Any:
         """The value of a JavaScript expression, awaited if it is a promise."""
@@ -93,6 +92,12 @@ class Chromium:
     def mouse(self, kind: str, x: float, y: float, **params: Any) -> None:
         """Move the mouse or press a button, at a place of the window."""
         self.send("page", "Input.dispatchMouseEvent", type=kind, x=x, y=y, **params)
+
+    def touch(self, x: float, y: float) -> None:
+        """Tap at a place of the window."""
+        points = {"touchStart": [{"x": x, "y": y}], "touchEnd": []}
+        for kind, places in points.items():
+            self.send("page", "Input.dispatchTouchEvent", type=kind, touchPoints=places)
 
 
 @contextmanager

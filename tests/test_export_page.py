@@ -2,6 +2,7 @@
 """The web page is a second implementation: in a browser it gives the numbers, the tokens and the
 text of the Python code. Without Chromium, node runs its engine, and the other tests are skipped."""
 
+import copy
 import json
 import random
 import re
@@ -10,6 +11,7 @@ import subprocess
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,27 @@ class Elements(HTMLParser):
 
     def scripts(self, kind: str) -> list[tuple[dict[str, str | None], str]]:
         return [(a, text) for tag, a, text in self.found if a.get("class", a.get("id")) == kind]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a trained model, and its corpus."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "input.txt").write_text(make_text())
+    words = [*TINY_RUN, f"--data={folder / 'input.txt'}", f"--out_dir={folder}"]
+    words += ["--tokenizer=bpe", "--vocab_size=300", "--block_size=64", "--overwrite"]
+    assert train.main([*words, "--lr_max=1e-2", "--max_steps=150", "--eval_every=50"]) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(workplace: Path, run_folder: Path) -> Path:
+    """A folder with a copy of the trained run in it."""
+    shutil.copytree(run_folder, "run")
+    state = torch.load("run/best.pt", weights_only=True)
+    state["train_config"]["data"] = "run/input.txt"
+    torch.save(state, "run/best.pt")
+    return workplace
 
 
 # --- where the engine's JavaScript runs
@@ -169,7 +192,8 @@ RUN_MODEL = """
   const cache = new KVCache(model.config);
   const logits = ids.map((id) => Array.from(model.forward(id, cache)));
   const text = (settings) => [...generate(model, ids.slice(0, 3), settings, [])];
-  const sampled = (settings) => text(settings).filter(({ id }) => id !== undefined).map(({ id }) => id);
+  const tokens = (settings) => text(settings).filter((step) => step.logits);
+  const sampled = (settings) => tokens(settings).map(({ id }) => id);
   return { logits, ...Object.fromEntries(settings.map((one, i) => [i, sampled(one)])) };
 })(%s, %s)
 """
@@ -267,9 +291,10 @@ def random_texts(n: int) -> list[str]:
 TEXTS = [*PROBES, *random_texts(300), " ".join(WORDS)]
 
 
+@cache
 def learned_bpe(pattern: str, specials: tuple[str, ...] = ()) -> BPETokenizer:
     """Byte pairs learned from the probes, so that tokens of many scripts and of spaces exist."""
-    learned = train_bpe(count_pieces([*PROBES, make_text(50)], pattern), 700, list(specials))
+    learned = train_bpe(count_pieces([*PROBES, make_text(50)], pattern), 500, list(specials))
     return BPETokenizer(learned.ranks, learned.specials, pattern)
 
 
@@ -348,10 +373,14 @@ def test_text_appears_in_the_pieces_that_python_writes(engine, small_page):
       return [...ids.map((id) => writer.add(id)), writer.finish()];
     })))"""
     found = engine.evaluate(f"{call}({in_page(tokenizer)}, {json.dumps([streams, stops])[1:-1]})")
-    for stop, pieces in zip(stops, found, strict=True):
-        for ids, written in zip(streams, pieces, strict=True):
+    for stop, texts in zip(stops, found, strict=True):
+        for ids, written in zip(streams, texts, strict=True):
             writer = TextWriter(tokenizer, stop.split("|"))
-            assert written == [*map(writer.add, ids), writer.finish()], (stop, ids)
+            pieces = [*map(writer.add, ids), writer.finish()]
+            if set(ids) <= {*emoji, tokenizer.specials["<EOS>"]}:
+                assert written == pieces, (stop, ids)
+            # Of invalid UTF-8, a browser may show the replacement characters a byte earlier.
+            assert "".join(written) == "".join(pieces), (stop, ids)
 
 
 # --- split patterns
@@ -373,11 +402,11 @@ def test_patterns_are_translated(pattern: str, expected: str):
     assert to_javascript(pattern) == expected
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [r"\w", r"\b", r"(?i)a", r"(?x: a)", r"[a&&b]", r"[[:alpha:]]", r"\p{Greek}", "a)", "(a", "[a"]
-    + [r"(?i:é)", "^a", r"(a)\1", r"[à-ü]", r"(?>a)", "\\", "[]", "a**b"],
-)
+BAD_PATTERNS = r"\w \b (?i)a (?x:b) [a&&b] [[:alpha:]] \p{Greek} a) (a [a (?i:é) ^a (a)\1 [à-ü]"
+BAD_PATTERNS += " (?>a) \\ [] a**b"
+
+
+@pytest.mark.parametrize("pattern", BAD_PATTERNS.split())
 def test_other_patterns_are_rejected(pattern: str):
     with pytest.raises(UserError, match="cannot split text as this tokenizer does"):
         to_javascript(pattern)
@@ -395,12 +424,12 @@ def spread_columns(model: GPT) -> None:
 
 
 def test_int8_is_chosen_if_the_loss_is_nearly_the_same(trained, capsys):
-    assert export.main(["checkpoints/best.pt", "a.html"]) == 0
+    assert export.main(["run/best.pt", "a.html"]) == 0
     printed = capsys.readouterr().out
     assert "weights in int8" in printed
     losses = re.findall(r"(\d\.\d{4})(?: \([+-]\d\.\d{4}\))? in (\w+)", printed)
     assert [name for _, name in losses] == ["float32", "int8", "float16"]
-    model, tokenizer, state = utils.load_checkpoint("checkpoints/best.pt")
+    model, _, state = utils.load_checkpoint("run/best.pt")
     spread_columns(model)
     utils.save_checkpoint(Path("hard.pt"), state | {"model": model.state_dict()})
     assert export.main(["hard.pt", "b.html"]) == 0
@@ -413,28 +442,25 @@ def test_int8_is_chosen_if_the_loss_is_nearly_the_same(trained, capsys):
 
 
 def test_the_losses_are_those_of_the_rounded_models(trained):
-    model, tokenizer, state = utils.load_checkpoint("checkpoints/best.pt")
+    model, tokenizer, state = utils.load_checkpoint("run/best.pt")
     corpus = web_page.training_corpus(tokenizer, state)
+    ids = torch.from_numpy(corpus.val_ids.astype(np.int64))
     for precision in ("float16", "int8"):
         loss = web_page.mean_loss(web_page.rounded(model, precision), corpus, False)
-        ids = torch.from_numpy(corpus.val_ids.astype(np.int64))
-        n = (len(ids) - 1) // 16 * 16  # windows of 16
-        model_copy = rounded(utils.load_checkpoint("checkpoints/best.pt")[0], precision)
-        _, expected = model_copy(ids[:n].view(-1, 16), ids[1 : n + 1].view(-1, 16))
-        assert loss == pytest.approx(expected.item(), abs=2e-3)  # without the last window
+        expected = rounded(copy.deepcopy(model), precision)
+        with torch.no_grad():
+            pairs = zip(ids[:-1].split(64), ids[1:].split(64), strict=True)  # windows and targets
+            losses = [len(x) * expected(x[None], y[None])[1].item() for x, y in pairs]
+        assert loss == pytest.approx(sum(losses) / (len(ids) - 1), abs=1e-5)
 
 
 @pytest.mark.parametrize("change", ["deleted", "changed"])
 def test_without_the_corpus_the_weights_are_float16(trained, capsys, change: str):
-    text = Path("data/input.txt")
+    text = Path("run/input.txt")
     text.unlink() if change == "deleted" else text.write_text(make_text(300))
-    checkpoint = Path("checkpoints/best.pt")
-    state = torch.load(checkpoint, weights_only=True)
-    state["train_config"]["data"] = "data/input.txt"
-    torch.save(state, checkpoint)
-    assert export.main([str(checkpoint), "page.html"]) == 0
+    assert export.main(["run/best.pt", "page.html"]) == 0
     printed = capsys.readouterr().out
-    reason = "there is no data/input.txt" if change == "deleted" else "is not what the checkpoint"
+    reason = "there is no run/input.txt" if change == "deleted" else "is not what the checkpoint"
     assert "weights in float16" in printed and reason in printed
 
 
@@ -443,7 +469,7 @@ def test_without_the_corpus_the_weights_are_float16(trained, capsys, change: str
 
 def test_a_page_is_replaced_only_if_it_is_one(trained):
     page = Path("page.html")
-    words = ["checkpoints/best.pt", "page.html", "--precision=int8"]
+    words = ["run/best.pt", "page.html", "--precision=int8"]
     assert export.main(words) == 0
     before = page.read_bytes()
     with pytest.raises(UserError, match=r"page\.html exists: add --overwrite"):
@@ -463,7 +489,7 @@ def test_a_page_is_replaced_only_if_it_is_one(trained):
         (["{best}", "no/folder/page.html"], "there is no folder no/folder"),
         (["{best}", "folder.html"], r"folder\.html is a folder"),
         (["nothing.pt", "page.html"], "there is no checkpoint nothing.pt"),
-        (["data/input.txt", "page.html"], "is not a checkpoint"),
+        (["run/input.txt", "page.html"], "is not a checkpoint"),
         (
             ["{best}", "page.html", "--push=a/b"],
             "--push uploads an exported folder, not a web page",
@@ -477,7 +503,7 @@ def test_mistakes_are_errors_before_anything_is_written(trained, words, message:
     Path("folder.html").mkdir()
     files = set(Path().rglob("*"))
     with pytest.raises(UserError, match=message):
-        export.main([word.format(best="checkpoints/best.pt") for word in words])
+        export.main([word.format(best="run/best.pt") for word in words])
     assert set(Path().rglob("*")) == files
 
 
@@ -495,7 +521,7 @@ def test_nothing_is_left_of_a_page_that_could_not_be_written(trained, monkeypatc
     monkeypatch.setattr(web_page, "weight_elements", fail)
     files = set(Path().rglob("*"))
     with pytest.raises(UserError, match="could not be written"):
-        export.main(["checkpoints/best.pt", "page.html"])
+        export.main(["run/best.pt", "page.html"])
     assert set(Path().rglob("*")) == files
 
 
@@ -533,7 +559,7 @@ def test_text_of_a_stranger_is_text(chromium, tmp_path):
     prompt = "<b>script</b><!--"
     chromium.evaluate(f"$('prompt').value = {prompt!r}; $('generate').click()")
     chromium.wait_for("!run.active")
-    assert chromium.evaluate("$('output').firstChild.textContent") == prompt.replace("/b", "/b")
+    assert chromium.evaluate("$('output').firstChild.textContent") == prompt
     assert chromium.evaluate("$('output').querySelectorAll(':not(span)').length") == 0
     chromium.evaluate("showAlternatives(document.querySelector('.token'))")
     assert chromium.evaluate("$('alternatives').querySelectorAll('script, img, b').length") == 0
@@ -572,114 +598,107 @@ def test_nothing_can_be_fetched(chromium, small_page):
 
 
 @pytest.fixture
-def trained_page(chromium, workplace) -> tuple[GPT, Tokenizer]:
+def trained_page(chromium, trained) -> tuple[GPT, Tokenizer]:
     """The page of a trained model, open in the browser; the model with the page's weights."""
-    flags = ["--tokenizer=bpe", "--vocab_size=300", "--lr_max=1e-2", "--max_steps=150"]
-    train.main([*TINY_RUN, *flags, "--block_size=64", "--eval_every=50"])
-    assert export.main(["checkpoints/best.pt", "page.html", "--precision=float16"]) == 0
+    assert export.main(["run/best.pt", "page.html", "--precision=float16"]) == 0
     Browser(chromium).open(Path("page.html"))
-    model, tokenizer, _ = utils.load_checkpoint("checkpoints/best.pt")
+    model, tokenizer, _ = utils.load_checkpoint("run/best.pt")
     return rounded(model, "float16"), tokenizer
 
 
 def fill(chromium: Chromium, **values: object) -> None:
     """Set the inputs of the page."""
     for name, value in values.items():
-        chromium.evaluate(
-            f"$('{name}').value = {json.dumps(str(value))}; $('{name}').dispatchEvent(new Event('input'))"
-        )
+        chromium.evaluate(f"$('{name}').value = {json.dumps(str(value))}")
+        chromium.evaluate(f"$('{name}').dispatchEvent(new Event('input'))")
 
 
 def press(chromium: Chromium, button: str) -> None:
     """Click on a button, with the mouse."""
-    chromium.evaluate(f"$('{button}').scrollIntoView({{block: 'center'}})")
-    box = f"(({{ x, y, width, height }}) => [x + width / 2, y + height / 2])($('{button}').getBoundingClientRect())"
-    x, y = chromium.evaluate(box)
+    chromium.evaluate(f"$('{button}').scrollIntoView({{ block: 'center' }})")
+    box = chromium.evaluate(f"$('{button}').getBoundingClientRect().toJSON()")
     for kind in ("mousePressed", "mouseReleased"):
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         chromium.mouse(kind, x, y, button="left", clickCount=1)
+
+
+def generated(chromium: Chromium) -> str:
+    """Press Generate, wait for the end, and return the text."""
+    press(chromium, "generate")
+    chromium.wait_for("!run.active && run.n_tokens > 0")
+    return str(chromium.evaluate("$('output').textContent"))
 
 
 @needs_chromium
 def test_the_page_samples_the_text_of_generate(chromium, trained_page):
     model, tokenizer = trained_page
     prompt = "the <i>quick"
-    fill(
-        chromium, prompt=prompt, temperature=0.9, top_k=50, top_p=0.95, seed=42, max_new_tokens=200
-    )
-    chromium.evaluate("window.lengths = new Set(); void new MutationObserver(() => "
-                      "lengths.add($('output').textContent.length)).observe($('output'), {childList: true})")  # fmt: skip
-    press(chromium, "generate")
-    chromium.wait_for("!run.active && run.n_tokens > 0")
     settings = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": 42, "max_new_tokens": 200}
     (expected,) = sample_text(model, tokenizer, SampleConfig(prompt=prompt, **settings))
-    shown = chromium.evaluate("$('output').textContent")
-    assert shown == expected and len(shown) > 100
-    assert re.fullmatch(
-        r"200 tokens · [\d.]+ tokens/s · seed 42", chromium.evaluate("$('status').textContent")
+    fill(chromium, prompt=prompt, **settings)
+    chromium.evaluate(
+        "window.lengths = []; window.observer = new MutationObserver(() => "
+        "lengths.push($('output').textContent.length)); "
+        "observer.observe($('output'), { childList: true })"
     )
+    assert generated(chromium) == expected and len(expected) > 100
+    status = chromium.evaluate("$('status').textContent")
+    assert re.fullmatch(r"\d+ tokens · [\d.]+ tokens/s · seed 42", status)
+    assert len(chromium.evaluate("lengths")) > 1  # the text appeared in parts
     # The same seed gives the same text, and another one another.
-    for seed, same in ((42, True), (43, False)):
-        fill(chromium, seed=seed)
-        press(chromium, "generate")
-        chromium.wait_for("!run.active")
-        assert (chromium.evaluate("$('output').textContent") == expected) is same
+    assert generated(chromium) == expected
+    fill(chromium, seed=43)
+    assert generated(chromium) != expected
     # Generation ends before the stop text.
     fill(chromium, seed=42, stop=expected[60:63].replace("\n", "\\n"))
-    press(chromium, "generate")
-    chromium.wait_for("!run.active")
     config = SampleConfig(prompt=prompt, stop=expected[60:63], **settings)
-    assert chromium.evaluate("$('output').textContent") == sample_text(model, tokenizer, config)[0]
+    assert [generated(chromium)] == sample_text(model, tokenizer, config)
 
 
 @needs_chromium
 def test_the_page_shows_the_alternatives_of_a_token(chromium, trained_page):
     model, tokenizer = trained_page
-    fill(chromium, prompt="the quick", temperature=0.5, seed=1, max_new_tokens=10)
-    press(chromium, "generate")
-    chromium.wait_for("!run.active && run.n_tokens > 0")
-    ids = tokenizer.encode("the quick").tolist()
-    steps = generate(
-        model, torch.tensor(ids), SampleConfig(temperature=0.5, seed=1, max_new_tokens=10)
-    )
-    first = next(steps)
+    settings = {"temperature": 0.5, "seed": 1, "max_new_tokens": 10}
+    fill(chromium, prompt="the quick", **settings)
+    generated(chromium)
+    ids = torch.from_numpy(tokenizer.encode("the quick"))
+    first = next(generate(model, ids, SampleConfig(**settings)))
     probs = first.model_logits[0].softmax(dim=-1)  # at temperature 1
-    tint = "Number(getComputedStyle(document.querySelector('.token')).getPropertyValue('--p'))"
-    assert chromium.evaluate(tint) == pytest.approx(probs[int(first.ids)].item(), abs=1e-4)
+    tint = chromium.evaluate("document.querySelector('.token').style.getPropertyValue('--p')")
+    assert float(tint) == pytest.approx(probs[int(first.ids)].item(), abs=1e-4)
 
     def shown() -> list[list[str]]:
-        rows = "[...$('alternatives').querySelectorAll('div')].map((row) => [row.firstChild.textContent, "
-        rows += "row.lastChild.textContent, row.className])"
-        return chromium.evaluate(rows) if not chromium.evaluate("$('alternatives').hidden") else []
+        """The rows of the alternatives: token, probability, whether it was chosen."""
+        rows = chromium.evaluate(
+            "[...$('alternatives').querySelectorAll('div')].map((row) => "
+            "[row.firstChild.textContent, row.lastChild.textContent, row.className])"
+        )
+        return [] if chromium.evaluate("$('alternatives').hidden") else rows
 
-    place = "(({ x, y, height }) => [x + 2, y + height / 2])(document.querySelector('.token').getClientRects()[0])"
-    x, y = chromium.evaluate(f"$('output').scrollIntoView(), {place}")
+    chromium.evaluate("$('output').scrollIntoView()")
+    token = "document.querySelector('.token').getClientRects()[0]"
+    place = chromium.evaluate(f"{token}.toJSON()")
+    x, y = place["x"] + 2, place["y"] + place["height"] / 2
     chromium.mouse("mouseMoved", x, y)
     top = probs.topk(8)
-    labels = [
-        tokenizer.decode([i]).replace(" ", "␣").replace("\n", "↵") for i in top.indices.tolist()
-    ]
+    visible = str.maketrans({" ": "␣", "\n": "↵"})
     rows = shown()
-    assert [row[0] for row in rows[:8]] == labels
-    assert [float(row[1][:-1]) for row in rows[:8]] == pytest.approx(
-        (100 * top.values).tolist(), abs=0.06
-    )
-    chosen = [row[0] for row in rows if row[2] == "chosen"]
-    assert chosen == [tokenizer.decode([int(first.ids)]).replace(" ", "␣").replace("\n", "↵")]
+    expected = [tokenizer.decode([i]).translate(visible) for i in top.indices.tolist()]
+    assert [label for label, *_ in rows[:8]] == expected
+    percentages = [float(percentage[:-1]) for _, percentage, _ in rows[:8]]
+    assert percentages == pytest.approx((100 * top.values).tolist(), abs=0.06)
+    chosen = [label for label, _, kind in rows if kind == "chosen"]
+    assert chosen == [tokenizer.decode([int(first.ids)]).translate(visible)]
     chromium.mouse("mouseMoved", 1, 1)
     assert shown() == []
-    chromium.send("page", "Emulation.setTouchEmulationEnabled", enabled=True)
-    chromium.send(
-        "page", "Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}]
-    )
-    chromium.send("page", "Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    chromium.touch(x, y)
     chromium.wait_for("!$('alternatives').hidden")
     assert shown() == rows
-    chromium.send("page", "Emulation.setTouchEmulationEnabled", enabled=False)
 
 
 @needs_chromium
 def test_generation_can_be_stopped(chromium, trained_page):
-    fill(chromium, prompt="the", max_new_tokens=100_000, seed="")
+    fill(chromium, prompt="the", max_new_tokens=100_000, seed="", temperature=0)
     press(chromium, "generate")
     chromium.wait_for("run.n_tokens > 100")
     press(chromium, "halt")
@@ -695,14 +714,14 @@ def test_generation_can_be_stopped(chromium, trained_page):
 
 @needs_chromium
 def test_the_page_shows_the_run(chromium, trained_page):
-    state = torch.load("checkpoints/best.pt", weights_only=True)
+    state = torch.load("run/best.pt", weights_only=True)
     points = (
         "[...document.querySelectorAll('polyline.%s')].map((line) => line.points.numberOfItems)"
     )
     for name in ("train", "val"):
         assert chromium.evaluate(points % name) == [len(state["log"])]
-    rows = "Object.fromEntries([...$('settings').rows].map((row) => [...row.cells].map((c) => c.textContent)))"
-    settings = chromium.evaluate(rows)
+    rows = "[...$('settings').rows].map((row) => [...row.cells].map((cell) => cell.textContent))"
+    settings = dict(chromium.evaluate(rows))
     assert settings["n_layer"] == "1" and settings["max_steps"] == "150"
     assert "data" not in settings and "out_dir" not in settings  # names of the user's folders
     for width in (320, 1200):
@@ -722,11 +741,9 @@ def test_questions_are_asked(chromium, tmp_path):
     press(chromium, "generate")
     assert chromium.evaluate("$('status').textContent") == "Ask a question"
     fill(chromium, prompt=" ab? ", seed=7, max_new_tokens=30)
-    press(chromium, "generate")
-    chromium.wait_for("!run.active && run.n_tokens > 0")
     config = SampleConfig(prompt=" ab? ", seed=7, max_new_tokens=30)
     expected = sample_text(rounded(model, "float16"), tokenizer, config)
-    assert [chromium.evaluate("$('output').textContent")] == expected
+    assert [generated(chromium)] == expected
 
 
 def test_sources_can_be_embedded():

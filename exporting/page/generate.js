@@ -1,9 +1,9 @@
-// Sampling text, as in generate.py: from logits to the next token, the cached generation loop, text.
+// Sampling text, as in generate.py: from logits to the next token, the generation loop, text.
 "use strict";
 
 // --- from logits to the next token. `sorted` has the logits in descending order, (V).
 
-// The distribution that the next token is sampled from: the probabilities of the most likely tokens.
+// The distribution that the next token is sampled from: probabilities, most likely token first.
 // Applied in this order: temperature divides the logits; top-k keeps the k most likely tokens (0:
 // all); top-p keeps of these the smallest set with a total probability of at least top_p.
 function adjustLogits(sorted, { temperature, top_k, top_p }) {
@@ -40,10 +40,10 @@ function idOfRank(logits, sorted, rank) {
 
 // --- the generation loop
 
-// Continue a prompt by at most max_new_tokens tokens, or until one of `ends`. Yields {read, of} while
-// it reads the prompt, then {id, logits, sorted} per token. The model sees at most block_size tokens:
-// when the text has become longer, or if the prompt is, generation continues from the last half
-// window, which fills the cache again.
+// Continue a prompt by at most max_new_tokens tokens, or until one of `ends`. Yields {read, of}
+// while it reads the prompt, then {id, logits, sorted} per token. The model sees at most block_size
+// tokens: when the text has become longer, or if the prompt is, generation continues from the last
+// half window, which fills the cache again.
 function* generate(model, prompt, settings, ends) {
   const size = model.config.block_size;
   const random = new PCG64(settings.seed, 0); // sample 0 of generate.py
@@ -78,10 +78,13 @@ const END_OF_TEXT = "<|endoftext|>";
 const START_TOKENS = ["<BOS>", END_OF_TEXT]; // the first that the tokenizer has starts a text
 
 const endTokens = (tokenizer) =>
-  [END_OF_TEXT, "<EOS>"].filter((text) => tokenizer.specials.has(text)).map((text) => tokenizer.specials.get(text));
+  [END_OF_TEXT, "<EOS>"]
+    .filter((text) => tokenizer.specials.has(text))
+    .map((text) => tokenizer.specials.get(text));
 
 // What Python's str.strip removes.
-const BLANK = "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+";
+const BLANK =
+  "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+";
 const strip = (text) => text.replace(new RegExp(`^${BLANK}|${BLANK}$`, "g"), "");
 
 // The ids of a prompt, and the characters that were left out because the tokenizer does not know
@@ -89,9 +92,12 @@ const strip = (text) => text.replace(new RegExp(`^${BLANK}|${BLANK}$`, "g"), "")
 // An empty prompt becomes the token that starts a text; without special tokens, a newline or else
 // the first token.
 function encodePrompt(tokenizer, text, qa) {
-  text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(new TextEncoder().encode(text)); // valid UTF-16
+  // Half of a surrogate pair, which can be pasted, is no character: it becomes U+FFFD.
+  text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(new TextEncoder().encode(text));
   const unknown = tokenizer.unknown(text);
-  text = Array.from(text).filter((char) => !unknown.includes(char)).join("");
+  text = Array.from(text)
+    .filter((char) => !unknown.includes(char))
+    .join("");
   if (qa && strip(text)) text = `Question: ${strip(text)}\nAnswer:`;
   else if (qa) text = "";
   if (!text && !tokenizer.specials.size && !tokenizer.unknown("\n").length) text = "\n";
@@ -106,11 +112,14 @@ function encodePrompt(tokenizer, text, qa) {
 // The text of a prompt, without the token that starts an empty one.
 function decodePrompt(tokenizer, prompt) {
   const hidden = START_TOKENS.map((token) => tokenizer.specials.get(token));
-  return decode(tokenizer, prompt.filter((id) => !hidden.includes(id)));
+  return decode(
+    tokenizer,
+    prompt.filter((id) => !hidden.includes(id)),
+  );
 }
 
-// Turns tokens into text as they come: complete characters only, because a token may end inside one,
-// and nothing after an end token or a stop string.
+// Turns tokens into text as they come: complete characters only, because a token may end inside
+// one, and nothing after an end token or a stop string.
 class TextWriter {
   constructor(tokenizer, stops) {
     this.tokenizer = tokenizer;
@@ -132,7 +141,8 @@ class TextWriter {
     }
     let keep = 0;
     for (const stop of this.stops) {
-      for (let n = 1; n < stop.length; n++) if (this.held.endsWith(stop.slice(0, n))) keep = Math.max(keep, n);
+      for (let n = 1; n < stop.length; n++)
+        if (this.held.endsWith(stop.slice(0, n))) keep = Math.max(keep, n);
     }
     const text = this.held.slice(0, this.held.length - keep);
     this.held = this.held.slice(this.held.length - keep);
@@ -176,6 +186,8 @@ function describeToken(tokenizer, { id, logits, sorted }) {
     label: decode(tokenizer, [id]),
     probability: Math.exp(logits[id] - sorted[0]) / total,
   });
-  const ids = Array.from(sorted.slice(0, N_ALTERNATIVES), (_, rank) => idOfRank(logits, sorted, rank));
+  const ids = Array.from(sorted.slice(0, N_ALTERNATIVES), (_, rank) =>
+    idOfRank(logits, sorted, rank),
+  );
   return { ...describe(id), alternatives: ids.map(describe) };
 }

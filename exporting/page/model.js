@@ -7,8 +7,8 @@
 // (n_kv_head), D head size, F hidden width of the MLP (n_inner), S positions attended to.
 //
 // `weights` has the parameters by the names of model.state_dict(): a vector is a Float32Array, a
-// matrix is {rows, scales}. Row i, a typed array, times scales[i] is row i of PyTorch's matrix: int8
-// weights stay int8 in memory, because a browser multiplies them as fast as float32.
+// matrix is {rows, scales}. Row i, a typed array, times scales[i] is row i of PyTorch's matrix:
+// int8 weights stay int8 in memory, because a browser multiplies them nearly as fast as float32.
 "use strict";
 
 // --- norms
@@ -63,7 +63,10 @@ class Linear {
 // twice as fast as one sum.
 function dot(row, x) {
   const end = row.length - (row.length % 4);
-  let a = 0, b = 0, c = 0, d = 0;
+  let a = 0,
+    b = 0,
+    c = 0,
+    d = 0;
   for (let i = 0; i < end; i += 4) {
     a += row[i] * x[i];
     b += row[i + 1] * x[i + 1];
@@ -96,7 +99,8 @@ class SwiGLU {
 
   forward(x) {
     const both = this.fc.forward(x); // (2 F)
-    const gate = both.subarray(0, this.size), up = both.subarray(this.size); // (F) both
+    const gate = both.subarray(0, this.size),
+      up = both.subarray(this.size); // (F) both
     return this.proj.forward(gate.map((value, i) => silu(value) * up[i])); // (C)
   }
 }
@@ -157,8 +161,8 @@ class RotaryPositions {
   }
 }
 
-// position / theta^(2i/size) for each pair of channels i, (size/2), rounded to float32 where PyTorch
-// rounds.
+// position / theta^(2i/size) for each pair of channels i, (size/2), rounded to float32 where
+// PyTorch rounds.
 function rotationAngles(position, size, theta) {
   const frequency = new Float32Array(size / 2).map((_, i) => theta ** Math.fround((-2 * i) / size));
   return frequency.map((f) => position * f);
@@ -167,7 +171,8 @@ function rotationAngles(position, size, theta) {
 // Rotate the channel pairs (i, i + D/2) of x (D) in place.
 function rotate(x, [cos, sin]) {
   for (let i = 0, half = x.length / 2; i < half; i++) {
-    const a = x[i], b = x[i + half];
+    const a = x[i],
+      b = x[i + half];
     x[i] = a * cos[i] - b * sin[i];
     x[i + half] = b * cos[i] + a * sin[i];
   }
@@ -193,7 +198,10 @@ class KVCache {
     this.length = 0;
     const size = config.n_kv_head * config.block_size * config.head_size;
     const tensor = () => new Float32Array(size); // (K, block_size, D)
-    this.layers = Array.from({ length: config.n_layer }, () => ({ keys: tensor(), values: tensor() }));
+    this.layers = Array.from({ length: config.n_layer }, () => ({
+      keys: tensor(),
+      values: tensor(),
+    }));
     // with token shift: what the last token passes to the next one, in each sublayer, (C/2)
     this.shiftState = [];
   }
@@ -231,8 +239,14 @@ class Attention {
     for (let h = 0; h < H; h++) {
       const q = this.prepare(head(h), this.qNorm, rotation); // (D)
       const shared = Math.floor(h / (H / K)); // the key/value head of this query head
-      const start = shared * block_size * D, end = start + (cache.length + 1) * D;
-      plainAttention(q, keys.subarray(start, end), values.subarray(start, end), y.subarray(h * D, (h + 1) * D));
+      const start = shared * block_size * D,
+        end = start + (cache.length + 1) * D;
+      plainAttention(
+        q,
+        keys.subarray(start, end),
+        values.subarray(start, end),
+        y.subarray(h * D, (h + 1) * D),
+      );
     }
     return this.proj.forward(y); // (C)
   }
@@ -263,7 +277,8 @@ function plainAttention(q, keys, values, y) {
 }
 
 function softmax(x) {
-  let highest = -Infinity, sum = 0;
+  let highest = -Infinity,
+    sum = 0;
   for (const value of x) highest = Math.max(highest, value);
   const exponentials = x.map((value) => Math.exp(value - highest));
   for (const value of exponentials) sum += value;

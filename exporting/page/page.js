@@ -67,36 +67,39 @@ function start() {
   $("result").hidden = false;
   setRunning(true, "");
   const number = run.number + 1;
-  run = { number, active: true, seed, n_tokens: 0, ms: 0, notes: [], pending: [] };
+  run = { number, active: true, seed, n_tokens: 0, notes: [], pending: [] };
   worker.postMessage({ start: { number, settings } });
 }
 
 // The worker computes for a moment and waits: without a request for the next steps, it stops.
 function receiveSteps({ number, steps, done, ms }) {
   if (!run.active || number !== run.number) return; // stopped meanwhile
-  const nearEnd = $("output").scrollHeight - $("output").scrollTop - $("output").clientHeight < 40;
+  if (!done) worker.postMessage({ next: true }); // first, so that it works while this is shown
+  const output = $("output");
+  const nearEnd = output.scrollHeight - output.scrollTop - output.clientHeight < 40;
   for (const step of steps) showStep(step);
-  if (steps.some((step) => step.token)) run.ms += ms;
-  if (nearEnd) $("output").scrollTop = $("output").scrollHeight;
-  const progress = steps.at(-1)?.of ? `Reading ${steps.at(-1).read} of ${steps.at(-1).of} tokens` : speed();
-  if (done) return setRunning(false, speed());
-  showStatus(progress);
-  worker.postMessage({ next: true });
+  if (nearEnd) output.scrollTop = output.scrollHeight;
+  if (run.n_tokens) run.began ??= performance.now() - ms; // the prompt has been read
+  const { read, of } = steps.at(-1) ?? {};
+  if (done) setRunning(false, speed());
+  else showStatus(of ? `Reading ${read} of ${of} tokens` : speed());
 }
 
 function speed() {
-  const perSecond = run.n_tokens && run.ms ? (1000 * run.n_tokens) / run.ms : 0;
+  const perSecond = run.n_tokens && (1000 * run.n_tokens) / (performance.now() - run.began);
   const rounded = perSecond < 20 ? perSecond.toFixed(1) : Math.round(perSecond);
-  return [`${run.n_tokens} tokens`, `${rounded} tokens/s`, `seed ${run.seed}`, ...run.notes].join(" \u00b7 ");
+  const parts = [`${run.n_tokens} tokens`, `${rounded} tokens/s`, `seed ${run.seed}`];
+  return [...parts, ...run.notes].join(" \u00b7 ");
 }
 
 function showStep(step) {
   if (step.prompt !== undefined) {
     $("output").append(element("span", "prompt", step.prompt));
-    if (step.unknown.length) run.notes.push(`unknown characters left out: ${step.unknown.join(" ")}`);
-    if (step.n_tokens > data.config.block_size) {
-      run.notes.push(`the model sees only the last ${Math.max(data.config.block_size >> 1, 1)} tokens of the prompt`);
-    }
+    const { unknown, n_tokens: n } = step;
+    const size = data.config.block_size;
+    const seen = Math.max(size >> 1, 1);
+    if (unknown.length) run.notes.push(`unknown characters left out: ${unknown.join(" ")}`);
+    if (n > size) run.notes.push(`the model sees the last ${seen} of ${n} tokens of the prompt`);
   }
   if (step.token) {
     run.n_tokens += 1;
@@ -122,16 +125,20 @@ function showAlternatives(span) {
   const box = $("alternatives");
   for (const token of span.tokens) {
     const { alternatives } = token;
-    const listed = alternatives.some(({ id }) => id === token.id) ? alternatives : [...alternatives, token];
+    const listed = alternatives.some(({ id }) => id === token.id)
+      ? alternatives
+      : [...alternatives, token];
     if (box.childElementCount) box.append(element("hr"));
     for (const other of listed) box.append(alternativeRow(other, other.id === token.id));
   }
   box.hidden = false;
   const place = span.getClientRects()[0];
-  const left = Math.min(place.left, document.documentElement.clientWidth - box.offsetWidth - 8);
-  const above = place.bottom + box.offsetHeight + 8 > window.innerHeight && place.top > box.offsetHeight + 8;
+  const { offsetWidth: width, offsetHeight: height } = box;
+  const left = Math.min(place.left, document.documentElement.clientWidth - width - 8);
+  const above = place.bottom + height + 8 > window.innerHeight && place.top > height + 8;
+  const top = above ? place.top - height - 4 : place.bottom + 4;
   box.style.left = `${Math.max(left, 8) + window.scrollX}px`;
-  box.style.top = `${(above ? place.top - box.offsetHeight - 4 : place.bottom + 4) + window.scrollY}px`;
+  box.style.top = `${top + window.scrollY}px`;
 }
 
 function alternativeRow({ label: text, probability }, chosen) {
@@ -140,7 +147,11 @@ function alternativeRow({ label: text, probability }, chosen) {
   const filled = element("span");
   filled.style.setProperty("--p", probability);
   bar.append(filled);
-  row.append(element("span", "label", label(text)), bar, element("span", "", `${(100 * probability).toFixed(1)}%`));
+  row.append(
+    element("span", "label", label(text)),
+    bar,
+    element("span", "", `${(100 * probability).toFixed(1)}%`),
+  );
   return row;
 }
 
@@ -163,26 +174,35 @@ function ticks(low, high, n) {
   const power = 10 ** Math.floor(Math.log10((high - low) / n));
   const step = power * [1, 2, 5, 10].find((factor) => (high - low) / (power * factor) <= n);
   const found = [];
-  for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(Number((i * step).toPrecision(6)));
+  for (let i = Math.ceil(low / step); i * step <= high; i++)
+    found.push(Number((i * step).toPrecision(6)));
   return found;
 }
 
 function drawCurve() {
   const [width, height, left, right, bottom] = [$("curve").clientWidth, 240, 40, 72, 36];
-  const lines = ["train", "val"].map((name) => [name, data.log.filter((record) => record[name] !== null)]);
+  const lines = ["train", "val"].map((name) => [
+    name,
+    data.log.filter((record) => record[name] !== null),
+  ]);
   const losses = lines.flatMap(([name, records]) => records.map((record) => record[name]));
   const highStep = Math.max(...data.log.map((record) => record.step), 1);
-  const low = Math.min(...losses), high = Math.max(...losses, low + 1e-3);
+  const low = Math.min(...losses),
+    high = Math.max(...losses, low + 1e-3);
   const x = (step) => left + (step / highStep) * (width - left - right);
   const y = (loss) => 8 + ((high - loss) / (high - low)) * (height - 8 - bottom);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
   picture.append(svg("title", {}, "Loss in nats per token during training"));
   for (const loss of ticks(low, high, 5)) {
-    picture.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(loss), y2: y(loss) }));
+    picture.append(
+      svg("line", { class: "grid", x1: left, x2: width - right, y1: y(loss), y2: y(loss) }),
+    );
     picture.append(svg("text", { x: left - 8, y: y(loss) + 4, "text-anchor": "end" }, loss));
   }
   for (const step of ticks(0, highStep, width < 500 ? 3 : 6)) {
-    picture.append(svg("text", { x: x(step), y: height - bottom + 18, "text-anchor": "middle" }, step));
+    picture.append(
+      svg("text", { x: x(step), y: height - bottom + 18, "text-anchor": "middle" }, step),
+    );
   }
   const middle = left + (width - left - right) / 2;
   picture.append(svg("text", { x: middle, y: height - 2, "text-anchor": "middle" }, "step"));
@@ -196,7 +216,9 @@ function drawCurve() {
   labels.sort((a, b) => a.y - b.y);
   if (labels.length === 2) labels[1].y = Math.max(labels[1].y, labels[0].y + 14); // no overlap
   for (const { name, loss, y } of labels) {
-    picture.append(svg("text", { class: name, x: width - right + 8, y }, `${name} ${loss.toFixed(2)}`));
+    picture.append(
+      svg("text", { class: name, x: width - right + 8, y }, `${name} ${loss.toFixed(2)}`),
+    );
   }
   $("curve").replaceChildren(picture);
 }
@@ -230,16 +252,20 @@ $("form").addEventListener("submit", (event) => {
 });
 $("halt").addEventListener("click", () => setRunning(false, `Stopped: ${speed()}`));
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !run.active) $("form").requestSubmit();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !run.active)
+    $("form").requestSubmit();
 });
-// A mouse shows the alternatives by pointing, a finger by tapping.
+// A mouse shows the alternatives while it points at a token; a tap or a click, until the next one.
+let tapped = false;
 for (const kind of ["mouseover", "click"]) {
   $("output").addEventListener(kind, ({ target }) => {
-    if (target.tokens) showAlternatives(target);
-    else hideAlternatives();
+    if (target.tokens) {
+      showAlternatives(target);
+      tapped = kind === "click";
+    } else if (!tapped) hideAlternatives();
   });
 }
-$("output").addEventListener("mouseleave", hideAlternatives);
+$("output").addEventListener("mouseleave", () => tapped || hideAlternatives());
 $("output").addEventListener("scroll", hideAlternatives);
 document.addEventListener("click", ({ target }) => target.tokens || hideAlternatives());
 document.addEventListener("keydown", ({ key }) => key === "Escape" && hideAlternatives());

@@ -14,8 +14,8 @@ function words(seed) {
   return found;
 }
 
-// Four 64-bit numbers that depend on every bit of the entropy, a list of 32-bit words. The constants
-// are those of NumPy's SeedSequence. Math.imul multiplies modulo 2^32.
+// Four 64-bit numbers that depend on every bit of the entropy, a list of 32-bit words. The
+// constants are those of NumPy's SeedSequence. Math.imul multiplies modulo 2^32.
 function seedSequence(entropy) {
   const xorshift = (value) => (value ^ (value >>> 16)) >>> 0;
   let constant = 0x43b0d7e5;

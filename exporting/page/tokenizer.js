@@ -9,9 +9,9 @@ class CharTokenizer {
     this.ids = new Map(chars.map((char, i) => [char, specials.length + i]));
   }
 
-  // The ids of a text, of which all characters are known.
+  // The ids of a text. encodePrompt leaves unknown characters out.
   encode(text) {
-    return Array.from(text, (char) => this.ids.get(char));
+    return Array.from(text, (char) => this.ids.get(char) ?? this.specials.get("<UNK>"));
   }
 
   decodeBytes(ids) {
@@ -30,7 +30,7 @@ class CharTokenizer {
 const toByteString = (text) =>
   Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
 
-// GPT-2's character for each byte: printable ones are unchanged, the others are U+0100 and following.
+// GPT-2's character for each byte: printable ones are unchanged, the others U+0100 and following.
 const isPrintable = (b) => (b > 0x20 && b < 0x7f) || (b > 0xa0 && b !== 0xad);
 const BYTES = Array.from({ length: 256 }, (_, b) => b);
 const OTHERS = BYTES.filter((b) => !isPrintable(b));

@@ -1,5 +1,5 @@
 // The worker that runs the model, so that the page stays responsive. The page sends the weights,
-// {tensor: ...}, then {model: ...}; {start: ...} begins a text, and {next: true} asks for more of it.
+// {tensor: ...}, then {model: ...}; {start: ...} begins a text, {next: true} asks for more of it.
 "use strict";
 
 const SLICE_MS = 30; // of work per message: the page is updated that often, and can stop in between
@@ -53,7 +53,8 @@ function bytesFromBase64(text) {
 function readTensor(shape, kind, { buffer }) {
   const [n, width] = shape;
   if (kind === "float32") return new Float32Array(buffer);
-  if (kind === "int8") return matrix(new Int8Array(buffer, 4 * n), new Float32Array(buffer, 0, n), width);
+  if (kind === "int8")
+    return matrix(new Int8Array(buffer, 4 * n), new Float32Array(buffer, 0, n), width);
   const bits = new Uint16Array(buffer);
   const values = new Float32Array(bits.length);
   for (let i = 0; i < bits.length; i++) values[i] = FLOAT16[bits[i]];
@@ -67,6 +68,8 @@ const matrix = (values, scales, width) => ({
 
 // The value of each 16-bit pattern: a sign, 5 bits of exponent, 10 of fraction.
 const FLOAT16 = Float32Array.from({ length: 1 << 16 }, (_, bits) => {
-  const sign = bits >> 15 ? -1 : 1, exponent = (bits >> 10) & 31, fraction = (bits & 1023) / 1024;
+  const sign = bits >> 15 ? -1 : 1,
+    exponent = (bits >> 10) & 31,
+    fraction = (bits & 1023) / 1024;
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction);
 });
