@@ -237,6 +237,14 @@ def test_node_runs_the_engine(tmp_path):
     test_logits_and_tokens_equal_pytorchs(engine, tmp_path, {"token_shift": True}, "int8")
 
 
+def test_every_float16_number_is_read(engine, small_page):
+    engine.open(small_page)
+    expected = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = np.isfinite(expected)  # others are not in a page
+    found = np.array(engine.evaluate("Array.from(FLOAT16)"), dtype=np.float32)
+    assert (found[finite] == expected[finite]).all()
+
+
 # --- sampling
 
 
@@ -552,7 +560,7 @@ def test_text_of_a_stranger_is_text(chromium, tmp_path):
     tags, plain_tags = ([tag for tag, *_ in Elements(p).found] for p in (page, plain))
     assert tags == plain_tags
     Browser(chromium).open(page)
-    assert chromium.evaluate("document.title") == f"A language model of {EVIL}"
+    assert chromium.evaluate("document.title") == f"{EVIL}: a language model"
     assert EVIL in chromium.evaluate("document.querySelector('h1').textContent")
     assert EVIL[:100] in chromium.evaluate("$('settings').textContent")
     # The model's text and the prompt are text, too.
