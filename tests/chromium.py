@@ -114,8 +114,15 @@ def start_chromium(profile: Path) -> Iterator[Chromium]:
         os.dup2(104, 4)
 
     command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, preexec_fn=use_pipes, close_fds=False, **quiet)
+    process = subprocess.Popen(
+        command,
+        preexec_fn=use_pipes,
+        close_fds=False,
+        start_new_session=True,  # or a terminal may stop it, with the tests, for reading from it
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     os.close(browser_input)
     os.close(browser_output)
     try:
