@@ -37,7 +37,8 @@ from tokenizer import GPT2_PATTERN, QA_SPECIALS, BPETokenizer, CharTokenizer, To
 
 NODE = shutil.which("node")
 LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have
-BYTES = BPETokenizer({bytes([b]): b for b in range(256)}, {}, GPT2_PATTERN)
+# " fox" is a token that no merge of two tokens makes: it is only found as a whole piece.
+BYTES = BPETokenizer({bytes([b]): b for b in range(256)} | {b" fox": 256}, {}, GPT2_PATTERN)
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 
 
@@ -272,6 +273,8 @@ def test_the_next_token_is_the_one_that_python_samples(engine, small_page):
             "top_p": [1.0, 0.9, 0.5, 1e-3][i // 16 % 4],
         }
         cases.append((logits.tolist(), torch.rand(()).item(), settings))
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 0.5}
+    cases.append(([1.0] * 4, 0.99, settings))  # half of the probability: the first two, exactly
     call = "(%s).map(([logits, uniform, settings]) => sampleLogits(Float32Array.from(logits), "
     call += "Float32Array.from(logits).sort().reverse(), uniform, settings))"
     found = engine.evaluate(call % json.dumps(cases))
