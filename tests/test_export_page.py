@@ -715,10 +715,11 @@ def test_generation_can_be_stopped(chromium, trained_page):
     press(chromium, "halt")
     status = chromium.evaluate("$('status').textContent")
     assert re.fullmatch(r"Stopped: \d+ tokens · [\d.]+ tokens/s · seed \d+", status)
+    # The steps of a stopped text that are still on their way are dropped.
+    press(chromium, "generate")
+    chromium.wait_for("run.n_tokens > 100")
     fill(chromium, max_new_tokens=5)
-    press(
-        chromium, "generate"
-    )  # the steps of the stopped text that are still on their way are dropped
+    chromium.evaluate("$('halt').click(); $('generate').click()")
     chromium.wait_for("!run.active")
     assert chromium.evaluate("run.n_tokens") == 5
 
