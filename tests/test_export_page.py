@@ -503,9 +503,9 @@ def test_a_page_is_replaced_only_if_it_is_one(trained):
         (["run/input.txt", "page.html"], "is not a checkpoint"),
         (
             ["{best}", "page.html", "--push=a/b"],
-            "--push uploads an exported folder, not a web page",
+            "--push uploads a folder, not a .html file",
         ),
-        (["{best}", "folder", "--precision=int8"], "--precision is for web pages"),
+        (["{best}", "folder", "--precision=int8"], "--precision is for .html pages"),
         (["{best}", "page.html", "--precision=int4"], "precision must be one of"),
         (["page.html"], "give a checkpoint and a folder"),
     ],
