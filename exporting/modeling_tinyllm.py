@@ -81,11 +81,12 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TinyLLMForCausalLM":
         """Called by .to(), .half(), .bfloat16(): what computes in float32 remains float32."""
+        norms = nn.ModuleList(m for b in self.gpt.blocks for m in (b.attn.q_norm, b.attn.k_norm))
+        before = [p.data for p in norms.parameters()]
         super()._apply(fn, recurse)
+        for p, data in zip(norms.parameters(), before, strict=True):
+            p.data = p.data if p.dtype == data.dtype else data.to(p.device)
         self.compute_tables()
-        for block in self.gpt.blocks:
-            block.attn.q_norm.float()
-            block.attn.k_norm.float()
         return self
 
     def compute_tables(self) -> None:

@@ -4,6 +4,7 @@ text, without this project."""
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,13 +80,28 @@ def load(folder: str, **settings: Any) -> Any:
     )
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, code_cache: None) -> Path:
+    """A folder with model.pt, which has the components of the fast preset, and its export out/."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_model(Path("model.pt"), **FAST)
+        assert export.main(["model.pt", "out"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(shared: Path) -> tuple[GPT, Any]:
+    """The model, and what transformers loads. Tests must not change them."""
+    return utils.load_checkpoint(shared / "model.pt")[0], load(str(shared / "out"))
+
+
 @pytest.fixture
-def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[GPT, Any]:
-    """A model with the components of the fast preset, and what transformers loads."""
+def exported(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of model.pt and out/ in the working folder."""
+    shutil.copytree(shared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    ours = save_model(Path("model.pt"), **FAST)
-    assert export.main(["model.pt", "out"]) == 0
-    return ours, load("out")
 
 
 def greedy(model: GPT, n: int) -> list[int]:
@@ -129,10 +145,8 @@ torch.save({"ids": inputs.input_ids, "logits": model(**inputs).logits, "text": t
 """
 
 
-def test_a_folder_loads_without_this_project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ours = save_model(Path("model.pt"), **FAST)
-    assert export.main(["model.pt", "out"]) == 0
+def test_a_folder_loads_without_this_project(exported, tmp_path, models):
+    ours, _ = models
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", LOAD], env=env, check=True, timeout=300)
@@ -165,8 +179,8 @@ def test_the_code_in_the_folder_is_that_of_this_project(exported):
         {"num_beams": 3, "do_sample": False},
     ],
 )
-def test_sampling_and_beam_search_are_the_same_with_and_without_cache(exported, settings):
-    _, theirs = exported
+def test_sampling_and_beam_search_are_the_same_with_and_without_cache(models, settings):
+    _, theirs = models
     texts = []
     for use_cache in (True, False):
         torch.manual_seed(1)
@@ -176,8 +190,8 @@ def test_sampling_and_beam_search_are_the_same_with_and_without_cache(exported, 
     assert len(texts[0]) == 2 * settings.get("num_return_sequences", 1)
 
 
-def test_a_returned_cache_is_continued(exported):
-    _, theirs = exported
+def test_a_returned_cache_is_continued(models):
+    _, theirs = models
     settings = {"do_sample": False, "return_dict_in_generate": True}
     first = theirs.generate(batch("hello"), max_new_tokens=4, **settings)
     assert first.past_key_values.get_seq_length() == 8  # the last token was not read
@@ -189,8 +203,8 @@ def test_a_returned_cache_is_continued(exported):
     assert cached.sequences.tolist() == plain.sequences.tolist()
 
 
-def test_attention_maps_and_tuples_are_returned(exported):
-    ours, theirs = exported
+def test_attention_maps_and_tuples_are_returned(models):
+    ours, theirs = models
     maps: list[Tensor] = []
     ours(batch("hello"), maps=maps)
     output = theirs(batch("hello"), output_attentions=True)
@@ -198,8 +212,8 @@ def test_attention_maps_and_tuples_are_returned(exported):
     assert torch.equal(theirs(batch("hello"), return_dict=False)[0], theirs(batch("hello")).logits)
 
 
-def test_padding_on_the_right_changes_nothing_without_a_cache(exported):
-    _, theirs = exported
+def test_padding_on_the_right_changes_nothing_without_a_cache(models):
+    _, theirs = models
     padded = theirs(
         batch("hello", "heooo"), attention_mask=torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
     )
@@ -239,8 +253,8 @@ def test_padding_on_the_right_changes_nothing_without_a_cache(exported):
         ),
     ],
 )
-def test_what_is_not_supported_is_one_clear_error(exported, call, message):
-    _, theirs = exported
+def test_what_is_not_supported_is_one_clear_error(models, call, message):
+    _, theirs = models
     with pytest.raises(ValueError, match=message):
         call(theirs)
 
@@ -254,8 +268,8 @@ def filled_dynamic_cache(config: Any) -> Any:
 # --- training, precision, saving
 
 
-def test_the_loss_is_that_of_transformers(exported):
-    _, theirs = exported
+def test_the_loss_is_that_of_transformers(models):
+    _, theirs = models
     ids = batch("hello world", "again again")
     labels = ids.clone()
     labels[1, 4:] = -100
@@ -268,17 +282,17 @@ def test_the_loss_is_that_of_transformers(exported):
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_gives_the_logits_of_generate(exported, precision):
-    ours, theirs = exported
+    ours, _, _ = utils.load_checkpoint("model.pt")
     lower_precision(ours, precision)
     idx, dtype = batch("hello world"), getattr(torch, precision)
     assert torch.equal(load("out", dtype=dtype)(idx).logits, ours(idx)[0])
-    lowered = theirs.to(dtype)
+    lowered = load("out").to(dtype)
     assert torch.equal(lowered(idx).logits, ours(idx)[0])
     assert lowered.generate(idx, max_length=WINDOW).shape == (1, WINDOW)
 
 
-def test_a_saved_model_contains_its_code_again(exported):
-    ours, theirs = exported
+def test_a_saved_model_contains_its_code_again(exported, models):
+    ours, theirs = models
     theirs.save_pretrained("again")
     for name in ("model.py", "modeling_tinyllm.py"):
         assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
@@ -291,9 +305,8 @@ def test_a_saved_model_contains_its_code_again(exported):
 # --- import
 
 
-def test_an_import_restores_the_model_and_never_runs_code(exported):
-    _, theirs = exported
-    theirs.save_pretrained("saved")
+def test_an_import_restores_the_model_and_never_runs_code(exported, models):
+    models[1].save_pretrained("saved")
     Path("saved/tokenizer.json").write_bytes(Path("out/tokenizer.json").read_bytes())
     for folder in ("out", "saved"):
         for name in ("model.py", "modeling_tinyllm.py"):
@@ -344,7 +357,7 @@ def test_a_missing_setting_is_an_error(exported):
 
 def test_an_adapter_of_such_a_model_is_one_of_peft(exported):
     peft = pytest.importorskip("peft")
-    ours, theirs = exported
+    ours, theirs = utils.load_checkpoint("model.pt")[0], load("out")
     gpt_config = asdict(ours.config)
     settings = LoRAConfig(lora_rank=2)
     add_lora(ours, settings)
