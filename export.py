@@ -8,7 +8,9 @@
     python export.py checkpoints/best.pt model.html        one file: open it in a browser and sample
     python export.py checkpoints/best.pt model.gguf        a file for llama.cpp, Ollama, LM Studio
 
-The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
+The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project;
+a model with components that no standard architecture has contains its code, and loads with
+trust_remote_code=True.
 --overwrite replaces an earlier export, and nothing else, once the new one is complete.
 Folders need `pip install safetensors`, the hub `pip install huggingface_hub`, .gguf files `pip
 install gguf`; a page needs nothing.
@@ -98,8 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         export_adapter(checkpoint, target, config.overwrite)
         call = f"peft.PeftModel.from_pretrained(model, {str(target)!r})"
     else:
-        export_hf(checkpoint, target, config.overwrite)
-        call = f"transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
+        arguments = export_hf(checkpoint, target, config.overwrite)
+        call = f"transformers.AutoModelForCausalLM.from_pretrained({arguments})"
     print(f"{target}/: load it with {call}")
     if config.push:
         upload(target, config.push)

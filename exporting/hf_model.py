@@ -5,17 +5,28 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import ARCH_FIELDS, ARCHS, GPTConfig, UserError, all_problems, raise_problems
+from config import ARCH_FIELDS, ARCHS, GPTConfig, UserError, all_problems, from_dict, raise_problems
 from model import GPT
 
 # --- architectures
 
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CUSTOM = "tinyllm"  # any other model: the folder contains its code, modeling_tinyllm.py
+CUSTOM_CLASS = "TinyLLMForCausalLM"
+
+
+def arch_or_custom(config: GPTConfig) -> str:
+    """The name of the architecture that has the model's components, or CUSTOM."""
+    try:
+        return matching_arch(config)
+    except UserError:
+        return CUSTOM
 
 
 def matching_arch(config: GPTConfig) -> str:
@@ -83,6 +94,9 @@ EMBEDDINGS = ("tok", "pos.table")  # the modules without biases
 
 def tensor_names(config: GPTConfig, arch: str) -> Iterator[tuple[str, list[str]]]:
     """Our name of each tensor, and their names of the tensors that it concatenates."""
+    if arch == CUSTOM:
+        yield from ((name, [f"gpt.{name}"]) for name in parameter_names(config))
+        return
     for our_module, their_modules in MODULES[arch].items():
         kinds = ("weight", "bias") if config.bias and our_module not in EMBEDDINGS else ("weight",)
         for i in range(config.n_layer if "{i}" in our_module else 1):
@@ -91,6 +105,15 @@ def tensor_names(config: GPTConfig, arch: str) -> Iterator[tuple[str, list[str]]
                 yield ours, [f"{module}.{kind}".format(i=i) for module in their_modules]
     if not config.tie_weights:
         yield "head.weight", ["lm_head.weight"]
+
+
+def parameter_names(config: GPTConfig) -> Iterator[str]:
+    """The names of a model's parameters, tied weights once, without allocating memory."""
+    with torch.device("meta"):
+        model = GPT(replace(config, n_layer=1))
+    for name, _ in model.named_parameters():
+        for i in range(config.n_layer if name.startswith("blocks.0.") else 1):
+            yield name.replace("blocks.0.", f"blocks.{i}.", 1)
 
 
 def is_transposed(ours: str, arch: str) -> bool:
@@ -250,6 +273,16 @@ GPT2_ALIASES = {
 
 def config_to_hf(config: GPTConfig, arch: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
     """The content of a model's config.json; token_ids are those of `special_token_ids`."""
+    if arch == CUSTOM:
+        auto_map = {"AutoConfig": "TinyLLMConfig", "AutoModelForCausalLM": CUSTOM_CLASS}
+        return {
+            "model_type": CUSTOM,
+            "architectures": [CUSTOM_CLASS],
+            "auto_map": {key: f"modeling_tinyllm.{name}" for key, name in auto_map.items()},
+            **asdict(config),
+            "torch_dtype": "float32",
+            **token_ids,
+        }
     common = {
         "model_type": arch,
         "architectures": [CLASSES[arch]],
@@ -279,6 +312,8 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
     """Our settings for the content of a config.json, and the architecture's name. Raises UserError
     if it asks for something that our architectures do not have."""
     arch = theirs.get("model_type")
+    if arch == CUSTOM:
+        return config_from_custom(theirs), CUSTOM
     if not isinstance(arch, str) or arch not in ARCHS:
         raise UserError(f"model_type {arch!r} is not supported: only {', '.join(ARCHS)} are")
     problems = [
@@ -313,6 +348,22 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
     config = GPTConfig(**settings)
     raise_problems(all_problems(config))
     return config, arch
+
+
+def config_from_custom(theirs: dict[str, Any]) -> GPTConfig:
+    """Our settings for the config.json of a model that was exported with its code."""
+    problems = [f"{f.name} is missing" for f in fields(GPTConfig) if f.name not in theirs]
+    for f in fields(GPTConfig):
+        if f.type is int and f.name in theirs:
+            problems += number_problems(f.name, theirs[f.name], int)
+    if theirs.get("quantization_config") is not None:
+        problems.append("quantization_config is not supported")
+    raise_problems(problems)
+    if theirs["n_head"] * theirs["head_size"] > MAX_SIZE:
+        raise UserError("n_head x head_size is too large")
+    config: GPTConfig = from_dict(GPTConfig, theirs)
+    raise_problems(all_problems(config))
+    return config
 
 
 def number_problems(name: str, value: Any, kind: type) -> list[str]:

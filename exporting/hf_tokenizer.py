@@ -75,19 +75,22 @@ def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def char_to_hf(tokenizer: CharTokenizer) -> dict[str, Any]:
-    """The entries of tokenizer.json for a character tokenizer: each character is a word.
-
-    The format requires the name of an unknown token. If the tokenizer has no <UNK>, that name is
-    not in the vocabulary: then the library raises an error for an unknown character, as our encode
-    does. Any id would be wrong: those of the model all mean a character, and for another one the
-    model has no embedding.
-    """
+    """The entries of tokenizer.json for a character tokenizer: each character is a word, and
+    unknown characters get the id of `unknown_char`."""
     vocab = {text: i for i, text in enumerate(tokenizer.texts)}
     return {
         "pre_tokenizer": split_rule(r"[\s\S]"),
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": UNKNOWN},
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": unknown_char(tokenizer)},
     }
+
+
+def unknown_char(tokenizer: CharTokenizer) -> str:
+    """The token that stands for unknown characters: <UNK>, or a space in a tokenizer without it; a
+    newline or the first character if there is no space. A new token would change the model: it
+    has an embedding and a logit only for the tokens that it was trained with."""
+    candidates = (UNKNOWN, " ", "\n", *tokenizer.chars[:1])
+    return next((text for text in candidates if text in tokenizer.texts), UNKNOWN)
 
 
 def bpe_to_hf(tokenizer: BPETokenizer) -> dict[str, Any]:

@@ -5,9 +5,12 @@ Llama 3 and their relatives, and those that hf_tokenizer.py writes.
 """
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from config import UserError
+from corpus.files import read_text
+from exporting.folders import read_json
 from exporting.hf_tokenizer import (
     DIGITS_PATTERN,
     KNOWN_PATTERNS,
@@ -17,6 +20,7 @@ from exporting.hf_tokenizer import (
     split_rule,
 )
 from tokenizer import (
+    END_OF_TEXT,
     GPT2_PATTERN,
     PRINTABLE,
     PRINTABLE_TO_BYTE,
@@ -42,6 +46,37 @@ def tokenizer_from_hf(content: dict[str, Any]) -> Tokenizer:
         tokenizer = bpe_from_hf(content, specials)
     check_equal(tokenizer, content)
     return tokenizer
+
+
+def gpt2_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a GPT-2 in its older format: vocab.json (token -> id), merges.txt (pairs by
+    rank) and added_tokens.json. Raises UserError if they are damaged or of another tokenizer."""
+    settings_file, added_file = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    settings = read_json(settings_file) if settings_file.exists() else {}
+    kind = settings.get("tokenizer_class")
+    if kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast") or settings.get("add_prefix_space"):
+        raise UserError(
+            f"{folder} has vocab.json and merges.txt of a tokenizer that is not GPT-2's ({kind}"
+            f"{', add_prefix_space' * bool(settings.get('add_prefix_space'))}): save its "
+            "tokenizer.json there, with tokenizer.save_pretrained"
+        )
+    vocab = read_json(folder / "vocab.json")
+    added = read_json(added_file) if added_file.exists() else {}
+    added |= {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+    lines = read_text(folder / "merges.txt").split("\n")
+    lines = lines[1:] if lines[0].startswith("#version") else lines
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    content = {
+        "added_tokens": [
+            {"content": text, "id": i, "special": True, "normalized": False}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            for text, i in added.items()
+        ],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [line for line in lines if line]},
+    }
+    return tokenizer_from_hf(content)
 
 
 # The value of a key that is missing; all others are None.
@@ -101,7 +136,11 @@ def char_from_hf(content: dict[str, Any], specials: dict[str, int]) -> CharToken
     require(
         model,
         "model",
-        {"type": ("WordLevel",), "vocab": (model["vocab"],), "unk_token": (UNKNOWN,)},
+        {
+            "type": ("WordLevel",),
+            "vocab": (model["vocab"],),
+            "unk_token": (UNKNOWN, *model["vocab"]),
+        },
     )
     require(content.get("pre_tokenizer"), "pre_tokenizer", allowed_values(split_rule(r"[\s\S]")))
     require(content.get("decoder"), "decoder", {"type": ("Fuse",)})

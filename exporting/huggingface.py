@@ -1,7 +1,8 @@
 """Convert models to and from Hugging Face's format.
 
 A model is a folder with config.json, generation_config.json, tokenizer.json, tokenizer_config.json,
-model.safetensors and README.md. The conversions are in hf_model.py and hf_tokenizer.py.
+model.safetensors and README.md; a model that no standard architecture can represent is exported
+with its code (hf_code.py). The conversions are in hf_model.py and hf_tokenizer.py.
 """
 
 import importlib
@@ -14,20 +15,31 @@ import torch
 from torch import Tensor
 
 import utils
-from config import GPTConfig, SampleConfig, TrainConfig, UserError, raise_problems
+from config import (
+    ARCH_FIELDS,
+    ARCHS,
+    GPTConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+    raise_problems,
+)
 from corpus.encodings import from_tiktoken
 from exporting.folders import MARKER, check_files, new_folder, read_json, write_json
+from exporting.hf_code import code_files
 from exporting.hf_model import (
     CLASSES,
+    CUSTOM,
+    CUSTOM_CLASS,
+    arch_or_custom,
     check_tensors,
     config_from_hf,
     config_to_hf,
-    matching_arch,
     weights_from_hf,
     weights_to_hf,
 )
 from exporting.hf_tokenizer import tokenizer_to_hf
-from exporting.hf_tokenizer_import import tokenizer_from_hf
+from exporting.hf_tokenizer_import import gpt2_tokenizer, tokenizer_from_hf
 from generate import sample_text
 from model import GPT
 from system.errors import first_line
@@ -77,9 +89,9 @@ def upload(folder: Path, name: str) -> None:
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
----
+{tags}---
 
-# A small {arch} model
+# A small {kind} model
 
 Trained from scratch with TinyLLM.
 
@@ -98,12 +110,36 @@ Trained from scratch with TinyLLM.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{options})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{options})
 ids = tokenizer("Once", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True)[0]))
 ```
+{notes}"""
+TRUST = ", trust_remote_code=True"
+CODE_NOTES = """
+## The code of this model
+
+No architecture of `transformers` has these components: {components}. So this folder contains the
+model's code: `model.py`, the model, and `modeling_tinyllm.py`, which connects it to `transformers`.
+With `trust_remote_code=True`, `transformers` runs these two files on your machine, with your
+permissions: they can do everything that you can do. Read them first if you do not know who wrote
+this folder. Without this option, `transformers` does not load the model, or asks first.
+
+- A text has at most {window} tokens, with its prompt: more raise an error.
+- `generate()` uses a KV cache, also for beam search. All texts of a batch need the same number of
+  tokens: padding raises an error, except on the right in a call without a cache, such as training.
+- With `use_cache=True`, the logits are those of the last token.
+- `model.to(torch.bfloat16)` and `dtype=torch.bfloat16` work.
+- `inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches do not.
 """
+
+
+def code_notes(config: GPTConfig) -> str:
+    """The part of a model card about the code in its folder."""
+    values = {f: getattr(config, f) for f in ARCH_FIELDS}
+    names = [f if value is True else value for f, value in values.items() if value]
+    return CODE_NOTES.format(components=", ".join(names), window=config.block_size)
 
 
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
@@ -113,7 +149,7 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
     sample = sample_text(model, tokenizer, settings)[0].strip("\n")
     config, trained, corpus = model.config, state["train_config"], state["corpus"]
     rows = {
-        "architecture": CLASSES[arch],
+        "architecture": CLASSES.get(arch, CUSTOM_CLASS),
         "parameters": f"{model.num_params():,}",
         "layers, heads, channels": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
         "context length": f"{config.block_size} tokens",
@@ -127,25 +163,31 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
         losses = {"training": best.get("train"), "validation": best["val"]}
         rows["loss"] = ", ".join(f"{x:.4f} {name}" for name, x in losses.items() if x is not None)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return CARD.format(arch=arch, table=table, sample=sample)
+    if arch != CUSTOM:
+        return CARD.format(kind=arch, table=table, sample=sample, tags="", options="", notes="")
+    texts = {"tags": "tags: [custom_code]\n", "options": TRUST, "notes": code_notes(config)}
+    return CARD.format(kind="GPT", table=table, sample=sample, **texts)
 
 
 # --- export
 
 
-def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> None:
-    """Write the model of a checkpoint as a folder in Hugging Face's format. Raises UserError if no
-    Hugging Face architecture has its components, or if the folder exists, unless it is an export
-    and `overwrite` is set."""
+def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
+    """Write the model of a checkpoint as a folder in Hugging Face's format, with its code if no
+    Hugging Face architecture has its components. Returns the arguments of from_pretrained. Raises
+    UserError if the folder exists, unless it is an export and `overwrite` is set."""
     with new_folder(folder, overwrite) as tmp_path:
         model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
-        arch = matching_arch(model.config)
+        arch = arch_or_custom(model.config)
         for name, content in json_files(model.config, tokenizer, arch).items():
             write_json(tmp_path / name, content)
         weights = weights_to_hf(model.state_dict(), model.config, arch)
         save_tensors(weights, tmp_path / "model.safetensors")
         card = model_card(model, tokenizer, state, arch)
-        (tmp_path / "README.md").write_text(card, encoding="utf-8")
+        texts = {"README.md": card} | (code_files() if arch == CUSTOM else {})
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    return repr(str(folder)) + (TRUST if arch == CUSTOM else "")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -189,12 +231,12 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
-    """Write a Hugging Face model, a folder or a name on the hub, as a checkpoint. Raises UserError
-    if it is incomplete, damaged or not supported."""
+    """Write a Hugging Face model, a folder or a name on the hub, as a checkpoint. Code in a folder
+    is never run. Raises UserError if the model is incomplete, damaged or not supported."""
     check_checkpoint_target(checkpoint, overwrite)
     import_optional("safetensors")
     local = Path(source).is_dir()
-    folder = Path(source) if local else download(source, ["*.json"])
+    folder = Path(source) if local else download(source, ["*.json", "merges.txt"])
     config, arch = config_from_hf(read_json(folder / "config.json"))
     tokenizer = read_tokenizer(folder, config, arch)
     exact = isinstance(tokenizer, CharTokenizer)  # no text for other ids
@@ -207,7 +249,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     folder = folder if local else download(source, ["*.json", "*.safetensors"])
     state = {
         "gpt_config": asdict(config),
-        "train_config": asdict(TrainConfig(arch=arch)),
+        "train_config": asdict(TrainConfig(arch=arch if arch in ARCHS else "")),
         "tokenizer": tokenizer.to_dict(),
         "corpus": {"name": source, "bytes": 0, "sha256": ""},
         "model": read_weights(folder, config, arch),
@@ -223,15 +265,19 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
 
 
 def read_tokenizer(folder: Path, config: GPTConfig, arch: str) -> Tokenizer:
-    """The tokenizer of a model. A GPT-2 saved without it has OpenAI's if the vocabularies have the
-    same size. Raises UserError if there is no tokenizer.json otherwise."""
+    """The tokenizer of a model. That of a GPT-2 may be in vocab.json and merges.txt instead; a
+    GPT-2 saved without it has OpenAI's if the vocabularies have the same size. Raises UserError if
+    there is no tokenizer otherwise."""
     if (folder / "tokenizer.json").exists() or arch != "gpt2":
         return tokenizer_from_hf(read_json(folder / "tokenizer.json"))
-    if config.vocab_size != GPT2_VOCAB_SIZE or (folder / "vocab.json").exists():
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    if vocab.exists() and merges.exists():
+        return gpt2_tokenizer(folder)
+    if config.vocab_size != GPT2_VOCAB_SIZE or vocab.exists() or merges.exists():
         raise UserError(
             f"{folder} has no tokenizer.json: save the model's tokenizer there too, with "
-            f"tokenizer.save_pretrained (only a GPT-2 with its own {GPT2_VOCAB_SIZE:,} tokens, and "
-            "without another vocab.json, needs none)"
+            "tokenizer.save_pretrained (a GPT-2 may have vocab.json and merges.txt instead; one "
+            f"with OpenAI's {GPT2_VOCAB_SIZE:,} tokens needs none of these files)"
         )
     print(f"{folder} has no tokenizer: using GPT-2's, which has {GPT2_VOCAB_SIZE:,} tokens as well")
     return from_tiktoken("gpt2")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from config import GPTConfig, UserError, all_problems, from_dict, raise_problems
 from exporting.folders import new_folder, write_json
-from exporting.hf_model import matching_arch, split_sizes, tensor_names
+from exporting.hf_model import arch_or_custom, split_sizes, tensor_names
 from exporting.huggingface import save_tensors
 from finetuning import lora
 from model import GPT
@@ -37,7 +37,7 @@ def adapter_to_peft(adapter: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         raise UserError("the adapter contains new tokens: --merge it into its base and export that")
     config = from_dict(GPTConfig, adapter["gpt_config"])
     raise_problems(all_problems(config))
-    arch, rank = matching_arch(config), adapter["lora"]["lora_rank"]
+    arch, rank = arch_or_custom(config), adapter["lora"]["lora_rank"]
     weights: dict[str, Tensor] = {}
     targets, used = set(), set()
     if config.n_layer > len(tensors):

@@ -177,13 +177,14 @@ def test_the_first_example_of_help_runs_as_written_after_a_default_run(workplace
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.vocab_size > 20
 
 
-def test_the_error_for_a_fast_run_names_the_command_that_trains_an_exportable_one(workplace):
+def test_the_gguf_error_for_a_fast_run_names_the_command_that_trains_an_exportable_one(workplace):
+    pytest.importorskip("gguf")
     assert train.main([*TINY_RUN, "--preset=fast"]) == 0
     with pytest.raises(UserError, match=r"exported: python train.py --arch qwen3 --tag qwen3") as e:
-        export.main(["checkpoints/best.pt", "out"])
+        export.main(["checkpoints/best.pt", "model.gguf"])
     command = re.search(r"python train.py (.*)\)", str(e.value))
     assert train.main([*command[1].split(), *TINY_RUN]) == 0
-    assert export.main(["checkpoints/qwen3/best.pt", "out"]) == 0
+    assert export.main(["checkpoints/qwen3/best.pt", "model.gguf"]) == 0
 
 
 # --- user errors
@@ -243,11 +244,12 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
     assert export.main([str(path), "hub"]) == 0
     Path("hub/README.md").unlink()  # not downloaded
     assert export.main(["--from", "someone/model", "model.pt"]) == 0
-    assert asked == [["*.json"], ["*.json", "*.safetensors"]]
+    settings_files = ["*.json", "merges.txt"]
+    assert asked == [settings_files, ["*.json", "*.safetensors"]]
     Path("hub/config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="model_type 'bert' is not supported"):
         export.main(["--from", "someone/model", "model.pt", "--overwrite"])
-    assert asked[2:] == [["*.json"]]
+    assert asked[2:] == [settings_files]
 
 
 def test_push_uploads_the_folder(workplace, monkeypatch):

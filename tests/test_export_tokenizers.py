@@ -125,17 +125,33 @@ def test_a_token_that_no_lower_merge_makes_is_still_found():
 # --- characters
 
 
-def test_an_unknown_character_is_an_error_and_not_another_character(tmp_path):
-    ours = CharTokenizer.train(["abc\n"])
+@pytest.mark.parametrize(
+    ("text", "specials", "unknown"),
+    [("ab \n", (), " "), ("ab\n", (), "\n"), ("ba", (), "a"), ("ba", (END_OF_TEXT,), "a")],
+)
+def test_an_unknown_character_becomes_a_space_or_newline(tmp_path, text, specials, unknown):
+    ours = CharTokenizer.train([text], specials)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(tokenizer_to_hf(ours)))
     words = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert words("cab\n").input_ids == [3, 1, 2, 0]
-    assert len(words) == ours.vocab_size == 4
-    for text in ("abd", "é", "<UNK>", "日"):
-        with pytest.raises(Exception, match=r"Missing .* token from the vocabulary"):
-            words(text)
+    assert len(words) == ours.vocab_size  # no new token, for which the model has no embedding
+    assert words(text).input_ids == ours.encode(text).tolist()
+    for other in ("é", "d", "日"):
+        ids = words(f"a{other}b{other}").input_ids
+        assert ids == ours.encode(f"a{unknown}b{unknown}").tolist()
+        decoded = words.decode(ids, skip_special_tokens=True)
+        assert decoded == f"a{unknown}b{unknown}"  # ordinary text, not a special token
     assert tokenizer_from_hf(json.loads(path.read_text())).to_dict() == ours.to_dict()
+
+
+def test_exports_that_have_no_unknown_token_are_still_imported():
+    ours = CharTokenizer.train(["abc\n"])
+    content = tokenizer_to_hf(ours)
+    content["model"]["unk_token"] = "<UNK>"  # as earlier versions wrote it
+    assert tokenizer_from_hf(content).to_dict() == ours.to_dict()
+    content["model"]["unk_token"] = "<unknown>"
+    with pytest.raises(UserError, match=r"model\.unk_token '<unknown>' is not supported"):
+        tokenizer_from_hf(content)
 
 
 def test_a_tokenizer_with_an_unknown_token_keeps_it():

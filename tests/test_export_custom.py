@@ -1,0 +1,388 @@
+"""A model that no standard architecture can represent is exported with its code: same logits, same
+text, without this project."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_model
+from torch import Tensor
+
+import export
+import generate
+import utils
+from config import ARCHS, PRESETS, SampleConfig, TrainConfig, UserError
+from exporting.folders import MARKER
+from finetuning.lora import LoRAConfig, add_lora, save_adapter, trained_names
+from model import GPT
+from sampling.quantize import lower_precision
+from tokenizer import CharTokenizer
+
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+from transformers import dynamic_module_utils  # noqa: E402
+
+WINDOW = 16
+CHARS = CharTokenizer.train(["hello world.\nagain"])
+PROMPT = CHARS.encode("hello")
+FAST = {key: PRESETS["fast"][key] for key in ("norm", "mlp", "token_shift")}
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "fast": FAST,
+    "post-norm": {"post_norm": True, "pos": "sinusoidal", "mlp": "relu", "bias": True},
+    "no positions": {"pos": "none", "mlp": "silu", "n_kv_head": 1, "tie_weights": False},
+    "grouped gpt2": ARCHS["gpt2"] | {"n_kv_head": 1},
+    "mixed": {"pos": "learned", "token_shift": True, "head_size": 6, "qk_norm": False},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder for the code that transformers copies before it runs it."""
+    folder = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+
+
+def save_model(path: Path, **components: Any) -> GPT:
+    """A checkpoint of a small model with random weights."""
+    model = make_model(vocab_size=CHARS.vocab_size, block_size=WINDOW, **components)
+    state = {
+        "gpt_config": asdict(model.config),
+        "train_config": asdict(TrainConfig()),
+        "tokenizer": CHARS.to_dict(),
+        "corpus": {"name": "text", "bytes": 0, "sha256": ""},
+        "model": model.state_dict(),
+        "optimizers": [],
+        "scaler": {},
+        "step": 0,
+        "log": [],
+    }
+    utils.save_checkpoint(path, state)
+    return model
+
+
+def load(folder: str, **settings: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, code_cache: None) -> Path:
+    """A folder with model.pt, which has the components of the fast preset, and its export out/."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_model(Path("model.pt"), **FAST)
+        assert export.main(["model.pt", "out"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(shared: Path) -> tuple[GPT, Any]:
+    """The model, and what transformers loads. Tests must not change them."""
+    return utils.load_checkpoint(shared / "model.pt")[0], load(str(shared / "out"))
+
+
+@pytest.fixture
+def exported(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of model.pt and out/ in the working folder."""
+    shutil.copytree(shared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def greedy(model: GPT, n: int) -> list[int]:
+    config = SampleConfig(temperature=0, max_new_tokens=n)
+    steps = generate.generate(model, torch.from_numpy(PROMPT), config)
+    return [step.ids.item() for step in steps]
+
+
+def batch(*texts: str) -> Tensor:
+    return torch.tensor([CHARS.encode(text).tolist() for text in texts])
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_logits_and_text_are_those_of_the_checkpoint(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    ours = save_model(Path("model.pt"), **COMPONENTS[name])
+    assert export.main(["model.pt", "out"]) == 0
+    assert "from_pretrained('out', trust_remote_code=True)" in capsys.readouterr().out
+    theirs = load("out")
+    assert theirs.num_parameters() == ours.num_params()
+    idx = torch.randint(CHARS.vocab_size, (3, WINDOW))
+    assert torch.allclose(theirs(idx).logits, ours(idx)[0], atol=1e-6, rtol=0)
+    n = WINDOW - len(PROMPT) + 1  # the last token is not read
+    for use_cache in (True, False):
+        text = theirs.generate(
+            torch.tensor([PROMPT.tolist()]), max_new_tokens=n, do_sample=False, use_cache=use_cache
+        )
+        assert text[0, len(PROMPT) :].tolist() == greedy(ours, n), f"{use_cache=}"
+
+
+LOAD = """
+import importlib.util, sys, torch, transformers
+for module in ("model", "config", "exporting", "generate"):
+    assert importlib.util.find_spec(module) is None, module
+settings = {"trust_remote_code": True}
+model = transformers.AutoModelForCausalLM.from_pretrained("out", **settings)
+tokenizer = transformers.AutoTokenizer.from_pretrained("out", **settings)
+inputs = tokenizer("hello", return_tensors="pt")
+text = model.generate(**inputs, max_new_tokens=9, do_sample=False)
+torch.save({"ids": inputs.input_ids, "logits": model(**inputs).logits, "text": text}, "loaded.pt")
+"""
+
+
+def test_a_folder_loads_without_this_project(exported, tmp_path, models):
+    ours, _ = models
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", LOAD], env=env, check=True, timeout=300)
+    loaded = torch.load("loaded.pt")
+    assert loaded["ids"].tolist() == [PROMPT.tolist()]
+    assert torch.allclose(loaded["logits"], ours(loaded["ids"])[0], atol=1e-6, rtol=0)
+    assert loaded["text"][0, len(PROMPT) :].tolist() == greedy(ours, 9)
+
+
+def test_the_code_in_the_folder_is_that_of_this_project(exported):
+    ours = inspect.getsource(sys.modules["model"]).splitlines()
+    theirs = Path("out/model.py").read_text(encoding="utf-8").splitlines()
+    assert "model.py of TinyLLM" in theirs[0]
+    changed = [line for line, copy in zip(ours, theirs[1:], strict=True) if line != copy]
+    assert changed == ["from config import GPTConfig"]
+    card = Path("out/README.md").read_text(encoding="utf-8")
+    assert "layernorm, relu2, rope, qk_norm, tie_weights, token_shift" in card
+    assert "trust_remote_code=True" in card and "runs these two files on your machine" in card
+    assert f"at most {WINDOW} tokens" in card and "tags: [custom_code]" in card
+
+
+# --- generate()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True, "top_k": 5},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"num_beams": 3, "do_sample": False},
+    ],
+)
+def test_sampling_and_beam_search_are_the_same_with_and_without_cache(models, settings):
+    _, theirs = models
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        ids = batch("hello", "again")
+        texts.append(theirs.generate(ids, max_new_tokens=8, use_cache=use_cache, **settings))
+    assert torch.equal(*texts)
+    assert len(texts[0]) == 2 * settings.get("num_return_sequences", 1)
+
+
+def test_a_returned_cache_is_continued(models):
+    _, theirs = models
+    settings = {"do_sample": False, "return_dict_in_generate": True}
+    first = theirs.generate(batch("hello"), max_new_tokens=4, **settings)
+    assert first.past_key_values.get_seq_length() == 8  # the last token was not read
+    longer = torch.cat([first.sequences, batch("ll")], dim=1)
+    cached = theirs.generate(
+        longer, max_new_tokens=3, past_key_values=first.past_key_values, **settings
+    )
+    plain = theirs.generate(longer, max_new_tokens=3, use_cache=False, **settings)
+    assert cached.sequences.tolist() == plain.sequences.tolist()
+
+
+def test_attention_maps_and_tuples_are_returned(models):
+    ours, theirs = models
+    maps: list[Tensor] = []
+    ours(batch("hello"), maps=maps)
+    output = theirs(batch("hello"), output_attentions=True)
+    assert torch.equal(torch.stack(output.attentions), torch.stack(maps))
+    assert torch.equal(theirs(batch("hello"), return_dict=False)[0], theirs(batch("hello")).logits)
+
+
+def test_padding_on_the_right_changes_nothing_without_a_cache(models):
+    _, theirs = models
+    padded = theirs(
+        batch("hello", "heooo"), attention_mask=torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    )
+    assert torch.allclose(padded.logits[1, :2], theirs(batch("he")).logits[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda model: model.generate(
+                batch("hello"), attention_mask=torch.tensor([[0, 1, 1, 1, 1]])
+            ),
+            "generation does not support padding: all texts of a batch need the same number",
+        ),
+        (
+            lambda model: model(batch("hello"), attention_mask=torch.tensor([[0, 1, 1, 1, 1]])),
+            "only padding on the right",
+        ),
+        (
+            lambda model: model.generate(batch("hello"), max_new_tokens=WINDOW),
+            f"{WINDOW + 1} tokens do not fit the window of {WINDOW}: .*max_length={WINDOW}",
+        ),
+        (lambda model: model(batch("hello" * 4)), "20 tokens do not fit the window of 16"),
+        (
+            lambda model: model.generate(
+                batch("hello"), assistant_model=model, max_new_tokens=5, do_sample=False
+            ),
+            "assisted generation is not supported",
+        ),
+        (lambda model: model(None, inputs_embeds=torch.ones(1, 5, 16)), "inputs_embeds"),
+        (
+            lambda model: model(
+                batch("h"), use_cache=True, past_key_values=filled_dynamic_cache(model.config)
+            ),
+            "past_key_values must be the cache that an earlier call returned",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_one_clear_error(models, call, message):
+    _, theirs = models
+    with pytest.raises(ValueError, match=message):
+        call(theirs)
+
+
+def filled_dynamic_cache(config: Any) -> Any:
+    cache = transformers.DynamicCache(config=config)
+    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    return cache
+
+
+# --- training, precision, saving
+
+
+def test_the_loss_is_that_of_transformers(models):
+    _, theirs = models
+    ids = batch("hello world", "again again")
+    labels = ids.clone()
+    labels[1, 4:] = -100
+    output = theirs(ids, labels=labels)
+    expected = theirs.loss_function(output.logits, labels, vocab_size=CHARS.vocab_size)
+    assert output.loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    output.loss.backward()
+    assert all(p.grad is not None for p in theirs.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_gives_the_logits_of_generate(exported, precision):
+    ours, _, _ = utils.load_checkpoint("model.pt")
+    lower_precision(ours, precision)
+    idx, dtype = batch("hello world"), getattr(torch, precision)
+    assert torch.equal(load("out", dtype=dtype)(idx).logits, ours(idx)[0])
+    lowered = load("out").to(dtype)
+    assert torch.equal(lowered(idx).logits, ours(idx)[0])
+    assert lowered.generate(idx, max_length=WINDOW).shape == (1, WINDOW)
+
+
+def test_a_saved_model_contains_its_code_again(exported, models):
+    ours, theirs = models
+    theirs.save_pretrained("again")
+    for name in ("model.py", "modeling_tinyllm.py"):
+        assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
+    idx = batch("hello")
+    assert torch.allclose(load("again")(idx).logits, ours(idx)[0], atol=1e-6, rtol=0)
+    names = safetensors_torch.load_file("again/model.safetensors").keys()
+    assert "gpt.tok.weight" in names and "gpt.head.weight" not in names  # tied
+
+
+# --- import
+
+
+def test_an_import_restores_the_model_and_never_runs_code(exported, models):
+    models[1].save_pretrained("saved")
+    Path("saved/tokenizer.json").write_bytes(Path("out/tokenizer.json").read_bytes())
+    for folder in ("out", "saved"):
+        for name in ("model.py", "modeling_tinyllm.py"):
+            Path(folder, name).write_text("raise SystemExit('this code was run')")
+        assert export.main(["--from", folder, f"{folder}.pt"]) == 0
+        before, after = (utils.read_checkpoint(Path(p)) for p in ("model.pt", f"{folder}.pt"))
+        assert before["gpt_config"] == after["gpt_config"]
+        assert before["tokenizer"] == after["tokenizer"]
+        assert before["model"].keys() == after["model"].keys()
+        for key, tensor in before["model"].items():
+            assert torch.equal(tensor, after["model"][key]), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp": "gated"}, "mlp must be one of .*, not 'gated'"),
+        ({"n_layer": 3}, r"has no tensor gpt\.blocks\.2\."),
+        ({"n_layer": 1}, r"a tensor that tinyllm does not have: gpt\.blocks\.1\."),
+        ({"n_layer": 10**9}, "n_layer must be a number from 1 to"),
+        ({"n_inner": 8}, r"do not match config.json: gpt\.blocks\.0\.mlp\.fc\.weight has shape"),
+        ({"n_embd": "16"}, "n_embd must be a number"),
+        ({"norm": None}, "norm must be of type str"),
+        ({"tie_weights": False}, r"has no tensor gpt\.head\.weight"),
+        ({"n_head": 1 << 20, "head_size": 1 << 20}, "n_head x head_size is too large"),
+        ({"quantization_config": {}}, "quantization_config is not supported"),
+    ],
+)
+def test_a_changed_config_is_one_error(exported, changes, message):
+    Path("out", MARKER).unlink()
+    content = json.loads(Path("out/config.json").read_text())
+    Path("out/config.json").write_text(json.dumps(content | changes))
+    with pytest.raises(UserError, match=message) as error:
+        export.main(["--from", "out", "back.pt"])
+    assert "\n" not in str(error.value) and not Path("back.pt").exists()
+
+
+def test_a_missing_setting_is_an_error(exported):
+    Path("out", MARKER).unlink()
+    content = json.loads(Path("out/config.json").read_text())
+    Path("out/config.json").write_text(json.dumps({"model_type": content["model_type"]}))
+    with pytest.raises(UserError, match="vocab_size is missing; block_size is missing"):
+        export.main(["--from", "out", "back.pt"])
+
+
+# --- other formats
+
+
+def test_an_adapter_of_such_a_model_is_one_of_peft(exported):
+    peft = pytest.importorskip("peft")
+    ours, theirs = utils.load_checkpoint("model.pt")[0], load("out")
+    gpt_config = asdict(ours.config)
+    settings = LoRAConfig(lora_rank=2)
+    add_lora(ours, settings)
+    for name, weight in ours.named_parameters():
+        if name.endswith(".B"):
+            weight.data = torch.randn_like(weight)
+    weights = ours.state_dict()
+    adapter = {
+        "lora": vars(settings),
+        "base_sha256": "",
+        "gpt_config": gpt_config,
+        "tokenizer": CHARS.to_dict(),
+        "tensors": {name: weights[name] for name in trained_names(ours)},
+    }
+    save_adapter(Path("adapter.pt"), adapter)
+    assert export.main(["adapter.pt", "adapter"]) == 0
+    idx = batch("hello world")
+    expected, base = ours.eval()(idx)[0], theirs(idx).logits
+    adapted = peft.PeftModel.from_pretrained(theirs, "adapter").eval()
+    assert torch.allclose(adapted(idx).logits, expected, atol=1e-5)
+    assert not torch.allclose(base, expected, atol=0.1)
+    assert adapted.generate(input_ids=idx, max_length=WINDOW).shape == (1, WINDOW)
+
+
+def test_a_gguf_file_still_needs_a_standard_architecture(exported):
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match="no standard architecture has these components"):
+        export.main(["model.pt", "model.gguf"])
