@@ -64,13 +64,13 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.gpt.tok
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.gpt.tok = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.gpt.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.gpt.head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -81,7 +81,8 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TinyLLMForCausalLM":
         """Called by .to(), .half(), .bfloat16(): what computes in float32 remains float32."""
-        norms = nn.ModuleList(m for b in self.gpt.blocks for m in (b.attn.q_norm, b.attn.k_norm))
+        blocks: Any = self.gpt.blocks
+        norms = nn.ModuleList(m for b in blocks for m in (b.attn.q_norm, b.attn.k_norm))
         before = [p.data for p in norms.parameters()]
         super()._apply(fn, recurse)
         for p, data in zip(norms.parameters(), before, strict=True):

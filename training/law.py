@@ -58,4 +58,4 @@ class Pilot:
         pilot's loss is twice as high, so are the differences between runs."""
         change = law(n_params, n_tokens, self.n_unique, window, dropout)
         change -= law(self.n_params, self.n_tokens, self.n_unique, self.window, 0.0)
-        return self.loss * (1 + change)
+        return max(0.0, self.loss * (1 + change))  # below 0 only for a text without information
