@@ -52,9 +52,10 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = TinyLLMConfig
     _tied_weights_keys = {"gpt.head.weight": "gpt.tok.weight"}  # noqa: RUF012 (if tie_weights)
-    _keep_in_fp32_modules_strict = ("q_norm", "k_norm")  # their inputs are float32
-    _no_split_modules = ("GPT",)  # the cache is on one device
+    _keep_in_fp32_modules_strict = ["q_norm", "k_norm"]  # noqa: RUF012 (their inputs are float32)
+    _no_split_modules = ["GPT"]  # noqa: RUF012 (the cache is on one device)
     _is_stateful = True  # no assisted generation, which would crop the cache
+    accepts_loss_kwargs = False  # the loss is always the mean over the batch
 
     def __init__(self, config: TinyLLMConfig):
         super().__init__(config)
@@ -106,18 +107,19 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        **others: Any,
     ) -> Any:
         """Logits (B, T, V) for token ids (B, T), and with labels the mean loss of predicting
         labels[:, t + 1] at position t; labels of -100 are ignored.
 
         With use_cache, the result has a cache, which the next call takes as past_key_values, and
         the logits are those of the last token, (B, 1, V). Raises ValueError for more tokens than
-        the window has, and for padding before or between tokens; with a cache, for any padding.
+        the window has, for padding before or between tokens, with a cache for any padding, and for
+        other arguments than None and False.
         """
-        if inputs_embeds is not None or output_hidden_states:
-            raise ValueError("inputs_embeds and output_hidden_states are not supported")
+        others.pop("cache_position", None)  # of transformers 5.0: the cache counts its tokens
+        if names := [k for k, v in others.items() if v is not None and v is not False]:
+            raise ValueError(f"this model does not support {', '.join(names)}")
         cache = None
         if labels is None and (past_key_values is not None if use_cache is None else use_cache):
             cache = self.own_cache(past_key_values, input_ids)
@@ -153,7 +155,7 @@ def check_mask(attention_mask: Tensor | None, cached: bool) -> None:
     if attention_mask is None:
         return
     if attention_mask.dim() != 2:
-        raise ValueError("attention_mask must have the shape (batch, tokens)")
+        raise ValueError("attention_mask must be (B, T); cache_implementation is not supported")
     mask = attention_mask.bool()
     if cached and not mask.all():
         raise ValueError(

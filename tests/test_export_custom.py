@@ -244,7 +244,14 @@ def test_padding_on_the_right_changes_nothing_without_a_cache(models):
             ),
             "assisted generation is not supported",
         ),
-        (lambda model: model(None, inputs_embeds=torch.ones(1, 5, 16)), "inputs_embeds"),
+        (
+            lambda model: model(None, inputs_embeds=torch.ones(1, 5, 16)),
+            "this model does not support inputs_embeds",
+        ),
+        (
+            lambda model: model.generate(batch("hello"), cache_implementation="static"),
+            "cache_implementation is not supported",
+        ),
         (
             lambda model: model(
                 batch("h"), use_cache=True, past_key_values=filled_dynamic_cache(model.config)
