@@ -2,8 +2,8 @@
 
 python -m experiments.ablation --quick
 
-AdamW has its own learning rate, the best of 2e-3, 4e-3 and 6e-3; all other variants use the
-preset's rate, so a difference can be smaller with a rate that is tuned for the variant.
+AdamW has the learning rate of the laptop preset, all other variants that of the fast preset. A rate
+that is tuned for the variant could make a difference smaller.
 """
 
 import re

@@ -34,6 +34,8 @@ ELSEWHERE = {
     "--tensorboard": "test_run_log.py",
     "tensorboard": "test_run_log.py",
     "torchrun": "test_distributed.py",
+    "--plan": "test_plan.py",
+    "--minutes": "test_plan.py",
     "pytest": "test_docs.py",
 }
 # In commands within the text: placeholders in capitals, and what is not for a test
