@@ -118,7 +118,6 @@ def start_chromium(profile: Path) -> Iterator[Chromium]:
         command,
         preexec_fn=use_pipes,
         close_fds=False,
-        start_new_session=True,  # or a terminal may stop it, with the tests, for reading from it
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
