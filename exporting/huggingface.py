@@ -113,25 +113,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{options})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{options})
 ids = tokenizer("Once", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(ids, do_sample=True)[0]))
 ```
 {notes}"""
 TRUST = ", trust_remote_code=True"
 CODE_NOTES = """
 ## The code of this model
 
-No architecture of `transformers` has these components: {components}. So this folder contains the
-model's code: `model.py`, the model, and `modeling_tinyllm.py`, which connects it to `transformers`.
-With `trust_remote_code=True`, `transformers` runs these two files on your machine, with your
-permissions: they can do everything that you can do. Read them first if you do not know who wrote
-this folder. Without this option, `transformers` does not load the model, or asks first.
+No architecture of `transformers` has this combination of components:
+
+    {components}
+
+So this folder contains the code: `model.py`, the model itself, and `modeling_tinyllm.py`, which
+connects it to `transformers`. With `trust_remote_code=True`, `transformers` runs these two files with all permissions that you
+have. If you do not know who wrote this folder, read them first. Without this option, `transformers`
+does not load the model, or asks first.
 
 - A text has at most {window} tokens, with its prompt: more raise an error.
 - `generate()` uses a KV cache, also for beam search. All texts of a batch need the same number of
   tokens: padding raises an error, except on the right in a call without a cache, such as training.
 - With `use_cache=True`, the logits are those of the last token.
-- `model.to(torch.bfloat16)` and `dtype=torch.bfloat16` work.
-- `inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches do not.
+- `inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
+  supported.
 """
 
 

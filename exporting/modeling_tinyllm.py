@@ -2,8 +2,8 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-export.py copies this file and model.py to the folder of a model that no standard architecture can
-represent. Nothing in this project imports it.
+TinyLLM's export.py copies this file and model.py to the folder of a model that no architecture of
+`transformers` can represent.
 """
 
 from collections.abc import Callable
