@@ -113,25 +113,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{options})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{options})
 ids = tokenizer("Once", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=100, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(ids, max_length={length}, do_sample=True)[0]))
 ```
 {notes}"""
 TRUST = ", trust_remote_code=True"
 CODE_NOTES = """
 ## The code of this model
 
-No architecture of `transformers` has these components: {components}. So this folder contains the
-model's code: `model.py`, the model, and `modeling_tinyllm.py`, which connects it to `transformers`.
-With `trust_remote_code=True`, `transformers` runs these two files on your machine, with your
-permissions: they can do everything that you can do. Read them first if you do not know who wrote
-this folder. Without this option, `transformers` does not load the model, or asks first.
+No architecture of `transformers` has this combination of components:
+
+    {components}
+
+So this folder contains the code: `model.py`, the model itself, and `modeling_tinyllm.py`, which
+connects it to `transformers`. With `trust_remote_code=True`, `transformers` runs these two files
+with all permissions that you have. If you do not know who wrote this folder, read them first.
+Without this option, `transformers` does not load the model, or asks first.
 
 - A text has at most {window} tokens, with its prompt: more raise an error.
 - `generate()` uses a KV cache, also for beam search. All texts of a batch need the same number of
   tokens: padding raises an error, except on the right in a call without a cache, such as training.
 - With `use_cache=True`, the logits are those of the last token.
-- `model.to(torch.bfloat16)` and `dtype=torch.bfloat16` work.
-- `inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches do not.
+- `inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
+  supported.
 """
 
 
@@ -139,6 +142,10 @@ def code_notes(config: GPTConfig) -> str:
     """The part of a model card about the code in its folder."""
     values = {f: getattr(config, f) for f in ARCH_FIELDS}
     names = [f if value is True else value for f, value in values.items() if value]
+    if config.n_kv_head != config.n_head:
+        names.append(f"n_kv_head {config.n_kv_head}")
+    if config.head_size * config.n_head != config.n_embd:
+        names.append(f"head_size {config.head_size}")
     return CODE_NOTES.format(components=", ".join(names), window=config.block_size)
 
 
@@ -163,10 +170,11 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
         losses = {"training": best.get("train"), "validation": best["val"]}
         rows["loss"] = ", ".join(f"{x:.4f} {name}" for name, x in losses.items() if x is not None)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    if arch != CUSTOM:
-        return CARD.format(kind=arch, table=table, sample=sample, tags="", options="", notes="")
-    texts = {"tags": "tags: [custom_code]\n", "options": TRUST, "notes": code_notes(config)}
-    return CARD.format(kind="GPT", table=table, sample=sample, **texts)
+    texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
+    if arch == CUSTOM:
+        texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST}
+        texts["notes"] = code_notes(config)
+    return CARD.format(table=table, sample=sample, length=min(config.block_size, 200), **texts)
 
 
 # --- export

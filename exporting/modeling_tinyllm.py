@@ -2,8 +2,8 @@
 
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
-export.py copies this file and model.py to the folder of a model that no standard architecture can
-represent. Nothing in this project imports it.
+TinyLLM's export.py copies this file and model.py to the folder of a model that no architecture of
+`transformers` can represent.
 """
 
 from collections.abc import Callable
@@ -65,13 +65,13 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.gpt.tok
 
-    def set_input_embeddings(self, value: Any) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.gpt.tok = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.gpt.head
 
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.gpt.head = new_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -82,12 +82,12 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TinyLLMForCausalLM":
         """Called by .to(), .half(), .bfloat16(): what computes in float32 remains float32."""
-        blocks: Any = self.gpt.blocks
-        norms = nn.ModuleList(m for b in blocks for m in (b.attn.q_norm, b.attn.k_norm))
-        before = [p.data for p in norms.parameters()]
+        names = self._keep_in_fp32_modules_strict
+        before = {n: p.data for n, p in self.named_parameters() if any(name in n for name in names)}
         super()._apply(fn, recurse)
-        for p, data in zip(norms.parameters(), before, strict=True):
-            p.data = p.data if p.dtype == data.dtype else data.to(p.device)
+        for name, p in self.named_parameters():
+            if name in before and p.dtype != before[name].dtype:
+                p.data = before[name].to(p.device)
         self.compute_tables()
         return self
 
