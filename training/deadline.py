@@ -53,8 +53,8 @@ class Deadline:
         self.fastest = min(self.fastest, self.step_seconds)
         left = self.end - self.now - n_evaluations * self.evaluation
         left -= self.final * self.step_seconds / self.fastest  # slows down like the steps
-        steps, possible = config.max_steps - step, int(left / self.step_seconds)
-        possible = max(1, min(int((1 - SLACK) * possible), self.planned - step))
+        steps, possible = config.max_steps - step, int((1 - SLACK) * left / self.step_seconds)
+        possible = max(1, min(possible, self.planned - step))
         late = steps * self.step_seconds > left and possible < steps
         if late or possible > 1.1 * steps:
             end_schedule_at(config, step, step + possible)

@@ -145,7 +145,7 @@ def check_run(config: TrainConfig) -> list[str]:
             f"{world_size()} processes cannot share {config.grad_accum} micro-batches per step: "
             "start a number of processes that divides it, or give another --grad_accum"
         )
-    if config.dry_run:  # writes no files
+    if config.dry_run or config.plan:  # write no files
         return found
     if config.overfit_batch:  # nor does this
         return found + ["--resume and --overfit_batch: give one of them"] * config.resume
