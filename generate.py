@@ -36,6 +36,7 @@ from sampling.checks import (
 )
 from sampling.output import accept_any_text, checkpoint_line, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
+from sampling.static_cache import StaticCache
 from system.command_line import parse_args
 from system.errors import run
 from system.folders import newest_checkpoint
@@ -93,7 +94,8 @@ def sample_logits(logits: Tensor, uniform: Tensor, **settings: Any) -> Tensor:
     probs, ids = adjust_logits(logits, **settings)
     cumulative = probs.cumsum(dim=-1)
     rank = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(dim=-1)
-    rank = rank.minimum((probs > 0).sum(dim=-1) - 1)  # rounding must not leave the nucleus
+    last = (probs > 0).sum(dim=-1) - 1  # rounding must not leave the nucleus
+    rank = rank.minimum(last).clamp(min=0)  # -1 if the logits are not finite
     return ids.gather(1, rank[:, None]).squeeze(1)
 
 
@@ -102,11 +104,11 @@ def sampling_settings(config: SampleConfig) -> dict[str, Any]:
     return {k: getattr(config, k) for k in ("temperature", "top_k", "top_p", "min_p")}
 
 
-def penalize_repetition(logits: Tensor, text: Tensor, penalty: float) -> Tensor:
-    """Make the tokens of the text (B, T) less likely: divide their logits (B, V) by the penalty if
-    positive, multiply them by it if negative (Keskar et al. 2019)."""
-    found = logits.gather(1, text)
-    return logits.scatter(1, text, torch.where(found > 0, found / penalty, found * penalty))
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the tokens that the text contains, seen (B, V) bool, less likely: divide their logits
+    (B, V) by the penalty if positive, multiply them by it if negative (Keskar et al. 2019)."""
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, penalized, logits)
 
 
 # --- the generation loop
@@ -118,6 +120,24 @@ class Step(NamedTuple):
     ids: Tensor  # (B,), the next token of each sample; -1 for a sample that has ended
     logits: Tensor  # (B, V), which they were sampled from
     model_logits: Tensor  # (B, V), before the repetition penalty
+
+
+def next_tokens(
+    model: GPT,
+    idx: Tensor,
+    cache: KVCache | None,
+    uniform: Tensor,
+    seen: Tensor,
+    config: SampleConfig,
+) -> Step:
+    """Read more tokens idx (B, T) and sample the next one of each text with uniform (B,). `seen`
+    (B, V) says which tokens were read, for the repetition penalty."""
+    logits = model_logits = model(idx, cache=cache)[0][:, -1].float()  # (B, V)
+    if config.repetition_penalty != 1:
+        seen.scatter_(1, idx, True)
+        logits = penalize_repetition(logits, seen, config.repetition_penalty)
+    ids = sample_logits(logits, uniform, **sampling_settings(config))
+    return Step(ids, logits, model_logits)
 
 
 def draw_seed() -> int:
@@ -138,7 +158,8 @@ def generate(
     one. The model sees at most block_size tokens: when the text has become longer, or if the prompt
     is, generation continues from the last half window, which fills the cache again. The repetition
     penalty applies to the tokens that the model sees. Without cache, all logits are recomputed at
-    each step, with the same result.
+    each step, with the same result. Steps of one token are compiled if asked for, the others, which
+    read a prompt or half a window, are not.
     """
     device, size, n_new = prompt.device, model.config.block_size, config.max_new_tokens
     B, T = config.num_samples, len(prompt)
@@ -148,25 +169,28 @@ def generate(
     uniform = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
     text = torch.cat([prompt.repeat(B, 1), prompt.new_zeros(B, n_new)], dim=1)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
+    seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
     dtype = cache_dtype(device, config.precision)
-    cache = KVCache(model.config, B, device=device, dtype=dtype) if config.cache else None
+    make_cache = StaticCache if config.compile else KVCache
+    cache = make_cache(model.config, B, device=device, dtype=dtype) if config.cache else None
+    compiled = torch.compile(next_tokens, fullgraph=True) if config.compile else next_tokens
     begin, n_cached = 0, 0  # the window begins at this token; how many of its tokens are cached
     for step in range(n_new):
         end = T + step
         if end - begin > size:
             begin, n_cached = end - max(size // 2, 1), 0
-        if cache:
-            cache.length = n_cached
-        logits = model(text[:, begin + n_cached : end], cache=cache)[0][:, -1].float()  # (B, V)
-        check_finite(logits)
-        n_cached, model_logits = end - begin if cache else 0, logits
-        if config.repetition_penalty != 1:
-            logits = penalize_repetition(logits, text[:, begin:end], config.repetition_penalty)
-        ids = sample_logits(logits, uniform[:, step], **sampling_settings(config))
-        text[:, end] = ids
-        yield Step(ids.masked_fill(ended, -1) if ends else ids, logits, model_logits)
+        if not n_cached:
+            seen.zero_()
+        if cache and not n_cached:
+            cache.clear()
+        new, draw = text[:, begin + n_cached : end], uniform[:, step]
+        result = (compiled if n_cached else next_tokens)(model, new, cache, draw, seen, config)
+        check_finite(result.model_logits)
+        n_cached = end - begin if cache else 0
+        text[:, end] = result.ids
+        yield result._replace(ids=result.ids.masked_fill(ended, -1)) if ends else result
         for token in ends:
-            ended = ended | (ids == token)
+            ended = ended | (result.ids == token)
         if ends and bool(ended.all()):
             return
 
@@ -307,7 +331,6 @@ def load_for_sampling(
     lower_precision(model, config.precision)
     if config.compile:
         hide_missing_cuda()
-        model.compile(dynamic=True)
     line = checkpoint_line(config.checkpoint, state)
     if config.seed is None and config.temperature and not config.beams:
         config.seed = draw_seed()

@@ -70,20 +70,17 @@ MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
 }
 
 
-# --- positions: each module takes token embeddings (B, T, C), the first at position `start`, and
-# returns them, with position vectors added if it has any, and what attention needs
-class AttentionPositions(NamedTuple):
-    """How positions act on attention, computed once per forward pass and used by every layer."""
-
-    rotation: tuple[Tensor, Tensor] | None = None  # cos and sin for queries and keys, (T, D/2) each
-    bias: Tensor | None = None  # added to the attention scores, (H, T, S)
+# --- positions: each module takes token embeddings (B, T, C) and their positions `at` (T,), and
+# returns the embeddings, with position vectors added if it has any, and the cosines and sines by
+# which all layers rotate queries and keys, (T, D/2) each, if it has any
+Rotation = tuple[Tensor, Tensor] | None
 
 
 class NoPositions(nn.Module):
     """No vectors: the causal mask alone lets a model infer positions (Haviv et al. 2022)."""
 
-    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, AttentionPositions]:
-        return x, AttentionPositions()
+    def forward(self, x: Tensor, at: Tensor) -> tuple[Tensor, Rotation]:
+        return x, None
 
 
 class LearnedPositions(nn.Module):
@@ -93,9 +90,9 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.table = nn.Embedding(config.block_size, config.n_embd)
 
-    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, AttentionPositions]:
-        x = x + self.table.weight[start : start + x.size(1)]  # (B, T, C) + (T, C)
-        return x, AttentionPositions()
+    def forward(self, x: Tensor, at: Tensor) -> tuple[Tensor, Rotation]:
+        x = x + self.table(at)  # (B, T, C) + (T, C)
+        return x, None
 
 
 class SinusoidalPositions(nn.Module):
@@ -109,9 +106,9 @@ class SinusoidalPositions(nn.Module):
         self.table = nn.Buffer(table.flatten(1), persistent=False)  # (T, C)
         self.scale = math.sqrt(config.n_embd)
 
-    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, AttentionPositions]:
-        table = self.table[start : start + x.size(1)].to(x.dtype)  # (T, C)
-        return x * self.scale + table, AttentionPositions()  # (B, T, C)
+    def forward(self, x: Tensor, at: Tensor) -> tuple[Tensor, Rotation]:
+        table = self.table[at].to(x.dtype)  # (T, C)
+        return x * self.scale + table, None  # (B, T, C)
 
 
 class RotaryPositions(nn.Module):
@@ -124,9 +121,8 @@ class RotaryPositions(nn.Module):
         self.cos = nn.Buffer(angle.cos(), persistent=False)
         self.sin = nn.Buffer(angle.sin(), persistent=False)
 
-    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, AttentionPositions]:
-        end = start + x.size(1)
-        return x, AttentionPositions(rotation=(self.cos[start:end], self.sin[start:end]))
+    def forward(self, x: Tensor, at: Tensor) -> tuple[Tensor, Rotation]:
+        return x, (self.cos[at], self.sin[at])
 
 
 def rotation_angles(length: int, size: int, theta: float = 10000.0) -> Tensor:
@@ -163,18 +159,15 @@ def document_mask(docs: Tensor) -> Tensor:
     return (same & causal_mask(docs.size(1), docs.size(1), docs.device))[:, None]
 
 
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention as in the formula, softmax(q k^T / sqrt(D) + bias) v.
+Mask = Tensor | None  # bool, where attention is allowed, broadcasts to (B, H, T, S); None: causal
 
-    q is (B, H, T, D), k and v are (B, H, S, D). `visible` (bool, default: the causal mask) says
-    where attention is allowed, `bias` is added to the scores; both broadcast to (B, H, T, S).
-    Returns the output (B, H, T, D) and the weights (B, H, T, S); a row without visible keys is 0.
-    """
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> tuple[Tensor, Tensor]:
+    """Attention as in the formula, softmax(q k^T / sqrt(D)) v, for q (B, H, T, D) and k and v
+    (B, H, S, D). Returns the output (B, H, T, D) and the weights (B, H, T, S); a row without
+    visible keys is 0."""
     mask = causal_mask(q.size(-2), k.size(-2), q.device) if visible is None else visible
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, H, T, S)
-    scores = scores if bias is None else scores + bias
     # Adding 0 or a huge number of size (T, S) is faster than masking the scores of every head.
     hidden = torch.zeros_like(mask, dtype=scores.dtype)
     hidden = hidden.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
@@ -183,25 +176,22 @@ def plain_attention(
     return weights @ v, weights
 
 
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> Tensor:
     """The output of `plain_attention` from one kernel (FlashAttention, Dao et al. 2022)."""
     T, S = q.size(-2), k.size(-2)
     on_cpu = q.device.type == "cpu"
-    if on_cpu and torch.is_autocast_enabled("cpu") and 1 < T == S <= 256:
+    short = torch.is_autocast_enabled("cpu") and 1 < T == S <= 256
+    if on_cpu and (short or (T == 1 and torch.compiler.is_compiling())):
         # The CPU kernel is slow in bfloat16 and for short windows: with the plain formula, a
-        # training step of the laptop preset takes 0.8 of the time.
-        return plain_attention(q, k, v, visible, bias)[0]
-    if visible is None and (1 < T < S or bias is not None):
+        # training step of the laptop preset takes 0.8 of the time, a compiled sampling step 0.9.
+        return plain_attention(q, k, v, visible)[0]
+    if visible is None and 1 < T < S:
         visible = causal_mask(T, S, q.device)
-    mask, dtype = visible, torch.float32 if on_cpu else v.dtype
-    if bias is not None and visible is not None:
-        mask = bias.masked_fill(~visible, -math.inf).to(dtype)
-    causal = mask is None and 1 < T == S
+    causal = visible is None and T > 1
+    dtype = torch.float32 if on_cpu else v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
 
 
 class KVCache:
@@ -211,27 +201,33 @@ class KVCache:
     `model(idx, cache=cache)` attends to them, and appends the tokens of idx.
     """
 
+    length: int | Tensor = 0
+
     def __init__(self, config: GPTConfig, batch_size: int, **factory: Any):  # device, dtype
-        self.length = 0
         shape = (batch_size, config.n_kv_head, config.block_size, config.head_size)
         self.layers = [[torch.zeros(shape, **factory) for _ in "kv"] for _ in range(config.n_layer)]
         # with token shift: what the last token passes to the next one, in each sublayer
         n_states = 2 * config.n_layer * config.token_shift
         self.shift_state = torch.zeros(n_states, batch_size, 1, config.n_embd // 2, **factory)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values (B, K, T, D) of a layer; returns all of them, (B, K, S, D)."""
+    def clear(self) -> None:
+        """Start a new text."""
+        self.length = 0 * self.length  # a number or a tensor
+        self.shift_state.zero_()
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Mask]:
+        """Store the keys and values (B, K, T, D) of a layer. Returns all of them, (B, K, S, D), and
+        the mask of the new tokens."""
         keys, values = self.layers[layer]
         end = self.length + k.size(2)
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:, :, :end], values[:, :, :end], None
 
     def swap_shift_state(self, sublayer: int, x: Tensor) -> Tensor:
         """Store what the last token passes on in a sublayer, (B, 1, C/2), and return what was
         stored there: zeros at the start of a text."""
-        state = self.shift_state[sublayer]
-        before = state.to(x.dtype, copy=True) if self.length else torch.zeros_like(x)
+        before = self.shift_state[sublayer].to(x.dtype, copy=True)
         self.shift_state[sublayer] = x
         return before
 
@@ -239,8 +235,8 @@ class KVCache:
 class AttentionContext(NamedTuple):
     """What all layers share in one forward pass."""
 
-    positions: AttentionPositions = AttentionPositions()
-    visible: Tensor | None = None  # (B, 1, T, S) bool, where a token may attend; None: causal
+    rotation: Rotation = None
+    visible: Mask = None  # (B, 1, T, S)
     cache: KVCache | None = None
     maps: list[Tensor] | None = None  # collects the attention weights
 
@@ -261,20 +257,21 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm(config, config.head_size) for _ in range(2))
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        (B, T, _), (rotation, bias) = x.shape, context.positions
+        B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2 K, T, D)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D) and 2 x (B, K, T, D)
         q, k = self.q_norm(q.float()), self.k_norm(k.float())  # rotations need float32
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        visible = context.visible
         if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)  # (B, K, S, D)
+            k, v, visible = context.cache.append(self.layer, k, v)  # (B, K, S, D)
         if k.size(1) < q.size(1):
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
         if context.maps is None:
-            y = fused_attention(q, k, v, context.visible, bias)  # (B, H, T, D)
+            y = fused_attention(q, k, v, visible)  # (B, H, T, D)
         else:
-            y, weights = plain_attention(q, k, v, context.visible, bias)
+            y, weights = plain_attention(q, k, v, visible)
             context.maps.append(weights)
         y = y.transpose(1, 2).reshape(B, T, -1).to(qkv.dtype)  # concatenate the heads: (B, T, H D)
         return self.proj(y)  # (B, T, C)
@@ -375,12 +372,14 @@ class GPT(nn.Module):
         appends its attention weights (B, H, T, S) to it (slower).
         """
         start, size = cache.length if cache else 0, self.config.block_size
-        if start + idx.size(1) > size:
-            raise ValueError(f"{start + idx.size(1)} tokens do not fit the window of {size}")
-        x, positions = self.pos(self.tok(idx), start)  # (B, T, C)
+        end = start + idx.size(1)
+        if not torch.compiler.is_compiling() and end > size:
+            raise ValueError(f"{end} tokens do not fit the window of {size}")
+        at = start + torch.arange(idx.size(1), device=idx.device)  # (T,)
+        x, rotation = self.pos(self.tok(idx), at)  # (B, T, C)
         x = self.drop(x)
         visible = None if docs is None else document_mask(docs)
-        context = AttentionContext(positions, visible, cache, maps)
+        context = AttentionContext(rotation, visible, cache, maps)
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)

@@ -39,7 +39,7 @@ class TinyLLMCache(KVCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of cached tokens."""
-        return self.length
+        return int(self.length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search continues these rows of the batch."""

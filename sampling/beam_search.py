@@ -31,7 +31,7 @@ def beam_search(
         if text.size(1) - begin > size:
             begin, refill = text.size(1) - max(size // 2, 1), True
         if refill:
-            cache.length = 0
+            cache.clear()
         new = text[:, begin:] if refill else text[:, -1:]
         logits = model(new, cache=cache)[0][:, -1].float()  # (B, V)
         check_finite(logits)

@@ -17,7 +17,7 @@ from utils import device_problems
 # What beam search, which draws no random numbers, would ignore.
 NOT_WITH_BEAMS = (
     *("num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
-    *("stream", "cache"),
+    *("stream", "cache", "compile"),
 )
 MAX_PROMPT_FILE = 64 << 20  # bytes; a model sees only a few thousand tokens at the end
 
@@ -30,7 +30,9 @@ def sampling_problems(config: SampleConfig) -> list[str]:
     if config.beams:
         ignored = [n for n in NOT_WITH_BEAMS if getattr(config, n) != getattr(SampleConfig, n)]
         found += [f"--{name} and --beams: give one of them" for name in ignored]
-    elif config.stream and (config.num_samples > 1 or config.output_file):
+    if config.compile and not config.cache:
+        found.append("--compile needs the cache: leave out --no-cache")
+    if config.stream and not config.beams and (config.num_samples > 1 or config.output_file):
         found.append("--stream writes to the terminal: no --num_samples, --output_file")
     if config.prompt_file:
         path = Path(config.prompt_file)

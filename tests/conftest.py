@@ -8,13 +8,12 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from torch import Tensor, nn
 
 import train
 from config import ARCHS, GPTConfig
 from corpus.files import note
 from exporting.hf_model import config_to_hf, weights_to_hf
-from model import GPT, MLPS, NORMS, POSITIONS, AttentionPositions
+from model import GPT, MLPS, NORMS, POSITIONS
 
 # While mutmut records which functions a test calls, child processes must run the plain code: they
 # cannot record, and would not find mutmut's settings. Later they run the same mutant.
@@ -78,22 +77,6 @@ def to_transformers(model: GPT, arch: str) -> Any:
     return theirs
 
 
-class ALiBi(nn.Module):
-    """Subtracts slope times distance from the attention scores (Press et al. 2022). No architecture
-    here uses a score bias; the tests add this one, so that they cover the path."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        slopes = 2.0 ** (-8 * torch.arange(1, config.n_head + 1) / config.n_head)
-        self.slopes = nn.Buffer(slopes[:, None, None], persistent=False)  # (H, 1, 1)
-
-    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, AttentionPositions]:
-        end = start + x.size(1)
-        distance = torch.arange(end) - torch.arange(start, end)[:, None]  # (T, S), 0 or negative
-        return x, AttentionPositions(bias=self.slopes * distance)
-
-
-POSITIONS["alibi"] = ALiBi
 # One setting of every component at a time, and every architecture: from the mappings, so that new
 # components are tested too.
 COMPONENTS = [
@@ -103,9 +86,9 @@ COMPONENTS = [
     *ARCHS.values(),
     {"post_norm": True},
     {"token_shift": True},
-    {"token_shift": True, "pos": "alibi"},
+    {"token_shift": True, "pos": "none"},
     {"n_head": 4, "n_kv_head": 2},
-    {"n_head": 4, "n_kv_head": 1, "pos": "alibi"},
+    {"n_head": 4, "n_kv_head": 1, "pos": "learned"},
     {"head_size": 6},
     {"tie_weights": False, "bias": True, "qk_norm": False},
 ]

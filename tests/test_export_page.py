@@ -198,8 +198,8 @@ RUN_MODEL = """
   return { logits, ...Object.fromEntries(settings.map((one, i) => [i, sampled(one)])) };
 })(%s, %s)
 """
-CONFIGS = [config for config in COMPONENTS if config.get("pos") != "alibi"]  # of the tests only
-CONFIGS += [
+CONFIGS = [
+    *COMPONENTS,
     {
         "n_head": 4,
         "n_kv_head": 2,

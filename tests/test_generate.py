@@ -17,6 +17,7 @@ from conftest import COMPONENTS, TINY_RUN, make_model, to_transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import generate
 import train
@@ -24,11 +25,12 @@ from config import ARCHS, GPTConfig, SampleConfig, UserError
 from corpus.bpe import train_bpe
 from corpus.records import encode_record
 from generate import sample_logits
-from model import KVCache
+from model import GPT, KVCache
 from sampling import output
 from sampling.beam_search import beam_search
 from sampling.checks import sampling_bytes
 from sampling.quantize import Int8Linear, lower_precision
+from sampling.static_cache import StaticCache
 from system.command_line import parse_args
 from tokenizer import QA_SPECIALS, CharTokenizer
 from training.task import sample_from_newline
@@ -132,10 +134,12 @@ def test_a_cache_that_is_full_raises():
 @pytest.mark.parametrize("settings", COMPONENTS)
 def test_a_cache_can_be_filled_in_pieces(settings: dict):
     model, idx = make_model(**settings), torch.randint(11, (2, 12))
-    cache = KVCache(model.config, 2)
-    for start, end in ((0, 3), (3, 4), (4, 9), (9, 12)):
-        logits = model(idx[:, start:end], cache=cache)[0]
-        assert torch.allclose(logits[:, -1], model(idx[:, :end])[0][:, -1], atol=1e-4)
+    for cache in (KVCache(model.config, 2), StaticCache(model.config, 2)):
+        for _ in range(2):
+            for start, end in ((0, 3), (3, 4), (4, 9), (9, 12)):
+                logits = model(idx[:, start:end], cache=cache)[0]
+                assert torch.allclose(logits[:, -1], model(idx[:, :end])[0][:, -1], atol=1e-4)
+            cache.clear()
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "int8"])
@@ -176,13 +180,38 @@ def test_int8_weights_are_within_half_a_step_of_the_weights():
     assert torch.allclose(low(x.bfloat16()).float(), expected, atol=0.02)  # bfloat16 has 8 bits
 
 
-@pytest.mark.parametrize("token_shift", [False, True])
-def test_compiled_generation_equals_eager(token_shift: bool):
-    model, prompt = make_model(token_shift=token_shift), torch.tensor([1, 2, 3])
-    config = SampleConfig(max_new_tokens=25, temperature=0)
-    eager = [step.ids.item() for step in generate.generate(model, prompt, config)]
-    model.compile(dynamic=True)
-    assert [step.ids.item() for step in generate.generate(model, prompt, config)] == eager
+def assert_compiled_sampling_equals_eager(model: GPT, **settings: Any) -> None:
+    """Over three windows of 12 tokens."""
+    settings = {"max_new_tokens": 25, "seed": 1, **settings}
+    runs = []
+    for compiled in (True, False):
+        config = SampleConfig(**settings, compile=compiled)
+        runs.append(list(generate.generate(model, torch.tensor([1, 2, 3]), config)))
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert torch.allclose(one.logits, other.logits, atol=1e-4)
+
+
+def test_compiled_sampling_equals_eager():
+    model = make_model(token_shift=True)
+    assert_compiled_sampling_equals_eager(model, num_samples=2, repetition_penalty=1.2, top_k=5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0}, {"top_p": 0.8, "min_p": 0.01}, {"pos": "learned"}, {"n_kv_head": 1}],
+)
+def test_sampling_is_compiled_once_as_one_graph(settings: dict, monkeypatch):
+    torch.compiler.reset()
+    counter, compile_function = CompileCounter(), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph: compile_function(f, backend=counter, fullgraph=True)
+    )
+    names = SampleConfig.__dataclass_fields__
+    model = make_model(**{k: v for k, v in settings.items() if k not in names})
+    sampling = {k: v for k, v in settings.items() if k in names}
+    assert_compiled_sampling_equals_eager(model, **sampling)
+    assert counter.frame_count == 1
 
 
 # --- decoding
@@ -238,13 +267,15 @@ def test_repetition_is_penalized_as_in_transformers(penalty: float):
     torch.manual_seed(0)
     logits, text = torch.randn(50, 20), torch.randint(20, (50, 12))
     expected = hf.RepetitionPenaltyLogitsProcessor(penalty)(text, logits.clone())
-    assert torch.equal(generate.penalize_repetition(logits, text, penalty), expected)
+    seen = torch.zeros(50, 20, dtype=torch.bool).scatter(1, text, True)
+    assert torch.equal(generate.penalize_repetition(logits, seen, penalty), expected)
 
 
 @pytest.mark.parametrize("penalty", [0.01, 100.0])
 def test_an_extreme_penalty_leaves_a_distribution(penalty: float):
     logits = torch.tensor([[2.0, -1.0, 0.0, 0.5]])
-    penalized = generate.penalize_repetition(logits, torch.tensor([[0, 1, 2]]), penalty)
+    seen = torch.tensor([[True, True, True, False]])
+    penalized = generate.penalize_repetition(logits, seen, penalty)
     probs, ids = generate.adjust_logits(penalized)
     assert probs.isfinite().all() and probs.sum().item() == pytest.approx(1)
     assert ids[0, 0].item() == (0 if penalty < 1 else 3)
@@ -269,8 +300,8 @@ def test_the_penalty_applies_to_the_tokens_in_the_window():
 
 def test_repetition_is_penalized_as_in_the_paper():
     logits = torch.tensor([[2.0, -1.0, 3.0, 0.5]])
-    text = torch.tensor([[0, 1, 0]])
-    penalized = generate.penalize_repetition(logits, text, 1.25)
+    seen = torch.tensor([[True, True, False, False]])
+    penalized = generate.penalize_repetition(logits, seen, 1.25)
     assert penalized[0].tolist() == pytest.approx([1.6, -1.25, 3.0, 0.5])
 
 

@@ -75,25 +75,27 @@ def test_swiglu_has_about_as_many_weights_as_the_other_mlps():
 
 def test_sinusoidal_positions_follow_the_paper():
     pos = POSITIONS["sinusoidal"](config(n_embd=4, n_head=1))
-    out, positions = pos(torch.zeros(1, 3, 4))
+    out, rotation = pos(torch.zeros(1, 3, 4), torch.arange(3))
     t = 2  # PE(t, 2i) = sin(t / 10000^(2i/C)), PE(t, 2i+1) = cos of the same
     expected = [math.sin(t), math.cos(t), math.sin(t / 100), math.cos(t / 100)]
-    assert torch.allclose(out[0, t], torch.tensor(expected)) and positions == (None, None)
-    out, _ = pos(torch.ones(1, 1, 4))  # section 3.4: embeddings times sqrt(C)
+    assert torch.allclose(out[0, t], torch.tensor(expected)) and rotation is None
+    out, _ = pos(torch.ones(1, 1, 4), torch.arange(1))  # section 3.4: embeddings times sqrt(C)
     assert torch.allclose(out[0, 0], torch.tensor([2.0, 3.0, 2.0, 3.0]))
 
 
 def test_rope_turns_by_one_radian_a_position_in_the_fastest_pair():
-    _, positions = POSITIONS["rope"](config(n_embd=4, n_head=1))(torch.zeros(1, 3, 4))
-    cos, sin = positions.rotation
+    _, rotation = POSITIONS["rope"](config(n_embd=4, n_head=1))(
+        torch.zeros(1, 3, 4), torch.arange(3)
+    )
+    cos, sin = rotation
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 3, 4)  # pairs (0, 2) and (1, 3)
     expected = [math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]  # 1 and 1/100 a position
     assert torch.allclose(parts.rotate(x, cos, sin)[0, 0, 2], torch.tensor(expected))
 
 
 def test_rope_scores_depend_on_distance_only():
-    _, positions = POSITIONS["rope"](config(block_size=12))(torch.zeros(1, 12, 16))
-    cos, sin = positions.rotation
+    _, rotation = POSITIONS["rope"](config(block_size=12))(torch.zeros(1, 12, 16), torch.arange(12))
+    cos, sin = rotation
     q, k = torch.randn(2, 8)
     rotated_q = parts.rotate(q.expand(1, 1, 12, 8), cos, sin)[0, 0]
     rotated_k = parts.rotate(k.expand(1, 1, 12, 8), cos, sin)[0, 0]
@@ -168,17 +170,15 @@ def test_fused_attention_equals_plain_attention(settings: dict):
     assert all(m[..., causal_mask(12)].eq(0).all() for m in maps)
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_row_without_visible_keys_is_zero(with_bias: bool, dtype: torch.dtype):
+def test_a_row_without_visible_keys_is_zero(dtype: torch.dtype):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 2, 5, 4).to(dtype).requires_grad_().unbind()
-    bias = 100 * torch.randn(2, 5, 5).to(dtype) if with_bias else None
     visible = parts.document_mask(torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])).clone()
     visible[0, 0, 3] = False
     visible[1] = False
-    out, weights = parts.plain_attention(q, k, v, visible, bias)
-    fused = parts.fused_attention(q, k, v, visible, bias)
+    out, weights = parts.plain_attention(q, k, v, visible)
+    fused = parts.fused_attention(q, k, v, visible)
     expected = torch.ones(2, 2, 5, dtype=dtype)
     expected[0, :, 3], expected[1] = 0, 0
     assert torch.allclose(weights.sum(dim=-1), expected, atol=1e-2)
@@ -188,19 +188,18 @@ def test_a_row_without_visible_keys_is_zero(with_bias: bool, dtype: torch.dtype)
     assert gradient.isfinite().all()
 
 
-def test_a_score_bias_is_added_to_the_scaled_scores():
+def test_attention_follows_the_formula():
     q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
-    bias = torch.randn(2, 5, 5)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(4) + bias
+    scores = q @ k.transpose(-2, -1) / math.sqrt(4)
     weights = scores.masked_fill(causal_mask(5), float("-inf")).softmax(-1)
-    out, plain_weights = parts.plain_attention(q, k, v, bias=bias)
+    out, plain_weights = parts.plain_attention(q, k, v)
     assert torch.allclose(plain_weights, weights, atol=1e-6)
     assert torch.allclose(out, weights @ v, atol=1e-6)
-    assert torch.allclose(parts.fused_attention(q, k, v, bias=bias), weights @ v, atol=1e-6)
-    last = parts.fused_attention(q[:, :, 4:], k, v, bias=bias[:, 4:])  # one query, as with a cache
+    assert torch.allclose(parts.fused_attention(q, k, v), weights @ v, atol=1e-6)
+    last = parts.fused_attention(q[:, :, 4:], k, v)  # one query, as with a cache
     assert torch.allclose(last, (weights @ v)[:, :, 4:], atol=1e-6)
-    visible = torch.eye(5, dtype=torch.bool)  # everyone sees only itself, whatever the bias
-    assert torch.allclose(parts.fused_attention(q, k, v, visible, bias), v, atol=1e-6)
+    visible = torch.eye(5, dtype=torch.bool)  # each token attends to itself only
+    assert torch.allclose(parts.fused_attention(q, k, v, visible), v, atol=1e-6)
 
 
 # --- the whole
@@ -396,7 +395,7 @@ def test_packed_documents_do_not_see_each_other(settings: dict):
     assert not torch.allclose(model(other)[0][0, 3:], model(idx)[0][0, 3:], atol=1e-2)
 
 
-@pytest.mark.parametrize("pos", ["rope", "alibi", "none"])  # which depend on distances only
+@pytest.mark.parametrize("pos", ["rope", "none"])  # which depend on distances only
 def test_a_packed_document_is_scored_as_if_it_stood_alone(pos: str):
     model = make_model(token_shift=True, pos=pos)
     idx = torch.randint(11, (2, 9))
@@ -413,9 +412,7 @@ def test_the_fused_and_the_plain_attention_agree_under_a_document_mask():
     assert maps[0][0, 0, 5].tolist() == [0, 0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("field", "mapping"), [("norm", NORMS), ("mlp", MLPS), ("pos", POSITIONS.keys() - {"alibi"})]
-)
+@pytest.mark.parametrize(("field", "mapping"), [("norm", NORMS), ("mlp", MLPS), ("pos", POSITIONS)])
 def test_the_choices_of_a_setting_are_the_components_there_are(field: str, mapping: dict):
     assert set(GPTConfig.__dataclass_fields__[field].metadata["choices"]) == set(mapping)
 

@@ -1,0 +1,30 @@
+"""A KV cache with fixed shapes, so that torch.compile makes one program for all steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import GPTConfig
+from model import KVCache
+
+
+class StaticCache(KVCache):
+    """Its length is a tensor. Attention reads the memory of all block_size tokens, with a mask for
+    those that are filled."""
+
+    length: Tensor  # ()
+
+    def __init__(self, config: GPTConfig, batch_size: int, **factory: Any):
+        super().__init__(config, batch_size, **factory)
+        self.length = torch.zeros_like(self.layers[0][0][0, 0, 0, 0], dtype=torch.long)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Store the keys and values (B, K, T, D) of a layer; returns the whole memory, (B, K,
+        block_size, D), and the mask (T, block_size)."""
+        keys, values = self.layers[layer]
+        places = torch.arange(keys.size(2), device=keys.device)
+        at = self.length + places[: k.size(2)]  # (T,)
+        keys.index_copy_(2, at, k.to(keys.dtype))
+        values.index_copy_(2, at, v.to(values.dtype))
+        return keys, values, places <= at[:, None]
