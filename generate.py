@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SampleConfig
+from config import SampleConfig, UserError
 from corpus.files import read_text
 from corpus.records import prompt_text
 from model import GPT, KVCache
@@ -38,9 +38,9 @@ from sampling.output import accept_any_text, checkpoint_line, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
 from sampling.static_cache import StaticCache
 from system.command_line import parse_args
+from system.compiler import compiler_problem
 from system.errors import run
 from system.folders import newest_checkpoint
-from system.torch_logs import hide_missing_cuda
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import load_checkpoint, pick_device
 
@@ -329,8 +329,8 @@ def load_for_sampling(
         check_question(config, tokenizer)
     check_sampling_memory(model.config, config, len(config.prompt), device)
     lower_precision(model, config.precision)
-    if config.compile:
-        hide_missing_cuda()
+    if config.compile and (problem := compiler_problem(device)):
+        raise UserError(f"--compile does not work here ({problem}): leave it out")
     line = checkpoint_line(config.checkpoint, state)
     if config.seed is None and config.temperature and not config.beams:
         config.seed = draw_seed()

@@ -120,8 +120,6 @@ def bench_generate(config: BenchConfig) -> str:
     for name, sample in sample_configs(config.tokens).items():
         model = GPT(gpt).to(device).eval()
         lower_precision(model, sample.precision)
-        if sample.compile:
-            model.compile(dynamic=True)
         samplers[f"ours, {name}"] = functools.partial(sample_ours, model, sample)
         weight_bytes[f"ours, {name}"] = linear_bytes(model)
     samplers |= hf_samplers(config.tokens, gpt, device)
@@ -149,7 +147,8 @@ def sample_configs(n_tokens: int) -> dict[str, SampleConfig]:
     base = {"max_new_tokens": n_tokens, "temperature": 0.8, "top_k": 40, "seed": 1337}
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
     settings |= {f"cache, {p}": {"precision": p} for p in ("float32", "bfloat16", "int8")}
-    settings["cache, int8, compiled"] = {"precision": "int8", "compile": True}
+    for p in ("float32", "bfloat16", "int8"):
+        settings[f"cache, {p}, compiled"] = {"precision": p, "compile": True}
     for p in ("float32", "bfloat16"):
         settings[f"cache, {p}, ten samples"] = {"precision": p, "num_samples": 10}
     return {name: SampleConfig(**(base | more)) for name, more in settings.items()}

@@ -192,6 +192,16 @@ def assert_compiled_sampling_equals_eager(model: GPT, **settings: Any) -> None:
         assert torch.allclose(one.logits, other.logits, atol=1e-4)
 
 
+def test_compiling_that_does_not_work_is_an_error_before_sampling(trained, monkeypatch, capsys):
+    def fail(function: object) -> None:
+        raise RuntimeError("no C++ compiler\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match=r"does not work here \(no C\+\+ compiler\): leave it out"):
+        generate.main(["--compile"])
+    assert capsys.readouterr().out == ""
+
+
 def test_compiled_sampling_equals_eager():
     model = make_model(token_shift=True)
     assert_compiled_sampling_equals_eager(model, num_samples=2, repetition_penalty=1.2, top_k=5)
@@ -853,6 +863,8 @@ def test_a_stop_string_ends_the_text(trained, capsys):
         (["--beams=2", "--top_k=3", "--top_p=0.5"], "--top_k and --beams.*--top_p and --beams"),
         (["--beams=2", "--min_p=0.1", "--no-cache"], "--min_p and --beams.*--cache and --beams"),
         (["--beams=2", "--repetition_penalty=2"], "--repetition_penalty and --beams"),
+        (["--beams=2", "--compile"], "--compile and --beams: give one"),
+        (["--compile", "--no-cache"], "--compile needs the cache"),
         (["--num_samples=1000000000"], "--num_samples 1000000000 with --max_new_tokens 500 takes"),
         (["--max_new_tokens=1000000000000"], "with --max_new_tokens 1000000000000 takes about"),
         (["--beams=1000000000"], "--beams 1000000000 with .* GB: use smaller"),

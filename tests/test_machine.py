@@ -11,8 +11,9 @@ import torch
 from conftest import make_model
 from torch.utils import cpp_extension
 
-from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
+from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig, UserError
 from corpus.load import Corpus
+from system.compiler import compiler_problem
 from training import machine, setup
 from training.machine import memory_estimate, pick_compile, pick_precision, to_gpu_if_small
 from training.setup import preset_table
@@ -39,7 +40,8 @@ def test_nothing_is_compiled_if_compiling_does_not_work(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", fail)
     assert pick_compile(None, CPU) is False
     assert capsys.readouterr().out == "not compiling: no C++ compiler\n"
-    assert pick_compile(True, CPU) is True
+    with pytest.raises(UserError, match=r"not work here \(no C\+\+ compiler\): give --no-compile"):
+        pick_compile(True, CPU)
     assert pick_compile(None, torch.device("mps")) is False
 
 
@@ -113,16 +115,19 @@ def test_a_matrix_product_is_timed_by_the_best_of_eight(monkeypatch):
 
 
 def test_a_function_is_compiled_for_the_device_to_see_if_that_works(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_VEC_ISA_OK", raising=False)
     seen = []
     monkeypatch.setattr(
         torch, "compile", lambda function: lambda x: seen.append((function, x.device))
     )
     assert pick_compile(None, torch.device("meta")) is True
+    assert "TORCHINDUCTOR_VEC_ISA_OK" not in os.environ
     assert seen == [(torch.neg, torch.device("meta"))]
-    for wanted in (True, False):  # as requested, without a trial
-        assert pick_compile(wanted, CPU) is wanted
-        assert pick_compile(wanted, torch.device("mps")) is wanted
-    assert len(seen) == 1
+    assert pick_compile(True, CPU) is True
+    assert seen[1:] == [(torch.neg, CPU)]
+    assert os.environ["TORCHINDUCTOR_VEC_ISA_OK"] == "1"
+    assert pick_compile(False, CPU) is False
+    assert len(seen) == 2
 
 
 def test_freed_memory_is_kept_by_the_c_library(monkeypatch):
@@ -171,7 +176,6 @@ def test_the_memory_of_gpt_2_by_hand():
 
 
 def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch):
-    monkeypatch.delenv("TORCHINDUCTOR_VEC_ISA_OK", raising=False)
     kept = []
     monkeypatch.setattr(setup, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(
@@ -183,7 +187,6 @@ def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch):
     assert torch.initial_seed() == 77 and kept == [True]
     assert (config.precision, config.compile) == ("bfloat16", True)
     assert torch.get_float32_matmul_precision() == "high"
-    assert os.environ["TORCHINDUCTOR_VEC_ISA_OK"] == "1"
     setup.setup_machine(TrainConfig(precision="float32"), torch.device("meta"))
     assert kept == [True]  # only on a CPU
 
@@ -208,7 +211,8 @@ def test_a_missing_gpu_is_no_news_on_a_cpu(monkeypatch, caplog):
     cpp_extension._find_cuda_home()
     assert "No CUDA runtime is found" in caplog.text  # otherwise PyTorch has changed
     caplog.clear()
-    setup.setup_machine(TrainConfig(precision="float32", compile=False), CPU)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert compiler_problem(CPU) == ""
     cpp_extension._find_cuda_home()
     logger.warning("another warning")
     assert {record.message for record in caplog.records} == {"another warning"}

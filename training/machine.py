@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import GPTConfig, TrainConfig
-from system.errors import first_line
+from config import GPTConfig, TrainConfig, UserError
+from system.compiler import compiler_problem
 from training.distributed import world_size
 from utils import TokenStream, count_params
 
@@ -54,16 +54,16 @@ def matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def pick_compile(wanted: bool | None, device: torch.device) -> bool:
-    """Whether to use torch.compile: as requested, else if compiling a small function works (on a
-    CPU it needs a C++ compiler)."""
-    if wanted is not None or device.type == "mps":
-        return bool(wanted)
-    try:
-        torch.compile(torch.neg)(torch.zeros(1, device=device))
-    except Exception as error:  # any error means that compiling does not work here
-        print(f"not compiling: {first_line(error)}")
+    """Whether to use torch.compile: as requested, else if it works. Raises UserError if it is
+    requested and does not work."""
+    if wanted is False or (wanted is None and device.type == "mps"):
         return False
-    return True
+    problem = compiler_problem(device)
+    if problem and wanted:
+        raise UserError(f"--compile does not work here ({problem}): give --no-compile")
+    if problem:
+        print(f"not compiling: {problem}")
+    return not problem
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,6 @@
 """Prepare a run: resolve and check its settings, set up the machine, print a summary."""
 
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from config import (
 from corpus.load import Corpus, check_length, is_dataset
 from system.folders import folder_problems
 from system.memory import check_memory
-from system.torch_logs import hide_missing_cuda
 from training.distributed import broadcast_from_rank0, is_restart, is_torchrun, world_size
 from training.machine import keep_freed_memory, memory_estimate, pick_compile, pick_precision
 from training.run_log import run_files, writer_problems
@@ -191,9 +189,6 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
         why = "as before"
     if device.type == "cpu":
         keep_freed_memory()
-        # Saves torch.compile nine seconds of testing which instructions the C++ compiler supports.
-        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-    hide_missing_cuda()
     config.compile = pick_compile(config.compile, device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
