@@ -47,7 +47,7 @@ SIZES = (
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
 DROPOUT, DROPOUT_TIME = 0.2, 1.25  # the choice besides 0, and a step's time with it on a CPU
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
-PILOT_SHARE, PILOT_SECONDS = 0.05, 15.0  # of the time, and at most
+PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
 PILOT_WINDOWS = 1024  # to measure its loss
 PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a run, where steps are timed
 MIN_STEPS = 50  # of a run, and of the pilot
@@ -161,9 +161,10 @@ def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[
         with trainer.eval_mode():
             trainer.task.sample(trainer.model)
     sample = (time.perf_counter() - start) / gpt.n_layer
-    n_tokens, n_unique = steps * step_tokens(gpt, config), len(trainer.task.corpus.train_ids)
+    n_unique = len(trainer.task.corpus.train_ids)
+    epochs = steps * step_tokens(gpt, config) / n_unique
     n_bytes = window * trainer.task.corpus.bytes_per_token
-    return Pilot(block_params(gpt), n_tokens, n_bytes, n_unique, loss), sample
+    return Pilot(block_params(gpt), steps, epochs, n_bytes, n_unique, loss), sample
 
 
 def measure_sizes(
@@ -224,8 +225,9 @@ class Candidate:
             if most < MIN_STEPS:
                 continue
             for steps in {round(most * (MIN_STEPS / most) ** (i / 50)) for i in range(51)}:
-                n_tokens = steps * step_tokens(self.gpt, self.config)
-                loss = pilot.predict(self.n_params, n_tokens, self.window, dropout)
+                loss = pilot.predict(
+                    self.n_params, steps, self.epochs(steps, pilot), self.window, dropout
+                )
                 if loss < best.loss:
                     own: Flags = {"max_steps": steps, "warmup_steps": flags.get("warmup_steps")}
                     own["eval_every"] = flags.get("eval_every", math.ceil(steps / evaluations))
@@ -233,13 +235,17 @@ class Candidate:
                     best = replace(size, gpt=gpt, config=config, loss=loss)
         return best
 
+    def epochs(self, steps: int, pilot: Pilot) -> float:
+        """How often a run with this number of steps reads each token of the text."""
+        return steps * step_tokens(self.gpt, self.config) / pilot.n_unique
+
     def line(self, minutes: float, pilot: Pilot, mark: str = "") -> str:
         """A run as a line of the table."""
         gpt, steps = self.gpt, self.config.max_steps
-        size, epochs = f"{gpt.n_layer} x {gpt.n_embd}", steps * step_tokens(gpt, self.config)
+        size = f"{gpt.n_layer} x {gpt.n_embd}"
         return (
             f"{mark:1}{minutes:8g}  {size:8}{count_params(gpt)[0]:12,}{1000 * self.step:9.1f}"
-            f"{steps:10,}{epochs / pilot.n_unique:8.1f}{gpt.dropout:9g}{self.loss:16.3f}"
+            f"{steps:10,}{self.epochs(steps, pilot):8.1f}{gpt.dropout:9g}{self.loss:16.3f}"
         )
 
 
@@ -262,7 +268,7 @@ def plan_run(
     pilot, sample = run_pilot(make_trainer, flags, min(PILOT_SECONDS, PILOT_SHARE * limit))
     sizes = measure_sizes(make_trainer, flags, limit, sample)
     measured = time.perf_counter() - started
-    print(f"the pilot has a loss of {pilot.loss:.3f} after {pilot.n_tokens:,} tokens\n{HEADER}")
+    print(f"the pilot has a loss of {pilot.loss:.3f} after {pilot.steps:,} steps\n{HEADER}")
     for minutes in budgets:
         used = measured if config.minutes else min(measured, startup + 6 * minutes)  # a tenth
         seconds = 60 * minutes * (1 - MARGIN) - used
