@@ -11,7 +11,7 @@ probabilities and comparisons of settings see explore.py.
 
 import codecs
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +140,14 @@ def next_tokens(
     return Step(ids, logits, model_logits)
 
 
+def compile_for(device: torch.device) -> Callable[..., Step]:
+    """`next_tokens`, compiled as one graph."""
+    # On a CPU, a C++ wrapper around the kernels makes int8 steps of `medium` 1.2 times as fast.
+    options: dict[str, Any] = {"cpp_wrapper": device.type == "cpu"}
+    torch._dynamo.config.recompile_limit = 64  # a sweep has many combinations of settings
+    return torch.compile(next_tokens, fullgraph=True, options=options)
+
+
 def draw_seed() -> int:
     """A new seed, short enough to type."""
     return int(np.random.default_rng().integers(1_000_000))
@@ -173,7 +181,7 @@ def generate(
     dtype = cache_dtype(device, config.precision)
     make_cache = StaticCache if config.compile else KVCache
     cache = make_cache(model.config, B, device=device, dtype=dtype) if config.cache else None
-    compiled = torch.compile(next_tokens, fullgraph=True) if config.compile else next_tokens
+    compiled = compile_for(device) if config.compile else next_tokens
     begin, n_cached = 0, 0  # the window begins at this token; how many of its tokens are cached
     for step in range(n_new):
         end = T + step

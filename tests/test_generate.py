@@ -215,7 +215,9 @@ def test_sampling_is_compiled_once_as_one_graph(settings: dict, monkeypatch):
     torch.compiler.reset()
     counter, compile_function = CompileCounter(), torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda f, fullgraph: compile_function(f, backend=counter, fullgraph=True)
+        torch,
+        "compile",
+        lambda f, fullgraph, options: compile_function(f, backend=counter, fullgraph=fullgraph),
     )
     names = SampleConfig.__dataclass_fields__
     model = make_model(**{k: v for k, v in settings.items() if k not in names})

@@ -252,6 +252,7 @@ def fast(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(plan, "seconds_per_step", lambda trainer: 0.5)
     monkeypatch.setattr(plan, "seconds_per_window", lambda trainer: 0.01)
     monkeypatch.setattr(plan, "MIN_STEPS", 20)
+    monkeypatch.setattr(plan, "PILOT_STEPS", 20)
     monkeypatch.setattr(plan, "PILOT_SECONDS", 0.0)
     monkeypatch.setattr(RunLog, "plot", lambda log: None)  # most of the time
     return workplace

@@ -48,9 +48,10 @@ PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_b
 DROPOUT, DROPOUT_TIME = 0.2, 1.25  # the choice besides 0, and a step's time with it on a CPU
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
 PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
+PILOT_STEPS = 150  # at least: the law was fitted to pilots of 150 and 600 steps
 PILOT_WINDOWS = 1024  # to measure its loss
 PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a run, where steps are timed
-MIN_STEPS = 50  # of a run, and of the pilot
+MIN_STEPS = 50  # of a run
 EVAL_SHARE = 0.05  # of the time
 MARGIN = 0.03  # of the time, for what takes longer than measured
 DISK_SPEED = 2e8  # bytes per second, for checkpoints
@@ -152,7 +153,7 @@ def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[
     Also returns the seconds that a sample takes per layer."""
     window = min(SIZES[0][2], flags.get("block_size", SIZES[0][2]))  # the text may be short
     gpt, config = settings(flags | size_flags(SIZES[0], {"block_size": window}))
-    steps = max(MIN_STEPS, int(seconds / seconds_per_step(make_trainer(gpt, config))))
+    steps = max(PILOT_STEPS, int(seconds / seconds_per_step(make_trainer(gpt, config))))
     trainer = make_trainer(gpt, replace(config, max_steps=steps, warmup_steps=None))
     for _ in range(steps):
         trainer.train_step()
