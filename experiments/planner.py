@@ -18,7 +18,7 @@ import numpy as np
 from corpus.sources import find_sources
 from experiments.study import Row, Study, make_run, parse_study, study_corpus, write_results
 from system.errors import run
-from training.law import Law, Pilot
+from training.law import Law, Pilot, Run
 from training.plan import SIZES, block_params, settings, size_flags, step_tokens
 from training.setup import Flags
 from viz.runs import BLACK, COLORS, new_figure
@@ -34,46 +34,69 @@ TEXTS: dict[str, Flags] = {
     "plays, BPE": BPE | {"data": "plays"},
     "100 kB": {"data": "short.txt"},  # the first 100 kB of shakespeare, in the folder of the study
 }
-# text, size (its number in SIZES), dropout: steps of the runs for the fit, of those for the check
-RUNS: dict[tuple[str, int, float], tuple[tuple[int, ...], tuple[int, ...]]] = {
-    ("shakespeare", 0, 0): ((150, 600), (2400,)),
-    ("shakespeare", 1, 0): ((100, 1600), (400,)),
-    ("shakespeare", 2, 0): ((100, 1200), (400,)),
-    ("shakespeare", 2, 0.2): ((400,), ()),
-    ("shakespeare", 3, 0): ((150,), (400,)),
-    ("shakespeare, BPE", 0, 0): ((150, 600), ()),
-    ("shakespeare, BPE", 1, 0): ((400, 1200), ()),
-    ("shakespeare, BPE", 2, 0): ((600,), (200,)),
-    ("shakespeare, BPE", 2, 0.2): ((600,), ()),
-    ("shakespeare, BPE", 3, 0): ((), (300,)),
-    ("plays", 0, 0): ((150, 600), ()),
-    ("plays", 1, 0): ((1600,), (400,)),
-    ("plays", 2, 0): ((400,), (1000,)),
-    ("plays", 3, 0): ((150,), ()),
-    ("plays, BPE", 0, 0): ((150, 600), ()),
-    ("plays, BPE", 1, 0): ((1200,), (400,)),
-    ("plays, BPE", 2, 0): ((400,), (900,)),
-    ("plays, BPE", 3, 0): ((150,), ()),
-    ("100 kB", 0, 0): ((75, 150, 300, 600, 1200), ()),
-    ("100 kB", 1, 0): ((75, 150, 600), (300,)),
-    ("100 kB", 2, 0): ((150, 300), (75,)),
-    ("100 kB", 2, 0.2): ((300,), (600,)),
-    ("100 kB", 3, 0): ((75,), (150,)),
-    ("100 kB", 3, 0.2): ((), (300,)),
-    ("shakespeare", 4, 0): ((60,), (150,)),
+# text, size (its number in SIZES), dropout, weight decay: steps of the runs for the fit, and of
+# those for the check
+RUNS: dict[tuple[str, int, float, float], tuple[tuple[int, ...], tuple[int, ...]]] = {
+    ("shakespeare", 0, 0, 0.1): ((150, 600), (2400,)),
+    ("shakespeare", 1, 0, 0.1): ((100, 1600), (400,)),
+    ("shakespeare", 2, 0, 0.1): ((100, 1200), (400,)),
+    ("shakespeare", 2, 0.2, 0.1): ((400,), ()),
+    ("shakespeare", 3, 0, 0.1): ((150,), (400,)),
+    ("shakespeare, BPE", 0, 0, 0.1): ((150, 600), ()),
+    ("shakespeare, BPE", 1, 0, 0.1): ((400, 1200), ()),
+    ("shakespeare, BPE", 2, 0, 0.1): ((600,), (200,)),
+    ("shakespeare, BPE", 2, 0.2, 0.1): ((600,), ()),
+    ("shakespeare, BPE", 3, 0, 0.1): ((), (300,)),
+    ("plays", 0, 0, 0.1): ((150, 600), ()),
+    ("plays", 1, 0, 0.1): ((1600,), (400,)),
+    ("plays", 2, 0, 0.1): ((400,), (1000,)),
+    ("plays", 3, 0, 0.1): ((150,), ()),
+    ("plays, BPE", 0, 0, 0.1): ((150, 600), ()),
+    ("plays, BPE", 1, 0, 0.1): ((1200,), (400,)),
+    ("plays, BPE", 2, 0, 0.1): ((400,), (900,)),
+    ("plays, BPE", 3, 0, 0.1): ((150,), ()),
+    ("100 kB", 0, 0, 0.1): ((75, 150, 300, 600, 1200), ()),
+    ("100 kB", 1, 0, 0.1): ((75, 150, 600), (300,)),
+    ("100 kB", 2, 0, 0.1): ((150, 300), (75,)),
+    ("100 kB", 2, 0.2, 0.1): ((300,), (600,)),
+    ("100 kB", 3, 0, 0.1): ((75,), (150,)),
+    ("100 kB", 3, 0.2, 0.1): ((), (300,)),
+    ("shakespeare", 4, 0, 0.1): ((60,), (150,)),
+    ("shakespeare", 2, 0, 1.0): ((600,), (1600,)),
+    ("shakespeare", 3, 0, 1.0): ((2000,), (1200,)),
+    ("shakespeare, BPE", 2, 0, 1.0): ((600,), ()),
+    ("shakespeare, BPE", 3, 0, 1.0): ((), (600,)),
+    ("plays", 2, 0, 1.0): ((1000,), ()),
+    ("100 kB", 2, 0, 1.0): ((300,), ()),
+    ("100 kB", 2, 0.2, 1.0): ((600,), (300,)),
+    ("100 kB", 3, 0.2, 1.0): ((), (600,)),
 }
 PILOTS = (150, 600)  # steps: of the plan for one minute and for longer times here
 OVERFITTED = 0.1  # nats above the best loss: there, the weight of a run in the fit is a half
-START = (0.2, 0.2, 0.2, 0.3, 0.04, 0.01, 0.3, 0.35, 6.0)  # of the fit: constants of this order
+START = (
+    0.2,
+    0.2,
+    0.2,
+    0.3,
+    0.04,
+    0.01,
+    0.3,
+    0.35,
+    6.0,
+    0.03,
+    1.0,
+)  # of the fit: constants of this order
 PRIOR = 0.1  # nats that a constant costs that differs from these by a factor of e
 
 
 # --- runs
 
 
-def run_flags(study: Study, text: str, size: int, dropout: float, steps: int) -> Flags:
+def run_flags(
+    study: Study, text: str, size: int, dropout: float, decay: float, steps: int
+) -> Flags:
     """The flags of a run."""
-    fixed = TEXTS[text] | {"dropout": dropout, "max_steps": steps}
+    fixed = TEXTS[text] | {"dropout": dropout, "weight_decay": decay, "max_steps": steps}
     flags = size_flags(SIZES[size], fixed)
     if flags.get("data") == "short.txt":
         flags["data"] = str(study.folder / flags["data"])
@@ -91,11 +114,11 @@ def write_short_text(study: Study) -> None:
 def train_all(study: Study) -> list[Row]:
     """The table of all runs. Their checkpoints, which take gigabytes, are deleted."""
     rows: list[Row] = []
-    for (text, size, dropout), uses in RUNS.items():
+    for (text, size, dropout, decay), uses in RUNS.items():
         labeled = [("fit", n) for n in uses[0]] + [("check", n) for n in uses[1]]
         for use, steps in labeled:
-            flags = run_flags(study, text, size, dropout, steps)
-            name = f"{text}-{size}-{dropout}-{steps}".replace(", ", "-").replace(" ", "")
+            flags = run_flags(study, text, size, dropout, decay, steps)
+            name = f"{text}-{size}-{dropout}-{decay}-{steps}".replace(", ", "-").replace(" ", "")
             result = make_run(study, name, flags)
             for file in (study.folder / name).glob("*.pt"):
                 file.unlink()
@@ -109,6 +132,7 @@ def train_all(study: Study) -> list[Row]:
                     "size": f"{gpt.n_layer} x {gpt.n_embd}",
                     "params": block_params(gpt),
                     "dropout": dropout,
+                    "weight decay": decay,
                     "steps": steps,
                     "window": round(gpt.block_size * corpus.bytes_per_token, 1),
                     "epochs": round(steps * step_tokens(gpt, config) / len(corpus.train_ids), 2),
@@ -132,20 +156,24 @@ def read_runs(path: Path) -> list[Row]:
     return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
 
 
+def run_of(row: Row) -> Run:
+    """What the law knows about a run of the table."""
+    size = (row["params"], row["steps"], row["epochs"], row["window"])
+    return Run(*size, row["dropout"], row["weight decay"])
+
+
 def pilots(rows: list[Row]) -> dict[tuple[str, int], Pilot]:
     """The pilots by text and steps."""
+    smallest = min(row["params"] for row in rows)
     return {
-        (r["text"], int(r["steps"])): Pilot(
-            r["params"], r["steps"], r["epochs"], r["window"], r["unique"], r["loss"]
-        )
-        for r in rows
-        if r["params"] == min(row["params"] for row in rows) and r["steps"] in PILOTS
+        (row["text"], int(row["steps"])): Pilot(run_of(row), row["unique"], row["loss"])
+        for row in rows
+        if row["params"] == smallest and row["steps"] in PILOTS
     }
 
 
 def predicted(pilot: Pilot, row: Row, law: Law) -> float:
-    size = (row["params"], row["steps"], row["epochs"])
-    return pilot.predict(*size, row["window"], row["dropout"], law)
+    return pilot.predict(run_of(row), law)
 
 
 def pairs(rows: list[Row], use: str) -> list[tuple[Pilot, Row]]:
@@ -155,7 +183,7 @@ def pairs(rows: list[Row], use: str) -> list[tuple[Pilot, Row]]:
         for (text, _), pilot in pilots(rows).items()
         for row in rows
         if row["use"] == use and row["text"] == text
-        if row["params"] > pilot.n_params or row["steps"] > pilot.steps
+        if row["params"] > pilot.run.n_params or row["steps"] > pilot.run.steps
     ]
 
 
@@ -228,7 +256,7 @@ def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
         }
         table.append(
             {
-                **{name: row[name] for name in ("text", "size", "dropout")},
+                **{name: row[name] for name in ("text", "size", "dropout", "weight decay")},
                 "steps": int(row["steps"]),
                 "epochs": row["epochs"],
                 "measured": row["loss"],

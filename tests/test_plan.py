@@ -20,14 +20,14 @@ from config import GPTConfig, TrainConfig, UserError, from_dict
 from experiments import planner
 from training import deadline, plan
 from training.deadline import Deadline, end_schedule_at
-from training.law import LAW, Law, Pilot
+from training.law import LAW, Law, Pilot, Run
 from training.plan import Candidate
 from training.run_log import RunLog
 
 ROOT = Path(__file__).parent.parent
 # One of everything, so that each term can be worked out by hand.
-SIMPLE = Law(0.1, 1.0, 0.2, 0.5, 0.05, 0.01, 1.0, 0.3, math.log(10))
-PILOT = Pilot(n_params=1e6, steps=1000, epochs=0.001, window=100, n_unique=1e9, loss=2.0)
+SIMPLE = Law(0.1, 1.0, 0.2, 0.5, 0.05, 0.01, 1.0, 0.3, math.log(10), 0.04, math.log(100))
+PILOT = Pilot(Run(n_params=1e6, steps=1000, epochs=0.001, window=100), unique=1e9, loss=2.0)
 # Of 10,240 tokens per step, with a step of 0.1 s, evaluations of 1 s and 5 s at the end.
 CONFIG = TrainConfig(batch_size=40, max_steps=1000, lr_max=0.01, schedule="linear", minutes=2.0)
 BIG = Candidate(GPTConfig(), CONFIG, 1_000_000, 256.0, 0.1, 1.0, 5.0)
@@ -38,27 +38,29 @@ SMALL = replace(BIG, n_params=100_000, step=0.01)
 
 
 @pytest.mark.parametrize(
-    ("n", "steps", "epochs", "u", "window", "dropout", "expected"),
+    ("run", "unique", "expected"),
     [
-        (1e6, 1000, 1, 1e6, 100, 0.0, 0.1 + 0.2 + 0.05 + 0.01),
-        (2e6, 1000, 0, 1e12, 100, 0.0, 0.05 + 0.2 + 0.05 + 0.0),  # twice the size
-        (1e6, 4000, 0, 1e12, 100, 0.0, 0.1 + 0.1 + 0.05 + 0.0),  # four times the steps, power 1/2
-        (1e6, 1000, 0, 1e12, 200, 0.0, 0.1 + 0.2 + 0.025 + 0.0),
-        (1e6, 4000, 4, 1e6, 100, 0.0, 0.1 + 0.1 + 0.05 + 0.04),  # four epochs
-        (1e6, 4000, 8, 5e5, 100, 0.0, 0.1 + 0.1 + 0.05 + 0.01 * 2 * 8),  # 8 of half the text
-        (1e6, 4000, 8, 5e5, 100, 1.0, 0.1 + 0.1 + 0.05 + 0.016 + 0.3),  # a tenth, and its cost
+        (Run(1e6, 1000, 1, 100, 0, 0), 1e6, 0.1 + 0.2 + 0.05 + 0.01),
+        (Run(2e6, 1000, 0, 100, 0, 0), 1e12, 0.05 + 0.2 + 0.05 + 0.0),  # twice the size
+        (Run(1e6, 4000, 0, 100, 0, 0), 1e12, 0.1 + 0.1 + 0.05 + 0.0),  # four times the steps
+        (Run(1e6, 1000, 0, 200, 0, 0), 1e12, 0.1 + 0.2 + 0.025 + 0.0),
+        (Run(1e6, 4000, 4, 100, 0, 0), 1e6, 0.1 + 0.1 + 0.05 + 0.04),  # four epochs
+        (Run(1e6, 4000, 8, 100, 0, 0), 5e5, 0.1 + 0.1 + 0.05 + 0.16),  # eight, of half the text
+        # a tenth of the cost of repetitions, and the cost of dropout
+        (Run(1e6, 4000, 8, 100, 1, 0), 5e5, 0.1 + 0.1 + 0.05 + 0.016 + 0.3),
+        # a hundredth, and the cost of weight decay
+        (Run(1e6, 4000, 8, 100, 0, 1), 5e5, 0.1 + 0.1 + 0.05 + 0.0016 + 0.04),
     ],
 )
-def test_the_law_by_hand(n, steps, epochs, u, window, dropout, expected):
-    assert SIMPLE(n, steps, epochs, u, window, dropout) == pytest.approx(expected, abs=1e-5)
+def test_the_law_by_hand(run: Run, unique: float, expected: float):
+    assert SIMPLE(run, unique) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_prediction_is_relative_to_the_pilot():
-    assert PILOT.predict(1e6, 1000, 0.001, 100, 0.0, SIMPLE) == 2.0  # the pilot itself
-    # four times the steps: 0.2 / sqrt(4) instead of 0.2, so 10% less
-    assert PILOT.predict(1e6, 4000, 0.001, 100, 0.0, SIMPLE) == pytest.approx(1.8)
-    harder = replace(PILOT, loss=4.0)
-    assert harder.predict(1e6, 4000, 0.001, 100, 0.0, SIMPLE) == pytest.approx(3.6)
+    assert PILOT.predict(PILOT.run, SIMPLE) == 2.0
+    longer = replace(PILOT.run, steps=4000)  # 0.2 / sqrt(4) instead of 0.2, so 10% less
+    assert PILOT.predict(longer, SIMPLE) == pytest.approx(1.8)
+    assert replace(PILOT, loss=4.0).predict(longer, SIMPLE) == pytest.approx(3.6)
 
 
 def test_the_constants_are_those_of_the_published_runs():
@@ -81,9 +83,9 @@ def test_a_fit_recovers_the_law_that_made_the_losses(monkeypatch):
 
 def test_the_study_writes_its_runs_and_their_predictions(fast, monkeypatch, capsys):
     runs = {
-        ("shakespeare", 0, 0): ((2, 4), ()),
-        ("shakespeare", 1, 0): ((4,), (6,)),
-        ("100 kB", 0, 0): ((2, 4), ()),
+        ("shakespeare", 0, 0, 0.1): ((2, 4), ()),
+        ("shakespeare", 1, 0, 1.0): ((4,), (6,)),
+        ("100 kB", 0, 0, 0.1): ((2, 4), ()),
     }
     monkeypatch.setattr(planner, "RUNS", runs)
     monkeypatch.setattr(planner, "SIZES", plan.SIZES)
@@ -96,9 +98,11 @@ def test_the_study_writes_its_runs_and_their_predictions(fast, monkeypatch, caps
     assert [row["epochs"] for row in rows] == pytest.approx(epochs, abs=0.005)
     (row,) = csv.DictReader((results / "planner_check.csv").read_text().splitlines())
     law = planner.fit(rows)
-    first, last = rows[0], rows[3]
-    pilot = Pilot(first["params"], 2, first["epochs"], 16.0, first["unique"], first["loss"])
-    expected = pilot.predict(last["params"], 6, last["epochs"], 16.0, 0.0, law)
+    first, last = (
+        Run(row["params"], row["steps"], row["epochs"], 16.0, 0, row["weight decay"])
+        for row in (rows[0], rows[3])
+    )
+    expected = Pilot(first, rows[0]["unique"], rows[0]["loss"]).predict(last, law)
     assert float(row["from 2 steps"]) == pytest.approx(expected)
     assert not list(Path("checkpoints/studies/planner").glob("*/*.pt"))
     assert f"LAW = {law}" in capsys.readouterr().out
@@ -113,7 +117,7 @@ def test_a_run_fills_the_time():
     assert run.config.max_steps == 890 and run.config.eval_every == 178
     assert run.config.warmup_steps == 89 and run.gpt.dropout == 0
     epochs = 890 * 40 * 256 / 1e9
-    assert run.loss == pytest.approx(PILOT.predict(1_000_000, 890, epochs, 256.0, 0.0))
+    assert run.loss == pytest.approx(PILOT.predict(Run(1_000_000, 890, epochs, 256.0)))
 
 
 def test_what_the_user_fixes_is_kept():
@@ -133,17 +137,17 @@ def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_o
 
 
 def test_a_small_text_is_not_read_more_often_than_it_helps():
-    little = replace(PILOT, n_unique=1e6)
-    run = BIG.best_run(100_000.0, little, {"dropout": 0.0})
-    most = BIG.best_run(100_000.0, PILOT, {"dropout": 0.0}).config.max_steps
+    little, fixed = replace(PILOT, unique=1e6), {"dropout": 0.0, "weight_decay": 0.1}
+    run = BIG.best_run(100_000.0, little, fixed)
+    most = BIG.best_run(100_000.0, PILOT, fixed).config.max_steps
     assert run.config.max_steps < most / 10
     for factor in (0.7, 1.4):  # both sides of the minimum
         steps = factor * run.config.max_steps
         epochs = steps * 40 * 256 / 1e6
-        assert little.predict(1_000_000, steps, epochs, 256.0, 0.0) > run.loss
-    # with dropout, more repetitions help
-    regularized = BIG.best_run(100_000.0, little, {"dropout": 0.2})
-    assert regularized.config.max_steps > run.config.max_steps
+        assert little.predict(Run(1_000_000, steps, epochs, 256.0)) > run.loss
+    for regularized in ({"dropout": 0.2}, {"weight_decay": 1.0}):  # more repetitions help
+        longer = BIG.best_run(100_000.0, little, fixed | regularized)
+        assert longer.config.max_steps > run.config.max_steps
 
 
 # --- the deadline

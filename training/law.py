@@ -5,6 +5,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Run:
+    """What the law knows about a run."""
+
+    n_params: float  # without embeddings
+    steps: float
+    epochs: float  # how often each token of the text is read
+    window: float  # in bytes
+    dropout: float = 0.0
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True)
 class Law:
     """The constants of the scaling law, fitted by experiments/planner.py."""
 
@@ -17,55 +29,46 @@ class Law:
     overfit_power: float
     dropout_cost: float
     dropout_power: float
+    decay_cost: float
+    decay_power: float
 
-    def __call__(
-        self, n: float, steps: float, epochs: float, u: float, window: float, dropout: float
-    ) -> float:
-        """The loss of a run with n parameters, up to a constant, as a multiple of the pilot's.
+    def __call__(self, run: Run, unique: float) -> float:
+        """The loss of a run up to a constant, as a multiple of the pilot's, on a text with this
+        number of training tokens.
 
         More parameters and steps are better, with diminishing returns (Hoffmann et al. 2022), and
-        so is a longer window, in bytes of text. (Steps predict the loss better than tokens: of the
-        batches of SIZES, twice as large ones hardly differ.) Reading the u tokens of the training
-        split several times has a cost, which is higher for models that are large for the text;
-        dropout reduces it, and slows down learning. (Muennighoff et al. 2023 let repeated tokens
-        count less, so that the loss cannot rise. For these small texts it does.)
+        so is a longer window. (Steps predict the loss better than tokens: of the batches of SIZES,
+        twice as large ones hardly differ.) Reading the text several times has a cost, which is
+        higher for models that are large for it. Dropout and weight decay reduce this cost, and slow
+        down learning. (Muennighoff et al. 2023 let repeated tokens count less, so that the loss
+        cannot rise. For these small texts it does. Kim et al. 2025 found that repeated texts need
+        30 times the usual weight decay.)
         """
-        overfit = self.overfit * (n / u) ** self.overfit_power * epochs
+        overfit = self.overfit * (run.n_params / unique) ** self.overfit_power * run.epochs
+        strength = self.dropout_power * run.dropout + self.decay_power * run.weight_decay
         return (
-            self.size * (n / 1e6) ** -self.size_power
-            + self.steps * (steps / 1000) ** -self.steps_power
-            + self.window * 100 / window
-            + overfit * math.exp(-self.dropout_power * dropout)
-            + self.dropout_cost * dropout
+            self.size * (run.n_params / 1e6) ** -self.size_power
+            + self.steps * (run.steps / 1000) ** -self.steps_power
+            + self.window * 100 / run.window
+            + overfit * math.exp(-strength)
+            + self.dropout_cost * run.dropout
+            + self.decay_cost * run.weight_decay
         )
 
 
-LAW = Law(0.1822, 0.1529, 0.2118, 0.3046, 0.04879, 0.0114, 0.3344, 0.376, 6.512)
+LAW = Law(0.1822, 0.1529, 0.2118, 0.3046, 0.04879, 0.0114, 0.3344, 0.376, 6.512, 0.03, 1.0)
 
 
 @dataclass(frozen=True)
 class Pilot:
     """A short run of the smallest model. Its loss shows how difficult the text is."""
 
-    n_params: float
-    steps: float
-    epochs: float
-    window: float  # in bytes
-    n_unique: float  # tokens of the training split
+    run: Run
+    unique: float  # tokens of the training split
     loss: float  # of the validation split, in nats per token
 
-    def predict(
-        self,
-        n_params: float,
-        steps: float,
-        epochs: float,
-        window: float,
-        dropout: float,
-        law: Law = LAW,
-    ) -> float:
+    def predict(self, run: Run, law: Law = LAW) -> float:
         """The validation loss at the end of another run on this text. On a text on which the
         pilot's loss is twice as high, so are the differences between runs."""
-        u = self.n_unique
-        change = law(n_params, steps, epochs, u, window, dropout)
-        change -= law(self.n_params, self.steps, self.epochs, u, self.window, 0.0)
+        change = law(run, self.unique) - law(self.run, self.unique)
         return max(0.0, self.loss * (1 + change))  # below 0 only for a text without information

@@ -6,10 +6,11 @@
 1. Measure: a pilot run of the smallest model shows how difficult the text is, and a few steps of
    each size how fast this machine is.
 2. Predict: a scaling law (law.py) gives the loss of each size after the steps that fit.
-3. Choose the size, the number of steps and the dropout with the lowest predicted loss.
+3. Choose the size, the number of steps, dropout and weight decay with the lowest predicted loss.
 4. While training, keep the time (deadline.py).
 """
 
+import itertools
 import math
 import os
 import statistics
@@ -28,7 +29,7 @@ from config import (
     train_settings,
 )
 from training.distributed import is_torchrun
-from training.law import Pilot
+from training.law import Pilot, Run
 from training.setup import Flags, State, resolve_train
 from utils import autocast, count_params, even_starts
 
@@ -45,7 +46,8 @@ SIZES = (
     (6, 384, 256, 12),
 )
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
-DROPOUT, DROPOUT_TIME = 0.2, 1.25  # the choice besides 0, and a step's time with it on a CPU
+DROPOUTS, WEIGHT_DECAYS = (0.0, 0.2), (0.1, 1.0)  # the choices
+DROPOUT_TIME = 1.25  # of a step on a CPU, relative to one without dropout
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
 PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
 PILOT_STEPS = 150  # at least: the law was fitted to pilots of 150 and 600 steps
@@ -165,7 +167,8 @@ def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[
     n_unique = len(trainer.task.corpus.train_ids)
     epochs = steps * step_tokens(gpt, config) / n_unique
     n_bytes = window * trainer.task.corpus.bytes_per_token
-    return Pilot(block_params(gpt), steps, epochs, n_bytes, n_unique, loss), sample
+    run = Run(block_params(gpt), steps, epochs, n_bytes, weight_decay=config.weight_decay)
+    return Pilot(run, n_unique, loss), sample
 
 
 def measure_sizes(
@@ -220,25 +223,29 @@ class Candidate:
         little time. Fewer steps than possible are better if more would overfit."""
         evaluations = min(10, max(2, int(EVAL_SHARE * seconds / self.evaluation)))
         best = self
-        for dropout in (flags["dropout"],) if "dropout" in flags else (0.0, DROPOUT):
+        choices = (
+            (flags[name],) if name in flags else values
+            for name, values in (("dropout", DROPOUTS), ("weight_decay", WEIGHT_DECAYS))
+        )
+        for dropout, decay in itertools.product(*choices):
             size = replace(self, step=self.step * (DROPOUT_TIME if dropout else 1))
             most = int((seconds - self.seconds(0, evaluations)) / size.step)
             if most < MIN_STEPS:
                 continue
             for steps in {round(most * (MIN_STEPS / most) ** (i / 50)) for i in range(51)}:
-                loss = pilot.predict(
-                    self.n_params, steps, self.epochs(steps, pilot), self.window, dropout
-                )
-                if loss < best.loss:
+                epochs = self.epochs(steps, pilot)
+                run = Run(self.n_params, steps, epochs, self.window, dropout, decay)
+                if (loss := pilot.predict(run)) < best.loss:
                     own: Flags = {"max_steps": steps, "warmup_steps": flags.get("warmup_steps")}
                     own["eval_every"] = flags.get("eval_every", math.ceil(steps / evaluations))
-                    gpt, config = replace(self.gpt, dropout=dropout), replace(self.config, **own)
+                    config = replace(self.config, weight_decay=decay, **own)
+                    gpt = replace(self.gpt, dropout=dropout)
                     best = replace(size, gpt=gpt, config=config, loss=loss)
         return best
 
     def epochs(self, steps: int, pilot: Pilot) -> float:
         """How often a run with this number of steps reads each token of the text."""
-        return steps * step_tokens(self.gpt, self.config) / pilot.n_unique
+        return steps * step_tokens(self.gpt, self.config) / pilot.unique
 
     def line(self, minutes: float, pilot: Pilot, mark: str = "") -> str:
         """A run as a line of the table."""
@@ -246,11 +253,13 @@ class Candidate:
         size = f"{gpt.n_layer} x {gpt.n_embd}"
         return (
             f"{mark:1}{minutes:8g}  {size:8}{count_params(gpt)[0]:12,}{1000 * self.step:9.1f}"
-            f"{steps:10,}{self.epochs(steps, pilot):8.1f}{gpt.dropout:9g}{self.loss:16.3f}"
+            f"{steps:10,}{self.epochs(steps, pilot):8.1f}{gpt.dropout:9g}"
+            f"{self.config.weight_decay:14g}{self.loss:16.3f}"
         )
 
 
-HEADER = "  minutes  size      parameters  ms/step     steps  epochs  dropout  predicted loss"
+HEADER = "  minutes  size      parameters  ms/step     steps  epochs  dropout"
+HEADER += "  weight decay  predicted loss"
 
 
 def plan_run(
@@ -269,7 +278,7 @@ def plan_run(
     pilot, sample = run_pilot(make_trainer, flags, min(PILOT_SECONDS, PILOT_SHARE * limit))
     sizes = measure_sizes(make_trainer, flags, limit, sample)
     measured = time.perf_counter() - started
-    print(f"the pilot has a loss of {pilot.loss:.3f} after {pilot.steps:,} steps\n{HEADER}")
+    print(f"the pilot has a loss of {pilot.loss:.3f} after {pilot.run.steps:,} steps\n{HEADER}")
     for minutes in budgets:
         used = measured if config.minutes else min(measured, startup + 6 * minutes)  # a tenth
         seconds = 60 * minutes * (1 - MARGIN) - used
