@@ -148,19 +148,19 @@ HIGH_RATE = 3e-2
 MISTAKES: dict[str, Mistake] = {
     BASE: Mistake("the validation loss is a little above the training loss, both fall"),
     "no causal mask": Mistake(
-        "a loss far below any published one, and samples without sense",
+        "a loss far below any published one, and samples that make no sense",
         replacement=(model_parts, "fused_attention", attend_everywhere),
     ),
     "targets not shifted": Mistake(
-        "the loss falls to almost 0, and samples repeat one token",
+        "the loss falls to almost 0, and a sample repeats its first token",
         replacement=(studies, "GPT", UnshiftedGPT),
     ),
     "no zero_grad": Mistake(
-        "the gradient norm grows from step to step",
+        "the gradient norm never falls below the clipping threshold: old gradients are in it",
         replacement=(studies, "GPT", GPTWithoutZeroGrad),
     ),
     "clipping after the step": Mistake(
-        "the size of a gradient still changes the step",
+        "not by the curve, if most gradients are below the threshold; by the order of the calls",
         replacement=(train, "Trainer", LateClipping),
     ),
     "high learning rate": Mistake("for comparison: with warmup", {"lr_max": HIGH_RATE}),
@@ -168,7 +168,7 @@ MISTAKES: dict[str, Mistake] = {
         "the loss jumps up in the first steps", {"lr_max": HIGH_RATE, "warmup_steps": 0}
     ),
     "no residual connections": Mistake(
-        "the loss stays at that of token frequencies",
+        "the loss stays near that of token frequencies, however long it trains",
         replacement=(model_parts, "Block", ResidualFreeBlock),
     ),
     "scores not scaled": Mistake(
@@ -176,15 +176,15 @@ MISTAKES: dict[str, Mistake] = {
         replacement=(model_parts, "fused_attention", attend_unscaled),
     ),
     "dropout in evaluation": Mistake(
-        "two evaluations of the same weights differ",
+        "both losses are a little too high, and two evaluations of the same weights differ",
         replacement=(train, "Trainer", NoEvalMode),
     ),
     "training on validation data": Mistake(
-        "no gap between the losses, even after many epochs",
+        "no gap between training and validation loss, even after several epochs",
         replacement=(studies, "Pretraining", TrainsOnValidation),
     ),
     "shuffled tokens": Mistake(
-        "the loss stays at that of token frequencies",
+        "the loss is that of token frequencies; decoded batches are not text",
         replacement=(studies, "Pretraining", ShuffledTokens),
     ),
 }
@@ -193,7 +193,7 @@ MISTAKES: dict[str, Mistake] = {
 QUICK: Flags = {"preset": "laptop", "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 16}
 QUICK |= {"max_steps": 300, "eval_every": 25, "eval_windows": 32}
 FULL: Flags = {"preset": "medium", "max_steps": 1000, "eval_every": 50}
-COMMON: Flags = {"dropout": 0.1, "sample_tokens": 100, "log_every": 1}
+COMMON: Flags = {"dropout": 0.2, "sample_tokens": 100, "log_every": 1}
 SHARE = 0.25  # of the training text is read; the honest loss is measured on the rest
 HONEST_WINDOWS = 2000
 
@@ -232,10 +232,13 @@ def last_token_loss(model: GPT, text: np.ndarray, device: torch.device) -> float
 
 
 def last_sample(result: Result) -> str:
-    """The last text that a run sampled, in one line."""
+    """The text that a run sampled at its last evaluation, in one line. Texts without anything but
+    newlines are not in the file."""
     text = Path(result["flags"]["out_dir"], "samples.txt").read_text(encoding="utf-8")
-    sample = re.split(r"^--- step .*\n", text, flags=re.MULTILINE)[-1]
-    return " / ".join(sample.split("\n")).strip(" /").replace("|", "\\|") or "(only newlines)"
+    *_, step, sample = re.split(r"^--- step (\d+).*\n", text, flags=re.MULTILINE)
+    if int(step) < result["log"][-1]["step"]:
+        return "(only newlines)"
+    return " / ".join(sample.strip("\n").split("\n")).replace("|", "\\|")
 
 
 def final_losses(runs: list[Result], split: str) -> list[float]:

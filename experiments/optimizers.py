@@ -119,10 +119,9 @@ def best_rate(losses: dict[float, float]) -> float:
 
 
 def gradient_norms(result: Result) -> list[float]:
-    """The norm of the gradient before clipping, for each step of a run; those of a run that
-    diverged may be missing at its end."""
+    """The norm of the gradient before clipping, for each step of a run."""
     steps = read_run(Path(result["flags"]["out_dir"])).steps
-    return [record["grad_norm"] for record in steps]
+    return [record["grad_norm"] for record in steps if record["grad_norm"] is not None]
 
 
 # --- tables
@@ -248,8 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         for clip in THRESHOLDS:
             flags = run_flags(study, name, best[name], clip)
             folder = run_name(name, best[name], clip)
-            same = clip == CLIP
-            clipped[name, clip] = runs[name] if same else with_seeds(study, folder, flags)
+            with trainer_of(name):
+                again = [] if clip == CLIP else with_seeds(study, folder, flags)
+            clipped[name, clip] = again or runs[name]
     tables = {
         "Optimizers at their best learning rates": optimizer_rows(best, runs),
         "Clipping": clipping_rows(clipped),
