@@ -192,24 +192,26 @@ def plot_curves(axes: "Axes", best: dict[str, float], runs: dict[str, list[Resul
 
 def plot_tuning(axes: "Axes", tuning: dict[str, dict[float, float]]) -> None:
     """The loss over the learning rate, without those that diverged; a star at the best one."""
-    for (name, losses), color in zip(tuning.items(), COLORS, strict=False):
+    for losses, color in zip(tuning.values(), COLORS, strict=False):
         finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-        axes.semilogx(list(finite), list(finite.values()), ".-", color=color, label=name)
+        axes.semilogx(list(finite), list(finite.values()), ".-", color=color)
         axes.plot(best_rate(losses), min(losses.values()), "*", color=color, markersize=14)
     axes.set(xlabel="peak learning rate", ylabel="validation loss (nats per token)")
-    axes.set_title("Tuning, one seed")
+    axes.set_title("Tuning: one seed, colors as on the left")
 
 
 def plot_norms(axes: "Axes", name: str, clipped: dict[tuple[str, float], list[Result]]) -> None:
-    """The gradient norms of the first seed for each threshold, dotted lines."""
-    for ((optimizer, clip), results), color in zip(clipped.items(), COLORS * 2, strict=False):
-        if optimizer == name:
-            norms = gradient_norms(results[0])
-            label = f"clipped to {clip:g}" if clip else "not clipped"
-            axes.semilogy(norms, color=color, linewidth=0.8, label=label)
-            if clip:
-                axes.axhline(clip, color=color, linestyle=":")
-    axes.set(xlabel="step", ylabel="gradient norm before clipping", title=name)
+    """The gradient norms of the first seed for each threshold, which is a dotted line."""
+    highest = 0.0
+    for clip, color in zip(THRESHOLDS, COLORS, strict=False):
+        norms = gradient_norms(clipped[name, clip][0])
+        label = f"clipped to {clip:g}" if clip else "not clipped"
+        axes.semilogy(norms, color=color, linewidth=0.8, label=label)
+        if clip:
+            axes.axhline(clip, color=color, linestyle=":")
+        highest = max(highest, *norms)
+    axes.set_ylim(top=6 * highest)  # room for the legend
+    axes.set(xlabel="step", ylabel="gradient norm before clipping", title=f"{name}, one seed")
     axes.legend(loc="upper right", ncols=2)
 
 
