@@ -160,19 +160,19 @@ MISTAKES: dict[str, Mistake] = {
         replacement=(studies, "GPT", GPTWithoutZeroGrad),
     ),
     "clipping after the step": Mistake(
-        "not by the curve, if most gradients are below the threshold; by the order of the calls",
+        "not by the curve, if most gradients are below the threshold, but in the code",
         replacement=(train, "Trainer", LateClipping),
     ),
     "high learning rate": Mistake("for comparison: with warmup", {"lr_max": HIGH_RATE}),
     "high learning rate, no warmup": Mistake(
-        "the loss jumps up in the first steps", {"lr_max": HIGH_RATE, "warmup_steps": 0}
+        "the gradient norm jumps in the second step", {"lr_max": HIGH_RATE, "warmup_steps": 0}
     ),
     "no residual connections": Mistake(
         "the loss stays near that of token frequencies, however long it trains",
         replacement=(model_parts, "Block", ResidualFreeBlock),
     ),
     "scores not scaled": Mistake(
-        "attention maps are almost one-hot from the start",
+        "nothing tells it but a slower fall of the loss: compare it with a known curve",
         replacement=(model_parts, "fused_attention", attend_unscaled),
     ),
     "dropout in evaluation": Mistake(
