@@ -89,8 +89,8 @@ class ResidualFreeBlock(Block):
     """Each sublayer replaces its input instead of adding to it."""
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        x = self.drop(self.attn(self.sublayer_input(x, 0, context), context))
-        return self.drop(self.mlp(self.sublayer_input(x, 1, context)))
+        x = self.drop(self.attn(self.sublayer_input(x, 0, context), context)).to(x.dtype)
+        return self.drop(self.mlp(self.sublayer_input(x, 1, context))).to(x.dtype)
 
 
 class LateClipping(train.Trainer):
@@ -152,7 +152,7 @@ MISTAKES: dict[str, Mistake] = {
         replacement=(model_parts, "fused_attention", attend_everywhere),
     ),
     "targets not shifted": Mistake(
-        "the loss falls to almost 0, and a sample repeats its first token",
+        "the loss falls to almost 0, and a sample repeats the last token of the prompt",
         replacement=(studies, "GPT", UnshiftedGPT),
     ),
     "no zero_grad": Mistake(
@@ -160,12 +160,13 @@ MISTAKES: dict[str, Mistake] = {
         replacement=(studies, "GPT", GPTWithoutZeroGrad),
     ),
     "clipping after the step": Mistake(
-        "not by the curve, if most gradients are below the threshold, but in the code",
+        "after a peak of the gradient norm, the loss falls more slowly: it was not clipped",
         replacement=(train, "Trainer", LateClipping),
     ),
     "high learning rate": Mistake("for comparison: with warmup", {"lr_max": HIGH_RATE}),
     "high learning rate, no warmup": Mistake(
-        "the gradient norm jumps in the second step", {"lr_max": HIGH_RATE, "warmup_steps": 0}
+        "the loss jumps within the first ten steps, between two evaluations",
+        {"lr_max": HIGH_RATE, "warmup_steps": 0},
     ),
     "no residual connections": Mistake(
         "the loss stays near that of token frequencies, however long it trains",
