@@ -9,16 +9,8 @@ that is tuned for the variant could make a difference smaller.
 import re
 from typing import TYPE_CHECKING
 
-from experiments.study import (
-    Row,
-    difference,
-    loss_columns,
-    parse_study,
-    val_losses,
-    with_seeds,
-    write_results,
-)
-from experiments.swaps import plot_losses
+from experiments.comparison import Row, add_differences, plot_differences
+from experiments.study import loss_columns, parse_study, val_losses, with_seeds, write_results
 from system.errors import run
 from training.setup import Flags
 from viz.runs import new_figure
@@ -46,10 +38,10 @@ VARIANTS: dict[str, Flags] = {
 QUICK: Flags = {"max_steps": 500, "eval_every": 500}
 
 
-def plot(losses_by_variant: dict[str, list[float]]) -> "Figure":
+def plot(rows: list[Row], losses: list[list[float]]) -> "Figure":
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    plot_losses(axes, losses_by_variant, "Without one part of the fast preset")
+    plot_differences(axes, list(VARIANTS), rows, losses, "Without one part of the fast preset")
     axes.grid(alpha=0.3)
     return figure
 
@@ -59,16 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     study = parse_study("ablation", argv, __doc__)
     study.n_runs = len(VARIANTS) * study.config.seeds
     rows: list[Row] = []
-    losses_by_variant: dict[str, list[float]] = {}
+    losses: list[list[float]] = []
     for name, change in VARIANTS.items():
         flags = {"preset": "fast"} | (QUICK if study.config.quick else {}) | change
         runs = with_seeds(study, re.sub(r"\W+", "-", name), flags)
-        losses_by_variant[name] = val_losses(runs)
-        row = {"variant": name, **loss_columns(runs), "difference": ""}
-        if name != BASE:
-            row["difference"] = difference(losses_by_variant[BASE], val_losses(runs))
-        rows.append(row)
-    write_results(study, {"One part at a time": rows}, plot(losses_by_variant))
+        losses.append(val_losses(runs))
+        rows.append({"variant": name, **loss_columns(runs)})
+    add_differences(rows, losses)
+    write_results(study, {"One part at a time": rows}, plot(rows, losses))
     return 0
 
 

@@ -8,13 +8,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from config import train_settings
+from experiments.comparison import Row, add_differences, mean
 from experiments.study import (
-    Row,
     Study,
-    difference,
     loss_columns,
     make_trainer,
-    mean,
     mean_ms_per_step,
     parse_study,
     val_losses,
@@ -73,13 +71,13 @@ def best_rate(rows: list[Row]) -> float:
 def compare_schedules(study: Study, base: Flags) -> list[Row]:
     """Each schedule with the same peak learning rate; differences are to the first one."""
     rows: list[Row] = []
-    first: list[float] = []
+    losses: list[list[float]] = []
     for name, schedule in SCHEDULES.items():
         lr_min = schedule.get("lr_min", 0.0) * base["lr_max"]
         runs = with_seeds(study, name.replace(" ", "-"), base | schedule | {"lr_min": lr_min})
-        first = first or val_losses(runs)
-        delta = difference(first, val_losses(runs)) if rows else ""
-        rows.append({"schedule": name, **loss_columns(runs), "difference": delta})
+        losses.append(val_losses(runs))
+        rows.append({"schedule": name, **loss_columns(runs)})
+    add_differences(rows, losses)
     return rows
 
 
@@ -88,16 +86,16 @@ def compare_accumulation(study: Study, base: Flags) -> tuple[list[Row], dict[str
     the log of the first seed by name."""
     rows: list[Row] = []
     logs: dict[str, Any] = {}
-    first: list[float] = []
+    losses: list[list[float]] = []
     for n in MICRO_BATCHES:
         flags = base | {"batch_size": base["batch_size"] // n, "grad_accum": n}
         name = f"{n} x {flags['batch_size']} windows"
         runs = with_seeds(study, f"accumulate{n}", flags)
-        first = first or val_losses(runs)
+        losses.append(val_losses(runs))
         logs[name] = runs[0]["log"]
-        delta = difference(first, val_losses(runs)) if rows else ""
-        row = {"batches per step": name, **loss_columns(runs), "difference": delta}
+        row = {"batches per step": name, **loss_columns(runs)}
         rows.append(row | {"ms per step": mean_ms_per_step(runs)})
+    add_differences(rows, losses)
     return rows, logs
 
 
@@ -123,9 +121,9 @@ def range_test(study: Study, base: Flags) -> list[tuple[float, float]]:
 # --- plots
 
 
-def half_spreads(rows: list[Row]) -> list[float]:
+def margins(rows: list[Row]) -> list[float]:
     """The lengths of the error bars."""
-    return [row["spread"] / 2 if math.isfinite(row["spread"]) else 0.0 for row in rows]
+    return [row["95% margin"] if math.isfinite(row["95% margin"]) else 0.0 for row in rows]
 
 
 def plot_rates(axes: "Axes", rows: list[Row]) -> None:
@@ -134,7 +132,7 @@ def plot_rates(axes: "Axes", rows: list[Row]) -> None:
         axes.errorbar(
             [float(row["peak rate"]) for row in chosen],
             [row["validation loss"] for row in chosen],
-            half_spreads(chosen),
+            margins(chosen),
             fmt="o-",
             capsize=3,
             color=color,
@@ -157,7 +155,7 @@ def plot_range(axes: "Axes", pairs: list[tuple[float, float]]) -> None:
 def plot_schedules(axes: "Axes", rows: list[Row]) -> None:
     values = [row["validation loss"] for row in rows]
     y = range(len(rows))
-    axes.errorbar(values, y, xerr=half_spreads(rows), fmt="o", capsize=3, color=COLORS[0])
+    axes.errorbar(values, y, xerr=margins(rows), fmt="o", capsize=3, color=COLORS[0])
     axes.set_yticks(y, [row["schedule"] for row in rows])
     axes.invert_yaxis()
     axes.set(xlabel="validation loss", title="Schedule")

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from corpus.sources import find_sources
-from experiments.study import Row, Study, make_run, parse_study, study_corpus, write_results
+from experiments.comparison import Row
+from experiments.study import Study, make_run, parse_study, study_corpus, write_results
 from system.errors import run
 from training.law import Law, Pilot, Run
 from training.plan import SIZES, block_params, settings, size_flags, step_tokens

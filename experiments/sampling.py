@@ -21,15 +21,9 @@ from typing import TYPE_CHECKING, Any
 from config import SampleConfig, UserError, setting
 from corpus.load import Corpus, load_corpus
 from evaluate import EvaluateConfig, evaluate_split
-from experiments.study import (
-    Row,
-    Study,
-    make_run,
-    mean,
-    parse_study,
-    spread,
-    write_results,
-)
+from experiments.comparison import Row, margin, mean
+from experiments.provenance import run_record
+from experiments.study import Study, make_run, parse_study, write_results
 from explore import distinct_ngrams, sample_statistics
 from generate import sample_text
 from model import GPT
@@ -129,13 +123,13 @@ def validation_statistics(ids: TokenStream, loss: float, plan: Plan) -> dict[str
 
 
 def sweep_rows(found: Sweep) -> list[Row]:
-    """The means, each with its spread over the seeds."""
+    """The means over the seeds, each with the half width of its confidence interval."""
     rows = []
     for name, points in found.items():
         for point in points:
             row: Row = {"setting": name, "value": f"{point['value']:g}"}
             for key in STATISTICS:
-                row |= {key: mean(point[key]), f"spread of {key}": spread(point[key])}
+                row |= {key: mean(point[key]), f"95% margin of {key}": margin(point[key])}
             rows.append(row)
     return rows
 
@@ -189,9 +183,9 @@ def checkpoint_rows(evaluated: list[dict[str, Any]]) -> list[Row]:
             "step": each["step"],
             "validation loss": each["loss"],
             "words of the training text": mean(each["known"]),
-            "spread of words": spread(each["known"]),
+            "95% margin of words": margin(each["known"]),
             "distinct-2": mean(each["distinct-2"]),
-            "spread of distinct-2": spread(each["distinct-2"]),
+            "95% margin of distinct-2": margin(each["distinct-2"]),
             "first line of a sample": each["line"].replace("|", "\\|"),
         }
         for each in evaluated
@@ -271,6 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     data = study.config.data or state["train_config"]["data"]
     tokenizer, corpus = load_corpus(data, tokenizer=tokenizer)
     check_unchanged(corpus, data, path, state)
+    study.records.append(run_record(corpus.info, "float32", study.device))  # of the samples
     known = set(split_words(tokenizer.decode(corpus.train_ids[:].tolist())))
     checkpoints = sorted(path.parent.glob("ckpt_*.pt"))
     if not checkpoints:

@@ -21,14 +21,12 @@ import numpy as np
 import torch
 
 from config import GPTConfig, from_dict
+from experiments.comparison import Row, margin, mean
 from experiments.study import (
-    Row,
     Study,
     loss_columns,
-    mean,
     mean_ms_per_step,
     parse_study,
-    spread,
     study_corpus,
     val_losses,
     with_seeds,
@@ -219,7 +217,7 @@ def law_rows(laws: dict[str, Law], laws_by_seed: list[dict[str, Law]]) -> list[R
         {
             "at the best size": name,
             "exponent": exponent,
-            "spread over seeds": spread([laws_[name][1] for laws_ in laws_by_seed]),
+            "95% margin": margin([laws_[name][1] for laws_ in laws_by_seed]),
             "Hoffmann et al.": HOFFMANN[name],
         }
         for name, (_, exponent) in laws.items()
@@ -241,9 +239,9 @@ def check_row(
         "predicted size": round(evaluate_law(laws["weights"], budget)),
         "trained size": weights,
         "predicted loss": predicted,
-        "spread of predictions": spread(predictions),
+        "95% margin of the prediction": margin(predictions),
         "measured loss": mean(measured),
-        "spread": spread(measured),
+        "95% margin": margin(measured),
         "measured - predicted": mean(measured) - predicted,
     }
 

@@ -6,12 +6,11 @@ python -m experiments.sizes --quick
 import json
 from typing import TYPE_CHECKING
 
+from experiments.comparison import Row, add_differences, margin, mean
 from experiments.study import (
     Result,
-    Row,
     Study,
     loss_columns,
-    mean,
     parse_study,
     val_losses,
     with_seeds,
@@ -109,7 +108,8 @@ def size_rows(groups: dict[str, SizeRuns]) -> list[Row]:
 
 
 def overfitting_rows(text_runs: TextRuns) -> list[Row]:
-    """A row per amount of text and dropout: the best loss, and the loss at the end."""
+    """A row per amount of text and dropout: the best loss, and the loss at the end. Differences are
+    to the same text without dropout."""
     rows = []
     for (name, dropout), runs in text_runs.items():
         columns = loss_columns(runs)
@@ -119,12 +119,14 @@ def overfitting_rows(text_runs: TextRuns) -> list[Row]:
                 "text": name,
                 "dropout": dropout,
                 "best loss": columns["validation loss"],
-                "spread": columns["spread"],
+                "95% margin": columns["95% margin"],
                 "at step": round(mean([record["step"] for record in best_records])),
                 "loss at the end": mean([result["log"][-1]["val"] for result in runs]),
                 "training loss at the end": mean([result["log"][-1]["train"] for result in runs]),
             }
         )
+    first = [i - i % len(DROPOUTS) for i in range(len(rows))]  # of each text
+    add_differences(rows, [val_losses(runs) for runs in text_runs.values()], first)
     return rows
 
 
@@ -136,8 +138,11 @@ def plot_sizes(axes: "Axes", tokens: SizeRuns, time: SizeRuns) -> None:
         axes.plot(params, means, "-", color=color, label=label)
         for x, runs in zip(params, group.values(), strict=True):
             axes.plot([x] * len(runs), val_losses(runs), "o", color=color, alpha=0.5)
-    axes.set(xscale="log", xlabel="parameters (millions)", ylabel="validation loss")
-    axes.set_title("Size")
+            half = margin(val_losses(runs))
+            axes.errorbar(x, mean(val_losses(runs)), half, fmt="_", color=color, capsize=4)
+    axes.set(xscale="log", xlabel="parameters (millions)")
+    axes.set(ylabel="validation loss (nats per token)")
+    axes.set_title("Size: a dot per seed, bars: 95% interval")
     axes.legend()
 
 

@@ -14,7 +14,9 @@ import itertools
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ from config import (
     train_settings,
 )
 from corpus.load import Corpus, check_length, load_corpus
+from experiments.comparison import Row, margin, mean
+from experiments.provenance import describe, run_record
 from model import GPT
 from system.command_line import parse_args
 from system.files import atomic_write
@@ -45,7 +49,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Result = dict[str, Any]  # of a run: see `make_run`
-Row = dict[str, Any]  # of a table: column -> value
+
+NOT_RECORDED = ("out_dir", "results", "device")  # flags that do not change what is trained
+TABLE_NOTE = """\
+95% margin: the confidence interval of a mean over the seeds is the mean plus or minus the margin
+(t distribution). A difference is paired by seed, with its own 95% interval; p is the p-value of the
+paired t-test, corrected for all comparisons of its table (Holm). Below 0.05 it is significant."""
 
 
 @dataclass
@@ -70,9 +79,11 @@ class Study:
     name: str
     config: StudyConfig
     device: torch.device
+    command: str  # that repeats it
     options: Any = None  # settings that only this study has
     n_runs: int = 0  # in total
     seconds: list[float] = field(default_factory=list)  # that each finished run took
+    records: list[dict[str, Any]] = field(default_factory=list)  # what each of them depends on
 
     @property
     def full_name(self) -> str:
@@ -110,7 +121,24 @@ def parse_study(
         resolve=lambda flags: tuple(from_dict(cls, {"data": data} | flags) for cls in classes),
         check=lambda config, *rest: device_problems(config.device),
     )
-    return Study(name, config, pick_device(config.device), *rest)
+    command = command_of(name, [config, *rest], data)
+    return Study(name, config, pick_device(config.device), command, *rest)
+
+
+def command_of(name: str, configs: list[Any], data: str) -> str:
+    """The command of a study, for its record: the seeds, and the flags that are not the defaults.
+    Of a file with a text, only the name."""
+    words = ["python", "-m", f"experiments.{name}"]
+    for config in configs:
+        for f in fields(config):
+            value, default = getattr(config, f.name), data if f.name == "data" else f.default
+            if f.name in NOT_RECORDED or (value == default and f.name != "seeds"):
+                continue
+            if isinstance(value, bool):
+                words += ["--" + "no-" * (not value) + f.name]
+            else:
+                words += [f"--{f.name}", Path(value).name if f.name == "data" else f"{value}"]
+    return shlex.join(words)
 
 
 # --- runs
@@ -152,8 +180,8 @@ def make_run(study: Study, name: str, flags: Flags, share: float = 1.0) -> Resul
 
     The result has flags, params, val (the loss of the best checkpoint over the whole validation
     split, in nats per token; infinite if the run diverged), bpb, seconds (of the training steps
-    only), ms_per_step, and log, its evaluations. Raises UserError if the folder contains a run with
-    other settings, and KeyboardInterrupt if the user stops the run.
+    only), ms_per_step, log, its evaluations, and record, see `run_record`. Raises UserError if the
+    folder contains a run with other settings, and KeyboardInterrupt if the user stops the run.
     """
     folder = study.folder / name
     flags = {"data": study.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
@@ -172,6 +200,7 @@ def make_run(study: Study, name: str, flags: Flags, share: float = 1.0) -> Resul
         write_json(file, result)
         print(f"validation loss {result['val']:.4f}, {result['seconds']:.0f} s", flush=True)
     study.seconds.append(result["log"][-1]["seconds"])
+    study.records.append(result.get("record", {}))
     return result
 
 
@@ -195,7 +224,10 @@ def train_one(study: Study, flags: Flags, share: float) -> Result:
         summary = read_run(run_dir).final
         final = {key: summary[key] for key in final}
     log = read_run(run_dir).log
-    return final | {"params": trainer.model.num_params(), "log": log} | step_times(log)
+    info = trainer.task.format.entries["corpus"]
+    record = run_record(info, trainer.config.precision, study.device)
+    params = trainer.model.num_params()
+    return final | {"params": params, "log": log, "record": record} | step_times(log)
 
 
 def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
@@ -213,7 +245,18 @@ def with_seeds(study: Study, name: str, flags: Flags, share: float = 1.0) -> lis
     return [make_run(study, f"{name}-{seed}", flags | {"seed": seed}, share) for seed in seeds]
 
 
-# --- statistics
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of a module or class is replaced while the context is open."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# --- numbers of runs
 
 
 def format_duration(seconds: float) -> str:
@@ -227,26 +270,14 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def spread(values: list[float]) -> float:
-    """The largest minus the smallest value, a lower bound on the effect of chance: NaN for a single
-    value, infinite if one of the values is."""
-    if len(values) < 2:
-        return math.nan
-    return max(values) - min(values) if math.isfinite(max(values)) else math.inf
-
-
 def val_losses(runs: list[Result]) -> list[float]:
     """The validation loss of each run."""
     return [result["val"] for result in runs]
 
 
 def loss_columns(runs: list[Result]) -> Row:
-    """The mean and the spread of the validation losses."""
-    return {"validation loss": mean(val_losses(runs)), "spread": spread(val_losses(runs))}
+    """The mean of the validation losses, with the half width of its confidence interval."""
+    return {"validation loss": mean(val_losses(runs)), "95% margin": margin(val_losses(runs))}
 
 
 def mean_ms_per_step(runs: list[Result]) -> float:
@@ -254,40 +285,27 @@ def mean_ms_per_step(runs: list[Result]) -> float:
     return round(mean([result["ms_per_step"] for result in runs]), 1)
 
 
-def difference(base: list[float], other: list[float]) -> str:
-    """The mean of `other` minus that of `base`, for a table. It is significant only if it is larger
-    than the spread of either; with one run of each, that is unknown.
-
-    >>> difference([1.50, 1.52], [1.40, 1.41]), difference([1.50, 1.52], [1.50, 1.51])
-    ('-0.1050', 'not significant')
-    """
-    if not math.isfinite(max(other)):
-        return "diverged"
-    if min(len(base), len(other)) < 2:
-        return f"{mean(other) - mean(base):+.4f} (one run)"
-    delta = mean(other) - mean(base)
-    significant = abs(delta) > max(spread(base), spread(other))
-    return f"{delta:+.4f}" if significant else "not significant"
-
-
 # --- tables and plots
 
 
-def format_cell(value: Any) -> str:
-    """A value in a Markdown table."""
+def format_cell(value: Any, sign: str = "") -> str:
+    """A value in a Markdown table. sign: "+" shows it for positive numbers too."""
     if isinstance(value, float) and not math.isfinite(value):
         return "-"
+    if isinstance(value, float) and 0 < abs(value) < 1e-4:
+        return f"{value:{sign}.0e}"
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+        return f"{value:{sign}.4f}" if abs(value) < 10 else f"{value:{sign},.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def to_markdown(rows: list[Row]) -> str:
     """Rows as a Markdown table."""
+    signs = dict.fromkeys(("difference", "95% from", "to"), "+")
     lines = [
         list(rows[0]),
         ["---"] * len(rows[0]),
-        *([format_cell(value) for value in row.values()] for row in rows),
+        *([format_cell(row[name], signs.get(name, "")) for name in row] for row in rows),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -303,29 +321,25 @@ def to_csv(rows: list[Row]) -> str:
 
 def write_results(study: Study, tables: dict[str, list[Row]], figure: "Figure") -> None:
     """Print the tables, by title, and write them with the figure: NAME.png, NAME.md, NAME.csv for
-    the first table, and NAME_WORD.csv for each further one, where WORD begins its title."""
+    the first table, and NAME_WORD.csv for each further one, where WORD begins its title. NAME.json
+    records the command, and what each run depends on (`run_record`)."""
     folder = Path(study.config.results)
     folder.mkdir(parents=True, exist_ok=True)
-    command = f"python -m experiments.{study.name}{' --quick' * study.config.quick}"
-    command += f" --seeds {study.config.seeds}"
-    text = [f"# {study.name}", f"`{command}` on {device_name(study.device)}"]
+    records = [r for i, r in enumerate(study.records) if r not in study.records[:i]]
+    counts = [{"runs": study.records.count(r)} | r for r in records]
+    file = folder / f"{study.full_name}.json"
+    write_file(file, json.dumps({"command": study.command, "made by": counts}, indent=2) + "\n")
+    text = [f"# {study.name}", f"`{study.command}`", f"{describe(records)} ({file.name})."]
     for i, (title, rows) in enumerate(tables.items()):
         word = re.findall(r"\w+", title)[0].lower()
         name = study.full_name + f"_{word}" * (i > 0)
         write_file(folder / f"{name}.csv", to_csv(rows))
         text += [f"## {title}", to_markdown(rows)]
         print(f"\n{title}\n{to_markdown(rows)}")
-    text.append(f"![{study.name}]({study.full_name}.png)")
+    text += [TABLE_NOTE, f"![{study.name}]({study.full_name}.png)"]
     write_file(folder / f"{study.full_name}.md", "\n\n".join(text) + "\n")
     save_figure(figure, folder / f"{study.full_name}.png")
-    print(f"\nresults: {folder / study.full_name}.md, .csv and .png")
-
-
-def device_name(device: torch.device) -> str:
-    """The hardware that the numbers were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    print(f"\nresults: {folder / study.full_name}.md, .csv, .json and .png")
 
 
 def write_json(path: Path, value: Any) -> None:

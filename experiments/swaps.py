@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from config import GPTConfig, SampleConfig
+from experiments.comparison import Row, add_differences, plot_differences
 from experiments.study import (
-    Row,
-    difference,
     loss_columns,
-    mean,
     mean_ms_per_step,
     parse_study,
     val_losses,
@@ -86,20 +84,6 @@ def cache_speed(device: torch.device, quick: bool) -> list[Row]:
     return rows
 
 
-def plot_losses(axes: "Axes", losses_by_swap: dict[str, list[float]], title: str) -> None:
-    """The losses of each swap, a dot per seed, above a band that spans those of the first one."""
-    base = next(iter(losses_by_swap.values()))
-    axes.axvspan(min(base), max(base), color=BLUE, alpha=0.2)
-    for y, values in enumerate(losses_by_swap.values()):
-        color = BLUE if y == 0 else ORANGE
-        axes.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
-        axes.plot(mean(values), y, "|", color=color, markersize=16, markeredgewidth=2)
-    axes.set_yticks(range(len(losses_by_swap)), list(losses_by_swap))
-    axes.invert_yaxis()
-    axes.set(xlabel="validation loss (nats per token), one dot per seed")
-    axes.set_title(title)
-
-
 def plot_cache(axes: "Axes", rows: list[Row]) -> None:
     """Tokens per second over the length of the text, with and without a cache."""
     from matplotlib.ticker import LogLocator  # slow to import
@@ -115,10 +99,10 @@ def plot_cache(axes: "Axes", rows: list[Row]) -> None:
     axes.legend(loc="lower left")
 
 
-def plot(losses_by_swap: dict[str, list[float]], cache_rows: list[Row]) -> "Figure":
+def plot(rows: list[Row], losses: list[list[float]], cache_rows: list[Row]) -> "Figure":
     figure = new_figure(11, 5)
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    plot_losses(left, losses_by_swap, "One component at a time")
+    plot_differences(left, list(SWAPS), rows, losses, "One component at a time")
     plot_cache(right, cache_rows)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -130,19 +114,17 @@ def main(argv: list[str] | None = None) -> int:
     study = parse_study("swaps", argv, __doc__)
     study.n_runs = len(SWAPS) * study.config.seeds
     rows: list[Row] = []
-    losses_by_swap: dict[str, list[float]] = {}
+    losses: list[list[float]] = []
     for name, swap in SWAPS.items():
         flags = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL) | swap
         runs = with_seeds(study, re.sub(r"\W+", "-", name), flags)
-        losses_by_swap[name] = val_losses(runs)
+        losses.append(val_losses(runs))
         row = {"swap": name, "parameters": runs[0]["params"], **loss_columns(runs)}
-        row["difference"] = ""
-        if name != BASE:
-            row["difference"] = difference(losses_by_swap[BASE], val_losses(runs))
         rows.append(row | {"ms per step": mean_ms_per_step(runs)})
+    add_differences(rows, losses)
     cache_rows = cache_speed(study.device, study.config.quick)
     tables = {"One component at a time": rows, "Cache: speed of generation": cache_rows}
-    write_results(study, tables, plot(losses_by_swap, cache_rows))
+    write_results(study, tables, plot(rows, losses, cache_rows))
     return 0
 
 

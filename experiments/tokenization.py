@@ -19,15 +19,12 @@ from typing import TYPE_CHECKING
 from config import UserError, setting
 from corpus.encodings import from_tiktoken
 from corpus.load import is_dataset
+from experiments.comparison import Row, add_differences, margin, mean
 from experiments.study import (
     Result,
-    Row,
     Study,
-    difference,
     make_trainer,
-    mean,
     parse_study,
-    spread,
     study_corpus,
     val_losses,
     with_seeds,
@@ -109,14 +106,15 @@ def bpb_values(runs: list[Result]) -> list[float]:
 
 
 def plot_final(axes: "Axes", results: dict[str, list[Result]]) -> None:
-    """The bits per byte of each tokenizer, a dot per seed and a bar for the mean."""
+    """The bits per byte of each tokenizer: a dot per seed, the mean and its confidence interval."""
     for y, (runs, color) in enumerate(zip(results.values(), COLORS, strict=False)):
         values = bpb_values(runs)
         axes.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
-        axes.plot(mean(values), y, "|", color=color, markersize=24, markeredgewidth=2)
+        axes.errorbar(mean(values), y, xerr=margin(values), fmt="|", color=color, capsize=4)
     axes.set_yticks(range(len(results)), list(results))
     axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set(xlabel="bits per byte, validation split", title="At equal time, one dot per seed")
+    axes.set(xlabel="bits per byte, validation split")
+    axes.set_title("At equal time: one dot per seed, bars: 95% interval")
 
 
 def plot_curves(axes: "Axes", results: dict[str, list[Result]]) -> None:
@@ -159,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         steps = steps_within(study, folder, flags, seconds)
         flags |= {"max_steps": steps, "eval_every": math.ceil(steps / EVALUATIONS)}
         results[name] = runs = with_seeds(study, folder, flags)
-        values, base = bpb_values(runs), bpb_values(results[BASE])
+        values = bpb_values(runs)
         rows.append(
             {
                 "tokenizer": name,
@@ -170,10 +168,10 @@ def main(argv: list[str] | None = None) -> int:
                 "seconds": mean([result["seconds"] for result in runs]),
                 "loss per token": mean(val_losses(runs)),
                 "bits per byte": mean(values),
-                "spread": spread(values),
-                "difference": difference(base, values) if name != BASE else "",
+                "95% margin": margin(values),
             }
         )
+    add_differences(rows, [bpb_values(runs) for runs in results.values()])
     write_results(study, {"Tokenizers at equal time": rows}, plot(results))
     return 0
 

@@ -29,7 +29,9 @@ from config import (
 from experiments import (
     ablation,
     bench,
+    comparison,
     lr_context,
+    optimizers,
     sampling,
     scaling,
     short_speeches,
@@ -49,6 +51,7 @@ from viz.runs import new_figure
 EXPERIMENTS = Path(study.__file__).parent
 CHOICES = {f.name: f.metadata["choices"] for f in fields(GPTConfig) if "choices" in f.metadata}
 COMMANDS = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if "def main(" in path.read_text())
+CAUCHY = 12.7062  # the 97.5% quantile of t with one degree of freedom, tan(0.475 pi): two seeds
 TINY = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "batch_size": 4, "max_steps": 6}
 TINY |= {"eval_every": 3, "eval_windows": 4, "compile": False, "precision": "float32"}
 
@@ -86,10 +89,8 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> list
         patch.setattr(study, "train_one", lambda *args: pytest.fail("trained again"))
         assert module.main(list(words)) == 0
     assert name.with_suffix(".csv").read_text().splitlines()[0] == table.splitlines()[0]
-    assert (
-        f"`python -m {module.__name__} --quick --seeds 2` on cpu"
-        in name.with_suffix(".md").read_text()
-    )
+    text = name.with_suffix(".md").read_text()
+    assert f"`python -m {module.__name__} --quick --seeds 2" in text and "; cpu, " in text
     return list(csv.DictReader(table.splitlines()))
 
 
@@ -147,7 +148,12 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     rope = [runs[f"learned-positions-to-RoPE-{seed}"] for seed in (1, 2)]
     row = next(row for row in rows if "RoPE" in row["swap"])
     assert float(row["validation loss"]) == pytest.approx((rope[0]["val"] + rope[1]["val"]) / 2)
-    assert float(row["spread"]) == pytest.approx(abs(rope[0]["val"] - rope[1]["val"]))
+    half = CAUCHY * abs(rope[0]["val"] - rope[1]["val"]) / 2
+    assert float(row["95% margin"]) == pytest.approx(half)
+    losses = [[runs[f"{slug}-{seed}"]["val"] for seed in (1, 2)] for slug in (
+        "GPT-2-s-architecture", "learned-positions-to-RoPE")]  # fmt: skip
+    deltas = [b - a for a, b in zip(*losses, strict=True)]
+    assert float(row["difference"]) == pytest.approx(sum(deltas) / 2)
     assert int(rows[0]["parameters"]) - int(row["parameters"]) == 16 * 16  # the learned positions
     one, two = (runs[f"GPT-2-s-architecture-{seed}"]["flags"] for seed in (1, 2))
     assert one["arch"] == "gpt2" and (one["seed"], two["seed"]) == (1, 2)
@@ -301,7 +307,9 @@ def test_a_diverged_run_is_a_result(workplace: Path):
     result = study.make_run(some, "a", flags)
     assert math.isinf(result["val"]) and math.isinf(result["bpb"])
     assert [record["step"] for record in result["log"]] == [0]
-    assert study.difference([1.0, 1.1], [result["val"], 1.0]) == "diverged"
+    rows: list[dict[str, Any]] = [{}, {}]
+    comparison.add_differences(rows, [[1.0, 1.1], [result["val"], 1.0]])
+    assert rows[1] == {"difference": "diverged", "95% from": "", "to": "", "p": ""}
     assert study.make_run(some, "a", flags) == result
 
 
@@ -314,14 +322,6 @@ def test_the_time_of_the_steps_excludes_evaluations():
     ]
     times = study.step_times(log)
     assert times == pytest.approx({"seconds": 1.0 + 2.1, "ms_per_step": 3100 / 21})
-
-
-def test_a_difference_within_the_spread_is_not_significant():
-    base = [1.50, 1.52]  # spread 0.02
-    assert study.difference(base, [1.50, 1.49]) == "not significant"  # 0.015 less
-    assert study.difference(base, [1.53, 1.55]) == "+0.0300"
-    assert study.difference(base, [1.40, 1.70]) == "not significant"  # 0.04 more, spread 0.3
-    assert study.difference([1.5], [1.4]) == "-0.1000 (one run)"
 
 
 def test_tables_as_markdown_and_csv():
@@ -409,7 +409,7 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
         pair = [runs[f"{budget:.1e}-{row['channels']}-{seed}"] for seed in (1, 2)]
         losses = [one["val"] for one in pair]
         assert float(row["validation loss"]) == pytest.approx(sum(losses) / 2)
-        assert float(row["spread"]) == pytest.approx(max(losses) - min(losses))
+        assert float(row["95% margin"]) == pytest.approx(CAUCHY * (max(losses) - min(losses)) / 2)
         flops_per_step = 6 * int(row["weights"]) * 4 * 16  # batch_size x block_size tokens
         assert abs(int(row["steps"]) * flops_per_step - budget) <= flops_per_step / 2
         assert {one["flags"]["max_steps"] for one in pair} == {int(row["steps"])}
@@ -444,7 +444,8 @@ def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert float(row["loss per token"]) == pytest.approx((pair[0]["val"] + pair[1]["val"]) / 2)
         bits = float(row["loss per token"]) / math.log(2) / float(row["bytes per token"])
         assert float(row["bits per byte"]) == pytest.approx(bits, rel=0.01)
-        assert float(row["spread"]) == pytest.approx(abs(pair[0]["bpb"] - pair[1]["bpb"]))
+        half = CAUCHY * abs(pair[0]["bpb"] - pair[1]["bpb"]) / 2
+        assert float(row["95% margin"]) == pytest.approx(half)
     assert float(rows[0]["bytes per token"]) == 1  # the text is ASCII
     assert [row["vocabulary"] for row in rows[1:]] == ["260", "300"]
 
@@ -482,8 +483,10 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     ]
     low, off, greedy, every = rows
     assert float(low["entropy"]) < float(off["entropy"])
-    assert float(greedy["entropy"]) == float(greedy["spread of surprise"]) == 0  # always one text
-    assert float(off["spread of surprise"]) > 0  # another seed gives another text
+    assert (
+        float(greedy["entropy"]) == float(greedy["95% margin of surprise"]) == 0
+    )  # always one text
+    assert float(off["95% margin of surprise"]) > 0  # another seed gives another text
     assert list(every.values())[2:] == list(off.values())[2:]  # both are the full distribution
     run = results("sampling_quick")["model"]
     checkpoints = table("sampling_quick_checkpoints")
@@ -561,7 +564,7 @@ def test_functions_are_timed_in_turns():
     assert set(times) == {"a", "b"} and min(times.values()) >= 0
 
 
-@pytest.mark.parametrize("module", [sampling, speedrun, study])
+@pytest.mark.parametrize("module", [comparison, optimizers, sampling, speedrun, study])
 def test_docstring_examples(module: Any):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0

@@ -1,0 +1,348 @@
+"""Classic mistakes, one at a time: what they do to the losses, the samples and the verdict.
+
+    python -m experiments.mistakes --quick
+
+Each mistake is a few lines below: a subclass or a function that replaces one part of the correct
+code while a run trains, or settings. Four numbers tell them apart. The training and the validation
+loss are what the person who makes the mistake sees: some mistakes make them too good. The honest
+loss is that of the last token of windows of text that no run reads, given only the tokens before
+it, which is what a sampler needs.
+"""
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import model as model_parts
+import train
+from corpus.load import Corpus
+from experiments import study as studies
+from experiments.comparison import Row, add_differences, margin, mean
+from experiments.study import (
+    Result,
+    Study,
+    parse_study,
+    replaced,
+    study_corpus,
+    with_seeds,
+    write_json,
+    write_results,
+)
+from model import GPT, AttentionContext, Block, fused_attention, plain_attention
+from system.errors import run
+from training.setup import Flags
+from training.task import Pretraining
+from utils import even_starts, load_checkpoint, windows
+from viz.runs import BLUE, ORANGE, new_figure
+from viz.verdict import verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# --- the mistakes
+
+
+def attend_everywhere(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Attention without the causal mask: tokens attend to later ones, the answers."""
+    everywhere = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device)  # (T, S)
+    return plain_attention(q, k, v, everywhere, bias)[0]
+
+
+def attend_unscaled(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Attention scores that are not divided by sqrt(D): the factor cancels the division."""
+    return fused_attention(q * math.sqrt(q.size(-1)), k, v, visible, bias)
+
+
+class UnshiftedGPT(GPT):
+    """The target of each token is the token itself, not the next one."""
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        return super().forward(idx, None if targets is None else idx, *args, **kwargs)
+
+
+class GPTWithoutZeroGrad(GPT):
+    """The gradients of all earlier steps are added up."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        pass
+
+
+class ResidualFreeBlock(Block):
+    """Each sublayer replaces its input instead of adding to it."""
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        x = self.drop(self.attn(self.sublayer_input(x, 0, context), context)).to(x.dtype)
+        return self.drop(self.mlp(self.sublayer_input(x, 1, context))).to(x.dtype)
+
+
+class LateClipping(train.Trainer):
+    """Clips the gradients after the optimizer has used them."""
+
+    def train_step(self) -> dict[str, Tensor]:
+        max_norm, self.config.grad_clip = self.config.grad_clip, 0.0  # no clipping in the step
+        metrics = super().train_step()
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.config.grad_clip = max_norm
+        return metrics
+
+
+class NoEvalMode(train.Trainer):
+    """Evaluates and samples without model.eval(): dropout stays on."""
+
+    @contextlib.contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
+
+class TrainsOnValidation(Pretraining):
+    """The training split contains the validation split."""
+
+    def __init__(self, corpus: Corpus, *args: Any):
+        both = np.concatenate([corpus.train_ids[:], corpus.val_ids[:]])
+        super().__init__(replace(corpus, train_ids=both), *args)
+
+
+class ShuffledTokens(Pretraining):
+    """Tokens are shuffled, as rows of a table would be; each split by itself."""
+
+    def __init__(self, corpus: Corpus, *args: Any):
+        shuffle = np.random.default_rng(0).permutation
+        train_ids, val_ids = shuffle(corpus.train_ids[:]), shuffle(corpus.val_ids[:])
+        super().__init__(replace(corpus, train_ids=train_ids, val_ids=val_ids), *args)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A mistake, and how to recognize it."""
+
+    sign: str
+    flags: Flags = field(default_factory=dict)
+    replacement: tuple[Any, str, Any] | None = None  # the owner of a part, its name, the new part
+
+    def context(self) -> AbstractContextManager[None]:
+        """Within it, the mistake is made."""
+        return replaced(*self.replacement) if self.replacement else contextlib.nullcontext()
+
+
+BASE = "correct"
+HIGH_RATE = 3e-2
+MISTAKES: dict[str, Mistake] = {
+    BASE: Mistake("the validation loss is a little above the training loss, both fall"),
+    "no causal mask": Mistake(
+        "a loss far below any published one, and samples that make no sense",
+        replacement=(model_parts, "fused_attention", attend_everywhere),
+    ),
+    "targets not shifted": Mistake(
+        "the loss falls to almost 0, and a sample repeats the last token of the prompt",
+        replacement=(studies, "GPT", UnshiftedGPT),
+    ),
+    "no zero_grad": Mistake(
+        "the gradient norm never falls below the clipping threshold: old gradients are in it",
+        replacement=(studies, "GPT", GPTWithoutZeroGrad),
+    ),
+    "clipping after the step": Mistake(
+        "after a peak of the gradient norm, the loss falls more slowly: it was not clipped",
+        replacement=(train, "Trainer", LateClipping),
+    ),
+    "high learning rate": Mistake("for comparison: with warmup", {"lr_max": HIGH_RATE}),
+    "high learning rate, no warmup": Mistake(
+        "the loss jumps within the first ten steps, between two evaluations",
+        {"lr_max": HIGH_RATE, "warmup_steps": 0},
+    ),
+    "no residual connections": Mistake(
+        "the loss stays near that of token frequencies, however long it trains",
+        replacement=(model_parts, "Block", ResidualFreeBlock),
+    ),
+    "scores not scaled": Mistake(
+        "nothing tells it but a slower fall of the loss: compare it with a known curve",
+        replacement=(model_parts, "fused_attention", attend_unscaled),
+    ),
+    "dropout in evaluation": Mistake(
+        "both losses are a little too high, and two evaluations of the same weights differ",
+        replacement=(train, "Trainer", NoEvalMode),
+    ),
+    "training on validation data": Mistake(
+        "no gap between training and validation loss, even after several epochs",
+        replacement=(studies, "Pretraining", TrainsOnValidation),
+    ),
+    "shuffled tokens": Mistake(
+        "the loss is that of token frequencies; decoded batches are not text",
+        replacement=(studies, "Pretraining", ShuffledTokens),
+    ),
+}
+
+# The preset for laptops, smaller. Dropout, so that forgetting to turn it off has an effect.
+QUICK: Flags = {"preset": "laptop", "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 16}
+QUICK |= {"max_steps": 300, "eval_every": 25, "eval_windows": 32}
+FULL: Flags = {"preset": "medium", "max_steps": 1000, "eval_every": 50}
+COMMON: Flags = {"dropout": 0.2, "sample_tokens": 100, "log_every": 1}
+SHARE = 0.25  # of the training text is read; the honest loss is measured on the rest
+HONEST_WINDOWS = 2000
+
+
+# --- what is measured
+
+
+def honest_loss(study: Study, result: Result) -> float:
+    """The loss of the last token of windows of text that no run reads, given the tokens before it:
+    of the last checkpoint of a run, infinite if it diverged. Called in the context of the mistake,
+    which may be a part of the model. It is kept in the folder of the run."""
+    if not math.isfinite(result["val"]):
+        return math.inf
+    file = Path(result["flags"]["out_dir"], "honest.json")
+    if not file.exists():
+        model, _, _ = load_checkpoint(file.with_name("latest.pt"), study.device)
+        _, corpus = study_corpus(study, result["flags"])
+        text = corpus.train_ids[round(len(corpus.train_ids) * SHARE) :]
+        write_json(file, last_token_loss(model, text, study.device))
+    loss: float = json.loads(file.read_text())
+    return loss
+
+
+@torch.no_grad()
+def last_token_loss(model: GPT, text: np.ndarray, device: torch.device) -> float:
+    """The mean loss of a model in eval mode for the last token of windows of a text."""
+    T = model.config.block_size
+    starts = even_starts(len(text), T, HONEST_WINDOWS)
+    starts = starts[starts < len(text) - T]  # no padding
+    losses = []
+    for some in np.array_split(starts, math.ceil(len(starts) / 64)):
+        x, y = windows(text, some, T)
+        logits = model(x.to(device))[0][:, -1]  # (B, V)
+        losses.append(F.cross_entropy(logits, y[:, -1].to(device), reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
+def last_sample(result: Result) -> str:
+    """The text that a run sampled at its last evaluation, in one line. Texts without anything but
+    newlines are not in the file."""
+    text = Path(result["flags"]["out_dir"], "samples.txt").read_text(encoding="utf-8")
+    *_, step, sample = re.split(r"^--- step (\d+).*\n", text, flags=re.MULTILINE)
+    if int(step) < result["log"][-1]["step"]:
+        return "(only newlines)"
+    return " / ".join(sample.strip("\n").split("\n")).replace("|", "\\|")
+
+
+def final_losses(runs: list[Result], split: str) -> list[float]:
+    """The loss of a split, "train" or "val", at the end of each run; infinite if it diverged."""
+    return [r["log"][-1][split] if math.isfinite(r["val"]) else math.inf for r in runs]
+
+
+def short_verdict(result: Result, vocab_size: int) -> str:
+    """The first part of the verdict on a run."""
+    if not math.isfinite(result["val"]):
+        return "stopped: the loss or a gradient is not finite"
+    return re.split("[:;]", verdict(result["log"], result["flags"] | {"vocab_size": vocab_size}))[0]
+
+
+def loss_rows(runs: dict[str, list[Result]]) -> list[Row]:
+    """The losses that the runs show."""
+    rows: list[Row] = []
+    val = [final_losses(results, "val") for results in runs.values()]
+    for (name, results), losses in zip(runs.items(), val, strict=True):
+        row: Row = {"mistake": name, "training loss": mean(final_losses(results, "train"))}
+        rows.append(row | {"validation loss": mean(losses), "95% margin": margin(losses)})
+    add_differences(rows, val)
+    return rows
+
+
+def honest_rows(honest: dict[str, list[float]]) -> list[Row]:
+    rows: list[Row] = [
+        {"mistake": name, "honest loss": mean(losses), "95% margin": margin(losses)}
+        for name, losses in honest.items()
+    ]
+    add_differences(rows, list(honest.values()))
+    return rows
+
+
+def sign_rows(runs: dict[str, list[Result]], vocab_size: int) -> list[Row]:
+    """The verdict and the sample of the first seed, and how to recognize each mistake."""
+    return [
+        {
+            "mistake": name,
+            "verdict": short_verdict(results[0], vocab_size),
+            "sample": last_sample(results[0]),
+            "how to recognize it": MISTAKES[name].sign,
+        }
+        for name, results in runs.items()
+    ]
+
+
+# --- the figure
+
+
+def plot_curves(axes: "Axes", result: Result, colors: tuple[str, str], labels: str) -> None:
+    """The training loss, dashed, and the validation loss of the evaluations of a run."""
+    steps = [record["step"] for record in result["log"]]
+    for split, style, color in zip(("train", "val"), ("--", "-"), colors, strict=True):
+        label = f"{labels}: {'training' if split == 'train' else 'validation'} loss"
+        axes.plot(steps, [r[split] for r in result["log"]], style, color=color, label=label)
+
+
+def plot(runs: dict[str, list[Result]], honest: dict[str, list[float]], top: float) -> "Figure":
+    """The curves of the first seed of each mistake, over those of the correct run. top: the highest
+    loss that is shown."""
+    figure = new_figure(13, 8.5)
+    panels = figure.subplots(3, 4, sharex=True, sharey=True)
+    names = [name for name in runs if name != BASE]
+    for axes, name in zip(panels.flat, names, strict=False):
+        plot_curves(axes, runs[BASE][0], ("#999999", "#999999"), "correct")
+        plot_curves(axes, runs[name][0], (ORANGE, BLUE), "with the mistake")
+        axes.set_title(f"{name}\nhonest loss: {mean(honest[name]):.2f}", fontsize=10)
+        axes.set_ylim(0, top)
+        axes.grid(alpha=0.3)
+    for axes in list(panels.flat)[len(names) :]:
+        axes.axis("off")
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    panels.flat[-1].legend(handles, labels, loc="center", frameon=False)
+    panels.flat[-1].set_title(f"correct\nhonest loss: {mean(honest[BASE]):.2f}", fontsize=10)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("loss (nats per token)")
+    for i in range(len(names) - panels.shape[1], len(names)):
+        panels.flat[i].set_xlabel("step")
+        panels.flat[i].tick_params(labelbottom=True)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    study = parse_study("mistakes", argv, __doc__)
+    study.n_runs = len(MISTAKES) * study.config.seeds
+    runs: dict[str, list[Result]] = {}
+    honest: dict[str, list[float]] = {}
+    for name, mistake in MISTAKES.items():
+        flags = COMMON | (QUICK if study.config.quick else FULL) | mistake.flags
+        with mistake.context():
+            runs[name] = with_seeds(study, re.sub(r"\W+", "-", name), flags, SHARE)
+            honest[name] = [honest_loss(study, result) for result in runs[name]]
+    vocab_size = study_corpus(study, flags)[0].vocab_size
+    tables = {
+        "Losses that the runs show": loss_rows(runs),
+        "Honest losses": honest_rows(honest),
+        "Signs": sign_rows(runs, vocab_size),
+    }
+    write_results(study, tables, plot(runs, honest, top=1.1 * math.log(vocab_size)))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
