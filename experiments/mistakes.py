@@ -39,7 +39,7 @@ from experiments.study import (
     write_json,
     write_results,
 )
-from model import GPT, AttentionContext, Block, fused_attention, plain_attention
+from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
 from system.errors import run
 from training.setup import Flags
 from training.task import Pretraining
@@ -54,19 +54,15 @@ if TYPE_CHECKING:
 # --- the mistakes
 
 
-def attend_everywhere(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> Tensor:
     """Attention without the causal mask: tokens attend to later ones, the answers."""
     everywhere = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device)  # (T, S)
-    return plain_attention(q, k, v, everywhere, bias)[0]
+    return plain_attention(q, k, v, everywhere)[0]
 
 
-def attend_unscaled(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def attend_unscaled(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> Tensor:
     """Attention scores that are not divided by sqrt(D): the factor cancels the division."""
-    return fused_attention(q * math.sqrt(q.size(-1)), k, v, visible, bias)
+    return fused_attention(q * math.sqrt(q.size(-1)), k, v, visible)
 
 
 class UnshiftedGPT(GPT):
