@@ -19,6 +19,7 @@ OVERFITTED = 1.01  # times the lowest validation loss
 DRIFTED = 1.03  # times the lowest loss, of both splits
 PLATEAU = 0.01  # a healthy run lowers its validation loss by at least 1% in its second half
 DECAYED = 0.25  # of the peak learning rate: below it, the schedule flattens the curve
+STRONG_DECAY = 1.0  # weight decay for texts that are read often (Kim et al. 2025)
 LARGE_GAP = 0.1  # between validation and training loss, relative to the validation loss
 
 
@@ -26,8 +27,8 @@ def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """What the evaluations of a run show, and what to try next, in one sentence.
 
     `log` has a record per evaluation: step, val (a loss in nats per token), and if known train and
-    lr. Of `settings`, vocab_size is needed; max_steps and patience tell why the run ended. The
-    first rule that applies decides:
+    lr. Of `settings`, vocab_size is needed; max_steps and patience tell why the run ended,
+    weight_decay what was tried. The first rule that applies decides:
 
     diverging     the training loss ends 10% above its lowest; or both losses end 3% above theirs
     too short     fewer than 3 evaluations or 100 steps
@@ -66,6 +67,7 @@ class Curve:
         self.decayed = rates[-1] < DECAYED * max(rates)
         self.active = [i for i, rate in enumerate(rates) if rate >= DECAYED * max(rates)]
         evaluations = len(log) - 1 - self.best  # since the best
+        self.weight_decay = settings.get("weight_decay", 0.0)
         self.patience = settings.get("patience") or 0
         self.out_of_patience = 0 < self.patience <= evaluations
         self.out_of_patience &= self.steps[-1] < settings.get("max_steps", math.inf)
@@ -159,7 +161,8 @@ def overfitting(curve: Curve) -> str | None:
     if not rose or (curve.train and curve.train[-1] > curve.train[curve.best]):
         return None
     since = f"since step {curve.steps[curve.best]}, the best checkpoint"
-    advice = "use more text, a smaller model, or fewer steps"
+    decay = "" if curve.weight_decay >= STRONG_DECAY else f" --weight_decay {STRONG_DECAY:g},"
+    advice = f"use more text,{decay} a smaller model, or fewer steps"
     if curve.best == 0:
         since, advice = "from the start", "use more text or a lower --lr_max"
     elif not curve.patience:
