@@ -70,7 +70,7 @@ RUNS: dict[tuple[str, int, float, float], tuple[tuple[int, ...], tuple[int, ...]
     ("plays", 2, 0, 1.0): ((1000,), ()),
     ("100 kB", 2, 0, 1.0): ((300,), ()),
     ("100 kB", 2, 0.2, 1.0): ((600,), (300,)),
-    ("100 kB", 3, 0.2, 1.0): ((), (600,)),
+    ("100 kB", 3, 0.2, 1.0): ((600,), ()),
 }
 PILOTS = (150, 600)  # steps: of the plan for one minute and for longer times here
 OVERFITTED = 0.1  # nats above the best loss: there, the weight of a run in the fit is a half
