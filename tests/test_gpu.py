@@ -2,6 +2,8 @@
 numbers, and an operation on tensors of two devices raises."""
 
 import ctypes
+import doctest
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,12 +21,15 @@ from torch.utils._pytree import tree_leaves
 
 from config import GPTConfig, SampleConfig, TrainConfig
 from corpus.load import Corpus
+from experiments import bench
+from experiments import gpu as gpu_bench
 from generate import generate, next_tokens
 from model import GPT
 from sampling import beam_search
 from sampling.quantize import cache_dtype, lower_precision
 from tokenizer import CharTokenizer
 from train import Trainer
+from training.run_log import RunLog
 from training.task import Pretraining
 
 SIZES = {"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -206,3 +211,99 @@ def test_an_operation_on_two_devices_is_found(gpu):
     model = make_fake(gpu, {})
     with pytest.raises(RuntimeError, match="cpu"):
         model(torch.zeros(1, 4, dtype=torch.long))
+
+
+# --- waiting for the device, counted on a CPU
+
+
+def cpu_trainer(**settings: Any) -> Trainer:
+    """A trainer whose streams are tensors, as on a GPU."""
+    trainer = fake_trainer(CPU, {}, precision="float32", **settings)
+    trainer.task.train_ids = torch.from_numpy(trainer.task.corpus.train_ids.astype(np.int32))
+    return trainer
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_training_step_reads_no_number(optimizer, grad_clip):
+    settings = {"grad_accum": 2, "doc_mask": True, "grow_windows": True}
+    trainer = cpu_trainer(optimizer=optimizer, grad_clip=grad_clip, **settings)
+    with Operations() as operations:
+        for _ in range(7):  # all sizes of windows
+            trainer.train_step()
+        assert operations.reads == []
+        trainer.train_step()["loss"].item()
+    assert operations.reads == ["aten::_local_scalar_dense"]  # so it would be found
+
+
+def test_losses_are_read_at_the_steps_that_are_logged(tmp_path, monkeypatch):
+    """Of 10 steps the first, after which the clock starts, and every fifth; the evaluations read
+    theirs."""
+    settings = {"log_every": 5, "eval_every": 10, "sample_tokens": 0, "warmup_steps": 0}
+    trainer = cpu_trainer(out_dir=str(tmp_path), **settings)
+    reading = []
+    monkeypatch.setattr(RunLog, "plot", lambda log: None)
+    monkeypatch.setattr(trainer, "evaluate_and_save", lambda log: None)
+    log = RunLog(trainer.config, {}, trainer.task.tokens_per_step)
+    log.records = [{"step": 0, "val": 3.0}]
+    training_step = RunLog.training_step
+    operations = Operations()
+
+    def count(log: RunLog, *args: Any) -> None:
+        training_step(log, *args)
+        reading.append(bool(operations.reads))
+        operations.reads.clear()
+
+    monkeypatch.setattr(RunLog, "training_step", count)
+    with operations:
+        assert trainer.train(log) == 0
+    assert [i for i, read in enumerate(reading, 1) if read] == [1, 5, 10]
+
+
+def test_evaluations_are_not_compiled():
+    """Otherwise each shape of the evaluations and of the sample would be compiled."""
+    trainer = cpu_trainer()
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append([t.shape for t in inputs])
+        return graph.forward
+
+    trainer.model.compile(backend=backend)
+    with trainer.eval_mode():
+        trainer.task.evaluate(trainer.model)
+    assert compiled == []
+    trainer.train_step()
+    assert compiled != []
+
+
+# --- the benchmark
+
+
+def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["gpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| no GPU") and torch.__version__ in lines[0]
+    rows = dict(line.strip("| ").split(" | ") for line in lines[2:])
+    assert "WRONG" not in str(rows)
+    assert rows["losses of 50 steps, float32"] == "within 0 of the CPU's"
+    assert rows["resumed run"] == rows["ddp run"] == "weights within 0"
+    assert rows["sampling in float32"] == "equals the CPU's"
+    speed = r"[\d,]+ tokens/s"
+    assert re.search(speed, rows["training, toy, float32"] + rows["training, toy, bfloat16"])
+    for batch in (1, 2):
+        assert re.fullmatch(speed, rows[f"sampling toy, batch size {batch}"])
+    assert re.search(r"not reached; best \d\.\d+ after", rows["train.py --preset quick"])
+
+
+def test_a_difference_is_marked_in_the_table(monkeypatch):
+    monkeypatch.setattr(gpu_bench, "losses", lambda trainer, n: torch.rand(n))
+    assert gpu_bench.check_losses(CPU).problem
+    monkeypatch.setattr(gpu_bench, "sample", lambda *args, **kw: torch.rand(3, 50))
+    assert gpu_bench.check_generation(CPU).problem
+
+
+def test_the_peak_of_a_card():
+    result = doctest.testmod(gpu_bench)
+    assert result.attempted == 1 and result.failed == 0
