@@ -26,7 +26,7 @@ from experiments import gpu as gpu_bench
 from generate import generate, next_tokens
 from model import GPT
 from sampling import beam_search
-from sampling.quantize import cache_dtype, lower_precision
+from sampling.quantize import lower_precision
 from tokenizer import CharTokenizer
 from train import Trainer
 from training.run_log import RunLog
@@ -35,8 +35,8 @@ from training.task import Pretraining
 SIZES = {"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
 CPU = torch.device("cpu")
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
-# PyTorch has a guard, which switches between devices, for those that it was built for. This one does
-# nothing.
+# PyTorch has a guard, which selects the current device, for each kind that it was built for. This
+# one does nothing.
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 using namespace c10::impl;
@@ -186,9 +186,7 @@ def sample_on(
     monkeypatch.setattr("generate.compile_for", lambda device: next_tokens)
     model = make_fake(gpu, gpt).eval()
     lower_precision(model, precision)
-    config = SampleConfig(
-        precision=precision, num_samples=3, max_new_tokens=11, seed=0, **settings
-    )
+    config = SampleConfig(precision=precision, num_samples=3, max_new_tokens=11, seed=0, **settings)
     prompt = torch.zeros(4, dtype=torch.long, device=gpu)
     with Operations() as operations:
         for step in generate(model, prompt, config, ends=[2]):

@@ -67,9 +67,7 @@ def pick_compile(wanted: bool | None, device: torch.device) -> bool:
     return not problem
 
 
-def compile_model(
-    model: GPT, config: TrainConfig, device: torch.device, same_shapes: bool
-) -> None:
+def compile_model(model: GPT, config: TrainConfig, device: torch.device, same_shapes: bool) -> None:
     """Compile the model in place, before it is wrapped with DDP or FSDP.
 
     On a GPU it is one graph, as PyTorch's documentation recommends ("Where to apply torch.compile":
