@@ -49,6 +49,7 @@ from training.distributed import (
     wrap,
 )
 from training.dry_run import print_dry_run
+from training.machine import compile_model
 from training.muon import Muon
 from training.overfit import overfit_batch
 from training.plan import plan_run, process_seconds, resolve_plan
@@ -128,9 +129,8 @@ class Trainer:
     def __init__(self, model: GPT, task: Task, config: TrainConfig, device: torch.device):
         self.model = model.to(device).train()
         model.grad_checkpoint = config.grad_checkpoint
-        if config.compile:  # block by block: they are alike, so one compilation serves all
-            for block in model.blocks:
-                block.compile()
+        if config.compile:
+            compile_model(model, config, device, same_shapes=task.tokens_per_step is not None)
         self.net = wrap(model, config.parallel, device)  # with DDP or FSDP
         self.weights = Weights(model)
         self.task, self.config, self.device = task, config, device

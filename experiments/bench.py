@@ -4,6 +4,7 @@ python -m experiments.bench tokenizers --data data/plays.jsonl --vocab_size 1000
 python -m experiments.bench generate --nanogpt path/to/nanoGPT
 python -m experiments.bench train --preset laptop --arch gpt2 --nanogpt path/to/nanoGPT
 python -m experiments.bench data
+python -m experiments.bench gpu --nanogpt path/to/nanoGPT
 """
 
 import functools
@@ -29,6 +30,7 @@ from experiments.baselines import (
     nanogpt_sampler,
     nanogpt_step,
 )
+from experiments.gpu import bench_gpu
 from experiments.timing import (
     StepMaker,
     matmul_flops,
@@ -50,7 +52,7 @@ from training.task import Pretraining
 from utils import device_problems, get_batch, pick_device
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("tokenizers", "generate", "train", "data")
+BENCHMARKS = ("tokenizers", "generate", "train", "data", "gpu")
 VOCAB_SIZE = 65  # of the models: the characters of TinyShakespeare
 
 
@@ -268,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
         "generate": bench_generate,
         "train": bench_train,
         "data": bench_data,
+        "gpu": lambda config: bench_gpu(config.nanogpt),
     }
     try:
         print(functions[config.benchmark](config))

@@ -130,6 +130,44 @@ def test_a_function_is_compiled_for_the_device_to_see_if_that_works(monkeypatch)
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")],
+)
+def test_a_gpu_before_ampere_uses_float16_instead_of_emulated_bfloat16(
+    monkeypatch, capability: tuple[int, int], expected: str
+):
+    """By capability: V100, T4, A100, H100. torch.cuda itself decides, from what the driver says."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()  # with emulation, all of them
+    assert pick_precision("auto", torch.device("cuda"))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "parallel", "same_shapes", "expected"),
+    [
+        ("cuda", "ddp", True, [("GPT", {"dynamic": False})]),
+        ("cuda", "ddp", False, [("GPT", {"dynamic": None})]),
+        ("cuda", "fsdp", True, [("Block", {}), ("Block", {})]),
+        ("cpu", "ddp", True, [("Block", {}), ("Block", {})]),
+    ],
+)
+def test_what_is_compiled(monkeypatch, device, parallel, same_shapes, expected):
+    compiled = []
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compiled.append((type(self).__name__, kw))
+    )
+    config = TrainConfig(parallel=parallel)
+    machine.compile_model(make_model(), config, torch.device(device), same_shapes)
+    assert compiled == expected
+
+
 def test_freed_memory_is_kept_by_the_c_library(monkeypatch):
     """glibc's malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1; the largest int switches it off."""
     calls = []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig, UserError
+from model import GPT
 from system.compiler import compiler_problem
 from training.distributed import world_size
 from utils import TokenStream, count_params
@@ -64,6 +65,23 @@ def pick_compile(wanted: bool | None, device: torch.device) -> bool:
     if problem:
         print(f"not compiling: {problem}")
     return not problem
+
+
+def compile_model(model: GPT, config: TrainConfig, device: torch.device, same_shapes: bool) -> None:
+    """Compile the model in place, before it is wrapped with DDP or FSDP.
+
+    On a GPU it is one graph, as PyTorch's documentation recommends ("Where to apply torch.compile":
+    the highest level), so that the loss too is fused. If batches have the same shape, or few of
+    them (grow_windows has three), none is made dynamic, which after a second shape is the default
+    and gives more general kernels. On a CPU, where compiling takes as long as many steps, and with
+    FSDP, which gathers the weights of a block between the graphs, blocks are compiled: they are
+    alike, so one compilation serves all.
+    """
+    if device.type == "cuda" and config.parallel != "fsdp":
+        model.compile(dynamic=False if same_shapes else None)
+        return
+    for block in model.blocks:
+        block.compile()
 
 
 def keep_freed_memory() -> None:

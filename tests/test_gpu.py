@@ -1,0 +1,307 @@
+"""The paths on a GPU without one, on fake tensors: they have a shape, a type and a device but no
+numbers, and an operation on tensors of two devices raises."""
+
+import ctypes
+import doctest
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import COMPONENTS
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from config import GPTConfig, SampleConfig, TrainConfig
+from corpus.load import Corpus
+from experiments import bench
+from experiments import gpu as gpu_bench
+from generate import generate, next_tokens
+from model import GPT
+from sampling import beam_search
+from sampling.quantize import lower_precision
+from tokenizer import CharTokenizer
+from train import Trainer
+from training.run_log import RunLog
+from training.task import Pretraining
+
+SIZES = {"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
+CPU = torch.device("cpu")
+READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
+# PyTorch has a guard, which selects the current device, for each kind that it was built for. This
+# one does nothing.
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+using namespace c10::impl;
+static NoOpDeviceGuardImpl<c10::DeviceType::{0}> guard;
+static DeviceGuardImplRegistrar registrar(c10::DeviceType::{0}, &guard);
+"""
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations: the devices and types of their results, and how often a number is
+    read, for which the host would wait. A number that is read is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+        self.results: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if name in READS:
+            self.reads.append(name)
+            if name == "aten::_local_scalar_dense" and tensors[0].device != CPU:
+                dtype = tensors[0].dtype
+                return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        result = func(*args, **(kwargs or {}))
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.results |= {(t.device.type, t.dtype) for t in outputs}
+        return result
+
+
+@pytest.fixture(scope="module")
+def guards(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lets PyTorch name devices that it was not built for."""
+    built = {"CUDA": torch.backends.cuda.is_built(), "MPS": torch.backends.mps.is_built()}
+    if not (compiler := shutil.which("g++")):
+        pytest.skip("needs a C++ compiler")
+    folder, torch_folder = tmp_path_factory.mktemp("guards"), Path(torch.__file__).parent
+    flags = f"-shared -fPIC -std=c++20 -I{torch_folder}/include -L{torch_folder}/lib".split()
+    for name in (name for name in built if not built[name]):
+        (folder / f"{name}.cpp").write_text(GUARD.format(name))
+        command = [compiler, *flags, f"{name}.cpp", "-lc10", f"-o{name}.so"]
+        subprocess.run(command, cwd=folder, check=True)
+        ctypes.CDLL(str(folder / f"{name}.so"))
+
+
+def stand_in_for_backward(parameters: list[nn.Parameter]) -> Any:
+    """Gradients of a loss without autograd's engine, which needs the streams of a real device."""
+
+    def backward(loss: Tensor) -> None:
+        assert loss.requires_grad and loss.dim() == 0
+        for p in parameters:
+            p.grad = torch.ones_like(p) if p.grad is None else p.grad + 1
+
+    return backward
+
+
+@pytest.fixture(params=["cuda", "mps"])
+def gpu(
+    request: pytest.FixtureRequest, guards: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[torch.device]:
+    """A device that PyTorch takes for a GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    with FakeTensorMode():
+        yield torch.device(request.param)
+
+
+def make_fake(gpu: torch.device, settings: dict[str, Any]) -> GPT:
+    """A model that is on the device from the start: fake parameters cannot be moved."""
+    with gpu:
+        return GPT(GPTConfig(**SIZES | settings))
+
+
+def fake_trainer(gpu: torch.device, gpt: dict[str, Any], **settings: Any) -> Trainer:
+    config = TrainConfig(batch_size=2, compile=False, max_steps=10, **settings)
+    ids = (np.arange(100) % 11).astype(np.uint8)
+    corpus = Corpus(ids, ids, {"name": "numbers"}, 100, 100, separator=3)
+    tokenizer = CharTokenizer([chr(i) for i in range(11)])
+    task = Pretraining(corpus, tokenizer, SIZES["block_size"], config, gpu)
+    return Trainer(make_fake(gpu, gpt), task, config, gpu)
+
+
+def train_on(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, gpt: dict[str, Any], **settings: Any
+) -> tuple[Trainer, Operations]:
+    """A trainer after two steps, and the operations of these steps."""
+    trainer = fake_trainer(gpu, gpt, **settings)
+    backward = stand_in_for_backward(list(trainer.model.parameters()))
+    monkeypatch.setattr(Tensor, "backward", backward)
+    with Operations() as operations:
+        for _ in range(2):
+            metrics = trainer.train_step()
+    assert {t.device.type for t in metrics.values()} == {gpu.type}
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            assert {t.device.type for t in state.values() if t.dim()} == {gpu.type}
+    return trainer, operations
+
+
+@pytest.mark.parametrize("components", COMPONENTS, ids=str)
+def test_every_architecture_trains_on_a_gpu(gpu, monkeypatch, components):
+    precision = "bfloat16" if gpu.type == "cuda" else "float32"
+    _, operations = train_on(gpu, monkeypatch, components, precision=precision, optimizer="muon")
+    assert (gpu.type, torch.float64) not in operations.results  # MPS has none
+    assert operations.reads == []
+    computed = {dtype for device, dtype in operations.results if device == gpu.type}
+    assert torch.bfloat16 in computed
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_every_optimizer_trains_in_every_precision_on_a_gpu(gpu, monkeypatch, precision, optimizer):
+    settings = {"grad_accum": 2, "doc_mask": True, "grow_windows": True, "grad_checkpoint": True}
+    trainer, operations = train_on(
+        gpu, monkeypatch, {"dropout": 0.1, "token_shift": True},
+        precision=precision, optimizer=optimizer, **settings,
+    )  # fmt: skip
+    assert (gpu.type, torch.float64) not in operations.results
+    computed = {dtype for device, dtype in operations.results if device == gpu.type}
+    assert precision == "float32" or getattr(torch, precision) in computed
+    assert trainer.scaler.is_enabled() == (precision == "float16")
+    if precision != "float16":
+        assert operations.reads == []
+
+
+@pytest.mark.parametrize("components", COMPONENTS, ids=str)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_architecture_generates_on_a_gpu(gpu, monkeypatch, components, compiled):
+    sample_on(gpu, monkeypatch, components, "float32", compile=compiled)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "int8"])
+def test_every_precision_generates_on_a_gpu(gpu, monkeypatch, precision, cache):
+    settings = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
+    sample_on(gpu, monkeypatch, {"token_shift": True}, precision, cache=cache, **settings)
+
+
+def sample_on(
+    gpu: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    gpt: dict[str, Any],
+    precision: str,
+    **settings: Any,
+) -> None:
+    """Generate three texts beyond the window, and check each step."""
+    monkeypatch.setattr("generate.compile_for", lambda device: next_tokens)
+    model = make_fake(gpu, gpt).eval()
+    lower_precision(model, precision)
+    config = SampleConfig(precision=precision, num_samples=3, max_new_tokens=11, seed=0, **settings)
+    prompt = torch.zeros(4, dtype=torch.long, device=gpu)
+    with Operations() as operations:
+        for step in generate(model, prompt, config, ends=[2]):
+            assert {t.device.type for t in step} == {gpu.type}
+            assert [t.shape for t in step] == [(3,), (3, 11), (3, 11)]
+    assert (gpu.type, torch.float64) not in operations.results
+
+
+@pytest.mark.parametrize("components", [{}, {"token_shift": True}, {"pos": "learned"}], ids=str)
+def test_beams_on_a_gpu(gpu, components):
+    model = make_fake(gpu, components).eval()
+    prompt = torch.zeros(4, dtype=torch.long, device=gpu)
+    with Operations() as operations:
+        texts = beam_search.beam_search(model, prompt, beams=3, n_new=11, ends=[2])
+    assert [len(ids) for _, ids in texts] == [11, 11, 11]
+    assert (gpu.type, torch.float64) not in operations.results
+
+
+def test_an_operation_on_two_devices_is_found(gpu):
+    model = make_fake(gpu, {})
+    with pytest.raises(RuntimeError, match="cpu"):
+        model(torch.zeros(1, 4, dtype=torch.long))
+
+
+# --- waiting for the device, counted on a CPU
+
+
+def cpu_trainer(**settings: Any) -> Trainer:
+    """A trainer whose streams are tensors, as on a GPU."""
+    trainer = fake_trainer(CPU, {}, precision="float32", **settings)
+    trainer.task.train_ids = torch.from_numpy(trainer.task.corpus.train_ids.astype(np.int32))
+    return trainer
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_a_training_step_reads_no_number(optimizer, grad_clip):
+    settings = {"grad_accum": 2, "doc_mask": True, "grow_windows": True}
+    trainer = cpu_trainer(optimizer=optimizer, grad_clip=grad_clip, **settings)
+    with Operations() as operations:
+        for _ in range(7):  # all sizes of windows
+            trainer.train_step()
+        assert operations.reads == []
+        trainer.train_step()["loss"].item()
+    assert operations.reads == ["aten::_local_scalar_dense"]  # so it would be found
+
+
+def test_losses_are_read_at_the_steps_that_are_logged(tmp_path, monkeypatch):
+    """Of 10 steps the first, after which the clock starts, and every fifth; the evaluations read
+    theirs."""
+    settings = {"log_every": 5, "eval_every": 10, "sample_tokens": 0, "warmup_steps": 0}
+    trainer = cpu_trainer(out_dir=str(tmp_path), **settings)
+    reading = []
+    monkeypatch.setattr(RunLog, "plot", lambda log: None)
+    monkeypatch.setattr(trainer, "evaluate_and_save", lambda log: None)
+    log = RunLog(trainer.config, {}, trainer.task.tokens_per_step)
+    log.records = [{"step": 0, "val": 3.0}]
+    training_step = RunLog.training_step
+    operations = Operations()
+
+    def count(log: RunLog, *args: Any) -> None:
+        training_step(log, *args)
+        reading.append(bool(operations.reads))
+        operations.reads.clear()
+
+    monkeypatch.setattr(RunLog, "training_step", count)
+    with operations:
+        assert trainer.train(log) == 0
+    assert [i for i, read in enumerate(reading, 1) if read] == [1, 5, 10]
+
+
+def test_evaluations_are_not_compiled():
+    """Otherwise each shape of the evaluations and of the sample would be compiled."""
+    trainer = cpu_trainer()
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append([t.shape for t in inputs])
+        return graph.forward
+
+    trainer.model.compile(backend=backend)
+    with trainer.eval_mode():
+        trainer.task.evaluate(trainer.model)
+    assert compiled == []
+    trainer.train_step()
+    assert compiled != []
+
+
+# --- the benchmark
+
+
+def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["gpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| no GPU") and torch.__version__ in lines[0]
+    rows = dict(line.strip("| ").split(" | ") for line in lines[2:])
+    assert "WRONG" not in str(rows)
+    assert rows["losses of 50 steps, float32"] == "within 0 of the CPU's"
+    assert rows["resumed run"] == rows["ddp run"] == "weights within 0"
+    assert rows["sampling in float32"] == "equals the CPU's"
+    speed = r"[\d,]+ tokens/s"
+    assert re.search(speed, rows["training, toy, float32"] + rows["training, toy, bfloat16"])
+    for batch in (1, 2):
+        assert re.fullmatch(speed, rows[f"sampling toy, batch size {batch}"])
+    assert re.search(r"not reached; best \d\.\d+ after", rows["train.py --preset quick"])
+
+
+def test_a_difference_is_marked_in_the_table(monkeypatch):
+    monkeypatch.setattr(gpu_bench, "losses", lambda trainer, n: torch.rand(n))
+    assert gpu_bench.check_losses(CPU).problem
+    monkeypatch.setattr(gpu_bench, "sample", lambda *args, **kw: torch.rand(3, 50))
+    assert gpu_bench.check_generation(CPU).problem
+
+
+def test_the_peak_of_a_card():
+    result = doctest.testmod(gpu_bench)
+    assert result.attempted == 1 and result.failed == 0
