@@ -1,4 +1,4 @@
-"""What a GPU computes, against the CPU, and how fast. Without one, it is a test with a tiny model."""
+"""Check what a GPU computes, and measure how fast. Without one: a test with a tiny model."""
 
 import contextlib
 import copy
@@ -243,7 +243,7 @@ def run_row(scale: Scale) -> Row:
             assert process.stdout
             for line in process.stdout:
                 seconds = time.perf_counter() - start
-                if found := re.search(r"val(?:idation)? loss ([\d.]+)", line):
+                if found := re.search(r"val(?:idation loss)? ([\d.]+)", line):
                     evaluations.append((seconds, float(found[1])))
                 if seconds > RUN_SECONDS:
                     process.terminate()
