@@ -9,6 +9,7 @@ study tests many variants at once, and of twenty without any effect one would be
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from viz.runs import BLUE, ORANGE
@@ -24,7 +25,7 @@ SIGNIFICANT = 0.05  # p-values below it
 COLUMNS = ("difference", "95% from", "to", "p")  # that `add_differences` adds to a table
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 

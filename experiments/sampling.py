@@ -11,12 +11,18 @@ distributions that the tokens are sampled from; the surprise, which is minus the
 log-probability of the tokens at temperature 1; and distinct-1 and distinct-2, the distinct tokens
 and token pairs as a share of all (Li et al. 2016). The validation text is shown for comparison:
 human text is neither the most probable nor the most varied text (Holtzman et al. 2020).
+
+Samples are also compared along a run, from the untrained model on, and along a run that overfits: a
+small part of the text, read many times.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from config import SampleConfig, UserError, setting
 from corpus.load import Corpus, load_corpus
@@ -30,7 +36,7 @@ from model import GPT
 from system.errors import run
 from tokenizer import Tokenizer
 from training.setup import Flags
-from utils import TokenStream, even_starts, load_checkpoint
+from utils import even_starts, load_checkpoint
 from viz.runs import BLACK, BLUE, GREEN, ORANGE, new_figure
 
 if TYPE_CHECKING:
@@ -46,6 +52,7 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 }
 OFF: Flags = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 STATISTICS = ("entropy", "surprise", "distinct-1", "distinct-2")
+SHOWN = 100  # characters of a sample in the tables
 
 
 @dataclass
@@ -55,10 +62,22 @@ class Plan:
     flags: Flags  # of the run
     num_samples: int  # per seed
     length: int  # of a sample, in tokens
+    overfitting: Flags  # of the second run, on SHARE of the text
 
 
-QUICK = Plan({"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80}, 8, 250)
-FULL = Plan({"preset": "medium", "save_every": 500}, 32, 500)
+SHARE = 0.05
+QUICK = Plan(
+    {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80},
+    num_samples=8,
+    length=250,
+    overfitting={"preset": "quick", "max_steps": 1500, "eval_every": 150, "save_every": 150},
+)
+FULL = Plan(
+    {"preset": "medium", "save_every": 500},
+    num_samples=32,
+    length=500,
+    overfitting={"preset": "medium", "save_every": 500},
+)
 
 
 @dataclass
@@ -73,7 +92,7 @@ def find_checkpoint(study: Study, plan: Plan) -> Path:
     if study.options.checkpoint:
         return Path(study.options.checkpoint)
     study.config.data = study.config.data or "shakespeare"
-    study.n_runs = 1
+    study.n_runs = 2
     make_run(study, "model", plan.flags | {"seed": 1})
     return study.folder / "model" / "best.pt"
 
@@ -88,10 +107,12 @@ def sample_config(plan: Plan, **settings: Any) -> SampleConfig:
     return SampleConfig(num_samples=plan.num_samples, max_new_tokens=plan.length, **settings)
 
 
-def validation_loss(model: GPT, corpus: Corpus, state: dict[str, Any]) -> float:
-    """The mean loss over the validation split, in nats per token."""
-    doc_mask = bool(state["train_config"].get("doc_mask"))
-    return evaluate_split(model, corpus, EvaluateConfig(precision="float32"), doc_mask)["loss"]
+def split_loss(model: GPT, corpus: Corpus, split: str, doc_mask: bool) -> float:
+    """The mean loss over the validation split, or over as much of the training split, in nats per
+    token."""
+    corpus = replace(corpus, train_ids=corpus.train_ids[: len(corpus.val_ids)])
+    config = EvaluateConfig(split=split, precision="float32")
+    return evaluate_split(model, corpus, config, doc_mask)["loss"]
 
 
 # --- sampling settings
@@ -115,11 +136,16 @@ def sweep(model: GPT, tokenizer: Tokenizer, plan: Plan, n_seeds: int) -> Sweep:
     return found
 
 
-def validation_statistics(ids: TokenStream, loss: float, plan: Plan) -> dict[str, float]:
-    """The statistics of the validation text; distinct-n of as many pieces as are sampled."""
+def validation_statistics(
+    corpus: Corpus, tokenizer: Tokenizer, loss: float, plan: Plan
+) -> dict[str, float]:
+    """The statistics of the validation text, of as many pieces as are sampled."""
+    ids, train_text = corpus.val_ids, tokenizer.decode(corpus.train_ids[:].tolist())
     starts = even_starts(len(ids), plan.length, plan.num_samples)
     pieces = [ids[start : start + plan.length].tolist() for start in starts]
-    return {"surprise": loss} | {f"distinct-{n}": distinct_ngrams(pieces, n) for n in (1, 2)}
+    distinct = {f"distinct-{n}": distinct_ngrams(pieces, n) for n in (1, 2)}
+    copied = [longest_copy(tokenizer.decode(piece), train_text) for piece in pieces]
+    return {"surprise": loss} | distinct | {"characters copied": mean(copied)}
 
 
 def sweep_rows(found: Sweep) -> list[Row]:
@@ -157,36 +183,81 @@ def known_share(texts: list[str], known: set[str]) -> float:
     return sum(word in known for word in words) / max(1, len(words))
 
 
-def evaluate_checkpoint(
-    study: Study, path: Path, corpus: Corpus, known: set[str], plan: Plan
-) -> dict[str, Any]:
-    """The step of a checkpoint, its validation loss, and of its samples at temperature 0.8 the
-    share of known words and distinct-2, each with every seed, and a line as an example."""
-    model, tokenizer, state = load_checkpoint(path, study.device)
-    texts = [
-        sample_text(model, tokenizer, sample_config(plan, seed=seed))
-        for seed in range(study.config.seeds)
-    ]
-    ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
-    return {
-        "step": state["step"],
-        "loss": validation_loss(model, corpus, state),
-        "known": [known_share(by_seed, known) for by_seed in texts],
-        "distinct-2": [distinct_ngrams(by_seed, 2) for by_seed in ids],
-        "line": next((line for line in texts[0][0].splitlines() if line.strip()), ""),
-    }
+def longest_copy(text: str, source: str) -> int:
+    """The length of the longest passage of a text that occurs in the source.
+
+    >>> longest_copy("to be or so", "not to be is to be")  # "to be "
+    6
+    """
+    longest = 0
+    for start in range(len(text)):
+        while text[start : start + longest + 1] in source and start + longest < len(text):
+            longest += 1
+    return longest
+
+
+def evaluate_models(
+    study: Study, paths: list[Path], tokenizer: Tokenizer, corpus: Corpus, plan: Plan
+) -> list[dict[str, Any]]:
+    """For the untrained model and each checkpoint: the losses; of its samples at temperature 0.8,
+    with every seed, the share of words that occur in the training text, distinct-2, and the mean
+    length of the longest passage copied from the training text; and the beginning of a sample."""
+    train_text = tokenizer.decode(corpus.train_ids[:].tolist())
+    known = set(split_words(train_text))
+    found = []
+    for step, model, doc_mask in saved_models(study, paths):
+        seeds = range(study.config.seeds)
+        texts = [sample_text(model, tokenizer, sample_config(plan, seed=seed)) for seed in seeds]
+        ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
+        copied = [[longest_copy(text, train_text) for text in by_seed] for by_seed in texts]
+        found.append(
+            {
+                "step": step,
+                "train": split_loss(model, corpus, "train", doc_mask),
+                "val": split_loss(model, corpus, "val", doc_mask),
+                "known": [known_share(by_seed, known) for by_seed in texts],
+                "distinct-2": [distinct_ngrams(by_seed, 2) for by_seed in ids],
+                "copied": [mean(by_seed) for by_seed in copied],
+                "sample": texts[0][0].strip()[:SHOWN],
+            }
+        )
+    return found
+
+
+def saved_models(study: Study, paths: list[Path]) -> Iterator[tuple[int, GPT, bool]]:
+    """The model with untrained weights and that of each checkpoint, each with its step, and whether
+    attention is limited to documents."""
+    for path in paths:
+        model, _, state = load_checkpoint(path, study.device)
+        doc_mask = bool(state["train_config"].get("doc_mask"))
+        if path == paths[0]:
+            torch.manual_seed(state["train_config"]["seed"])
+            yield 0, GPT(model.config).to(study.device).eval(), doc_mask
+        yield state["step"], model, doc_mask
+
+
+def overfitted_run(study: Study, corpus: Corpus, plan: Plan) -> tuple[list[Path], Corpus]:
+    """The checkpoints of a run on a small part of the text, and this part as a corpus."""
+    flags = plan.overfitting | {"data": study.config.data, "seed": 1}
+    result = make_run(study, "overfitted", flags, SHARE)
+    some = corpus.train_ids[: round(len(corpus.train_ids) * SHARE)]
+    checkpoints = sorted(Path(result["flags"]["out_dir"]).glob("ckpt_*.pt"))
+    return checkpoints, replace(corpus, train_ids=some)
 
 
 def checkpoint_rows(evaluated: list[dict[str, Any]]) -> list[Row]:
     return [
         {
             "step": each["step"],
-            "validation loss": each["loss"],
+            "training loss": each["train"],
+            "validation loss": each["val"],
             "words of the training text": mean(each["known"]),
             "95% margin of words": margin(each["known"]),
             "distinct-2": mean(each["distinct-2"]),
             "95% margin of distinct-2": margin(each["distinct-2"]),
-            "first line of a sample": each["line"].replace("|", "\\|"),
+            "characters copied": mean(each["copied"]),
+            "95% margin of characters": margin(each["copied"]),
+            "beginning of a sample": each["sample"].replace("\n", " / ").replace("|", "\\|"),
         }
         for each in evaluated
     ]
@@ -231,26 +302,30 @@ def plot_sweeps(panels: Any, found: Sweep, validation: dict[str, float]) -> None
         axes.legend()
 
 
-def plot_checkpoints(panels: Any, evaluated: list[dict[str, Any]]) -> None:
-    """The validation loss, above, and the statistics of samples over the steps of a run. panels:
-    two axes."""
+def plot_checkpoints(panels: Any, evaluated: list[dict[str, Any]], title: str) -> None:
+    """Two axes: the losses over the steps of a run, and the statistics of samples below."""
     top, bottom = panels
     steps = [each["step"] for each in evaluated]
-    top.plot(steps, [e["loss"] for e in evaluated], ".-", color=BLACK, label="validation loss")
+    for split, style in (("train", "--"), ("val", "-")):
+        label = "training loss" if split == "train" else "validation loss"
+        top.plot(steps, [each[split] for each in evaluated], f".{style}", color=BLACK, label=label)
     plot_band(bottom, steps, [e["known"] for e in evaluated], GREEN, "words of the training text")
     plot_band(bottom, steps, [e["distinct-2"] for e in evaluated], ORANGE, "distinct-2")
-    top.set_title("checkpoints, temperature 0.8")
+    top.set_title(title)
     bottom.set_xlabel("step")
     bottom.set_ylim(0, 1)
     top.legend()
     bottom.legend(loc="center right")
 
 
-def plot(found: Sweep, validation: dict[str, float], evaluated: list[dict[str, Any]]) -> "Figure":
-    figure = new_figure(14, 6.5)
-    panels = figure.subplots(2, 4, sharex="col")
-    plot_sweeps(panels[:, :3], found, validation)
-    plot_checkpoints(panels[:, 3], evaluated)
+def plot(
+    found: Sweep, validation: dict[str, float], evaluated: dict[str, list[dict[str, Any]]]
+) -> "Figure":
+    figure = new_figure(16, 6.5)
+    panels = figure.subplots(2, len(SWEEPS) + len(evaluated), sharex="col")
+    plot_sweeps(panels[:, : len(SWEEPS)], found, validation)
+    for column, (title, each) in zip(panels.T[len(SWEEPS) :], evaluated.items(), strict=True):
+        plot_checkpoints(column, each, title)
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     return figure
@@ -266,19 +341,20 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, corpus = load_corpus(data, tokenizer=tokenizer)
     check_unchanged(corpus, data, path, state)
     study.records.append(run_record(corpus.info, "float32", study.device))  # of the samples
-    known = set(split_words(tokenizer.decode(corpus.train_ids[:].tolist())))
-    checkpoints = sorted(path.parent.glob("ckpt_*.pt"))
-    if not checkpoints:
+    paths = sorted(path.parent.glob("ckpt_*.pt"))
+    if not paths:
         print(f"there are no ckpt_*.pt next to {path}, which --save_every keeps: using it alone")
-    evaluated = [
-        evaluate_checkpoint(study, each, corpus, known, plan) for each in checkpoints or [path]
-    ]
     found = sweep(model, tokenizer, plan, study.config.seeds)
-    loss = validation_loss(model, corpus, state)
-    validation = validation_statistics(corpus.val_ids, loss, plan)
+    loss = split_loss(model, corpus, "val", bool(state["train_config"].get("doc_mask")))
+    validation = validation_statistics(corpus, tokenizer, loss, plan)
+    evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus, plan)}
+    if not study.options.checkpoint:
+        paths, some = overfitted_run(study, corpus, plan)
+        title = f"Overfitting, on {SHARE:.0%} of the text"
+        evaluated[title] = evaluate_models(study, paths, tokenizer, some, plan)
     tables = {
         "Sampling settings, each varied alone": sweep_rows(found),
-        "Checkpoints of the run": checkpoint_rows(evaluated),
+        **{title: checkpoint_rows(each) for title, each in evaluated.items()},
         "Validation text": [validation],
     }
     write_results(study, tables, plot(found, validation, evaluated))

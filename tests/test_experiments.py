@@ -46,6 +46,7 @@ from model import GPT
 from system.command_line import read_flags
 from train import Trainer
 from training.run_log import RunLog
+from utils import load_checkpoint
 from viz.runs import new_figure
 
 EXPERIMENTS = Path(study.__file__).parent
@@ -471,7 +472,8 @@ def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
 
 
 def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    plan = sampling.Plan(TINY | {"save_every": 2}, num_samples=2, length=20)
+    flags = TINY | {"save_every": 2}
+    plan = sampling.Plan(flags, num_samples=2, length=20, overfitting=flags)
     monkeypatch.setattr(sampling, "QUICK", plan)
     monkeypatch.setattr(sampling, "SWEEPS", {"temperature": (0.5, 1.0), "top_k": (1, 99)})
     rows = run_twice(sampling, monkeypatch)
@@ -488,9 +490,15 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     )  # always one text
     assert float(off["95% margin of surprise"]) > 0  # another seed gives another text
     assert list(every.values())[2:] == list(off.values())[2:]  # both are the full distribution
-    run = results("sampling_quick")["model"]
+    run, overfitted = (results("sampling_quick")[name] for name in ("model", "overfitted"))
+    assert overfitted["flags"]["share"] == sampling.SHARE
     checkpoints = table("sampling_quick_checkpoints")
-    assert [row["step"] for row in checkpoints] == ["2", "4", "6"]
+    assert [row["step"] for row in checkpoints] == ["0", "2", "4", "6"]
+    uniform = math.log(
+        load_checkpoint("checkpoints/studies/sampling_quick/model/best.pt")[1].vocab_size
+    )
+    assert float(checkpoints[0]["validation loss"]) == pytest.approx(uniform, abs=0.1)  # untrained
+    assert [row["step"] for row in table("sampling_quick_overfitting")] == ["0", "2", "4", "6"]
     assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
     (validation,) = table("sampling_quick_validation")
     assert float(validation["surprise"]) == pytest.approx(run["val"], abs=1e-5)
@@ -499,7 +507,7 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert sampling.main(["alone.pt", "--quick", "--seeds=2", "--device=cpu"]) == 0
     assert "no ckpt_*.pt next to alone.pt" in capsys.readouterr().out
     assert table("sampling_quick") == rows
-    assert table("sampling_quick_checkpoints") == checkpoints[-1:]
+    assert table("sampling_quick_checkpoints") == [checkpoints[0], checkpoints[-1]]
     Path("data/input.txt").write_text("something else " * 100, encoding="utf-8")
     with pytest.raises(UserError, match=r"alone\.pt was not trained on"):
         sampling.main(["alone.pt", "--quick", "--device=cpu"])
