@@ -98,9 +98,10 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 def all_reduce_max(number: int) -> int:
     """The largest of the processes' numbers."""
+    if world_size() == 1:
+        return number
     tensor = torch.tensor(number)
-    if world_size() > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return int(tensor)
 
 
