@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from config import (
     ARCH_FIELDS,
@@ -26,10 +27,12 @@ from config import (
     all_problems,
     train_settings,
 )
+from corpus.load import load_corpus
 from experiments import (
     ablation,
     bench,
     comparison,
+    ensemble,
     lr_context,
     optimizers,
     sampling,
@@ -511,6 +514,39 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     Path("data/input.txt").write_text("something else " * 100, encoding="utf-8")
     with pytest.raises(UserError, match=r"alone\.pt was not trained on"):
         sampling.main(["alone.pt", "--quick", "--device=cpu"])
+
+
+# --- ensemble
+
+
+def test_an_ensemble_predicts_the_mean_probability(workplace: Path, capsys: Any):
+    runs = [study.make_run(parse_tiny_study(), f"{n}", TINY | {"seed": n}) for n in (1, 2)]
+    paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
+    capsys.readouterr()
+    assert ensemble.main([*paths, "--device=cpu"]) == 0
+    *_, one, two, both = capsys.readouterr().out.splitlines()
+    found = [float(line.split("|")[2]) for line in (one, two, both)]
+    assert found[:2] == pytest.approx([run["val"] for run in runs], abs=1e-4)
+
+    models = [load_checkpoint(path)[0] for path in paths]
+    _, corpus = load_corpus("shakespeare", "char", 0)
+    ids, losses = torch.from_numpy(corpus.val_ids[:].astype(int)), []
+    for start in range(0, len(ids) - 1, 16):
+        piece = ids[start : start + 17]
+        with torch.no_grad():
+            p = sum(model(piece[None, :-1])[0][0].softmax(dim=-1) for model in models) / 2
+        losses += (-p.log()[torch.arange(len(piece) - 1), piece[1:]]).tolist()
+    assert found[2] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
+def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
+    short = {"block_size": 8}
+    runs = [study.make_run(parse_tiny_study(), f"{i}", TINY | f) for i, f in enumerate(({}, short))]
+    paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
+    with pytest.raises(UserError, match="two or more checkpoints"):
+        ensemble.main(paths[:1])
+    with pytest.raises(UserError, match=r"different windows \(block_size\)"):
+        ensemble.main(paths)
 
 
 # --- short speeches
