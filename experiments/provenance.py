@@ -43,7 +43,8 @@ def device_name(device: torch.device) -> str:
     """The hardware that the numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads, {cpu_model()}"
+    n = torch.get_num_threads()
+    return f"{device.type}, {n} thread{'s' * (n > 1)}, {cpu_model()}"
 
 
 @functools.cache
