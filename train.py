@@ -71,6 +71,7 @@ from utils import (
     pick_device,
     read_checkpoint,
     save_checkpoint,
+    to_device,
 )
 
 # --- schedule and optimizers
@@ -178,7 +179,7 @@ class Trainer:
         n_tokens = all_reduce_sum(torch.stack([n for _, n in batches]).sum())
         metrics: dict[str, Tensor] = {}
         for m, (batch, n) in zip(self.micro_steps, batches, strict=True):
-            inputs = [t.to(self.device, non_blocking=True) for t in batch]  # 3. move to device
+            inputs = [to_device(t, self.device) for t in batch]  # 3. move to device
             torch.manual_seed(mix_seed(config.seed, self.step, m))  # for dropout
             share = n * world_size() / n_tokens  # DDP and FSDP average over the processes
             with no_sync(self.net, skip=m != self.micro_steps[-1]):

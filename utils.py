@@ -30,6 +30,14 @@ class TokenStream(Protocol):
     def __getitem__(self, index: Any) -> np.ndarray: ...
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. The host does not wait for a copy to a CUDA GPU, which needs pinned
+    memory. On MPS such copies can have wrong values (github.com/pytorch/pytorch/issues/189690)."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def windows(
     ids: TokenStream | Tensor, starts: np.ndarray, block_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -42,10 +50,12 @@ def windows(
     >>> x.tolist(), y.tolist()
     ([[5, 6], [7, 8]], [[6, 7], [8, -100]])
     """
-    index = torch.from_numpy(starts[:, None] + np.arange(block_size + 1))  # (B, T + 1)
+    device = ids.device if isinstance(ids, Tensor) else torch.device("cpu")
+    first = to_device(torch.from_numpy(starts), device)  # (B,)
+    index = first[:, None] + torch.arange(block_size + 1, device=device)  # (B, T + 1)
     inside = index.clamp(max=len(ids) - 1)
     if isinstance(ids, Tensor):
-        tokens, index = ids[inside.to(ids.device)].long(), index.to(ids.device)
+        tokens = ids[inside].long()
     else:
         tokens = torch.from_numpy(ids[inside.numpy()].astype(np.int64))
     past_end = index >= len(ids)

@@ -147,6 +147,11 @@ def test_a_gpu_before_ampere_uses_float16_instead_of_emulated_bfloat16(
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()  # with emulation, all of them
     assert pick_precision("auto", torch.device("cuda"))[0] == expected
+    monkeypatch.setattr(setup, "device_problems", lambda name: [])
+    monkeypatch.setattr(setup, "pick_device", torch.device)
+    config = TrainConfig(device="cuda", precision="bfloat16", dry_run=True)
+    slow = ["this GPU only emulates bfloat16, slowly: use --precision float16"]
+    assert setup.check_run(config) == (slow if expected == "float16" else [])
 
 
 @pytest.mark.parametrize(

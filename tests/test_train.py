@@ -153,10 +153,15 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert found[0] == set(names.values()) - found[1]
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("shape", [(16, 16), (12, 40), (40, 12)])
-def test_muon_orthogonalizes_a_gradient(shape: tuple[int, int]):
-    gradients = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    for gradient, found in zip(gradients, orthogonalize(gradients).float(), strict=True):
+def test_muon_orthogonalizes_a_gradient(monkeypatch, shape: tuple[int, int], bfloat16: bool):
+    """In bfloat16, or in float16, in which these gradients would be 0."""
+    monkeypatch.setattr("training.muon.has_bfloat16", lambda device: bfloat16)
+    gradients = 2e-8 * torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(gradients)
+    assert result.dtype == (torch.bfloat16 if bfloat16 else torch.float16)
+    for gradient, found in zip(gradients, result.float(), strict=True):
         # Five times Jordan et al.'s polynomial (2024) brings singular values, which begin as the
         # gradient's over its Frobenius norm, near 1. The singular vectors are the gradient's.
         u, sizes, vt = torch.linalg.svd(gradient / gradient.norm(), full_matrices=False)

@@ -33,7 +33,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
     if name != "auto":
         return name, "as requested"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bfloat16(device):
             return "bfloat16", "supported by this GPU"
         return "float16", "this GPU has no bfloat16"
     if device.type == "cpu":
@@ -41,6 +41,12 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
         reason = f"bfloat16 matrix products are {ratio:.1f} times as fast as float32 here"
         return "bfloat16" if ratio > WORTHWHILE_SPEEDUP else "float32", reason
     return "float32", "the default on this device"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device (of GPUs, the current one) computes in bfloat16. NVIDIA GPUs before Ampere
+    (T4, V100, RTX 20) only emulate it, slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def matmul_seconds(dtype: torch.dtype) -> float:

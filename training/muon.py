@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from training.distributed import full_tensor, shard_like
+from training.machine import has_bfloat16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial of Jordan et al. 2024
 NS_STEPS = 5
@@ -66,11 +67,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Matrices x (n, R, C) with singular values near 1 and the same singular vectors, in bfloat16:
-    five times the polynomial a x + b x^3 + c x^5, after a division by the Frobenius norm."""
+    """Matrices x (n, R, C) with singular values near 1 and the same singular vectors: five times
+    the polynomial a x + b x^3 + c x^5, after a division by the Frobenius norm. In bfloat16, or in
+    float16 if the device has none."""
     a, b, c = COEFFICIENTS
     wide = x if x.size(1) <= x.size(2) else x.mT  # the smaller product
-    wide = wide.bfloat16()
+    if has_bfloat16(x.device):
+        wide = wide.bfloat16()
+    else:  # float16's range is too small for gradients, but not for their ratio to the norm
+        wide = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).half()
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NS_STEPS):
         square = wide @ wide.mT  # (n, R, R)

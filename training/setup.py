@@ -25,7 +25,13 @@ from corpus.load import Corpus, check_length, is_dataset
 from system.folders import folder_problems
 from system.memory import check_memory
 from training.distributed import broadcast_from_rank0, is_restart, is_torchrun, world_size
-from training.machine import keep_freed_memory, memory_estimate, pick_compile, pick_precision
+from training.machine import (
+    has_bfloat16,
+    keep_freed_memory,
+    memory_estimate,
+    pick_compile,
+    pick_precision,
+)
 from training.run_log import run_files, writer_problems
 from utils import (
     count_params,
@@ -136,6 +142,12 @@ def check_run(config: TrainConfig) -> list[str]:
     found = device_problems(config.device) + writer_problems(config)
     if config.parallel == "fsdp" and not is_torchrun():
         found.append("--parallel fsdp needs several processes: start them with torchrun")
+    if (
+        config.precision == "bfloat16"
+        and not found
+        and not has_bfloat16(pick_device(config.device))
+    ):
+        found.append("this GPU only emulates bfloat16, slowly: use --precision float16")
     if config.parallel == "fsdp" and config.precision == "float16":
         found.append("--parallel fsdp has no loss scaling for float16: use bfloat16")
     if config.grad_accum % world_size():
@@ -189,6 +201,8 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
         why = "as before"
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)
     config.compile = pick_compile(config.compile, device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
