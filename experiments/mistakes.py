@@ -32,6 +32,7 @@ from experiments.comparison import Row, add_differences, margin, mean
 from experiments.study import (
     Result,
     Study,
+    gradient_norms,
     parse_study,
     replaced,
     study_corpus,
@@ -144,7 +145,7 @@ HIGH_RATE = 3e-2
 MISTAKES: dict[str, Mistake] = {
     BASE: Mistake("the validation loss is a little above the training loss, both fall"),
     "no causal mask": Mistake(
-        "a loss far below any published one, and samples that make no sense",
+        "a loss far below any published one, and samples that repeat one character or are empty",
         replacement=(model_parts, "fused_attention", attend_everywhere),
     ),
     "targets not shifted": Mistake(
@@ -156,12 +157,12 @@ MISTAKES: dict[str, Mistake] = {
         replacement=(studies, "GPT", GPTWithoutZeroGrad),
     ),
     "clipping after the step": Mistake(
-        "after a peak of the gradient norm, the loss falls more slowly: it was not clipped",
+        "not the losses: nothing limits a step after a peak of the gradient norm",
         replacement=(train, "Trainer", LateClipping),
     ),
     "high learning rate": Mistake("for comparison: with warmup", {"lr_max": HIGH_RATE}),
     "high learning rate, no warmup": Mistake(
-        "the loss jumps within the first ten steps, between two evaluations",
+        "the loss rises again within the first ten steps, long before the first evaluation",
         {"lr_max": HIGH_RATE, "warmup_steps": 0},
     ),
     "no residual connections": Mistake(
@@ -169,7 +170,7 @@ MISTAKES: dict[str, Mistake] = {
         replacement=(model_parts, "Block", ResidualFreeBlock),
     ),
     "scores not scaled": Mistake(
-        "nothing tells it but a slower fall of the loss: compare it with a known curve",
+        "not the losses: higher peaks of the gradient norm",
         replacement=(model_parts, "fused_attention", attend_unscaled),
     ),
     "dropout in evaluation": Mistake(
@@ -251,11 +252,14 @@ def short_verdict(result: Result, vocab_size: int) -> str:
 
 
 def loss_rows(runs: dict[str, list[Result]]) -> list[Row]:
-    """The losses that the runs show."""
+    """What the runs show: the losses at the end, and the gradient norms before clipping."""
     rows: list[Row] = []
     val = [final_losses(results, "val") for results in runs.values()]
     for (name, results), losses in zip(runs.items(), val, strict=True):
+        norms = [norm for result in results for norm in gradient_norms(result)]
         row: Row = {"mistake": name, "training loss": mean(final_losses(results, "train"))}
+        row["lowest gradient norm"] = min(norms, default=math.nan)
+        row["highest"] = max(norms, default=math.nan)
         rows.append(row | {"validation loss": mean(losses), "95% margin": margin(losses)})
     add_differences(rows, val)
     return rows
@@ -332,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
             honest[name] = [honest_loss(study, result) for result in runs[name]]
     vocab_size = study_corpus(study, flags)[0].vocab_size
     tables = {
-        "Losses that the runs show": loss_rows(runs),
+        "What the runs show": loss_rows(runs),
         "Honest losses": honest_rows(honest),
         "Signs": sign_rows(runs, vocab_size),
     }

@@ -11,7 +11,6 @@ of clipping are compared at the rates that were tuned for a threshold of 1.
 import contextlib
 import math
 import statistics
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import train
@@ -19,6 +18,7 @@ from experiments.comparison import Row, add_differences, mean
 from experiments.study import (
     Result,
     Study,
+    gradient_norms,
     loss_columns,
     make_run,
     mean_ms_per_step,
@@ -30,7 +30,7 @@ from experiments.study import (
 )
 from system.errors import run
 from training.setup import Flags
-from viz.runs import COLORS, new_figure, read_run
+from viz.runs import COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,12 +116,6 @@ def rate_of(n: int) -> float:
 
 def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=losses.__getitem__)
-
-
-def gradient_norms(result: Result) -> list[float]:
-    """The norm of the gradient before clipping, for each step of a run."""
-    steps = read_run(Path(result["flags"]["out_dir"])).steps
-    return [record["grad_norm"] for record in steps if record["grad_norm"] is not None]
 
 
 # --- tables

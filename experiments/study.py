@@ -280,6 +280,12 @@ def loss_columns(runs: list[Result]) -> Row:
     return {"validation loss": mean(val_losses(runs)), "95% margin": margin(val_losses(runs))}
 
 
+def gradient_norms(result: Result) -> list[float]:
+    """The norm of the gradient before clipping, for each step of a run with log_every 1."""
+    steps = read_run(Path(result["flags"]["out_dir"])).steps
+    return [record["grad_norm"] for record in steps if record["grad_norm"] is not None]
+
+
 def mean_ms_per_step(runs: list[Result]) -> float:
     """The mean time of a training step, rounded."""
     return round(mean([result["ms_per_step"] for result in runs]), 1)
