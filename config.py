@@ -226,7 +226,7 @@ class SampleConfig:
     device: str = setting("auto", DEVICE_HELP, group="machine")
     precision: str = setting("float32", "of the weights; lower ones need less memory",
                              choices=(*PRECISIONS[1:], "int8"))  # fmt: skip
-    compile: bool = setting(False, "torch.compile: takes up to a minute, then faster")
+    compile: bool = setting(False, "torch.compile: takes 15 seconds or more, then faster")
     cache: bool = setting(True, "keep a KV cache; off: recompute everything for each token")
 
 
