@@ -138,7 +138,7 @@ def plot_rates(axes: "Axes", rows: list[Row]) -> None:
             color=color,
             label=f"window {window}",
         )
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss")
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats per token)")
     axes.set_title("Peak learning rate by window, at equal tokens")
     axes.legend()
 
@@ -147,7 +147,10 @@ def plot_range(axes: "Axes", pairs: list[tuple[float, float]]) -> None:
     axes.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
     best, _ = min(pairs, key=lambda pair: pair[1])
     axes.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
-    axes.set(xlabel="learning rate, growing every step", ylabel="training loss, smoothed")
+    axes.set(
+        xlabel="learning rate, growing every step",
+        ylabel="training loss (nats per token), smoothed",
+    )
     axes.set_title("Learning-rate range test")
     axes.legend()
 
@@ -158,14 +161,16 @@ def plot_schedules(axes: "Axes", rows: list[Row]) -> None:
     axes.errorbar(values, y, xerr=margins(rows), fmt="o", capsize=3, color=COLORS[0])
     axes.set_yticks(y, [row["schedule"] for row in rows])
     axes.invert_yaxis()
-    axes.set(xlabel="validation loss", title="Schedule")
+    axes.set(xlabel="validation loss (nats per token)", title="Schedule")
 
 
 def plot_accumulation(axes: "Axes", logs: dict[str, Any]) -> None:
     for color, style, (name, log) in zip(COLORS, ("-", "--", ":"), logs.items(), strict=False):
         steps, values = ([record[key] for record in log] for key in ("step", "val"))
         axes.plot(steps, values, style, color=color, label=name, linewidth=2)
-    axes.set(xlabel="step", ylabel="validation loss", title="Gradient accumulation")
+    axes.set(
+        xlabel="step", ylabel="validation loss (nats per token)", title="Gradient accumulation"
+    )
     axes.legend()
 
 

@@ -315,7 +315,7 @@ def plot_checkpoints(panels: Any, evaluated: list[dict[str, Any]], title: str) -
     bottom.set_xlabel("step")
     bottom.set_ylim(0, 1)
     top.legend()
-    bottom.legend(loc="center right")
+    bottom.legend(loc="center right", fontsize="small")
 
 
 def plot(

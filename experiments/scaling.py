@@ -298,7 +298,7 @@ def plot_laws(
     values = [b.loss for b in best.values()] + [v for v in measured if math.isfinite(v)]
     ticks = np.linspace(min(values), max(values), 5)
     axes.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
-    axes.set(xlabel="compute C (TFLOP)", ylabel="validation loss at the best size")
+    axes.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
     pairs = zip("NDL", laws.values(), strict=True)
     axes.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
     axes.legend()

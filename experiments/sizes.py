@@ -159,7 +159,9 @@ def plot_overfitting(axes: "Axes", text_runs: TextRuns) -> None:
             color=colors[name],
             label=label,
         )
-    axes.set(xlabel="step", ylabel="validation loss", title="Little text, one seed")
+    axes.set(
+        xlabel="step", ylabel="validation loss (nats per token)", title="Little text, one seed"
+    )
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
