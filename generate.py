@@ -173,8 +173,8 @@ def generate(
     B, T = config.num_samples, len(prompt)
     seed = draw_seed() if config.seed is None else config.seed
     generators = [np.random.default_rng((seed, i)) for i in range(B)]
-    draws = np.stack([g.random(n_new, dtype=np.float32) for g in generators])
-    uniform = torch.from_numpy(draws).to(device)  # (B, max_new_tokens)
+    draws = np.stack([g.random(n_new, dtype=np.float32) for g in generators], axis=1)
+    uniform = torch.from_numpy(draws).to(device)  # (max_new_tokens, B)
     text = torch.cat([prompt.repeat(B, 1), prompt.new_zeros(B, n_new)], dim=1)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
@@ -182,6 +182,7 @@ def generate(
     make_cache = StaticCache if config.compile else KVCache
     cache = make_cache(model.config, B, device=device, dtype=dtype) if config.cache else None
     compiled = compile_for(device) if config.compile else next_tokens
+    ids = prompt  # the newest token of each sample, after the first step
     begin, n_cached = 0, 0  # the window begins at this token; how many of its tokens are cached
     for step in range(n_new):
         end = T + step
@@ -189,13 +190,14 @@ def generate(
             begin, n_cached = end - max(size // 2, 1), 0
         if not n_cached:
             seen.zero_()
-        if cache and not n_cached:
-            cache.clear()
-        new, draw = text[:, begin + n_cached : end], uniform[:, step]
-        result = (compiled if n_cached else next_tokens)(model, new, cache, draw, seen, config)
+            if cache:
+                cache.clear()
+        new = ids[:, None] if n_cached else text[:, begin:end]
+        read = compiled if n_cached else next_tokens
+        result = read(model, new, cache, uniform[step], seen, config)
         check_finite(result.model_logits)
         n_cached = end - begin if cache else 0
-        text[:, end] = result.ids
+        text[:, end] = ids = result.ids
         yield result._replace(ids=result.ids.masked_fill(ended, -1)) if ends else result
         for token in ends:
             ended = ended | (result.ids == token)

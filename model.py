@@ -187,7 +187,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> Te
         return plain_attention(q, k, v, visible)[0]
     if visible is None and 1 < T < S:
         visible = causal_mask(T, S, q.device)
-    causal = visible is None and T > 1
+    causal = T > 1 and visible is None  # in this order a bool, not a SymBool, if T is dynamic
     dtype = torch.float32 if on_cpu else v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

@@ -22,7 +22,7 @@ from exporting.gguf_file import gguf_writer, write_gguf
 from model import GPT
 from tokenizer import CharTokenizer
 from training.setup import Flags
-from utils import autocast, pick_device
+from utils import autocast, pick_device, to_device
 
 Functions = dict[str, Callable[[], Any]]  # to be timed, by name
 
@@ -72,8 +72,8 @@ def nanogpt_step(
 
     def step() -> Tensor:
         starts = torch.randint(len(ids) - T, (config.batch_size,))
-        x = torch.stack([ids[i : i + T] for i in starts]).to(device)
-        y = torch.stack([ids[i + 1 : i + 1 + T] for i in starts]).to(device)
+        x = to_device(torch.stack([ids[i : i + T] for i in starts]), device)
+        y = to_device(torch.stack([ids[i + 1 : i + 1 + T] for i in starts]), device)
         with autocast(device, precision):
             _, loss = model(x, y)
         loss.backward()

@@ -32,7 +32,9 @@ class EnsembleConfig:
 
     def problems(self) -> list[str]:
         """Too few checkpoints."""
-        return [] if len(self.checkpoints) > 1 else ["give the paths of two or more checkpoints"]
+        return (
+            [] if len(set(self.checkpoints)) > 1 else ["give the paths of two or more checkpoints"]
+        )
 
 
 class Ensemble(nn.Module):
@@ -56,6 +58,8 @@ def check_alike(states: dict[str, dict[str, Any]]) -> None:
         for what in ("tokenizer", "corpus"):
             if one[what] != other[what]:
                 raise UserError(f"{first} and {name} have different values of {what}")
+        if one["train_config"].get("doc_mask") != other["train_config"].get("doc_mask"):
+            raise UserError(f"{first} and {name} have different values of doc_mask")
         if one["gpt_config"]["block_size"] != other["gpt_config"]["block_size"]:
             raise UserError(f"{first} and {name} have different windows (block_size)")
 
@@ -71,13 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     check_alike({name: state for name, (_, _, state) in loaded.items()})
     models = [model for model, _, _ in loaded.values()]
     _, tokenizer, state = loaded[config.checkpoints[0]]
-    train_config = state["train_config"]
-    tokenizer, corpus = load_corpus(
-        train_config["data"], tokenizer=tokenizer, separator=train_config["separator"]
-    )
-    if corpus.info["sha256"] != state["corpus"]["sha256"]:
-        raise UserError(f"{train_config['data']} is not what the models were trained on")
-    doc_mask, settings = bool(train_config.get("doc_mask")), EvaluateConfig(precision="float32")
+    saved = state["train_config"]
+    data, separator = saved.get("data", ""), saved.get("separator", "")
+    hold_out = saved.get("hold_out", True)
+    _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator, hold_out=hold_out)
+    if corpus.info["sha256"] != state["corpus"].get("sha256"):
+        raise UserError(f"{data} is not what the models were trained on")
+    doc_mask, settings = bool(saved.get("doc_mask")), EvaluateConfig(precision="float32")
     rows = [
         {"model": name, "loss": evaluate_split(model, corpus, settings, doc_mask)["loss"]}
         for name, model in zip(loaded, models, strict=True)

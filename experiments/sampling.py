@@ -337,15 +337,19 @@ def main(argv: list[str] | None = None) -> int:
     plan = QUICK if study.config.quick else FULL
     path = find_checkpoint(study, plan)
     model, tokenizer, state = load_checkpoint(path, study.device)
-    data = study.config.data or state["train_config"]["data"]
-    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer)
+    saved = state["train_config"]
+    data, separator = study.config.data or saved["data"], saved.get("separator", "")
+    hold_out = saved.get("hold_out", True)
+    tokenizer, corpus = load_corpus(
+        data, tokenizer=tokenizer, separator=separator, hold_out=hold_out
+    )
     check_unchanged(corpus, data, path, state)
     study.records.append(run_record(corpus.info, "float32", study.device))  # of the samples
     paths = sorted(path.parent.glob("ckpt_*.pt"))
     if not paths:
         print(f"there are no ckpt_*.pt next to {path}, which --save_every keeps: using it alone")
     found = sweep(model, tokenizer, plan, study.config.seeds)
-    loss = split_loss(model, corpus, "val", bool(state["train_config"].get("doc_mask")))
+    loss = split_loss(model, corpus, "val", bool(saved.get("doc_mask")))
     validation = validation_statistics(corpus, tokenizer, loss, plan)
     evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus, plan)}
     if not study.options.checkpoint:

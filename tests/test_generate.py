@@ -224,6 +224,9 @@ def test_sampling_is_compiled_once_as_one_graph(settings: dict, monkeypatch):
     sampling = {k: v for k, v in settings.items() if k in names}
     assert_compiled_sampling_equals_eager(model, **sampling)
     assert counter.frame_count == 1
+    longer = generate.SampleConfig(max_new_tokens=7, seed=1, compile=True, **sampling)
+    list(generate.generate(model, torch.tensor([3, 1, 4]), longer))  # as in a chat
+    assert counter.frame_count == 1
 
 
 # --- decoding

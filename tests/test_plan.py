@@ -126,6 +126,8 @@ def test_what_the_user_fixes_is_kept():
     run = BIG.best_run(100.0, PILOT, flags)
     assert (run.config.eval_every, run.config.warmup_steps, run.gpt.dropout) == (10, 7, 0.3)
     assert run.step == 0.1 * plan.DROPOUT_TIME
+    timed = replace(BIG, gpt=replace(BIG.gpt, dropout=0.3))
+    assert timed.best_run(100.0, PILOT, flags).step == 0.1  # its dropout was timed
 
 
 def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_one():

@@ -1,4 +1,4 @@
-"""The scaling law that predicts the loss of a run from its size, its tokens and its text."""
+"""The scaling law that predicts the loss of a run from its size, its steps and its text."""
 
 import math
 from dataclasses import dataclass

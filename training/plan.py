@@ -151,8 +151,8 @@ def final_seconds(trainer: Any) -> float:
 
 
 def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[Pilot, float]:
-    """Train the pilot for some time. Flags that fix a size do not apply to it, all others do.
-    Also returns the seconds that a sample takes per layer."""
+    """Train the pilot for some time. Flags that fix a size, the learning rate, dropout or
+    growing windows do not apply to it. Also returns the seconds that a sample takes per layer."""
     window = min(SIZES[0][2], flags.get("block_size", SIZES[0][2]))  # the text may be short
     gpt, config = settings(flags | size_flags(SIZES[0], {"block_size": window}))
     steps = max(PILOT_STEPS, int(seconds / seconds_per_step(make_trainer(gpt, config))))
@@ -228,7 +228,8 @@ class Candidate:
             for name, values in (("dropout", DROPOUTS), ("weight_decay", WEIGHT_DECAYS))
         )
         for dropout, decay in itertools.product(*choices):
-            size = replace(self, step=self.step * (DROPOUT_TIME if dropout else 1))
+            slower = DROPOUT_TIME if dropout > self.gpt.dropout else 1  # unless timed with dropout
+            size = replace(self, step=self.step * slower)
             most = int((seconds - self.seconds(0, evaluations)) / size.step)
             if most < MIN_STEPS:
                 continue

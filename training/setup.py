@@ -196,13 +196,13 @@ def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | No
 def setup_machine(config: TrainConfig, device: torch.device, state: State | None = None) -> str:
     """Decide the precision and whether to compile, in config, and seed the random numbers. Returns
     the reason for the precision. `state` is the checkpoint that is resumed."""
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)
     config.precision, why = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
     if state and config.precision == state["train_config"].get("precision"):
         why = "as before"
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda" and device.index:
-        torch.cuda.set_device(device)
     config.compile = pick_compile(config.compile, device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)

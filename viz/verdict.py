@@ -161,7 +161,8 @@ def overfitting(curve: Curve) -> str | None:
     if not rose or (curve.train and curve.train[-1] > curve.train[curve.best]):
         return None
     since = f"since step {curve.steps[curve.best]}, the best checkpoint"
-    decay = "" if curve.weight_decay >= STRONG_DECAY else f" --weight_decay {STRONG_DECAY:g},"
+    strong = curve.pretrained or curve.weight_decay >= STRONG_DECAY
+    decay = "" if strong else f" --weight_decay {STRONG_DECAY:g},"
     advice = f"use more text,{decay} a smaller model, or fewer steps"
     if curve.best == 0:
         since, advice = "from the start", "use more text or a lower --lr_max"
