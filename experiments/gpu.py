@@ -212,6 +212,19 @@ def training_row(name: str, flags: Flags, scale: Scale, device: torch.device, na
     return Row(f"{'nanoGPT' if nanogpt else 'training'}, {name}, {precision}", result)
 
 
+def cuda_graphs_row(name: str, flags: Flags, scale: Scale, device: torch.device) -> Row:
+    """What CUDA graphs, which launch all kernels of a small model at once, would change: train.py
+    does not use them, because their memory is reused and errors would be silent."""
+    precision = pick_precision("auto", device)[0]
+    trainers = [make_trainer(flags, device, precision, compiled) for compiled in (True, False)]
+    trainers[1].model.compile(dynamic=False, mode="reduce-overhead")
+    ours, theirs = (losses(trainer, 50) for trainer in trainers)
+    largest = (ours - theirs).abs().max().item()
+    times = [time_once(functools.partial(losses, trainer, scale.steps)) for trainer in trainers]
+    result = f"losses within {largest:.1g}, {times[0] / times[1]:.2f} times as fast"
+    return Row(f"CUDA graphs, {name}, {precision}", result, not largest < 0.05)
+
+
 def sample(model: GPT, device: torch.device, batch: int, n: int, **settings: Any) -> Tensor:
     """n tokens of each of a batch of texts, (batch, n), on the CPU."""
     prompt = torch.zeros(1, dtype=torch.long, device=device)
@@ -284,6 +297,7 @@ def bench_gpu(nanogpt: str = "") -> str:
         rows += [training_row(name, flags, scale, device, path) for path in checkouts]
     rows += sampling_rows(scale, device)
     if is_cuda:
+        rows.append(cuda_graphs_row(*next(iter(scale.models.items())), scale, device))
         torch.cuda.empty_cache()
     rows.append(run_row(scale))
     card = torch.cuda.get_device_name(device) if is_cuda else "no GPU: a test with a tiny model"
