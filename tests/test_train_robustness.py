@@ -171,14 +171,14 @@ def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path, capsys):
     variants = damages(state)
     rng = random.Random(0)
     results = {"error": 0, "ran": 0}
-    for variant in rng.sample(variants, 30):
+    for variant in rng.sample(variants, 15):
         utils.save_checkpoint(SAVED, variant)
         try:
             train.main([*RESUME, "--sample_tokens=0"])
             results["ran"] += 1  # for example without a field of the log
         except (UserError, SystemExit):
             results["error"] += 1
-    assert results["error"] > 20
+    assert results["error"] > 10
 
 
 def test_a_checkpoint_of_a_huge_model_is_rejected_at_once(trained: Path):
