@@ -29,6 +29,7 @@ import utils
 from config import DEVICE_HELP, PRECISIONS, GPTConfig, UserError, from_dict, setting
 from corpus.load import Corpus, load_corpus
 from model import GPT
+from sampling.checks import last_objective
 from system.command_line import parse_args
 from system.errors import run
 from system.folders import newest_checkpoint
@@ -119,6 +120,10 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     data = config.data or train_config.get("data", "")
     if not data:
         raise UserError(f"{path} does not name its corpus: choose one with --data")
+    if last_objective(state) == "dpo" and not config.data:
+        raise UserError(f"{path} was trained on pairs of answers: choose a text with --data")
+    if last_objective(state) == "qa" and not config.data:
+        print(f"note: {path} was trained on answers only; this loss includes the questions")
     separator = config.separator or ("" if config.data else train_config.get("separator", ""))
     hold_out = bool(config.data or train_config.get("hold_out", True))
     tokenizer, corpus = load_corpus(

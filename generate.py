@@ -34,7 +34,7 @@ from sampling.checks import (
     sampling_problems,
     warn_if_cut,
 )
-from sampling.output import accept_any_text, checkpoint_line, header, write_text
+from sampling.output import checkpoint_line, header, write_text
 from sampling.quantize import cache_dtype, lower_precision
 from sampling.static_cache import StaticCache
 from system.command_line import parse_args
@@ -86,7 +86,7 @@ def sample_logits(logits: Tensor, uniform: Tensor, **settings: Any) -> Tensor:
     The cumulative distribution is inverted at `uniform`.
 
     >>> probabilities = torch.tensor([[0.1, 0.4, 0.3, 0.2]])
-    >>> sample_logits(probabilities.log(), torch.tensor([0.6]), top_p=0.6)  # 1 or 2, 4/7 to 3/7
+    >>> sample_logits(probabilities.log(), torch.tensor([0.6]), top_p=0.6)  # 1 (p = 4/7) or 2
     tensor([2])
     """
     if settings.get("temperature") == 0:
@@ -273,10 +273,9 @@ class TextWriter:
         self.held += self.utf8.decode(self.tokenizer.decode_bytes([token]))
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
-            self.held = self.held[: min(found)]
-            return self.finish()
-        longest = len(self.held) + 1
-        prefixes = (stop[:n] for stop in self.stops for n in range(min(len(stop), longest)))
+            self.done = True
+            return self.held[: min(found)]
+        prefixes = (stop[:n] for stop in self.stops for n in range(len(stop)))
         keep = max((len(p) for p in prefixes if self.held.endswith(p)), default=0)
         text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return text
@@ -328,7 +327,6 @@ def load_for_sampling(
     if asked for. Fills in config.checkpoint, config.prompt from the prompt file, and config.seed;
     config.qa is off for a model that was last trained on text. Prints one line to stderr. Raises
     UserError for a blank question, except for a chat, which has no prompt."""
-    accept_any_text()
     if config.prompt_file:
         config.prompt = read_text(Path(config.prompt_file))
     config.checkpoint = config.checkpoint or str(newest_checkpoint(Path("checkpoints")))

@@ -96,7 +96,7 @@ class LearnedPositions(nn.Module):
 
 
 class SinusoidalPositions(nn.Module):
-    """sin(t / 10000^(2i/C)) in channel 2i and its cosine in 2i + 1, added to the token embedding
+    """sin(t / 10000^(2i/C)) in channel 2i and the cosine in 2i + 1, added to the token embedding
     times sqrt(C) (Vaswani et al. 2017, sections 3.4 and 3.5)."""
 
     def __init__(self, config: GPTConfig):
@@ -168,10 +168,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> tu
     visible keys is 0."""
     mask = causal_mask(q.size(-2), k.size(-2), q.device) if visible is None else visible
     scores = q / math.sqrt(q.size(-1)) @ k.transpose(-2, -1)  # (B, H, T, S)
-    # Adding 0 or a huge number of size (T, S) is faster than masking the scores of every head.
-    hidden = torch.zeros_like(mask, dtype=scores.dtype)
-    hidden = hidden.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-    weights = (scores + hidden).softmax(dim=-1)  # (B, H, T, S)
+    # Adding 0 or a huge negative number, (T, S), is faster than masking the scores of every head.
+    penalty = torch.zeros_like(mask, dtype=scores.dtype)
+    penalty = penalty.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
+    weights = (scores + penalty).softmax(dim=-1)  # (B, H, T, S)
     weights = weights if visible is None else weights * visible.any(dim=-1, keepdim=True)
     return weights @ v, weights
 
@@ -345,9 +345,9 @@ class GPT(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module) -> None:
-        """Weights from N(0, 0.02) and zero biases, as in GPT-2. The 2 n_layer projections to the
-        residual stream are smaller by 1/sqrt(2 n_layer), so that its variance does not grow with
-        depth (Radford et al. 2019)."""
+        """Normal weights with standard deviation 0.02 and zero biases, as in GPT-2. The 2 n_layer
+        projections to the residual stream are smaller by 1/sqrt(2 n_layer), so that its variance
+        does not grow with depth (Radford et al. 2019)."""
         if isinstance(module, nn.Linear | nn.Embedding):
             residual = isinstance(module, ResidualProjection)
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
@@ -395,5 +395,5 @@ class GPT(nn.Module):
         return logits, loss
 
     def num_params(self) -> int:
-        """The number of trained values; tied weights count once."""
+        """The number of parameters; tied weights count once."""
         return sum(p.numel() for p in self.parameters())

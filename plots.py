@@ -39,13 +39,18 @@ class PlotConfig:
     heads: str = setting("", "heads of attention, for example 0,1; default: all")
     temperatures: str = setting("0.5,0.8,1,1.5", "temperatures, one panel each")
 
+    @property
+    def output(self) -> Path:
+        """The file to write."""
+        return Path(self.output_file or f"{self.picture}.png")
+
     def problems(self) -> list[str]:
         """Invalid files, lists of numbers and combinations."""
         found: list[str] = []
-        path = Path(self.output_file or "x.png")
+        path = self.output
         if path.suffix not in (".png", ".svg"):
             found.append(f"--output_file {path} must end in .png or .svg")
-        found += [f"--output_file: {problem}" for problem in file_problems(path)]
+        found += file_problems(path)
         if len(self.inputs) > MAX_RUNS:
             found.append(f"at most {MAX_RUNS} runs fit in a picture, not {len(self.inputs)}")
         if self.picture != "runs" and len(self.inputs) > 1:
@@ -78,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             heads=parse_numbers(config.heads, "heads", int),
             temperatures=parse_numbers(config.temperatures, "temperatures", float),
         )
-    output = Path(config.output_file or f"{config.picture}.png")
+    output = config.output
     save_figure(figure, output)
     print(f"picture: {output}")
     return 0

@@ -20,7 +20,8 @@ import tiktoken
 from config import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document of a corpus that has several
-QA_SPECIALS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")  # ids 0 to 3, for question/answer records
+# For question/answer records: ids 0 to 3 in a new vocabulary; fine-tuning may add them elsewhere
+QA_SPECIALS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
 
 # GPT-2's pre-tokenization (Radford et al. 2019): English contractions; letters, digits or other
 # characters with the space before them; runs of whitespace. Merges stay within these pieces.
@@ -269,6 +270,6 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
         ranks = {from_printable(text): int(i) for text, i in data["ranks"].items()}
         ids = [*ranks.values(), *data["specials"].values()]
         if len({*ids}) < len(ids) or not all(bytes([b]) in ranks for b in range(256)):
-            raise UserError("byte pairs need a token for every byte, and an id for every token")
+            raise UserError("byte pairs need a token for every byte, and different ids")
         return BPETokenizer(ranks, dict(data["specials"]), regex.compile(data["pattern"]).pattern)
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")

@@ -149,11 +149,9 @@ class Trainer:
         with StopSignal() as stop, log.progress_bar(self.step):
             if not log.records:
                 self.evaluate_and_save(log)
-            while self.step < config.max_steps:
-                if log.out_of_patience() or stop.requested():
-                    break
+            while self.step < config.max_steps and not (log.out_of_patience() or stop.requested()):
                 if self.deadline:
-                    self.deadline.keep(self.step)
+                    self.deadline.adjust(self.step)
                 metrics = self.train_step()
                 self.unchecked.append((self.step, metrics))
                 if self.step % config.log_every == 0:  # reading a number waits for a GPU
@@ -181,7 +179,8 @@ class Trainer:
         for m, (batch, n) in zip(self.micro_steps, batches, strict=True):
             inputs = [to_device(t, self.device) for t in batch]  # 3. move to device
             torch.manual_seed(mix_seed(config.seed, self.step, m))  # for dropout
-            share = n * world_size() / n_tokens  # DDP and FSDP average over the processes
+            # The micro-batch's share of the tokens; DDP and FSDP divide by the number of processes.
+            share = n * world_size() / n_tokens
             with no_sync(self.net, skip=m != self.micro_steps[-1]):
                 with autocast(self.device, config.precision):
                     terms = self.task.loss(self.net, *inputs)  # 4. forward  5. loss
@@ -226,8 +225,8 @@ class Trainer:
         """The metrics of the best checkpoint over the whole validation split."""
         if log.best()["step"] == self.step:
             return self.evaluate(full=True)
-        state = broadcast_from_rank0(lambda: read_checkpoint(log.run_dir / "best.pt"))
-        with self.weights.swapped(self.task.format.unpack(state)):
+        file, unpack = log.run_dir / "best.pt", self.task.format.unpack
+        with self.weights.swapped(broadcast_from_rank0(lambda: unpack(read_checkpoint(file)))):
             return self.evaluate(full=True)
 
     def check_finite(self) -> None:
@@ -251,7 +250,7 @@ class Trainer:
             with self.eval_mode():
                 sample = self.task.sample(self.model).strip("\n")
         is_best = log.evaluation(self.step, metrics, get_lr(self.step, self.config), sample)
-        # latest.pt last: a run killed before it is complete repeats these steps and files
+        # latest.pt last: a run killed before that repeats these steps and files
         self.save(log, ["best.pt"] * is_best + self.numbered() + ["latest.pt"])
         log.restart_clock(self.step)
 

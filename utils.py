@@ -191,7 +191,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         sizes = state.get("files", {}).values()
         if min([state["step"], state.get("seconds", 0.0), *sizes]) < 0:
             raise ValueError("a negative step, time or size")
-        state["corpus"]["name"] + state["corpus"]["sha256"]
+        check_types(state["corpus"], {"name": str, "sha256": str})
     return state
 
 

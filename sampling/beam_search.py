@@ -18,7 +18,7 @@ def beam_search(
 
     The score is the mean log-probability of the new tokens, including the end of text (one of
     `ends`), so that short texts have no advantage (Wu et al. 2016, with a length penalty of 1).
-    The search ends when as many texts have ended. If the text is longer than the window, it
+    The search ends when that many texts have ended. If the text is longer than the window, it
     continues from the last half window, as `generate` does.
     """
     size = model.config.block_size

@@ -29,7 +29,7 @@ def sampling_problems(config: SampleConfig) -> list[str]:
         found.append("--prompt and --prompt_file: give one of them")
     if config.beams:
         ignored = [n for n in NOT_WITH_BEAMS if getattr(config, n) != getattr(SampleConfig, n)]
-        found += [f"--{name} and --beams: give one of them" for name in ignored]
+        found += [f"{name} has no effect with --beams: leave it out" for name in ignored]
     if config.compile and not config.cache:
         found.append("--compile needs the cache: leave out --no-cache")
     if config.stream and not config.beams and (config.num_samples > 1 or config.output_file):
@@ -53,12 +53,19 @@ def answers_questions(tokenizer: Tokenizer) -> bool:
     return set(QA_SPECIALS) <= tokenizer.specials.keys()
 
 
-def last_trained_on_text(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was fine-tuned on text, perhaps after questions, whose tokens it keeps.
-    The objective of a merged adapter is unknown."""
+def last_objective(state: dict[str, Any]) -> str:
+    """The objective that a checkpoint was fine-tuned with last; empty if it was not fine-tuned, and
+    for a merged adapter, whose objective is unknown."""
     finetune = state.get("finetune")
-    objective = finetune.get("objective") if isinstance(finetune, dict) else ""
-    return objective == "text" and "merged" not in state
+    if not isinstance(finetune, dict) or "merged" in state:
+        return ""
+    return str(finetune.get("objective"))
+
+
+def last_trained_on_text(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint was fine-tuned on text. If it was trained on questions before, the
+    tokenizer still has their special tokens."""
+    return last_objective(state) == "text"
 
 
 def check_question(config: SampleConfig, tokenizer: Tokenizer) -> None:

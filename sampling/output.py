@@ -1,22 +1,12 @@
 """Writing generated text, so that it is never lost: to a file, or to any terminal."""
 
-import io
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 from config import SampleConfig, UserError
 from system.command_line import escape
 from system.files import atomic_write
-
-
-def accept_any_text() -> None:
-    """Print characters that the terminal cannot show as escapes such as \\u2423, and read invalid
-    input as U+FFFD, where Python would stop and the generated text would be lost."""
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
 
 
 def write_text(path: Path, text: str) -> None:

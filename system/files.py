@@ -30,9 +30,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             if shutil.disk_usage(path.parent).free < 1 << 20:
                 reason = "the disk is full"
-        raise UserError(
-            f"{path} could not be written ({reason}); the previous file is unchanged"
-        ) from error
+        unchanged = "; the previous file is unchanged" if path.exists() else ""
+        raise UserError(f"{path} could not be written ({reason}){unchanged}") from error
     finally:
         with contextlib.suppress(OSError):
             tmp_path.unlink()

@@ -81,7 +81,7 @@ HINTS = {
     "per_device_eval_batch_size eval_batch_size": ("batch_size", "evaluations use --batch_size"),
     "attention_dropout hidden_dropout attn_pdrop embd_pdrop resid_pdrop": (
         "dropout",
-        "write --dropout, which applies to residual branches",
+        "write --dropout, which applies to embeddings and residual branches",
     ),
     "val_size val_split val_fraction": (
         "eval_windows",

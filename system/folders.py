@@ -68,6 +68,9 @@ def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None
         if lock_dir:
             shutil.rmtree(lock_dir, ignore_errors=True)
         lock.release()
+        if lock_dir and sys.platform == "win32":  # where rmtree cannot delete the open file
+            with contextlib.suppress(OSError):
+                lock_dir.rmdir()
 
 
 # --- replacing a folder by a new one

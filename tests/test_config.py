@@ -14,6 +14,7 @@ from config import (
     SampleConfig,
     TrainConfig,
     UserError,
+    all_problems,
     setting,
     train_settings,
 )
@@ -168,11 +169,17 @@ def test_heads_follow_the_width_unless_given():
     assert read("--d_model 512 --n_layers 8")[0].n_head == 8
     assert read("--n_embd 512 --n_head 4")[0].n_head == 4
     assert read("--n_embd 32")[0].n_head == 1
+    widths = {192: 3, 200: 2, 250: 1, 300: 3, 500: 5, 768: 12}  # channels per head: even
+    for n_embd, n_head in widths.items():
+        gpt = read(f"--n_embd {n_embd}")[0]
+        assert gpt.n_head == n_head and not all_problems(gpt)
 
 
-def test_the_rate_of_sgd_is_not_that_of_adamw():
-    assert read("--optimizer sgd")[1].lr_max == 0.1
-    assert read("--optimizer sgd --lr_max 1e-2")[1].lr_max == 1e-2
+def test_the_rate_and_decay_of_sgd_are_not_those_of_adamw():
+    config = read("--optimizer sgd")[1]
+    assert (config.lr_max, config.weight_decay) == (0.1, 0.0)
+    config = read("--optimizer sgd --lr_max 1e-2 --weight_decay 0.2")[1]
+    assert (config.lr_max, config.weight_decay) == (1e-2, 0.2)
     assert read("--optimizer adamw")[1].lr_max == PRESETS["laptop"]["lr_max"]
 
 
@@ -553,7 +560,7 @@ def test_an_error_while_settings_are_resolved_comes_after_the_mistakes_in_the_fl
         ({"n_embd": 768, "mlp": "gelu", "norm": "layernorm"}, (12, 12, 64, 3072, 1e-5)),  # GPT-2
         ({"n_embd": 768}, (12, 12, 64, 2048, 1e-6)),  # 8/3 * 768 = 2048
         ({"n_embd": 4096, "n_head": 32, "n_kv_head": 8}, (32, 8, 128, 10944, 1e-6)),  # 342 * 32
-        ({"n_embd": 130, "mlp": "relu"}, (2, 2, 65, 544, 1e-6)),  # 520 = 16.25 * 32
+        ({"n_embd": 130, "mlp": "relu"}, (1, 1, 130, 544, 1e-6)),  # 520 = 16.25 * 32
         ({"n_embd": 32, "head_size": 6, "n_inner": 5, "norm_eps": 0.5}, (1, 1, 6, 5, 0.5)),
         ({"n_embd": 63}, (1, 1, 63, 192, 1e-6)),  # 168 = 5.25 * 32
     ],

@@ -352,26 +352,30 @@ def test_weights_are_copied_set_and_swapped(tied):
     assert (found["tok.weight"].data_ptr() == found["head.weight"].data_ptr()) == tied
 
 
-def check_sharded_weights() -> None:
-    """In each of two processes: `check_weights` of a model under FSDP."""
+def check_sharded_models() -> None:
+    """In each of two processes, which take seconds to start: both checks."""
     init_process_group(CPU)
+    check_sharded_weights()
+    check_bfloat16()
+    destroy_process_group()
+
+
+def test_sharded_models_equal_replicated_ones(workplace):
+    run_two(workplace, CHECK, "check_sharded_models")
+
+
+def check_sharded_weights() -> None:
+    """`check_weights` of a model under FSDP."""
     for tied in (True, False):
         model = make_model(tie_weights=tied)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         wrap(model, "fsdp", CPU)
         assert all(p.to_local().numel() < p.numel() for p in model.parameters())
         check_weights(model, before, tied)
-    del model
-    destroy_process_group()
-
-
-def test_sharded_weights_are_gathered_copied_set_and_swapped(workplace):
-    run_two(workplace, CHECK, "check_sharded_weights")
 
 
 def check_bfloat16() -> None:
-    """In each of two processes: FSDP's loss and gradients are DDP's, for every preset."""
-    init_process_group(CPU)
+    """FSDP's loss and gradients are DDP's, for every preset, in bfloat16."""
     torch.manual_seed(rank())
     x = torch.randint(11, (2, 8))
     small = {"vocab_size": 11, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -391,12 +395,6 @@ def check_bfloat16() -> None:
         assert torch.equal(found, loss), preset
         for name, gradient in gradients.items():
             assert torch.allclose(gradient, expected[name], atol=1e-6), (preset, name)
-    del model, net, loss
-    destroy_process_group()
-
-
-def test_sharded_training_in_bfloat16_equals_replicated_training(workplace):
-    run_two(workplace, CHECK, "check_bfloat16")
 
 
 # --- memory

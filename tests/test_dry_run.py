@@ -10,7 +10,7 @@ from conftest import COMPONENTS, TINY_RUN
 import train
 from config import GPTConfig, UserError
 from corpus.bpe import count_pieces, train_bpe
-from model import GPT
+from model import GPT, POSITIONS
 from tokenizer import CharTokenizer
 from training.dry_run import flops_per_token, params_by_component, print_example
 
@@ -49,6 +49,17 @@ def test_the_computation_per_token_by_palms_formula():
     assert flops_per_token(SMALL) == 6 * (1672 - 12 * 8) + 12 * 3 * 2 * 4 * 5
     # nanoGPT's estimate_mfu: all parameters but the positions, as the output layer is tied
     assert flops_per_token(GPT2) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 12 * 64 * 1024
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+@pytest.mark.parametrize("pos", POSITIONS)
+def test_flops_per_token(pos: str, tie_weights: bool):
+    """6 (12 L C^2 + V C) in the matrices and 12 L T C in attention (Chowdhery et al. 2022)."""
+    settings = {"pos": pos, "tie_weights": tie_weights, "mlp": "gelu", "qk_norm": False}
+    gpt = GPTConfig(vocab_size=100, block_size=8, n_layer=3, n_head=2, n_embd=32, **settings)
+    gains = 2 * 3 + 1  # of the norms, which count as weights too
+    expected = 6 * (12 * 3 * 32**2 + 100 * 32 + gains * 32) + 12 * 3 * 8 * 32
+    assert flops_per_token(gpt) == expected
 
 
 def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:

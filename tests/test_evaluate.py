@@ -234,6 +234,18 @@ def test_checkpoints_without_a_known_corpus_need_data(workplace, capsys):
     assert evaluate.main(["--data=data/input.txt"]) == 0
 
 
+def test_losses_that_differ_from_those_of_the_training_are_explained(workplace, capsys):
+    Path("qa.json").write_text(json.dumps([{"question": "the", "answer": "fox"}] * 20))
+    assert train.main([*TINY_RUN, "--data=qa.json"]) == 0
+    state = torch.load("checkpoints/best.pt", weights_only=True)
+    torch.save(state | {"finetune": {"objective": "qa"}}, "checkpoints/best.pt")
+    assert evaluate.main([]) == 0
+    assert "best.pt was trained on answers only; this loss includes" in capsys.readouterr().out
+    torch.save(state | {"finetune": {"objective": "dpo"}}, "checkpoints/best.pt")
+    with pytest.raises(UserError, match="trained on pairs of answers: choose a text with --data"):
+        evaluate.main([])
+
+
 def test_questions_need_a_model_of_questions(workplace):
     assert train.main(TINY_RUN) == 0
     (workplace / "qa.json").write_text(json.dumps([{"question": "a", "answer": "b"}] * 5))

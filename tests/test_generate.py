@@ -31,8 +31,9 @@ from sampling.beam_search import beam_search
 from sampling.checks import sampling_bytes
 from sampling.quantize import Int8Linear, lower_precision
 from sampling.static_cache import StaticCache
+from system import errors
 from system.command_line import parse_args
-from tokenizer import QA_SPECIALS, CharTokenizer
+from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer
 from training.task import sample_from_newline
 from utils import load_checkpoint, save_checkpoint
 
@@ -453,6 +454,12 @@ def test_characters_are_written_whole():
     assert written([0xC3], tokenizer=tokenizer) == "\ufffd"
 
 
+def test_bytes_after_a_stop_string_are_not_written():
+    ranks = {bytes([b]): b for b in range(256)} | {b".\xe2": 256}
+    tokenizer = BPETokenizer(ranks, {}, ".")
+    assert written([*b"Hi", 256, 0x80], ".", tokenizer=tokenizer) == "Hi"
+
+
 def test_sample_i_of_a_seed_is_the_same_however_many_are_asked_for():
     model, prompt = make_model(), torch.tensor([1])
 
@@ -862,13 +869,13 @@ def test_a_stop_string_ends_the_text(trained, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--beams=2", "--stream"], "--stream and --beams: give one"),
-        (["--beams=2", "--temperature=1"], "--temperature and --beams: give one"),
-        (["--beams=2", "--num_samples=3", "--seed=1"], "--num_samples and .*--seed and --beams"),
-        (["--beams=2", "--top_k=3", "--top_p=0.5"], "--top_k and --beams.*--top_p and --beams"),
-        (["--beams=2", "--min_p=0.1", "--no-cache"], "--min_p and --beams.*--cache and --beams"),
-        (["--beams=2", "--repetition_penalty=2"], "--repetition_penalty and --beams"),
-        (["--beams=2", "--compile"], "--compile and --beams: give one"),
+        (["--beams=2", "--stream"], "stream has no effect with --beams"),
+        (["--beams=2", "--temperature=1"], "temperature has no effect with --beams"),
+        (["--beams=2", "--num_samples=3", "--seed=1"], "num_samples has no .*seed has no effect"),
+        (["--beams=2", "--top_k=3", "--top_p=0.5"], "top_k has no effect.*top_p has no effect"),
+        (["--beams=2", "--min_p=0.1", "--no-cache"], "min_p has no effect.*cache has no effect"),
+        (["--beams=2", "--repetition_penalty=2"], "repetition_penalty has no effect with --beams"),
+        (["--beams=2", "--compile"], "compile has no effect with --beams"),
         (["--compile", "--no-cache"], "--compile needs the cache"),
         (["--num_samples=1000000000"], "--num_samples 1000000000 with --max_new_tokens 500 takes"),
         (["--max_new_tokens=1000000000000"], "with --max_new_tokens 1000000000000 takes about"),
@@ -927,14 +934,14 @@ def test_texts_that_cannot_be_written_are_printed(trained, monkeypatch, capsys):
 
 def test_invalid_input_is_read_with_replacement_characters(workplace, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8"))
-    output.accept_any_text()
+    errors.accept_any_text()
     assert input() == "a\ufffdb"
 
 
 def test_a_terminal_without_a_character_gets_an_escape(workplace, monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    output.accept_any_text()
+    errors.accept_any_text()
     print("caf\u00e9", flush=True)
     assert raw.getvalue() == b"caf\\xe9\n"
 
@@ -972,5 +979,5 @@ def test_the_norms_of_queries_and_keys_stay_in_float32(precision: str):
 
 
 def test_problems_of_beams_and_of_the_device_are_reported_together(trained: Path):
-    with pytest.raises(UserError, match=r"quantum.*--top_k and --beams"):
+    with pytest.raises(UserError, match=r"quantum.*top_k has no effect with --beams"):
         generate.main(["--device=quantum", "--beams=2", "--top_k=3"])

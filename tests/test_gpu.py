@@ -304,6 +304,43 @@ def test_evaluations_are_not_compiled():
     assert compiled != []
 
 
+# --- CUDA graphs, whose results are in the same memory at each step, on a CPU
+
+
+def train_as_with_cuda_graphs(reuse: bool, grad_accum: int) -> Tensor:
+    """The losses of some steps. With reuse, a forward pass overwrites the results and gradients
+    of the one before."""
+    torch.manual_seed(0)
+    trainer = cpu_trainer(optimizer="muon", grow_windows=True, grad_accum=grad_accum)
+    results: list[Tensor] = []
+
+    def overwrite(model: nn.Module, inputs: Any) -> None:
+        for result in results if reuse else []:
+            result.fill_(torch.nan)
+        results.clear()
+
+    def keep(model: nn.Module, inputs: Any, outputs: Any) -> None:
+        results.extend(t.detach() for t in tree_leaves(outputs) if isinstance(t, Tensor))
+
+    trainer.model.register_forward_pre_hook(overwrite)
+    trainer.model.register_forward_hook(keep)
+    for parameter in trainer.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: results.append(p.grad))
+    return torch.stack([trainer.train_step()["loss"] for _ in range(7)])
+
+
+def test_a_step_reads_no_result_of_the_step_before():
+    expected = train_as_with_cuda_graphs(reuse=False, grad_accum=1)
+    assert expected.isfinite().all()
+    assert torch.equal(train_as_with_cuda_graphs(reuse=True, grad_accum=1), expected)
+
+
+def test_gradients_of_two_micro_steps_cannot_be_summed_in_reused_memory():
+    """Why `compile_model` uses no CUDA graphs then."""
+    losses = train_as_with_cuda_graphs(reuse=True, grad_accum=2)
+    assert losses[0].isfinite() and losses[1:].isnan().all()
+
+
 # --- the benchmark
 
 
@@ -322,6 +359,8 @@ def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, m
     assert re.match(speed, training)
     for batch in (1, 2):
         assert re.fullmatch(speed, rows[f"sampling toy, batch size {batch}"])
+    (graphs,) = (result for what, result in rows.items() if what.startswith("CUDA graphs, toy"))
+    assert graphs.startswith("losses within 0, ")
     (run,) = (result for what, result in rows.items() if what.startswith("train.py --preset quick"))
     assert re.search(r"not reached; best \d\.\d+ after", run)
 
@@ -333,6 +372,13 @@ def test_a_difference_is_marked_in_the_table(monkeypatch):
     monkeypatch.setattr(gpu_bench, "losses", lambda trainer, n: None)
     monkeypatch.setattr(gpu_bench, "sample", lambda *args, **kw: torch.rand(3, 50))
     assert gpu_bench.check_generation(CPU).problem
+
+
+def test_the_other_rows_are_measured_after_an_error():
+    def fail() -> list[gpu_bench.Row]:
+        raise torch.OutOfMemoryError("out of memory\nTried to allocate")
+
+    assert gpu_bench.attempt("run", fail) == [gpu_bench.Row("run", "out of memory", True)]
 
 
 def test_the_peak_of_a_card():

@@ -155,22 +155,32 @@ def test_a_gpu_before_ampere_uses_float16_instead_of_emulated_bfloat16(
 
 
 @pytest.mark.parametrize(
-    ("device", "parallel", "same_shapes", "expected"),
+    ("device", "settings", "same_shapes", "expected"),
     [
-        ("cuda", "ddp", True, [("GPT", {"dynamic": False})]),
-        ("cuda", "ddp", False, [("GPT", {"dynamic": None})]),
-        ("cuda", "fsdp", True, [("Block", {}), ("Block", {})]),
-        ("cpu", "ddp", True, [("Block", {}), ("Block", {})]),
+        ("cuda", {}, True, [("GPT", {"dynamic": False, "mode": "reduce-overhead"})]),
+        ("cuda", {"grad_accum": 2}, True, [("GPT", {"dynamic": False, "mode": None})]),
+        ("cuda", {}, False, [("GPT", {"dynamic": None, "mode": None})]),
+        ("cuda", {"parallel": "fsdp"}, True, [("Block", {}), ("Block", {})]),
+        ("cpu", {}, True, [("Block", {}), ("Block", {})]),
     ],
 )
-def test_what_is_compiled(monkeypatch, device, parallel, same_shapes, expected):
+def test_what_is_compiled(monkeypatch, device, settings, same_shapes, expected):
     compiled = []
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: compiled.append((type(self).__name__, kw))
     )
-    config = TrainConfig(parallel=parallel)
-    machine.compile_model(make_model(), config, torch.device(device), same_shapes)
+    model, config = make_model(), TrainConfig(**settings)
+    machine.compile_model(model, config, torch.device(device), same_shapes)
     assert compiled == expected
+    if "mode" in expected[0][1]:  # large models and several processes do without CUDA graphs
+        for name, value in (
+            ("MAX_GRAPH_PARAMS", model.num_params() - 1),
+            ("world_size", lambda: 2),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(machine, name, value)
+                machine.compile_model(model, config, torch.device(device), same_shapes)
+            assert compiled[-1][1]["mode"] is None
 
 
 def test_freed_memory_is_kept_by_the_c_library(monkeypatch):

@@ -76,9 +76,9 @@ def test_a_fit_recovers_the_law_that_made_the_losses(monkeypatch):
     true = replace(SIMPLE, overfit=0.1, decay_cost=0.2, decay_power=1.0)
     for row in rows:
         row["loss"] = row["best"] = 2.0
-    for (text, _), pilot in planner.pilots(rows).items():
+    for (text, _, _), pilot in planner.pilots(rows).items():
         for row in (row for row in rows if row["text"] == text):
-            row["loss"] = row["best"] = planner.predicted(pilot, row, true)
+            row["loss"] = row["best"] = pilot.predict(planner.run_of(row), true)
     assert astuple(planner.fit(rows)) == pytest.approx(astuple(true), rel=0.02)
 
 
@@ -91,20 +91,26 @@ def test_the_study_writes_its_runs_and_their_predictions(fast, monkeypatch, caps
     monkeypatch.setattr(planner, "RUNS", runs)
     monkeypatch.setattr(planner, "SIZES", plan.SIZES)
     monkeypatch.setattr(planner, "PILOTS", (2, 4))
-    assert planner.main(["--device=cpu"]) == 0
+    assert planner.main(["--device=cpu", "--seeds=2"]) == 0
     results = Path("checkpoints/studies/results")
     rows = planner.read_runs(results / "planner.csv")
-    assert [row["use"] for row in rows] == ["fit", "fit", "fit", "check", "fit", "fit"]
+    uses = ["fit", "fit", "fit", "check", "fit", "fit"]
+    assert [(row["use"], row["seed"]) for row in rows] == [(u, s) for s in (1, 2) for u in uses]
     epochs = [row["steps"] * 4 * 16 / row["unique"] for row in rows]
     assert [row["epochs"] for row in rows] == pytest.approx(epochs, abs=0.005)
     (row,) = csv.DictReader((results / "planner_check.csv").read_text().splitlines())
     law = planner.fit(rows)
-    first, last = (
-        Run(row["params"], row["steps"], row["epochs"], 16.0, 0, row["weight decay"])
-        for row in (rows[0], rows[3])
-    )
-    expected = Pilot(first, rows[0]["unique"], rows[0]["loss"]).predict(last, law)
-    assert float(row["from 2 steps"]) == pytest.approx(expected)
+    errors = []
+    for first, last in ((rows[0], rows[3]), (rows[6], rows[9])):  # seeds 1 and 2
+        pilot, run = (
+            Run(row["params"], row["steps"], row["epochs"], 16.0, 0, row["weight decay"])
+            for row in (first, last)
+        )
+        errors += [Pilot(pilot, first["unique"], first["loss"]).predict(run, law) - last["loss"]]
+    assert float(row["measured"]) == pytest.approx((rows[3]["loss"] + rows[9]["loss"]) / 2)
+    assert float(row["error from 2 steps"]) == pytest.approx(sum(errors) / 2)
+    half = 12.706 * abs(errors[0] - errors[1]) / 2  # the 97.5% quantile of t for two seeds
+    assert float(row["95% margin, 2 steps"]) == pytest.approx(half, rel=1e-4)
     assert not list(Path("checkpoints/studies/planner").glob("*/*.pt"))
     assert f"LAW = {law}" in capsys.readouterr().out
 
@@ -184,7 +190,7 @@ class FakeRun:
         """Train until the end, or the step `end`. Returns the time at the end."""
         self.now += evaluation if not self.step else 0.0
         while self.step < min(self.config.max_steps, end):
-            self.deadline.keep(self.step)
+            self.deadline.adjust(self.step)
             self.rates.append(train.get_lr(self.step, self.config))
             self.now += seconds(self.step)
             self.step += 1
@@ -310,9 +316,9 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
     state = torch.load("checkpoints/b/latest.pt", weights_only=True)
     assert state["step"] == 12 and state["seconds"] > 0
     used: list[float] = []
-    keep = Deadline.keep
+    adjust = Deadline.adjust
     monkeypatch.setattr(
-        Deadline, "keep", lambda self, step: used.append(self.log.seconds()) or keep(self, step)
+        Deadline, "adjust", lambda self, step: used.append(self.log.seconds()) or adjust(self, step)
     )
     monkeypatch.setattr(train, "plan_run", lambda *args: pytest.fail("planned again"))
     assert train.main(["--resume", "--device=cpu", "--tag=b"]) == 0

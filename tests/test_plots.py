@@ -256,12 +256,14 @@ def test_bars_are_the_softmax_at_each_temperature():
         (["nowhere"], "nowhere is not the folder of a run"),
         (["--output_file=a.jpg", "--picture=cube"], "picture must be one of.*in .png or .svg"),
         (["--output_file=no/a.png"], "there is no folder no"),
+        (["--picture=positions"], r"positions\.png is a folder"),
         (["a", "b", "--picture=positions"], "takes one checkpoint, not 2"),
         (["--picture=attention", "--heads=first"], "--heads must be a list of numbers.*'first'"),
         (["--layers=-1", "--temperatures=inf"], "--layers must be.*--temperatures must be"),
     ],
 )
 def test_invalid_settings_are_reported_together(workplace, flags, message):
+    Path("positions.png").mkdir()
     with pytest.raises(UserError, match=message):
         plots.main(flags)
 

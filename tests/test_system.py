@@ -1,6 +1,7 @@
 """One-line errors, locks, memory."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -243,3 +244,11 @@ def test_a_checkpoint_that_is_a_pipe_is_rejected_without_waiting_for_a_writer(tm
         assert "pipe is not a checkpoint" in process.communicate(timeout=60)[1]
     finally:
         process.kill()
+
+
+def test_a_script_prints_characters_that_the_terminal_lacks(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    with pytest.raises(SystemExit):
+        run(lambda: print("\u0434\u0430"))
+    assert raw.getvalue().decode().strip() == r"\u0434\u0430"

@@ -73,7 +73,7 @@ def test_an_unknown_or_incomplete_tokenizer_is_rejected():
     doubled["ranks"]["!"] = doubled["ranks"]["?"]
     shared["specials"] = {"<x>": shared["ranks"]["!"]}
     for data in (incomplete, doubled, shared):
-        with pytest.raises(UserError, match="a token for every byte, and an id for every token"):
+        with pytest.raises(UserError, match="a token for every byte, and different ids"):
             from_dict(data)
 
 
@@ -293,6 +293,19 @@ def test_ids_equal_tiktokens_wherever_a_long_text_is_cut(small_pieces, tokenizer
     assert n_compared > 200
 
 
+def test_tiktokens_pattern_for_gpt2_gives_the_ids_of_the_original_one():
+    rng = random.Random(0)
+    original, theirs = WITH_PATTERN[:2]
+    for _ in range(600):
+        text = random_text(rng, 80)
+        assert original.encode(text).tolist() == theirs.encode(text).tolist(), repr(text)
+
+
+@given(words_and_anything)
+def test_tiktokens_pattern_for_gpt2_gives_the_pieces_of_the_original_one(text: str):
+    assert regex.findall(GPT2_PATTERN, text) == regex.findall(R50K, text)
+
+
 @pytest.mark.parametrize("tokenizer", [*WITH_PATTERN, CHARS])
 def test_a_stream_has_the_ids_of_the_joined_text(small_pieces, tokenizer):
     rng = random.Random(0)
@@ -372,9 +385,22 @@ def test_gpt2_survives_its_dict_and_equals_tiktoken(gpt2: BPETokenizer):
 def test_a_silent_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setattr(encodings.tiktoken, "get_encoding", lambda name: time.sleep(60))
     began = time.perf_counter()
-    with pytest.raises(UserError, match=f"encoding {name} could not be downloaded .no answer"):
+    with pytest.raises(UserError, match=f"encoding {name} could not be downloaded .not complete a"):
         encodings.from_tiktoken(name, seconds=0.1)
     assert time.perf_counter() - began < 30
+
+
+def test_a_slow_download_is_announced(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(encodings, "NOTE_AFTER", 0.01)
+
+    def slow(name: str) -> tiktoken.Encoding:
+        time.sleep(0.2)
+        return BPE.encoding
+
+    monkeypatch.setattr(encodings.tiktoken, "get_encoding", slow)
+    assert encodings.from_tiktoken("cl100k_base").vocab_size == BPE.vocab_size
+    expected = "note: loading the encoding cl100k_base; its first use downloads up to 4 MB\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
@@ -390,10 +416,12 @@ def test_a_downloaded_encoding_keeps_its_special_tokens(monkeypatch: pytest.Monk
     ranks = {bytes([b]): b for b in range(256)}
     theirs = tiktoken.Encoding("x", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
                                special_tokens={"<|endoftext|>": 300})  # fmt: skip
-    monkeypatch.setattr(encodings.tiktoken, "get_encoding", {"gpt2": theirs}.__getitem__)
-    ours = encodings.from_tiktoken("gpt2")
+    monkeypatch.setattr(encodings.tiktoken, "get_encoding", lambda name: theirs)
+    ours = encodings.from_tiktoken("cl100k_base")
     assert ours.specials == {"<|endoftext|>": 300} and ours.vocab_size == 301
     assert ours.pattern == r"\S+|\s+" and ours.encode("a b").tolist() == [97, 32, 98]
+    for name in ("gpt2", "r50k_base"):  # equal to an imported GPT-2's
+        assert encodings.from_tiktoken(name).pattern == GPT2_PATTERN
 
 
 @given(st.text("abc", max_size=20), st.text("abc", min_size=2, max_size=2))

@@ -1,4 +1,4 @@
-"""Keep the time of --minutes: shorten the schedule of a run that is slower than planned."""
+"""The time limit of --minutes: shorten the schedule of a run that is slower than planned."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from config import TrainConfig
 from training.plan import final_seconds
 from training.run_log import RunLog
 
-WINDOW = 0.1  # of the steps, over which their time is averaged
+AVERAGED = 0.1  # the share of the steps over which their time is averaged
 SLACK = 0.02  # of the time that is left, so that not every slow step changes the schedule
 
 
@@ -42,7 +42,7 @@ class Deadline:
         self.fastest = math.inf
         self.evaluation, self.n_evaluations = 0.0, 0  # the mean: the first imports matplotlib
 
-    def keep(self, step: int) -> None:
+    def adjust(self, step: int) -> None:
         """Shorten the schedule if the run would end too late; lengthen it again, up to the planned
         steps, if it was slow only for a while. Called before each step."""
         self.measure(step)
@@ -70,7 +70,7 @@ class Deadline:
             self.evaluation += (took - self.evaluation) / self.n_evaluations
         elif n_steps:
             self.n_steps += 1
-            horizon = min(max(1, self.n_steps), max(10, WINDOW * self.config.max_steps))
+            horizon = min(max(1, self.n_steps), max(10, AVERAGED * self.config.max_steps))
             self.step_seconds += (took - self.step_seconds) / horizon if self.n_steps else 0.0
 
     def announce(self) -> None:

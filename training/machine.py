@@ -16,6 +16,7 @@ from training.distributed import world_size
 from utils import TokenStream, count_params
 
 MAX_GPU_TOKENS = 1 << 28  # as int32, a gigabyte of GPU memory
+MAX_GRAPH_PARAMS = 20_000_000  # of a model whose kernels are launched by CUDA graphs
 WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
 
 
@@ -82,9 +83,16 @@ def compile_model(model: GPT, config: TrainConfig, device: torch.device, same_sh
     and gives more general kernels. On a CPU, where compiling takes as long as many steps, and with
     FSDP, which gathers the weights of a block between the graphs, blocks are compiled: they are
     alike, so one compilation serves all.
+
+    The kernels of a small model take less time than launching them. CUDA graphs ("reduce-overhead")
+    launch them all at once. A graph writes its results to the same memory every time, gradients
+    included, so a second micro-step would overwrite the sum (pytorch issues 96693 and 169545), and
+    DDP reads gradients by itself: only steps of one micro-step in one process use them.
     """
     if device.type == "cuda" and config.parallel != "fsdp":
-        model.compile(dynamic=False if same_shapes else None)
+        one_batch = same_shapes and config.grad_accum == world_size() == 1
+        mode = "reduce-overhead" if one_batch and model.num_params() <= MAX_GRAPH_PARAMS else None
+        model.compile(dynamic=False if same_shapes else None, mode=mode)
         return
     for block in model.blocks:
         block.compile()

@@ -67,11 +67,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Matrices x (n, R, C) with singular values near 1 and the same singular vectors: five times
-    the polynomial a x + b x^3 + c x^5, after a division by the Frobenius norm. In bfloat16, or in
-    float16 if the device has none."""
+    """Matrices with the singular vectors of x (n, R, C) and singular values near 1: x is divided by
+    its Frobenius norm, then replaced five times by a x + b (x x^T) x + c (x x^T)^2 x. In bfloat16,
+    or in float16 if the device has none."""
     a, b, c = COEFFICIENTS
-    wide = x if x.size(1) <= x.size(2) else x.mT  # the smaller product
+    wide = x if x.size(1) <= x.size(2) else x.mT  # so that wide @ wide.mT is the smaller product
     if has_bfloat16(x.device):
         wide = wide.bfloat16()
     else:  # float16's range is too small for gradients, but not for their ratio to the norm

@@ -7,7 +7,7 @@
    each size how fast this machine is.
 2. Predict: a scaling law (law.py) gives the loss of each size after the steps that fit.
 3. Choose the size, the number of steps, dropout and weight decay with the lowest predicted loss.
-4. While training, keep the time (deadline.py).
+4. While training, shorten the schedule if the run is too slow (deadline.py).
 """
 
 import itertools

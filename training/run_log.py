@@ -262,8 +262,8 @@ class RunLog:
                 f"stopped at step {last['step']}: no improvement in {self.since_best()} "
                 f"evaluations (--patience {self.config.patience})"
             )
-        records = str(self.header["corpus"].get("name", "")).endswith(".json")
-        question = ' --prompt "Who are you?"' if records else ""
+        has_questions = str(self.header["corpus"].get("name", "")).endswith(".json")
+        question = ' --prompt "Who are you?"' if has_questions else ""
         print(
             f"done in {last['seconds']:.0f} s: best at step {final['step']}, validation loss "
             f"{metrics['val']:.4f}{format_final(metrics)} over the whole split\n"

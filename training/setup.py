@@ -74,7 +74,8 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None]:
             saved = saved_settings(state)
             fixed |= {"max_steps"} if saved["minutes"] else set()  # of its plan
             tokenizers.from_dict(state["tokenizer"])
-        flags = resumed_flags(flags, saved, fixed) | {"out_dir": str(run_dir), "tag": ""}
+        folder = {"out_dir": "checkpoints", "tag": ""} | flags
+        flags = resumed_flags(flags, saved, fixed) | {n: folder[n] for n in ("out_dir", "tag")}
     else:
         raise_problems(tokenizer_problems(flags))
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process

@@ -149,8 +149,8 @@ class Pretraining:
         return sample_from_newline(model, self.tokenizer, self.config.sample_tokens)
 
 
-def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int) -> str:
+def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int, qa: bool = True) -> str:
     """n_tokens tokens after a newline, or after an empty prompt if the tokenizer has no newline."""
     prompt = "" if tokenizer.unknown("\n") else "\n"
-    config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens, seed=1337)
+    config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens, seed=1337, qa=qa)
     return sample_text(model, tokenizer, config)[0]
