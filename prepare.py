@@ -3,6 +3,7 @@
     python prepare.py book.txt --tokenizer bpe --vocab_size 2000      one file, to data/book/
     python prepare.py letters/ --name letters --whitespace --dedup    all files in a folder
     python prepare.py posts.jsonl --text_field body --tokenizer gpt2
+    python prepare.py new.txt --tokenizer checkpoints/best.pt         for finetune.py
     python prepare.py tinystories --stats                             a named data set
     python prepare.py --name letters --stats                          statistics of an existing one
 
@@ -124,7 +125,7 @@ def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
     return [
         *lines,
         f"little text: even {smallest} will see it many times; watch the validation loss, and try "
-        "--dropout",
+        "--weight_decay 1",
     ]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import tiktoken
 
 import tokenizer as tokenizers
-from config import ENCODINGS, UserError, setting
+from config import ENCODINGS, TOKENIZERS, UserError, setting
 from corpus.bpe import count_pieces, train_bpe
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.download import DATASETS
@@ -30,6 +30,7 @@ from corpus.files import file_sha256, map_token_files, token_dtype, token_files
 from corpus.sources import SourceReader, find_sources
 from corpus.workers import parallel_map
 from tokenizer import END_OF_TEXT, Tokenizer
+from utils import matching_contents, read_checkpoint
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
 SHARD_SIZE = 1 << 28  # tokens per file
@@ -49,7 +50,9 @@ class DatasetConfig:
         "written to data/NAME; default: the name of the first source",
         group="data set",
     )
-    tokenizer: str = setting("bpe", "", choices=("char", "bpe", *ENCODINGS))
+    tokenizer: str = setting(
+        "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
+    )
     bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")
     text_field: str = setting("text", "field of a .jsonl record that contains the text")
     separator: str = setting(
@@ -68,6 +71,11 @@ class DatasetConfig:
         found = []
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
             found.append(f"name {self.name!r} must be a plain name: the data set is data/NAME")
+        if self.tokenizer not in TOKENIZERS and not os.path.isfile(self.tokenizer):
+            found.append(
+                f"tokenizer must be one of {', '.join(TOKENIZERS)} or a checkpoint, "
+                f"not {self.tokenizer!r}"
+            )
         if len(self.name.encode("utf-8", "replace")) > 200:
             found.append("name is too long: give a --name of at most 200 bytes")
         return found + [
@@ -105,13 +113,29 @@ def require_text(found: set[str] | Counter[str]) -> None:
         )
 
 
+def checkpoint_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint. Raises UserError if it cannot separate documents."""
+    state = read_checkpoint(path)
+    with matching_contents(path):
+        tokenizer = tokenizers.from_dict(state["tokenizer"])
+    if END_OF_TEXT not in tokenizer.specials:
+        raise UserError(
+            f"the tokenizer of {path} has no {END_OF_TEXT}, with which documents of a data set "
+            "begin: give another --tokenizer"
+        )
+    return tokenizer
+
+
 def learn_tokenizer(
     config: DatasetConfig, cleaning: CleanConfig, reader: SourceReader, workers: int
 ) -> Tokenizer:
-    """The tokenizer of the data set: one of tiktoken's, the characters of all documents, or byte
-    pairs learned from the training documents (from a sample if the sources are large)."""
+    """The tokenizer of the data set: one of tiktoken's, that of a checkpoint, the characters of all
+    documents, or byte pairs learned from the training documents (from a sample if the sources are
+    large)."""
     if config.tokenizer in ENCODINGS:
         return from_tiktoken(config.tokenizer)
+    if config.tokenizer not in TOKENIZERS:
+        return checkpoint_tokenizer(Path(config.tokenizer))
     if config.tokenizer == "char":
         batches = reader.batches("learning the vocabulary")
         chars: set[str] = set()
@@ -191,6 +215,7 @@ class DatasetWriter:
         self.train_docs = array("q")  # where each document starts in the training ids
         # Of the text of each document, 8 bytes: to find validation documents in the training split
         self.digests = {"train": array("q"), "val": array("q")}
+        self.last_digest = 0  # where that of the last training document is; a long one has none
         keys = ("documents", "tokens", "characters", "bytes")
         self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
         for split in self.counts:
@@ -213,6 +238,7 @@ class DatasetWriter:
             ids = np.concatenate([np.array([self.separator], dtype=self.dtype), ids])
             if chunk.split == "train":
                 self.train_docs.append(counts["tokens"])
+                self.last_digest = len(self.digests["train"])
             counts["documents"] += 1
         if chunk.digest:
             self.digests[chunk.split].frombytes(chunk.digest[:8])
@@ -260,8 +286,8 @@ class DatasetWriter:
             train[key] -= count
             val[key] += count
         if n_documents:
-            self.digests["val"].extend(self.digests["train"][-1:])
-            del self.digests["train"][-1:]
+            self.digests["val"].extend(self.digests["train"][self.last_digest :])
+            del self.digests["train"][self.last_digest :]
             print(f"few documents: the last one ({val['tokens']:,} tokens) is for validation")
         else:
             print("the corpus is one document: its last tenth is for validation")

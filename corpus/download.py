@@ -106,7 +106,9 @@ def download(url: str, path: Path) -> None:
             ) from None
         if sha256 and file_sha256(tmp_path) != sha256:
             tmp_path.unlink()
-            raise UserError(f"{url} does not have its hash and was deleted: run again")
+            raise UserError(
+                f"the download of {url} has a wrong hash and was deleted: run the command again"
+            )
         tmp_path.replace(path)
         version_path(tmp_path).unlink(missing_ok=True)
 

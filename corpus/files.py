@@ -54,11 +54,12 @@ def iter_text(
         with open(path, "rb") as file:
             while raw := file.read(READ_SIZE):
                 if not n_read and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise UserError(f"{path} is UTF-16 text: convert it to UTF-8")
+                    raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
                 on_read(raw)
                 if (position := raw.find(b"\0")) >= 0:
                     raise UserError(
-                        f"{path} is a binary file (byte {n_read + position} is 0): leave it out"
+                        f"{path} is a binary file or UTF-16 text (byte {n_read + position} is 0): "
+                        "save it as UTF-8 text"
                     )
                 n_read += len(raw)
                 yield decoder.decode(raw)
@@ -70,7 +71,8 @@ def iter_text(
         position = n_read - len(error.object) + error.start
         byte = error.object[error.start]
         raise UserError(
-            f"{path} is not UTF-8 text (byte {position} is 0x{byte:02x}): convert it"
+            f"{path} is not UTF-8 text (byte {position} is 0x{byte:02x}): save it as UTF-8 (or, to "
+            "train on it, make a data set with `prepare.py --bad_bytes replace`)"
         ) from None
 
 

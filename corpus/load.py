@@ -49,7 +49,7 @@ class Corpus:
 
     train_ids: np.ndarray | Shards  # (tokens,), in the smallest type for the vocabulary
     val_ids: np.ndarray | Shards
-    info: dict[str, Any]  # name, bytes and sha256 of the text; documents, if it has several
+    info: dict[str, Any]  # name, bytes and sha256; documents, except of a text without a separator
     train_bytes: int  # of the text, in UTF-8
     val_bytes: int
     train_docs: np.ndarray | None = None  # (documents,), where each starts in train_ids
@@ -203,9 +203,14 @@ def load_documents(
 
 def read_documents(path: Path, separator: str) -> list[str]:
     """The documents of a .jsonl file, or those between the separators of a text file; without blank
-    ones, and without empty lines around a separator."""
+    ones, and without empty lines around a separator. Raises UserError if there are none, or no
+    separator."""
     found = iter_documents(path, separator=separator)
     texts = [text.strip("\n") if separator else text for text, _ in found]
+    if separator and len(texts) == 1:
+        raise UserError(
+            f"the separator {separator!r} does not occur in {path}: change it or leave it out"
+        )
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"{path} has no documents: all of it is blank")
@@ -298,7 +303,10 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
             "`python prepare.py FILE ... --name NAME`, then give --data data/NAME"
         ) from None
     if tokenizer is not None and tokenizer.to_dict() != tokenizer_dict:
-        raise UserError(f"{folder}/ was made with another tokenizer than the checkpoint's")
+        raise UserError(
+            f"{folder}/ was made with another tokenizer than the checkpoint's: make it with "
+            "`python prepare.py FILE ... --name NAME --tokenizer CHECKPOINT`"
+        )
     corpus = Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
     return own_tokenizer, corpus
 
@@ -354,9 +362,10 @@ def load_corpus(
     if path.is_dir():
         return open_dataset(path, tokenizer)
     if path.stat().st_size > MAX_IN_MEMORY:
+        same_tokenizer = " --tokenizer CHECKPOINT" if tokenizer else ""
         raise UserError(
             f"{path} has {path.stat().st_size / 1e6:,.0f} MB: run `python prepare.py {path} --name "
-            "NAME` once, then give --data data/NAME"
+            f"NAME{same_tokenizer}` once, then give --data data/NAME"
         )
     if separator:
         separator = separator.replace("\\n", "\n")

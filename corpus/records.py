@@ -1,7 +1,7 @@
 """Question/answer records and preference pairs, for fine-tuning.
 
-Records are a JSON file, [{"id", "category", "question", "answer"}, ...]; the last two keys are
-required. A record is encoded as
+Records are a JSON file, [{"question", "answer"}, ...]. Those with "held_out": true are for
+validation, and other keys are ignored. A record is encoded as
 
     <BOS>Question: What is RoPE?\nAnswer: Positions as rotations.<EOS>
 
@@ -68,7 +68,10 @@ def read_records(path: Path) -> list[Record]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON in UTF-8: {error}") from None
+        raise UserError(
+            f"{path} is not JSON in UTF-8 ({error}): it must be one list, "
+            '[{"question": "...", "answer": "..."}, ...], not one record per line'
+        ) from None
     if not isinstance(records, list) or not records:
         raise UserError(f"{path} must be a list of records, each with a question and an answer")
     raise_invalid(

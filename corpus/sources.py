@@ -75,7 +75,7 @@ def find_sources(names: Sequence[str]) -> list[Source]:
             raise UserError(f"there is no {name}: give files, folders, or {', '.join(DATASETS)}")
     for source in sources:
         if is_binary(source.path):
-            raise UserError(f"{source.path} is a binary file: give text, or .jsonl")
+            raise UserError(f"{source.path} is a binary file or UTF-16 text: save it as UTF-8 text")
     return sources
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,8 @@ def parallel_map(
     if workers < 2:
         yield from map(function, batches)
         return
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # ProcessPoolExecutor raises ValueError for more
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=init_worker)
     try:

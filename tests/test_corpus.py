@@ -123,6 +123,8 @@ def test_a_large_text_needs_prepare(tmp_path, monkeypatch):
     (tmp_path / "large.txt").write_text("a" * 101)
     with pytest.raises(UserError, match=r"run `python prepare\.py .*large\.txt"):
         load.load_corpus(str(tmp_path / "large.txt"), "char", 0)
+    with pytest.raises(UserError, match="--name NAME --tokenizer CHECKPOINT`"):
+        load.load_corpus(str(tmp_path / "large.txt"), tokenizer=CharTokenizer.train(["a"]))
 
 
 def test_documents_need_a_tokenizer_with_a_separator(tmp_path):
@@ -182,6 +184,8 @@ def test_a_separator_can_have_line_ends_and_is_for_text_files_only(tmp_path):
     tokenizer, corpus = load.load_corpus(str(tmp_path / "a.txt"), separator="\\n--\\n")
     assert tokenizer.decode(corpus.train_ids.tolist()).split(END_OF_TEXT)[1] == "one"
     assert corpus.info["documents"] == 3
+    with pytest.raises(UserError, match=r"the separator '###\\n' does not occur in .*a\.txt"):
+        load.load_corpus(str(tmp_path / "a.txt"), separator="###\\n")
     path = write_jsonl(tmp_path / "a.jsonl")
     for data in (path, tmp_path):
         with pytest.raises(UserError, match="--separator is for text files, and"):
@@ -211,9 +215,10 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
     ("content", "message"),
     [
         (b"", "is empty"),
-        (b"good \xff bad", r"not UTF-8 text \(byte 5 is 0xff\)"),
-        (b"\x00\x01\x80", r"binary file \(byte 0 is 0\)"),
-        (b"\xff\xfea\x00", "is UTF-16 text"),
+        (b"good \xff bad", r"not UTF-8 text \(byte 5 is 0xff\): save it as .* --bad_bytes replace"),
+        (b"\x00\x01\x80", r"binary file or UTF-16 text \(byte 0 is 0\): save it as UTF-8 text"),
+        ("UTF-16".encode("utf-16-le"), r"binary file or UTF-16 text \(byte 1 is 0\): save it as"),
+        (b"\xff\xfea\x00", "is UTF-16 text: save it as UTF-8"),
         (b"\xef\xbb\xbf good \xff", r"not UTF-8 text \(byte 9 is 0xff\)"),
     ],
 )
@@ -257,7 +262,7 @@ def test_characters_and_line_ends_across_reads_are_decoded(tmp_path, monkeypatch
     [
         (b"123456 \xe9t\xe9", r"not UTF-8 text \(byte 7 is 0xe9\)"),
         (b"1234567\xe6\x97", r"not UTF-8 text \(byte 7 is 0xe6\)"),
-        (b"1234567\x00", r"binary file \(byte 7 is 0\)"),
+        (b"1234567\x00", r"binary file or UTF-16 text \(byte 7 is 0\)"),
     ],
 )
 def test_files_that_are_not_text_are_rejected_with_the_position(
@@ -422,7 +427,7 @@ def answer(model: GPT, tokenizer: CharTokenizer, question: str) -> str:
     )
 
 
-@pytest.mark.parametrize(("n", "steps"), [(2, 60), pytest.param(40, 400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("n", "steps"), [(2, 60), pytest.param(20, 250, marks=pytest.mark.slow)])
 def test_a_model_trained_on_a_few_records_answers_them(workplace, n, steps):
     (workplace / "qa.json").write_text(json.dumps(RECORDS[:n]))
     assert train.main([*SMALL_RUN, "--no-hold_out", f"--max_steps={steps}"]) == 0

@@ -240,7 +240,7 @@ def test_an_incomplete_file_as_long_as_the_file_or_longer_does_no_harm(tmp_path,
 def test_the_hash_that_a_redirect_gives_is_compared(tmp_path, server):
     path = tmp_path / "stories.txt"
     server.linked = hashlib.sha256(b"something else").hexdigest()
-    with pytest.raises(UserError, match="does not have its hash and was deleted: run again"):
+    with pytest.raises(UserError, match="has a wrong hash and was deleted: run the command again"):
         download.download(server.url, path)
     assert not path.exists() and not (tmp_path / "stories.txt.part").exists()
     server.linked = hashlib.sha256(server.content).hexdigest()

@@ -242,6 +242,8 @@ def write_invalid_files(workplace: Path) -> None:
         (["mixed/a.txt", "--max_chars=9999999"], "max_chars must be at most 4194304"),
         ([], "give files, folders, or the name of a data set"),
         (["/dev/zero"], "/dev/zero is a device or a pipe"),
+        (["mixed/a.txt", "--tokenizer=no.pt"], "must be one of char, .* or a checkpoint, not 'no"),
+        (["mixed/a.txt", "--tokenizer=empty.txt"], r"empty\.txt is not a checkpoint"),
         (["mixed/a.txt", "--name=" + "x" * 300], "name is too long"),
     ],
 )
@@ -486,6 +488,12 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
     assert make("two.jsonl", "--tokenizer=char", name="two")["shared_documents"] == 1
 
 
+def test_a_long_document_moved_to_validation_has_no_digest(workplace, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK_SIZE", 50)
+    write_jsonl(workplace / "a.jsonl", ["a", "a", "a long one " * 20])
+    assert make("a.jsonl", "--tokenizer=char", "--val_share=1e-9")["shared_documents"] == 0
+
+
 def test_notes_name_lines_without_text_and_the_flag_for_separators(workplace, capsys):
     lines = [json.dumps({"text": text}) for text in [*STORIES, None, None]]
     (workplace / "a.jsonl").write_text("\n".join(lines))
@@ -592,6 +600,20 @@ def test_a_model_trains_on_a_data_set_and_resumes(workplace, capsys):
     make("stories.jsonl", "--overwrite", vocab_size=290)
     with pytest.raises(UserError, match="another tokenizer"):
         train.main(["--resume", "--max_steps=40"])
+
+
+def test_a_data_set_can_have_the_tokenizer_of_a_checkpoint(workplace, capsys):
+    checkpoint = "checkpoints/best.pt"
+    write_jsonl(workplace / "stories.jsonl", STORIES * 5)
+    assert train.main([*TINY_RUN, "--tokenizer=bpe", "--vocab_size=300"]) == 0
+    make("stories.jsonl")
+    with pytest.raises(UserError, match=r"another tokenizer .* NAME --tokenizer CHECKPOINT`"):
+        evaluate.main([checkpoint, "--data=data/set"])
+    make("stories.jsonl", f"--tokenizer={checkpoint}", "--overwrite")
+    assert evaluate.main([checkpoint, "--data=data/set"]) == 0
+    assert train.main([*TINY_RUN, "--overwrite"]) == 0  # of characters, without documents
+    with pytest.raises(UserError, match=r"the tokenizer of .*best\.pt has no <.endoftext.>"):
+        make("stories.jsonl", f"--tokenizer={checkpoint}", name="other")
 
 
 @pytest.mark.parametrize("flag", ["--tokenizer=char", "--vocab_size=500"])

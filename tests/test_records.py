@@ -84,6 +84,7 @@ def test_records_are_read(tmp_path: Path):
         ([{"question": 5, "answer": ""}], "record 1: question .* not text, record 1: answer is em"),
         ([{}] * 9, "and 13 more"),
         ('[{"question": "a",\n}]', r"not JSON.*line 2 column 1"),
+        ("\n".join(map(json.dumps, RECORDS)), "Extra data.*must be one list, .* not one reco"),
         ({"question": "a"}, "must be a list of records"),
         ([], "must be a list of records"),
     ],

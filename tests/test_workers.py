@@ -38,6 +38,16 @@ def test_one_process_needs_no_pool(monkeypatch: pytest.MonkeyPatch):
     assert list(workers.parallel_map(len, [[], []], 1)) == [0, 0]
 
 
+@pytest.mark.parametrize(("platform", "expected"), [("win32", 61), ("linux", 96)])
+def test_windows_has_at_most_61_processes(monkeypatch: pytest.MonkeyPatch, platform, expected):
+    asked = []
+    monkeypatch.setattr(
+        workers, "ProcessPoolExecutor", lambda n, **_: asked.append(n) or ThreadPoolExecutor(1)
+    )
+    monkeypatch.setattr(workers.sys, "platform", platform)
+    assert list(workers.parallel_map(len, [[]], 96)) == [0] and asked == [expected]
+
+
 def test_a_killed_worker_is_one_error(monkeypatch: pytest.MonkeyPatch):
     def die(batch: list[Any]) -> None:
         raise BrokenProcessPool
