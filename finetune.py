@@ -9,11 +9,11 @@
 
 The run goes to checkpoints/TAG/, by default named after the objective, with the files of a
 pretraining run, and --resume. Its best.pt is an ordinary checkpoint; with --lora_rank there is also
-adapter.pt, the trained matrices alone. The flags of "sizes" and "model components" are for a new
+adapter.pt, the trained matrices only. The flags of "sizes" and "model components" are for a new
 student; other models keep their own. Next: python explore.py chat checkpoints/qa/best.pt
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ from finetuning.setup import (
 )
 from finetuning.tasks import DistillationTask, DPOTask, QATask, Splits, TextTask, encode_splits
 from model import GPT
+from sampling.checks import answers_questions, last_objective, last_trained_on_text
 from system.command_line import parse_args
 from system.errors import run
 from system.folders import locked
@@ -92,12 +93,16 @@ def load_data(
     if settings.objective in ("text", "distill"):
         if settings.objective == "text":  # a student cannot learn tokens unknown to its teacher
             tokenizer = extend_for_text(find_corpus(data), tokenizer, separator)
-        _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator)
+        else:
+            path = find_corpus(data)
+            check_known(tokenizer, texts_of(path, tokenizer, separator), path)
+        _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator, hold_out=hold_out)
         return Data(tokenizer, corpus.info, corpus, None)
     path = find_corpus(data)
     split: Callable[[list[Any]], tuple[list[Any], list[Any]]]
     if settings.objective == "dpo":
         records, split = read_pairs(path), split_documents
+        check_known(tokenizer, [text for pair in records for text in pair.values()], path)
     else:
         records, split = read_records(path), split_records
         tokenizer = extend_tokenizer(tokenizer, QA_SPECIALS, [record_text(r) for r in records])
@@ -113,10 +118,30 @@ def extend_for_text(path: Path, tokenizer: Tokenizer, separator: str) -> Tokeniz
     if not path.is_file() or path.stat().st_size > MAX_IN_MEMORY:  # load_corpus rejects that
         return tokenizer
     specials = (END_OF_TEXT,) if separator or path.suffix.lower() == ".jsonl" else ()
-    texts = []
-    if isinstance(tokenizer, CharTokenizer):  # byte pairs can encode every text
-        texts = [text for text, _ in iter_documents(path)]
-    return extend_tokenizer(tokenizer, specials, texts)
+    return extend_tokenizer(tokenizer, specials, texts_of(path, tokenizer, separator))
+
+
+def texts_of(path: Path, tokenizer: Tokenizer, separator: str) -> list[str]:
+    """The texts whose characters a character tokenizer must have; byte pairs encode every text."""
+    too_large = not path.is_file() or path.stat().st_size > MAX_IN_MEMORY
+    if too_large or not isinstance(tokenizer, CharTokenizer):
+        return []
+    if path.suffix.lower() == ".json":
+        return [record_text(record) for record in read_records(path)]
+    return [text for text, _ in iter_documents(path, separator=separator)]
+
+
+def check_known(tokenizer: Tokenizer, texts: Iterable[str], path: Path) -> None:
+    """Raise UserError if texts have characters that a character tokenizer does not have. Those that
+    it reads as <UNK> would be learned as <UNK>."""
+    if not isinstance(tokenizer, CharTokenizer):
+        return
+    if unknown := sorted(set().union(*map(set, texts)) - set(tokenizer.chars)):
+        names = " ".join(map(repr, unknown[:10])) + " ..." * (len(unknown) > 10)
+        raise UserError(
+            f"{path} has characters that the model does not know: {names}; remove them, or "
+            "fine-tune the model on a text with them first"
+        )
 
 
 def new_model(settings: FinetuneConfig, gpt_config: GPTConfig, base: Base, data: Data) -> GPT:
@@ -133,9 +158,9 @@ def new_model(settings: FinetuneConfig, gpt_config: GPTConfig, base: Base, data:
 
 
 def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
-    """The corpus that the base was trained on, if it still exists."""
+    """The corpus that the base was trained on, if it is a text that can be read."""
     data = base.trained.data
-    if base.imported:
+    if base.imported or last_objective(base.state) == "dpo":
         return None
     try:
         trained = base.trained
@@ -161,7 +186,7 @@ def make_format(
 ) -> CheckpointFormat:
     """The format of the run's checkpoints; `plain` are the weights without LoRA."""
     origin = asdict(settings) | asdict(adapt) | {"base_sha256": base.sha256}
-    origin |= {"teacher_sha256": teacher.sha256} if teacher else {}
+    origin |= {"lr": base.lr} | ({"teacher_sha256": teacher.sha256} if teacher else {})
     tokenizer = data.tokenizer.to_dict()
     entries = {"tokenizer": tokenizer, "corpus": data.info, "finetune": origin}
     if not adapt.lora_rank:
@@ -195,7 +220,8 @@ def make_task(
     assert data.corpus is not None
     text = Pretraining(data.corpus, tokenizer, model.config.block_size, config, device, format)
     if not teacher:
-        return TextTask(text, old_corpus(base, tokenizer))
+        with local_rank_zero_first():  # it may be downloaded
+            return TextTask(text, old_corpus(base, tokenizer))
     for block in teacher.model.blocks if config.compile else ():
         block.compile()
     frozen = teacher.model.to(device).requires_grad_(False)
@@ -266,7 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     if data.records:
         sizes = (model.config.block_size, settings.long == "skip")
         check_unchanged(data.info, config, state)
-        splits = encode_splits(settings.objective, data.records, data.tokenizer, *sizes)
+        ask = answers_questions(base.tokenizer) and not last_trained_on_text(base.state)
+        splits = encode_splits(settings.objective, data.records, data.tokenizer, *sizes, ask)
     else:
         assert data.corpus is not None
         check_corpus(data.corpus, config, model.config.block_size, state)

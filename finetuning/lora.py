@@ -2,7 +2,8 @@
 
     y = W x + (alpha / rank) B A x,    A (rank, n_in) random, B (n_out, rank) initially zero
 
-Only A and B are trained and saved: an adapter is a small file that is used with its base model.
+Only A and B are trained and saved, and the embeddings if there are new tokens: an adapter is a
+small file that is used with its base model.
 
 Weights are dicts of tensors by name. `plain` weights have the names of model.py. An adapted model
 has the name `.linear.weight` instead of `.weight` for a frozen matrix, and its `.A` and `.B`.

@@ -39,10 +39,12 @@ def extend_weights(weights: dict[str, Tensor], old: Tokenizer, new: Tokenizer) -
     """The weights for the vocabulary of `new`, which extends `old`.
 
     A token keeps its vector even if its id is different. The vector of a new token is the mean of
-    the old ones plus noise, so that it is neither likely nor unlikely at first (Hewitt 2021).
+    the old ones plus noise, so that it is neither likely nor unlikely at first (Hewitt 2021). An
+    imported model may have rows without a token, of which new tokens take the first.
     """
-    n_old = len(weights["tok.weight"])  # an imported model may have rows without a token
-    old_ids = list(range(n_old)) + [-1] * (new.vocab_size - n_old)  # by new id; -1: a new token
+    old_ids = list(range(max(new.vocab_size, len(weights["tok.weight"]))))  # by new id
+    n_new = new.vocab_size - old.vocab_size
+    old_ids[old.vocab_size : new.vocab_size] = [-1] * n_new  # -1: a new token
     if isinstance(old, CharTokenizer) and isinstance(new, CharTokenizer):  # sorted: ids change
         id_of = {text: i for i, text in enumerate(old.texts)}
         old_ids = [id_of.get(text, -1) for text in new.texts]
@@ -50,7 +52,8 @@ def extend_weights(weights: dict[str, Tensor], old: Tokenizer, new: Tokenizer) -
     extended = dict(weights)
     for name in EMBEDDINGS:
         table = weights[name]  # (V, C)
-        fresh = table.mean(dim=0) + NOISE_STD * torch.randn(len(rows), table.size(1))
+        mean = table[: old.vocab_size].mean(dim=0)
+        fresh = mean + NOISE_STD * torch.randn(len(rows), table.size(1))
         extended[name] = torch.where(rows[:, None] < 0, fresh, table[rows])  # (new V, C)
     if torch.equal(weights["tok.weight"], weights["head.weight"]):  # tied
         extended["head.weight"] = extended["tok.weight"]

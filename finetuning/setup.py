@@ -57,7 +57,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Peak learning rate relative to pretraining's. Answers are memorized; the others must not make the
 # model forget.
 LR_SCALE = {"text": 0.1, "qa": 1.0, "distill": 0.1, "dpo": 0.01}
-LORA_LR_SCALE = 5  # on top of that: low-rank matrices start at zero
+LORA_LR_SCALE = 5  # on top of that: B is zero at first, so the updates of A are too
 # Instead of pretraining's rate if that is unknown (imported models) or does not fit AdamW (SGD's).
 IMPORTED_LR = 3e-4
 MUON_LR_SCALE = 0.5  # for models trained with Muon, whose rates are higher than AdamW's
@@ -71,9 +71,10 @@ DERIVED = {
 # Flags that have no effect on other objectives than these.
 ONLY_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("teacher", "temperature_kd", "alpha"), ("distill",)),
-    **dict.fromkeys(("long", "hold_out"), ("qa", "dpo")),
+    "long": ("qa", "dpo"),
     "beta": ("dpo",),
-    **dict.fromkeys(("doc_mask", "grow_windows"), ("text", "distill")),
+    **dict.fromkeys(("doc_mask", "grow_windows", "separator"), ("text", "distill")),
+    "overfit_batch": ("text", "qa", "dpo"),  # a student's loss has no limit of 0
 }
 # What --help shows instead of a default. None: it does not show this flag, which cannot be given.
 HELP_DEFAULTS: dict[str, str | None] = {
@@ -89,6 +90,7 @@ HELP_DEFAULTS: dict[str, str | None] = {
        for name in ("max_steps", "batch_size", "eval_every")},
     "compile": "qa, dpo: off",
 }  # fmt: skip
+CHANGED = "has changed since this run began: name the original, or give a new run another --tag"
 FOR_MERGE = {"source", "merge", "out_dir", "tag", "overwrite", "device"}
 
 
@@ -106,10 +108,19 @@ class Base(NamedTuple):
         """Whether it was imported: then the text that it was trained on is unknown."""
         return not self.state["corpus"]["sha256"]
 
+    @property
+    def lr(self) -> float:
+        """The peak learning rate of pretraining, for AdamW."""
+        if self.imported or self.trained.optimizer == "sgd":
+            return IMPORTED_LR
+        return self.trained.lr_max * (MUON_LR_SCALE if self.trained.optimizer == "muon" else 1)
+
 
 def load_base(path: Path) -> Base:
     """Read a base or a teacher. Raises UserError if it is invalid. Settings that an older version
-    did not save, and names that this version does not know, become defaults."""
+    did not save, and names that this version does not know, become defaults. A base that was
+    fine-tuned before has the learning rate of its pretraining, so that rates do not shrink with
+    each stage."""
     model, tokenizer, state = load_checkpoint(path, torch.device("cpu"))
     state["optimizers"] = []  # twice as large as the weights, and not needed
     saved = state["train_config"]
@@ -118,6 +129,8 @@ def load_base(path: Path) -> Base:
     known |= {"data", "separator", "hold_out", "lr_max", "optimizer"}
     values = {"preset": "laptop"} | {name: saved[name] for name in known & saved.keys()}
     with matching_contents(path):
+        if "lr" in state.get("finetune", {}):
+            values |= {"lr_max": state["finetune"]["lr"], "optimizer": "adamw"}
         trained = from_dict(TrainConfig, values)
         raise_problems(all_problems(trained))
     return Base(model, tokenizer, state, lora.weights_sha256(state["model"]), trained)
@@ -154,6 +167,8 @@ def resolve_finetune(flags: dict[str, Any]) -> tuple[Any, ...]:
         adapt = from_dict(LoRAConfig, flags)
     teacher = load_base(Path(settings.teacher)) if settings.objective == "distill" else None
     base = load_base(Path(settings.source)) if settings.source or not teacher else teacher
+    if teacher and teacher.imported and "data" not in flags:
+        raise UserError("give --data: the text that an imported teacher was trained on is unknown")
     if not state:
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
     gpt_config = base.model.config
@@ -221,17 +236,15 @@ def run_config(
 ) -> TrainConfig:
     """The settings of the run: the flags, then the objective's defaults, then the checkpoint's."""
     trained = base.trained
-    lr = trained.lr_max * (MUON_LR_SCALE if trained.optimizer == "muon" else 1)
-    if base.imported or trained.optimizer == "sgd":
-        lr = IMPORTED_LR
-    if flags.get("optimizer") == "sgd":
-        lr = SGD_LR
+    uses_sgd = flags.get("optimizer") == "sgd"
+    lr = SGD_LR if uses_sgd else base.lr
     if settings.source:  # a new student learns everything from the start
         lr *= LR_SCALE[settings.objective] * (LORA_LR_SCALE if adapt.lora_rank else 1)
     names = ("preset", "arch", "data", "tokenizer")
     values = {name: getattr(trained, name) for name in names} | {"lr_max": lr}
-    if "data" not in flags:
-        values["separator"] = trained.separator
+    values |= {"weight_decay": 0.0} if uses_sgd else {}
+    if settings.objective == "distill" and "data" not in flags:
+        values |= {"separator": trained.separator, "hold_out": trained.hold_out}
     if settings.objective == "qa":
         values["data"] = "data/qa.json"
     return from_dict(TrainConfig, values | DEFAULTS[settings.objective] | flags)
@@ -278,9 +291,9 @@ def check_finetune(
         return found
     origin = state["finetune"]
     if origin["base_sha256"] != base.sha256:
-        found.append(f"{settings.source or settings.teacher} has changed since this run began")
+        found.append(f"{settings.source or settings.teacher} {CHANGED}")
     elif teacher and origin.get("teacher_sha256", teacher.sha256) != teacher.sha256:
-        found.append(f"{settings.teacher} has changed since this run began")
+        found.append(f"{settings.teacher} {CHANGED}")
     elif adapt.lora_rank:
         latest = run_dir / "latest.pt"
         weights = (base.model.config, base.tokenizer, base.sha256)
@@ -299,7 +312,7 @@ def teacher_problems(teacher: Base, base: Base, student: GPTConfig) -> list[str]
     if (size := teacher.model.config.block_size) < student.block_size:
         return [
             f"the teacher's window of {size} tokens is shorter than the student's, "
-            f"{student.block_size}"
+            f"{student.block_size}: a new student can have --block_size {size}"
         ]
     return []
 

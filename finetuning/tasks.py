@@ -36,14 +36,18 @@ class TextTask:
     def __post_init__(self) -> None:
         text = self.pretraining
         self.format, self.tokens_per_step = text.format, text.tokens_per_step
-        self.get_batch, self.loss, self.sample = text.get_batch, text.loss, text.sample
+        self.get_batch, self.loss = text.get_batch, text.loss
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         metrics = self.pretraining.evaluate(model, full)
         if self.old is None:
             return metrics
-        n_windows = self.pretraining.config.eval_windows
+        n_windows = None if full else self.pretraining.config.eval_windows
         return metrics | {"old": self.pretraining.mean_loss(model, self.old.val_ids, n_windows)}
+
+    def sample(self, model: GPT) -> str:
+        text = self.pretraining  # of text, even if the base answers questions
+        return sample_from_newline(model, text.tokenizer, text.config.sample_tokens, qa=False)
 
 
 # --- distillation
@@ -234,10 +238,14 @@ class DPOTask:
 # --- records as batches
 
 
-def encode_pair(tokenizer: Tokenizer, pair: dict[str, str]) -> list[Example]:
+def encode_pair(tokenizer: Tokenizer, pair: dict[str, str], ask: bool) -> list[Example]:
     """The chosen and the rejected text of a preference pair, each after the prompt, and with the
     token that ends a text of this model: <EOS> if it has answered questions, else <|endoftext|> if
-    it knows it."""
+    it knows it. ask: the prompt is a question and the texts are answers, as in `encode_record`."""
+    if ask:
+        answers = (pair["chosen"], pair["rejected"])
+        records = [{"question": pair["prompt"], "answer": answer} for answer in answers]
+        return [encode_record(tokenizer, record) for record in records]
     prompt = tokenizer.encode(pair["prompt"])
     ends = [tokenizer.specials[end] for end in ("<EOS>", END_OF_TEXT) if end in tokenizer.specials]
     texts = (
@@ -252,21 +260,25 @@ def encode_splits(
     tokenizer: Tokenizer,
     block_size: int,
     skip_long: bool,
+    ask: bool,
 ) -> Splits:
-    """The records of both splits as examples that fit the window. Prints how many were too long.
-    Raises UserError if a split is empty after that."""
+    """The records of both splits as examples that fit the window; ask: see `encode_pair`. Prints
+    how many were too long. Raises UserError if a split is empty after that."""
     encoded: Splits = {}
     for name, records in zip(("train", "val"), splits, strict=True):
         if objective == "qa":
             examples = [[encode_record(tokenizer, record)] for record in records]
         else:
-            examples = [encode_pair(tokenizer, record) for record in records]
+            examples = [encode_pair(tokenizer, record, ask) for record in records]
         fitted = (fit_window(e, block_size, skip_long) for e in examples)
         encoded[name] = [e for e in fitted if e is not None]
         n_long = sum(max(len(ids) for ids, _ in e) > block_size + 1 for e in examples)
         n_out = len(examples) - len(encoded[name])
         if not encoded[name]:
-            raise UserError(f"no {name} record fits the window of {block_size} tokens")
+            raise UserError(
+                f"no {name} record fits the window of {block_size} tokens: shorten the answers, or "
+                "use a model with a longer window" + ", or leave out --long skip" * skip_long
+            )
         if n_long:
             print(
                 f"{n_long} of {len(examples)} {name} records are longer than the window of "
@@ -308,7 +320,8 @@ def random_items(
     items: Sequence[Any], config: TrainConfig, step: int, micro_step: int
 ) -> list[Any]:
     """The items of a micro-batch, without repetition: a function of (seed, step, micro_step). The
-    micro-batches of a step together are the batch that a larger batch_size would give."""
+    micro-batches of a step together are the batch that a larger batch_size would give, unless there
+    are fewer records: then some are repeated."""
     size, n_micro_steps = min(config.batch_size, len(items)), config.grad_accum
     rng = np.random.default_rng((config.seed, step, 0))
     chosen = rng.choice(len(items), min(size * n_micro_steps, len(items)), replace=False)

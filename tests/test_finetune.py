@@ -28,6 +28,7 @@ import utils
 from config import ARCHS, GPTConfig, SampleConfig, TrainConfig, UserError
 from corpus import records as qa
 from corpus.bpe import count_pieces, train_bpe
+from corpus.load import Corpus
 from finetuning import lora, tasks
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
@@ -35,6 +36,7 @@ from finetuning.setup import FinetuneConfig, check_finetune, load_base, resolve_
 from finetuning.tasks import (
     DPOTask,
     QATask,
+    TextTask,
     distillation_loss,
     dpo_loss,
     encode_pair,
@@ -216,10 +218,30 @@ def test_preferences_end_with_the_token_that_ends_a_text_of_the_model():
         (qa, "<EOS>"), (plain, ""), (pretrained, "<|endoftext|>"), (answering, "<EOS>")
     ):  # fmt: skip
         for (ids, n_prompt), key in zip(
-            encode_pair(tokenizer, pair), ("chosen", "rejected"), strict=True
+            encode_pair(tokenizer, pair, ask=False), ("chosen", "rejected"), strict=True
         ):
             assert tokenizer.decode(ids[:n_prompt].tolist()) == pair["prompt"]
             assert tokenizer.decode(ids[n_prompt:].tolist()) == pair[key] + end
+
+
+def test_preferences_of_a_model_that_answers_questions_are_answers(place: Path, capsys):
+    tokenizer = CharTokenizer.train([make_text(20) + "Question: Answer:\n"], QA_SPECIALS)
+    pair = {"prompt": "the fox", "chosen": "sleeps", "rejected": "jumps"}
+    chosen, rejected = encode_pair(tokenizer, pair, ask=True)
+    for (ids, n_prompt), answer in ((chosen, "sleeps"), (rejected, "jumps")):
+        text = tokenizer.decode(ids.tolist())
+        assert text == f"<BOS>Question: the fox\nAnswer: {answer}<EOS>"
+        assert tokenizer.decode(ids[n_prompt:].tolist()) == f" {answer}<EOS>"
+    tune("--objective=qa", "--max_steps=1")
+    words = [*OBJECTIVES["dpo"], "--dry_run", "--tag=new", "--device=cpu"]
+    for source, asks in (("qa", True), ("text", False)):
+        if source == "text":
+            Path("old.txt").write_text(make_text(300))
+            base = "checkpoints/qa/best.pt"
+            assert finetune.main([base, *QUICK, "--data=old.txt", "--max_steps=1"]) == 0
+        capsys.readouterr()
+        assert finetune.main([f"checkpoints/{source}/best.pt", *words]) == 0
+        assert ("Question:" in capsys.readouterr().out) == asks
 
 
 # --- a loss is one mean over what a step or an evaluation scores
@@ -233,7 +255,7 @@ def make_task(objective: str, config: TrainConfig) -> QATask | DPOTask:
     records = [[{"question": "q", "answer": "a" * (n - 2)} for n in ns] for ns in LENGTHS.values()]
     records = records if objective == "qa" else [PAIRS[:3], PAIRS[3:]]
     tokenizer = CharTokenizer.train([json.dumps([RECORDS, PAIRS]) + "\n"], QA_SPECIALS)
-    splits = encode_splits(objective, records, tokenizer, 64, skip_long=False)
+    splits = encode_splits(objective, records, tokenizer, 64, skip_long=False, ask=False)
     if objective == "qa":
         return QATask(splits, tokenizer, config, CPU, PlainFormat({}))
     reference = make_task_model(tokenizer.vocab_size, seed=1)
@@ -391,6 +413,18 @@ def test_the_vector_of_a_new_token_is_the_mean_of_the_old_ones_plus_noise():
     assert noise.mean(dim=0).abs().max() < 0.02
 
 
+def test_new_tokens_replace_rows_of_an_imported_model_that_have_no_token():
+    old = train_bpe(count_pieces([make_text(20)]), 270)
+    new = extend_tokenizer(old, QA_SPECIALS, [])
+    weights = make_model(vocab_size=290).state_dict()
+    weights["tok.weight"][270:] = 100.0
+    before = weights["tok.weight"]
+    after = extend_weights(weights, old, new)["tok.weight"]
+    assert new.vocab_size == 274 and after.shape == before.shape
+    assert torch.equal(after[:270], before[:270]) and torch.equal(after[274:], before[274:])
+    assert (after[270:274] - before[:270].mean(dim=0)).abs().max() < 0.1  # five times the noise
+
+
 # --- runs
 
 
@@ -439,6 +473,9 @@ def test_text_runs_also_report_the_loss_on_the_old_corpus(place: Path, capsys):
     whole = read_run(Path("checkpoints")).final["val"]
     assert read("text")["log"][0]["old"] == pytest.approx(whole, rel=1e-5)
     assert read("text")["log"][-1]["old"] > whole
+    flags = ["--data=other.txt", "--max_steps=1", "--lr_max=1e-9", "--tag=few"]
+    tune(*flags, "--eval_windows=1")
+    assert read_run(Path("checkpoints/few")).final["old"] == pytest.approx(whole, rel=1e-5)
     Path("data/input.txt").write_text(make_text(500))
     tune("--data=other.txt", "--tag=without")
     assert "not logging the loss on the old corpus" in capsys.readouterr().out
@@ -607,7 +644,7 @@ def test_an_imported_model_learns_questions_with_an_adapter(place: Path, arch):
         assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ["text", "qa", "dpo"])
 def test_overfitting_one_batch_writes_nothing(place: Path, capsys, objective):
     assert tune(*OBJECTIVES[objective], "--overfit_batch", "--max_steps=2") == 1
     assert "could not be overfitted" in capsys.readouterr().out
@@ -680,7 +717,9 @@ def test_long_records_are_reported(place: Path, capsys):
         (["--data=other.txt", "--lora_rank=-1"], "lora_rank must be at least 0"),
         (["--data=other.txt", "--lora_rank=1000000000000"], "above the smaller side"),
         (["--data=other.txt", "--lr_max=nan"], "lr_max must be a finite number"),
-        (["--data=other.txt", "--long=skip", "--no-hold_out"], "long is for .*; --hold_out is for"),
+        (["--data=other.txt", "--long=skip", "--beta=1"], "long is for .*; --beta is for"),
+        (["--objective=qa", "--separator=x"], "--separator is for --objective text or distill"),
+        (["--objective=distill", "--teacher=a", "--overfit_batch"], "--overfit_batch is for"),
         (["--objective=qa", "--doc_mask"], "--doc_mask is for --objective text or distill"),
         (["--objective=qa", "--data=data"], "data"),
         (["--objective=qa", "--data=other.txt"], r"other\.txt is not JSON"),
@@ -690,7 +729,7 @@ def test_long_records_are_reported(place: Path, capsys):
         ),
         (["--objective=dpo", "--data=data"], "data"),
         (["--objective=dpo", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
-        (["--objective=dpo", "--data=accents.jsonl"], "not among the tokenizer's .*: 'é'"),
+        (["--objective=dpo", "--data=accents.jsonl"], r"accents\.jsonl has characters .*: 'é'"),
         (["--objective=dpo", "--data=pairs.jsonl", "--dropout=0.1"], "trains without dropout"),
         (["--objective=distill", "--teacher=data"], "data is a folder"),
         (["--objective=distill", "--teacher=other.txt"], r"other\.txt is not a checkpoint"),
@@ -993,6 +1032,57 @@ def test_the_learning_rate_follows_from_the_base_and_the_objective(
     utils.save_checkpoint(Path("base.pt"), state)
     words = [word.replace("SOURCE", "base.pt") for word in words]
     assert settings_of([*words, "--tag=new", "--device=cpu"])[2].lr_max == pytest.approx(rate)
+
+
+def test_rates_do_not_shrink_with_each_stage(place: Path):
+    rate = read("", "best.pt")["train_config"]["lr_max"]
+    Path("other.txt").write_text(make_text(300))
+    tune("--data=other.txt", "--max_steps=1")
+    for words, scale in ((["--data=other.txt"], 0.1), (["--objective=qa"], 1)):
+        flags = ["checkpoints/text/best.pt", *words, "--tag=new", "--device=cpu"]
+        assert settings_of(flags)[2].lr_max == pytest.approx(scale * rate)
+
+
+def test_the_text_of_an_imported_teacher_is_unknown(place: Path):
+    state = read("", "best.pt")
+    state["corpus"]["sha256"] = ""
+    utils.save_checkpoint(Path("base.pt"), state)
+    with pytest.raises(UserError, match="give --data: the text that an imported teacher"):
+        settings_of(["--objective=distill", "--teacher=base.pt", "--tag=new", "--device=cpu"])
+
+
+def test_characters_are_not_learned_as_unknown(place: Path):
+    tune("--objective=qa", "--max_steps=1")
+    teacher = "checkpoints/qa/best.pt"
+    assert "<UNK>" in utils.load_checkpoint(Path(teacher), CPU)[1].specials
+    Path("accents.txt").write_text(make_text(100) + "\u00e9")
+    words = ["--objective=distill", f"--teacher={teacher}", "--data=accents.txt", *QUICK]
+    with pytest.raises(UserError, match=r"accents\.txt has characters .* not know: 'é'; remove"):
+        finetune.main(words)
+
+
+def test_the_characters_of_a_separator_are_not_part_of_the_vocabulary(place: Path):
+    Path("docs.txt").write_text("~~".join(make_text(20) for _ in range(12)))
+    tune("--data=docs.txt", "--separator=~~", "--max_steps=1")
+    tokenizer = utils.load_checkpoint(Path("checkpoints/text/best.pt"), CPU)[1]
+    assert "~" not in tokenizer.chars and "<|endoftext|>" in tokenizer.specials
+
+
+def test_a_single_document_can_be_learned_without_validation(place: Path):
+    Path("one.jsonl").write_text(json.dumps({"text": make_text(50)}))
+    tune("--data=one.jsonl", "--no-hold_out", "--max_steps=1")
+    assert read("text")["train_config"]["hold_out"] is False
+
+
+def test_samples_of_a_text_run_are_not_answers():
+    tokenizer = CharTokenizer.train([make_text(20)], QA_SPECIALS)
+    model = make_task_model(tokenizer.vocab_size)
+    ids = tokenizer.encode(make_text(20))
+    corpus = Corpus(ids, ids, {"name": "text"}, len(ids), len(ids))
+    config = TrainConfig(sample_tokens=30)
+    task = TextTask(Pretraining(corpus, tokenizer, 64, config, CPU), None)
+    settings = SampleConfig(prompt="\n", max_new_tokens=30, seed=1337, qa=False)
+    assert task.sample(model) == generate.sample_text(model, tokenizer, settings)[0]
 
 
 def test_help_shows_only_flags_that_can_be_given(capsys):
