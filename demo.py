@@ -199,17 +199,24 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
     qa = answers_questions(tokenizer) and not last_trained_on_text(state)
     print(checkpoint_line(checkpoint, state), file=sys.stderr)
 
-    def generate_text(*values: Any) -> Iterator[tuple[str, str, Tensor]]:
+    def stream(values: tuple[Any, ...]) -> Iterator[tuple[str, str, Tensor]]:
         try:
             config = replace(sample_config(values), qa=qa)
             yield from stream_outputs(model, tokenizer, config)
         except UserError as error:
             raise gr.Error(html.escape(str(error))) from None
 
-    def show_prompt(*values: Any) -> tuple[str, str, Tensor]:
-        return next(generate_text(*values))
+    def generate_text(*values: Any) -> Iterator[tuple[str, str, Tensor]]:
+        if qa and not str(values[0]).strip():
+            raise gr.Error("Ask a question")
+        yield from stream(values)
 
-    def update_bars(logits: Tensor, *values: Any) -> str:
+    def show_prompt(*values: Any) -> tuple[str, str, Tensor]:
+        return next(stream(values))
+
+    def update_bars(logits: Tensor | None, *values: Any) -> str:
+        if logits is None:  # nothing was generated yet
+            return ""
         try:
             return probability_bars(tokenizer, logits, sample_config(values))
         except UserError as error:
@@ -218,7 +225,7 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
     with gr.Blocks(title="TinyLLM", analytics_enabled=False) as page:
         size = f"{model.num_params() / 1e6:.2f} M parameters"
         corpus = html.escape(str(state["corpus"]["name"]))  # a checkpoint from a stranger
-        gr.Markdown(f"**{html.escape(str(checkpoint))}**: {size}, trained on {corpus}")
+        gr.HTML(f"<b>{html.escape(str(checkpoint))}</b>: {size}, trained on {corpus}")
         with gr.Tab("Text"), gr.Row():
             with gr.Column():
                 inputs = create_inputs(model.config.vocab_size, qa)

@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from config import SampleConfig, UserError, all_problems, setting
 from generate import (
+    TextWriter,
     adjust_logits,
+    decode_prompt,
     encode_prompt,
     end_tokens,
     generate,
     load_for_sampling,
     model_prompt,
-    sample_text,
     sampling_settings,
     stream_texts,
 )
@@ -149,8 +151,10 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
-def sample_statistics(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> dict[str, float]:
-    """Statistics of num_samples samples:
+def sample_with_statistics(
+    model: GPT, tokenizer: Tokenizer, config: SampleConfig
+) -> tuple[list[str], dict[str, float]]:
+    """The texts of num_samples samples, and statistics of their tokens:
 
     entropy: mean entropy, in nats, of the distributions that the tokens were sampled from
     distinct-1, distinct-2: distinct tokens and token pairs, as a share of all (Li et al. 2016)
@@ -160,20 +164,27 @@ def sample_statistics(model: GPT, tokenizer: Tokenizer, config: SampleConfig) ->
     prompt = model_prompt(model, tokenizer, config)
     entropies: list[float] = []
     log_probs: list[float] = []
-    texts: list[list[int]] = [[] for _ in range(config.num_samples)]
-    for step in generate(model, prompt, config, end_tokens(tokenizer)):
+    ids: list[list[int]] = [[] for _ in range(config.num_samples)]
+    writers = [TextWriter(tokenizer, config.stop.split("|")) for _ in ids]
+    texts = [decode_prompt(tokenizer, prompt)] * len(ids)
+    steps = generate(model, prompt, config, end_tokens(tokenizer))
+    total = config.max_new_tokens
+    for step in tqdm(steps, total=total, unit="token", leave=False, disable=None):
         probs, _ = adjust_logits(step.logits, **sampling_settings(config))
         entropy = -torch.xlogy(probs, probs).sum(dim=-1)  # (B,)
         log_prob = token_log_probs(step.model_logits, step.ids)  # (B,)
         for i, token in enumerate(step.ids.tolist()):
-            if token >= 0:  # -1: this sample has ended
-                texts[i].append(token)
+            if not writers[i].done:
+                ids[i].append(token)
                 entropies.append(entropy[i].item())
                 log_probs.append(log_prob[i].item())
-    return {
+                texts[i] += writers[i].add(token)
+        if all(writer.done for writer in writers):
+            break
+    return [text + writer.finish() for text, writer in zip(texts, writers, strict=True)], {
         "entropy": sum(entropies) / len(entropies),
-        "distinct-1": distinct_ngrams(texts, 1),
-        "distinct-2": distinct_ngrams(texts, 2),
+        "distinct-1": distinct_ngrams(ids, 1),
+        "distinct-2": distinct_ngrams(ids, 2),
         "log-probability": sum(log_probs) / len(log_probs),
     }
 
@@ -209,13 +220,12 @@ def run_sweep(
     for values in combinations:
         name = " ".join(f"{key}={value:g}" for key, value in values.items())
         settings = replace(config, **values)
-        found = sample_statistics(model, tokenizer, settings)
+        samples, found = sample_with_statistics(model, tokenizer, settings)
         lines.append(
             f"{name:40}{found['entropy']:7.3f}{found['distinct-1']:12.3f}"
             f"{found['distinct-2']:12.3f}{found['log-probability']:17.3f}"
         )
-        for sample in sample_text(model, tokenizer, settings):
-            rows.append(f"| {name} | {table_cell(sample)} |")
+        rows += [f"| {name} | {table_cell(sample)} |" for sample in samples]
     write_text(path, first_lines + "\n".join(rows) + "\n")
     return "\n".join([*lines, f"samples: {path}"])
 

@@ -43,7 +43,7 @@ class ExportConfig:
     source: str = setting(
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
-    push: str = setting("", "user/name: upload the exported folder to the hub")
+    push: str = setting("", "user/name: upload the exported folder to the hub, where it is public")
     precision: str = setting(
         "auto", "weights of a .html or .gguf file; auto: .html: int8 if the measured loss is "
         "nearly the same, .gguf: float16", choices=("auto", "float32", "float16", "int8")

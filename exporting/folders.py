@@ -60,21 +60,23 @@ def check_files(folder: Path, names: list[str], advice: str) -> None:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise UserError unless a folder can be written: it does not exist, or it may be replaced and
-    contains nothing but an export."""
+    """Raise UserError unless a folder can be written: it does not exist or is empty, or it may be
+    replaced and contains nothing but an export."""
     if not os.path.lexists(folder):
         return
-    if not overwrite:
-        raise UserError(f"{folder} exists: add --overwrite or choose another path")
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: choose another path")
     real, here, home = (Path(os.path.realpath(p)) for p in (folder, ".", os.path.expanduser("~")))
     if real in (here, home, *here.parents, *home.parents):
         raise UserError(f"{folder} contains your working or home folder: choose another path")
+    if not any(folder.iterdir()):
+        return
     if not (folder / MARKER).is_file():
         raise UserError(
             f"{folder}/ was not written by export.py (no {MARKER}): choose another path"
         )
+    if not overwrite:
+        raise UserError(f"{folder} exists: add --overwrite or choose another path")
     known = read_marker(folder)
     for path in sorted(folder.iterdir()):
         written = path.name == MARKER or path.name in known

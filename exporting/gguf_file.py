@@ -309,6 +309,8 @@ def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
     add_tokenizer(writer, tokenizer, len(weights["token_embd.weight"]))
     mostly = "ALL" if precision == "float32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{TYPES[precision]}"])
+    if precision == "int8":
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, tensor in weights.items():
         data, dtype = quantized(name, tensor, precision)
         writer.add_tensor(name, data, raw_dtype=dtype)
@@ -327,8 +329,8 @@ def check_file(path: Path, start: bytes, overwrite: bool) -> None:
     """Raise UserError unless a file can be written: it does not exist, or it may be replaced and
     starts as an export does."""
     if os.path.lexists(path):
-        if not overwrite:
-            raise UserError(f"{path} exists: add --overwrite or choose another path")
         if not path.is_file() or path.open("rb").read(len(start)) != start:
             raise UserError(f"{path} was not written by export.py: choose another path")
+        if not overwrite:
+            raise UserError(f"{path} exists: add --overwrite or choose another path")
     raise_problems(file_problems(path))

@@ -19,8 +19,6 @@ from config import (
     ARCH_FIELDS,
     ARCHS,
     GPTConfig,
-    SampleConfig,
-    TrainConfig,
     UserError,
     raise_problems,
 )
@@ -40,11 +38,13 @@ from exporting.hf_model import (
 )
 from exporting.hf_tokenizer import tokenizer_to_hf
 from exporting.hf_tokenizer_import import gpt2_tokenizer, tokenizer_from_hf
-from generate import sample_text
+from generate import end_tokens
 from model import GPT
+from sampling.checks import last_trained_on_text
 from system.errors import first_line
 from system.folders import folder_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
+from training.task import sample_from_newline
 
 T = TypeVar("T")
 GPT2_VOCAB_SIZE = 50257
@@ -64,7 +64,10 @@ def import_optional(module: str) -> Any:
 def download(name: str, patterns: list[str]) -> Path:
     """The local folder with some files of a model on the hub. Raises UserError if they cannot be
     downloaded."""
-    hub = import_optional("huggingface_hub")
+    try:
+        hub = import_optional("huggingface_hub")
+    except UserError as error:
+        raise UserError(f"there is no folder {name}; to import it from the hub, {error}") from None
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of many types: no network, no such name, no access
@@ -93,7 +96,7 @@ pipeline_tag: text-generation
 
 # A small {kind} model
 
-Trained from scratch with TinyLLM.
+{origin}
 
 | | |
 |---|---|
@@ -151,9 +154,7 @@ def code_notes(config: GPTConfig) -> str:
 
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
-    best = min(state["log"], key=lambda record: record["val"]) if state["log"] else {}
-    settings = SampleConfig(max_new_tokens=200, seed=1337)
-    sample = sample_text(model, tokenizer, settings)[0].strip("\n")
+    sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
     config, trained, corpus = model.config, state["train_config"], state["corpus"]
     rows = {
         "architecture": CLASSES.get(arch, CUSTOM_CLASS),
@@ -161,20 +162,29 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
         "layers, heads, channels": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
         "context length": f"{config.block_size} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens",
-        "training data": f"{corpus.get('name')} ({corpus.get('bytes', 0):,} bytes)",
-        "steps": f"{state['step']} of {trained.get('batch_size')} x {trained.get('grad_accum')}",
-        "learning rate": f"{trained.get('lr_max')} to {trained.get('lr_min')}",
-        "precision": trained.get("precision"),
     }
-    if best:
-        losses = {"training": best.get("train"), "validation": best["val"]}
-        rows["loss"] = ", ".join(f"{x:.4f} {name}" for name, x in losses.items() if x is not None)
+    origin = f"Imported from {Path(corpus['name']).name} with TinyLLM."  # not the path of a folder
+    if corpus["sha256"]:
+        origin = f"{'Fine-tuned' if 'finetune' in state else 'Trained from scratch'} with TinyLLM."
+        batch = f"{trained.get('batch_size')} x {trained.get('grad_accum')}"
+        rows |= {
+            "training data": f"{corpus['name']} ({corpus.get('bytes', 0):,} bytes)",
+            "steps": f"{state['step']}, each of {batch} sequences",
+            "learning rate": f"{trained.get('lr_max')} to {trained.get('lr_min')}",
+            "precision": trained.get("precision"),
+        }
+    for record in state["log"]:
+        if record["step"] == state["step"]:  # the exported weights
+            losses = {"training": record.get("train"), "validation": record["val"]}
+            found = [f"{x:.4f} {name}" for name, x in losses.items() if x is not None]
+            rows["loss"] = ", ".join(found)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
     if arch == CUSTOM:
         texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST}
         texts["notes"] = code_notes(config)
-    return CARD.format(table=table, sample=sample, length=min(config.block_size, 200), **texts)
+    length = min(config.block_size, 200)
+    return CARD.format(origin=origin, table=table, sample=sample, length=length, **texts)
 
 
 # --- export
@@ -245,7 +255,8 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     import_optional("safetensors")
     local = Path(source).is_dir()
     folder = Path(source) if local else download(source, ["*.json", "merges.txt"])
-    config, arch = config_from_hf(read_json(folder / "config.json"))
+    theirs = read_json(folder / "config.json")
+    config, arch = config_from_hf(theirs)
     tokenizer = read_tokenizer(folder, config, arch)
     exact = isinstance(tokenizer, CharTokenizer)  # no text for other ids
     low = config.vocab_size if exact else 1
@@ -257,7 +268,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     folder = folder if local else download(source, ["*.json", "*.safetensors"])
     state = {
         "gpt_config": asdict(config),
-        "train_config": asdict(TrainConfig(arch=arch if arch in ARCHS else "")),
+        "train_config": {"arch": arch} if arch in ARCHS else {},
         "tokenizer": tokenizer.to_dict(),
         "corpus": {"name": source, "bytes": 0, "sha256": ""},
         "model": read_weights(folder, config, arch),
@@ -269,6 +280,11 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     utils.save_checkpoint(checkpoint, state)
     print(f"{checkpoint}: {arch}, {utils.count_params(config)[0]:,} parameters")
+    ends = theirs.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    for text, i in tokenizer.specials.items():
+        if i in ends and i not in end_tokens(tokenizer):
+            print(f"note: {text} ends a text: give --stop '{text}' to generate.py")
     print(f"next: python generate.py {checkpoint}")
 
 

@@ -32,14 +32,14 @@ from tokenizer import Tokenizer
 PAGE = Path(__file__).parent / "page"
 ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
 GENERATOR = b'<meta name="generator" content="TinyLLM export.py">'
-# In nats per token: less than the spread over seeds, 0.012 (experiments/README.md). With int8, the
-# loss of the laptop preset on TinyShakespeare changes by 0.0002 or less.
+# In nats per token: less than the spread over seeds (0.013 for `fast`, see docs/benchmarks.md).
+# With int8, the loss of the laptop preset on TinyShakespeare changes by 0.0002 or less.
 MAX_LOSS_RISE = 0.005
 # Tokens of the validation split on which losses are compared. The standard error of that rise, a
 # difference on the same tokens, is 0.0001.
 EVAL_TOKENS = 8192
 MAX_INT8 = 127
-# The settings of the run that the page shows; file and folder names are nobody else's business.
+# The settings of the run that the page shows; no names of files and folders, which may be private.
 RUN_SETTINGS = (
     *("preset", "arch", "tokenizer", "seed", "max_steps", "batch_size", "grad_accum", "optimizer"),
     *("lr_max", "lr_min", "schedule", "warmup_steps", "weight_decay", "grad_clip", "precision"),
@@ -51,11 +51,11 @@ def check_page_target(path: Path, overwrite: bool) -> None:
     and is an earlier page."""
     raise_problems(file_problems(path))
     if path.exists():
-        if not overwrite:
-            raise UserError(f"{path} exists: add --overwrite or choose another path")
         with path.open("rb") as file:
             if GENERATOR not in file.read(1000):
                 raise UserError(f"{path} was not written by export.py: choose another path")
+        if not overwrite:
+            raise UserError(f"{path} exists: add --overwrite or choose another path")
 
 
 def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
@@ -117,7 +117,8 @@ def pick_precision(
     try:
         corpus = training_corpus(tokenizer, state)
     except UserError as error:
-        print(f"weights in float16: int8 could not be compared with it, because {error}")
+        print(f"weights in float16: the loss with int8 could not be measured, because {error}")
+        print("--precision int8 makes a smaller file, without measuring")
         return "float16", ""
     doc_mask = bool(state["train_config"].get("doc_mask"))
     loss = mean_loss(model, corpus, doc_mask)
@@ -130,7 +131,7 @@ def pick_precision(
     print(f"weights in {precision}: with int8, the loss rises by {reason} than {MAX_LOSS_RISE}")
     if not math.isfinite(rise[precision]):
         raise UserError("the model's loss is not finite: its training diverged")
-    return precision, f" (loss {rise[precision]:+.4f})"
+    return precision, f" (loss {rise[precision]:+.4f} compared with float32)"
 
 
 def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
@@ -175,7 +176,7 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     if "pattern" in content:
         content["pattern"] = to_javascript(content["pattern"])
     config, name, trained_here = model.config, state["corpus"]["name"], state["corpus"]["sha256"]
-    if not trained_here:  # imported, perhaps from a folder: its path is nobody else's business
+    if not trained_here:  # imported, perhaps from a folder, whose path may be private
         name = Path(name).name
     sizes = f"{config.n_layer} layers, {config.n_embd} channels"
     summary = f"{model.num_params():,} parameters: {sizes}"

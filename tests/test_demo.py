@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import json
 import re
 import shutil
 import time
@@ -100,11 +101,27 @@ def test_the_name_of_a_corpus_is_not_html(workplace):
     train.main([*TINY_RUN, "--max_steps=1"])
     path = Path("checkpoints/best.pt")
     state = torch.load(path, weights_only=True)
-    state["corpus"]["name"] = "<img src=x onerror=alert(1)>"
+    state["corpus"]["name"] = "<img src=x onerror=alert(1)> ![](https://example.com/x.png)"
     torch.save(state, path)
     page = demo.build_page(path, CPU)
-    texts = [b.value for b in page.blocks.values() if isinstance(b, gradio.Markdown)]
-    assert texts and not any("<img" in text for text in texts)
+    texts = [b.value for b in page.blocks.values() if isinstance(b, gradio.HTML) and b.value]
+    assert any("trained on &lt;img" in text for text in texts)
+    assert not any("<img" in text for text in texts)
+    assert not any(isinstance(block, gradio.Markdown) for block in page.blocks.values())
+
+
+def test_an_empty_question_is_not_answered_but_shown(workplace):
+    gradio = pytest.importorskip("gradio")
+    Path("qa.json").write_text(json.dumps([{"question": "the", "answer": "fox"}] * 20))
+    train.main([*TINY_RUN, "--data=qa.json", "--max_steps=1"])
+    page = demo.build_page(Path("checkpoints/best.pt"), CPU)
+    functions = {f.fn.__name__: f.fn for f in page.fns.values() if f.fn}
+    blank = (" ", 0.8, 0, 1, 1337, 5)
+    with pytest.raises(gradio.Error, match="Ask a question"):
+        next(functions["generate_text"](*blank))
+    _, bars, logits = functions["show_prompt"](*blank)
+    assert functions["update_bars"](logits, *blank) == bars
+    assert functions["update_bars"](None, *blank) == ""
 
 
 def test_without_gradio_the_error_says_what_to_install(workplace, monkeypatch):

@@ -173,12 +173,24 @@ def test_statistics_are_those_of_the_distributions_that_were_sampled_from():
     logits = model(text[:, :-1])[0][:, len(prompt) - 1 :].detach()  # (B, T, V)
     sampled_from = torch.distributions.Categorical(logits=logits / 0.7)
     log_probs = torch.distributions.Categorical(logits=logits).log_prob(ids)
-    found = explore.sample_statistics(model, TOKENIZER, config)
+    texts, found = explore.sample_with_statistics(model, TOKENIZER, config)
+    assert texts == generate.sample_text(model, TOKENIZER, config)
     assert found["entropy"] == pytest.approx(sampled_from.entropy().mean().item(), abs=1e-4)
     assert found["log-probability"] == pytest.approx(log_probs.mean().item(), abs=1e-4)
     pairs = {(a, b) for row in ids.tolist() for a, b in itertools.pairwise(row)}
     assert found["distinct-1"] == len(set(ids.flatten().tolist())) / 24
     assert found["distinct-2"] == len(pairs) / 21
+
+
+def test_statistics_end_with_the_text_at_a_stop_string():
+    model = make_model()
+    config = SampleConfig(prompt="abc", max_new_tokens=300, num_samples=3, seed=1, stop="d")
+    texts, found = explore.sample_with_statistics(model, TOKENIZER, config)
+    assert texts == generate.sample_text(model, TOKENIZER, config)
+    samples = [TOKENIZER.encode(text[3:] + "d").tolist() for text in texts if len(text) < 303]
+    assert len(samples) == 3  # all of them reach it
+    n_tokens = sum(map(len, samples))
+    assert found["distinct-1"] == len({token for ids in samples for token in ids}) / n_tokens
 
 
 def test_the_log_probability_is_that_of_the_model_without_the_penalty():
@@ -190,12 +202,14 @@ def test_the_log_probability_is_that_of_the_model_without_the_penalty():
     ids = torch.cat([step.ids for step in generate.generate(model, prompt, config)])
     logits = model(torch.cat([prompt, ids])[None, :-1])[0][0, 2:]
     expected = torch.distributions.Categorical(logits=logits).log_prob(ids).mean().item()
-    found = explore.sample_statistics(model, TOKENIZER, config)
+    _, found = explore.sample_with_statistics(model, TOKENIZER, config)
     assert found["log-probability"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_samples_cannot_break_the_table_of_a_sweep(trained, monkeypatch):
-    monkeypatch.setattr(explore, "sample_text", lambda *args: ["a|b\nc <br> \\| d\re"])
+    names = ("entropy", "distinct-1", "distinct-2", "log-probability")
+    sample, statistics = "a|b\nc <br> \\| d\re", dict.fromkeys(names, 0.5)
+    monkeypatch.setattr(explore, "sample_with_statistics", lambda *args: ([sample], statistics))
     explore.main(["sweep", "--settings=top_k=3", "--max_tokens=3"])
     (row,) = [line for line in Path("sweep.md").read_text().split("\n") if "top_k=3 |" in line]
     assert row == "| top_k=3 | a\\|b<br>c &lt;br&gt; \\\\\\| d<br>e |"

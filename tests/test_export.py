@@ -2,18 +2,21 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_RUN, make_model, make_text
 
+import evaluate
 import export
 import generate
 import train
 import utils
 from config import ARCHS, GPTConfig, SampleConfig, UserError
 from corpus.bpe import count_pieces, learn_merges, train_bpe
+from exporting.folders import MARKER
 from exporting.hf_model import (
     CLASSES,
     MODULES,
@@ -131,6 +134,54 @@ def test_an_exported_folder_loads_and_generates_the_same_text(workplace, arch, t
     card = Path("out/README.md").read_text()
     assert "| loss | " in card and " training, " in card and " validation |" in card
     assert "validation" in card and "AutoModelForCausalLM" in card and "input.txt" in card
+
+
+def test_the_loss_of_a_card_is_that_of_the_exported_weights(workplace):
+    path = make_checkpoint("char", "llama")
+    state = utils.read_checkpoint(path)
+    state["log"] = [{"step": 1, "val": 1.25}, {"step": state["step"], "train": 1.5, "val": 2.75}]
+    utils.save_checkpoint(path, state)
+    assert export.main([str(path), "out"]) == 0
+    card = Path("out/README.md").read_text()
+    assert "| loss | 1.5000 training, 2.7500 validation |" in card
+    assert "Trained from scratch" in card and "each of 4 x 1 sequences" in card
+    state["log"].pop()
+    utils.save_checkpoint(path, state | {"finetune": {"objective": "text"}})
+    assert export.main([str(path), "out", "--overwrite"]) == 0
+    card = Path("out/README.md").read_text()
+    assert "loss" not in card and "Fine-tuned with TinyLLM" in card
+
+
+def test_nothing_is_claimed_about_the_training_of_an_imported_model(workplace):
+    assert export.main([str(make_checkpoint("char", "llama")), "folder/of/mine"]) == 0
+    assert export.main(["--from", "folder/of/mine", "imported.pt"]) == 0
+    assert export.main(["imported.pt", "out"]) == 0
+    card = Path("out/README.md").read_text()
+    assert "Imported from mine with TinyLLM" in card and "folder" not in card
+    assert not re.search("steps|learning rate|training data|from scratch", card)
+    with pytest.raises(UserError, match="does not name its corpus: choose one with --data"):
+        evaluate.main(["imported.pt"])
+
+
+def test_another_token_that_ends_a_text_is_named_at_the_import(workplace, capsys):
+    path = make_checkpoint("char", "llama")
+    state = utils.read_checkpoint(path)
+    chars = utils.load_checkpoint(path, torch.device("cpu"))[1].chars
+    state["tokenizer"] = CharTokenizer(chars[1:], ["<|im_end|>"]).to_dict()
+    utils.save_checkpoint(path, state)
+    assert export.main([str(path), "out"]) == 0
+    config = json.loads(Path("out/config.json").read_text())
+    Path("out", MARKER).unlink()
+    Path("out/config.json").write_text(json.dumps(config | {"eos_token_id": [0, 7]}))
+    capsys.readouterr()
+    assert export.main(["--from", "out", "back.pt"]) == 0
+    assert "give --stop '<|im_end|>' to generate.py" in capsys.readouterr().out
+
+
+def test_a_folder_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"no folder otu/; .* pip install huggingface_hub"):
+        export.main(["--from", "otu/", "a.pt"])
 
 
 def test_importing_an_exported_model_restores_it(workplace):
@@ -276,9 +327,10 @@ def test_a_wrong_number_of_paths_is_an_error(words):
 
 
 def test_an_existing_folder_is_not_replaced(workplace):
-    (workplace / "out").mkdir()
-    with pytest.raises(UserError, match="out exists"):
-        export.main(["a.pt", "out"])
+    path = make_checkpoint("char", "llama")
+    assert export.main([str(path), "out"]) == 0
+    with pytest.raises(UserError, match="out exists: add --overwrite"):
+        export.main([str(path), "out"])
 
 
 def test_only_an_exported_folder_is_replaced(workplace: Path):

@@ -55,10 +55,9 @@ def test_an_export_is_not_replaced_without_being_asked(tmp_path):
 
 def make_foreign(folder: Path, kind: str) -> None:
     """A folder that is not, or not only, an export."""
-    if kind in ("no marker", "empty"):
+    if kind == "no marker":
         folder.mkdir()
-        if kind == "no marker":
-            (folder / "config.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
         return
     write_export(folder)
     if kind == "photo":
@@ -81,7 +80,6 @@ def make_foreign(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("empty", "out/ was not written by export.py"),
         ("no marker", "out/ was not written by export.py"),
         ("photo", "out/ contains photo.jpg, which export.py did not write"),
         ("hidden", r"out/ contains \.notes, which"),
@@ -99,6 +97,17 @@ def test_other_folders_are_not_replaced(tmp_path, kind, message):
     with pytest.raises(UserError, match=message):
         write_export(tmp_path / "out", "new", overwrite=True)
     assert files_below(tmp_path) == before
+
+
+def test_an_empty_folder_is_free(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert (write_export(tmp_path / "out") / "a.txt").exists()
+
+
+def test_overwrite_is_not_advised_where_it_is_refused(tmp_path):
+    make_foreign(tmp_path / "out", "no marker")
+    with pytest.raises(UserError, match=r"was not written by export\.py .*: choose another path"):
+        write_export(tmp_path / "out")
 
 
 def test_a_file_added_during_the_export_is_kept(tmp_path):
@@ -256,10 +265,11 @@ def test_folders_that_cannot_be_created_are_errors(tmp_path, monkeypatch, target
 def test_nothing_is_loaded_for_a_target_that_cannot_be_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
+    Path("photos/me.jpg").write_text("a photo")
     loaded = []
     monkeypatch.setattr(torch, "load", lambda *args, **settings: loaded.append(args))
     Path("a.pt").write_text("not read")
-    with pytest.raises(UserError, match="photos exists"):
+    with pytest.raises(UserError, match=r"photos/ was not written by export\.py"):
         export.main(["a.pt", "photos"])
     with pytest.raises(UserError, match="photos is a folder: give the name of a checkpoint"):
         export.main(["--from", "nowhere", "photos", "--overwrite"])

@@ -161,6 +161,7 @@ def test_types_round_as_they_should():
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader("model.gguf").tensors}
     bound = 0.5 + 127 / 2048  # to the nearest of 127 steps, which float16 stores to 11 bits
     assert fields["general.file_type"] == 7  # llama.cpp's MOSTLY_Q8_0
+    assert fields["general.quantization_version"] == 2  # required with quantized tensors
     for name, tensor in f32.items():
         if tensor.ndim == 1 or name == "position_embd.weight":
             assert kinds[name] == "F32"
@@ -394,12 +395,14 @@ def test_numbers_too_large_for_the_type():
 def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
     save(model_of("llama", CHARS), CHARS)
     Path("model.gguf").write_text("my text")
-    assert "add --overwrite" in error_of("model.pt", "model.gguf")
-    assert "was not written by export.py" in error_of("model.pt", "model.gguf", "--overwrite")
+    for flags in ([], ["--overwrite"]):
+        error = error_of("model.pt", "model.gguf", *flags)
+        assert "model.gguf was not written by export.py" in error
     Path("model.gguf").unlink()
     Path("model.Modelfile").write_text("FROM mine")
-    assert "model.Modelfile exists" in error_of("model.pt", "model.gguf")
-    assert "was not written by export.py" in error_of("model.pt", "model.gguf", "--overwrite")
+    for flags in ([], ["--overwrite"]):
+        error = error_of("model.pt", "model.gguf", *flags)
+        assert "model.Modelfile was not written by export.py" in error
     Path("model.Modelfile").unlink()
     assert export.main(["model.pt", "model.gguf"]) == 0
     size = Path("model.gguf").stat().st_size

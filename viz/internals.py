@@ -13,6 +13,7 @@ from torch import Tensor
 from config import UserError
 from generate import adjust_logits, encode_prompt
 from model import GPT, LearnedPositions, rotation_angles
+from sampling.checks import last_trained_on_text
 from tokenizer import Tokenizer
 from utils import load_checkpoint
 from viz.runs import BLACK, BLUE, GREEN, ORANGE, new_figure
@@ -77,13 +78,13 @@ def plot_internals(
     Empty `layers` or `heads` select all, empty `temperatures` are 1. Raises UserError if the text
     does not fit in the window, or if the model has no such layer or head.
     """
-    model, tokenizer, _ = load_checkpoint(path, torch.device("cpu"))
+    model, tokenizer, state = load_checkpoint(path, torch.device("cpu"))
     if picture == "positions":
         return plot_positions(model)
     if picture == "embeddings":
         return plot_embeddings(model, tokenizer)
     config = model.config
-    ids = encode_prompt(tokenizer, text)
+    ids = encode_prompt(tokenizer, text, qa=not last_trained_on_text(state))
     if len(ids) > config.block_size:
         raise UserError(f"--text has {len(ids)} tokens, but the window is {config.block_size}")
     if picture == "temperatures":

@@ -136,8 +136,8 @@ class TextWriter {
     this.held += this.utf8.decode(this.tokenizer.decodeBytes([id]), { stream: true });
     const found = this.stops.map((stop) => this.held.indexOf(stop)).filter((at) => at >= 0);
     if (found.length) {
-      this.held = this.held.slice(0, Math.min(...found));
-      return this.finish();
+      this.done = true;
+      return this.held.slice(0, Math.min(...found));
     }
     let keep = 0;
     for (const stop of this.stops) {

@@ -11,6 +11,7 @@ const element = (name, className, text) => {
 };
 const data = JSON.parse($("data").textContent);
 let run = { number: 0, active: false }; // the text that is generated, or the last one
+const MAX_PROMPT = 60000; // characters: of a longer text, the end is used
 
 function showStatus(text, isError = false) {
   $("status").textContent = text;
@@ -40,7 +41,7 @@ function startWorker() {
 }
 
 function fail(message) {
-  setRunning(false, "");
+  if (run.active) setRunning(false, ""); // otherwise the model may not be loaded
   showStatus(`Error: ${message}`, true);
 }
 
@@ -55,7 +56,8 @@ function setRunning(running, status) {
 const readEscapes = (text) => text.replace(/\\([n\\])/g, (_, char) => (char === "n" ? "\n" : "\\"));
 
 function start() {
-  const prompt = $("prompt").value;
+  const text = $("prompt").value;
+  const prompt = text.slice(-MAX_PROMPT).replace(/^[\udc00-\udfff]/, ""); // not half a character
   if (data.qa && !prompt.trim()) return showStatus("Ask a question", true);
   const seed = $("seed").value || String(Math.floor(Math.random() * 1e6));
   const settings = { prompt, seed, qa: data.qa, stop: readEscapes($("stop").value) };
@@ -68,6 +70,7 @@ function start() {
   setRunning(true, "");
   const number = run.number + 1;
   run = { number, active: true, seed, n_tokens: 0, notes: [], pending: [] };
+  if (prompt !== text) run.notes.push(`only the last ${MAX_PROMPT} characters of the prompt`);
   worker.postMessage({ start: { number, settings } });
 }
 
@@ -190,7 +193,8 @@ function drawCurve() {
   const low = Math.min(...losses),
     high = Math.max(...losses, low + 1e-3);
   const x = (step) => left + (step / highStep) * (width - left - right);
-  const y = (loss) => 8 + ((high - loss) / (high - low)) * (height - 8 - bottom);
+  const top = 28; // below the label of the axis
+  const y = (loss) => top + ((high - loss) / (high - low)) * (height - top - bottom);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
   picture.append(svg("title", {}, "Loss in nats per token during training"));
   for (const loss of ticks(low, high, 5)) {
@@ -206,6 +210,7 @@ function drawCurve() {
   }
   const middle = left + (width - left - right) / 2;
   picture.append(svg("text", { x: middle, y: height - 2, "text-anchor": "middle" }, "step"));
+  picture.append(svg("text", { x: 0, y: 12 }, "loss (nats per token)"));
   const labels = [];
   for (const [name, records] of lines.filter(([, records]) => records.length)) {
     const points = records.map((record) => `${x(record.step)},${y(record[name])}`).join(" ");
@@ -252,7 +257,7 @@ $("form").addEventListener("submit", (event) => {
 });
 $("halt").addEventListener("click", () => setRunning(false, `Stopped: ${speed()}`));
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !run.active)
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled)
     $("form").requestSubmit();
 });
 // A mouse shows the alternatives while it points at a token; a tap or a click, until the next one.

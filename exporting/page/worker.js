@@ -36,6 +36,7 @@ onmessage = ({ data }) => {
   try {
     for (const [kind, content] of Object.entries(data)) receive[kind](content);
   } catch (error) {
+    if (!tokenizer) onmessage = null; // the model could not be loaded: ignore what follows
     postMessage({ error: error.message });
   }
 };
