@@ -41,15 +41,16 @@ from experiments.timing import (
     time_once,
 )
 from generate import generate
-from model import GPT, LearnedPositions
+from model import GPT
 from sampling.quantize import Int8Linear, lower_precision
 from system.command_line import parse_args
 from system.errors import run
 from tokenizer import CharTokenizer
 from train import Trainer
+from training.dry_run import flops_per_token
 from training.setup import Flags
 from training.task import Pretraining
-from utils import device_problems, get_batch, pick_device
+from utils import count_params, device_problems, get_batch, pick_device
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ("tokenizers", "generate", "train", "data", "gpu")
@@ -181,13 +182,12 @@ def bench_train(config: BenchConfig) -> str:
     device = pick_device(config.device)
     flags = model_flags(config)
     gpt, train_config = train_settings(flags, device.type)
-    model = GPT(gpt)
-    flops = flops_per_token(model)
+    flops = flops_per_token(gpt)
     tokens = train_config.batch_size * gpt.block_size
     peaks = {p: matmul_flops(device, p) for p in ("float32", "bfloat16")}
     products = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {p}" for p, peak in peaks.items())
     lines = [
-        f"{config.preset}, {config.arch or 'its own'} architecture, {model.num_params():,} "
+        f"{config.preset}, {config.arch or 'its own'} architecture, {count_params(gpt)[0]:,} "
         f"parameters, batches of {train_config.batch_size} x {gpt.block_size}, {device}, "
         f"{torch.get_num_threads()} threads",
         f"matrix products: {products}",
@@ -210,16 +210,6 @@ def bench_train(config: BenchConfig) -> str:
             f"{rate * flops / peaks[precisions[name]]:7.0%}{cost.memory / 1e6:10,.0f}"
         )
     return "\n".join(lines)
-
-
-def flops_per_token(model: GPT) -> int:
-    """Floating-point operations to train on a token: 6 per weight, and in attention 12 per layer,
-    channel and position (Chowdhery et al. 2022, appendix B). Tables of embeddings do not count."""
-    gpt = model.config
-    n_weights = model.num_params() - (0 if gpt.tie_weights else model.tok.weight.numel())
-    if isinstance(model.pos, LearnedPositions):
-        n_weights -= model.pos.table.weight.numel()
-    return 6 * n_weights + 12 * gpt.n_layer * gpt.n_head * gpt.head_size * gpt.block_size
 
 
 def our_step(

@@ -5,13 +5,13 @@ import copy
 import functools
 import gc
 import io
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import train
-from config import SampleConfig, train_settings
+from config import SampleConfig, UserError, train_settings
 from corpus.load import Corpus
 from experiments.baselines import nanogpt_step
-from experiments.timing import time_once
+from experiments.timing import time_losses, time_once
 from generate import generate
 from model import GPT
 from sampling.quantize import lower_precision
@@ -213,13 +213,13 @@ def training_row(name: str, flags: Flags, scale: Scale, device: torch.device, na
 
 
 def cuda_graphs_row(name: str, flags: Flags, scale: Scale, device: torch.device) -> Row:
-    """What CUDA graphs, which launch all kernels of a small model at once, would change: train.py
-    does not use them, because their memory is reused and errors would be silent."""
+    """What CUDA graphs change, which launch all kernels of a small model at once: not the loss."""
     precision = pick_precision("auto", device)[0]
-    trainers = [make_trainer(flags, device, precision, compiled) for compiled in (True, False)]
-    trainers[1].model.compile(dynamic=False, mode="reduce-overhead")
-    ours, theirs = (losses(trainer, 50) for trainer in trainers)
-    largest = (ours - theirs).abs().max().item()
+    trainers = [make_trainer(flags, device, precision, scale.compile) for _ in range(2)]
+    if scale.compile:
+        trainers[0].model.compile(dynamic=False)
+    without, with_graphs = (losses(trainer, 50) for trainer in trainers)
+    largest = (without - with_graphs).abs().max().item()
     times = [time_once(functools.partial(losses, trainer, scale.steps)) for trainer in trainers]
     result = f"losses within {largest:.1g}, {times[0] / times[1]:.2f} times as fast"
     return Row(f"CUDA graphs, {name}, {precision}", result, not largest < 0.05)
@@ -252,26 +252,16 @@ def sampling_rows(scale: Scale, device: torch.device) -> list[Row]:
 def run_row(scale: Scale) -> Row:
     """A run of train.py: when its loss is TARGET_LOSS, with the start of the command, and its best
     loss in the time."""
-    evaluations: list[tuple[float, float]] = []
-    start = time.perf_counter()
+    torch.cuda.empty_cache()  # for the other process
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", "train.py", *scale.run.split(), "--out_dir", folder]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, cwd=ROOT, stdout=pipe, text=True, bufsize=1) as process:
-            assert process.stdout
-            for line in process.stdout:
-                seconds = time.perf_counter() - start
-                if found := re.search(r"val(?:idation loss)? ([\d.]+)", line):
-                    evaluations.append((seconds, float(found[1])))
-                if seconds > RUN_SECONDS:
-                    process.terminate()
-    if not evaluations:
-        return Row(f"train.py {scale.run.partition(' --data')[0]}", "no evaluation", True)
-    best = min((loss, seconds) for seconds, loss in evaluations)
-    reached = [f"{s:.1f} s" for s, loss in evaluations if loss <= TARGET_LOSS] or ["not reached"]
+        command = [sys.executable, "train.py", *scale.run.split(), "--out_dir", folder]
+        evaluations = time_losses(command, str(ROOT), dict(os.environ), RUN_SECONDS)
+    best = min(evaluations, key=lambda evaluation: evaluation.loss)
+    reached = [f"{e.seconds:.1f} s" for e in evaluations if e.loss <= TARGET_LOSS]
     return Row(
         f"train.py {scale.run.partition(' --data')[0]}",
-        f"loss {TARGET_LOSS}: {reached[0]}; best {best[0]:.4f} after {best[1]:.1f} s",
+        f"loss {TARGET_LOSS}: {(reached or ['not reached'])[0]}; "
+        f"best {best.loss:.4f} after {best.seconds:.1f} s",
     )
 
 
@@ -284,22 +274,38 @@ def output_of(command: str) -> str:
     return "?" if status else output.splitlines()[0]
 
 
+def attempt(what: str, measure: Callable[[], Row | list[Row]]) -> list[Row]:
+    """The rows of a measurement, or its error: the others are measured all the same."""
+    try:
+        rows = measure()
+    except (RuntimeError, UserError) as error:  # also those of PyTorch, CUDA and the compiler
+        return [Row(what, (str(error).splitlines() or [repr(error)])[0], True)]
+    return rows if isinstance(rows, list) else [rows]
+
+
 def bench_gpu(nanogpt: str = "") -> str:
     """The checks and measurements as a Markdown table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_cuda = device.type == "cuda"
     scale = FULL if is_cuda else TOY
     torch.set_float32_matmul_precision("highest")  # TF32 rounds factors to 10 bits
-    rows = [check_losses(device), *check_precisions(device), check_generation(device)]
-    rows += check_runs(device)  # train.py allows TF32
-    for name, flags in scale.models.items():
-        checkouts = ["", nanogpt] if nanogpt else [""]
-        rows += [training_row(name, flags, scale, device, path) for path in checkouts]
-    rows += sampling_rows(scale, device)
-    if is_cuda:
-        rows.append(cuda_graphs_row(*next(iter(scale.models.items())), scale, device))
-        torch.cuda.empty_cache()
-    rows.append(run_row(scale))
+    measurements: dict[str, Callable[[], Row | list[Row]]] = {
+        "losses": functools.partial(check_losses, device),
+        "precisions": functools.partial(check_precisions, device),
+        "sampling": functools.partial(check_generation, device),
+        "runs": functools.partial(check_runs, device),  # train.py allows TF32 from here on
+    }
+    checkouts = ["", nanogpt] if nanogpt else [""]
+    for (name, flags), path in itertools.product(scale.models.items(), checkouts):
+        measure = functools.partial(training_row, name, flags, scale, device, path)
+        measurements[f"{'nanoGPT' if path else 'training'}, {name}"] = measure
+    small = next(iter(scale.models.items()))
+    measurements |= {
+        "speed of sampling": functools.partial(sampling_rows, scale, device),
+        "CUDA graphs": functools.partial(cuda_graphs_row, *small, scale, device),
+        "run": functools.partial(run_row, scale),
+    }
+    rows = [row for what, measure in measurements.items() for row in attempt(what, measure)]
     card = torch.cuda.get_device_name(device) if is_cuda else "no GPU: a test with a tiny model"
     driver = output_of("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
     commit = output_of("git rev-parse --short HEAD")

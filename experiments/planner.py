@@ -9,14 +9,15 @@ not used for the fit. Copy the constants that this prints to LAW in training/law
 """
 
 import csv
+import itertools
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from corpus.sources import find_sources
-from experiments.comparison import Row
+from experiments.comparison import Row, margin, mean
 from experiments.study import Study, make_run, parse_study, study_corpus, write_results
 from system.errors import run
 from training.law import Law, Pilot, Run
@@ -96,12 +97,12 @@ PRIOR = 0.1  # nats that a constant costs that differs from these by a factor of
 def run_flags(
     study: Study, text: str, size: int, dropout: float, decay: float, steps: int
 ) -> Flags:
-    """The flags of a run."""
+    """The flags of a run, without its seed."""
     fixed = TEXTS[text] | {"dropout": dropout, "weight_decay": decay, "max_steps": steps}
     flags = size_flags(SIZES[size], fixed)
     if flags.get("data") == "short.txt":
         flags["data"] = str(study.folder / flags["data"])
-    return flags | {"eval_every": max(1, steps // 5), "seed": 1}
+    return flags | {"eval_every": max(1, steps // 5)}
 
 
 def write_short_text(study: Study) -> None:
@@ -115,12 +116,14 @@ def write_short_text(study: Study) -> None:
 def train_all(study: Study) -> list[Row]:
     """The table of all runs. Their checkpoints, which take gigabytes, are deleted."""
     rows: list[Row] = []
-    for (text, size, dropout, decay), uses in RUNS.items():
+    for seed, (key, uses) in itertools.product(range(1, study.config.seeds + 1), RUNS.items()):
+        text, size, dropout, decay = key
         labeled = [("fit", n) for n in uses[0]] + [("check", n) for n in uses[1]]
         for use, steps in labeled:
             flags = run_flags(study, text, size, dropout, decay, steps)
-            name = f"{text}-{size}-{dropout}-{decay}-{steps}".replace(", ", "-").replace(" ", "")
-            result = make_run(study, name, flags)
+            name = f"{text}-{size}-{dropout}-{decay}-{steps}-{seed}"
+            name = name.replace(", ", "-").replace(" ", "")
+            result = make_run(study, name, flags | {"seed": seed})
             for file in (study.folder / name).glob("*.pt"):
                 file.unlink()
             tokenizer, corpus = study_corpus(study, flags)
@@ -135,6 +138,7 @@ def train_all(study: Study) -> list[Row]:
                     "dropout": dropout,
                     "weight decay": decay,
                     "steps": steps,
+                    "seed": seed,
                     "window": round(gpt.block_size * corpus.bytes_per_token, 1),
                     "epochs": round(steps * step_tokens(gpt, config) / len(corpus.train_ids), 2),
                     "unique": len(corpus.train_ids),
@@ -163,29 +167,33 @@ def run_of(row: Row) -> Run:
     return Run(*size, row["dropout"], row["weight decay"])
 
 
-def pilots(rows: list[Row]) -> dict[tuple[str, int], Pilot]:
-    """The pilots by text and steps."""
+def pilots(rows: list[Row]) -> dict[tuple[str, int, int], Pilot]:
+    """The pilots by text, steps and seed."""
     smallest = min(row["params"] for row in rows)
     return {
-        (row["text"], int(row["steps"])): Pilot(run_of(row), row["unique"], row["loss"])
+        (row["text"], int(row["steps"]), int(row["seed"])): Pilot(
+            run_of(row), row["unique"], row["loss"]
+        )
         for row in rows
         if row["params"] == smallest and row["steps"] in PILOTS
     }
 
 
-def predicted(pilot: Pilot, row: Row, law: Law) -> float:
-    return pilot.predict(run_of(row), law)
-
-
 def pairs(rows: list[Row], use: str) -> list[tuple[Pilot, Row]]:
-    """Each run with this use, after each pilot on its text that takes less training."""
+    """Each run with this use, after each pilot on its text that takes less training, with the same
+    seed."""
     return [
         (pilot, row)
-        for (text, _), pilot in pilots(rows).items()
+        for (text, _, seed), pilot in pilots(rows).items()
         for row in rows
-        if row["use"] == use and row["text"] == text
+        if row["use"] == use and (row["text"], row["seed"]) == (text, seed)
         if row["params"] > pilot.run.n_params or row["steps"] > pilot.run.steps
     ]
+
+
+def error(pilot: Pilot, row: Row, law: Law) -> float:
+    """The predicted loss minus the measured one."""
+    return pilot.predict(run_of(row), law) - row["loss"]
 
 
 def fit(rows: list[Row]) -> Law:
@@ -200,7 +208,7 @@ def fit(rows: list[Row]) -> Law:
 
     def errors(logs: np.ndarray) -> np.ndarray:
         law = Law(*np.exp(logs).tolist())
-        errors = weights * [predicted(pilot, row, law) - row["loss"] for pilot, row in data]
+        errors = weights * [error(pilot, row, law) for pilot, row in data]
         return np.append(errors, PRIOR * (logs - np.log(START)))
 
     logs, damping = np.log(START), 1e-2
@@ -225,11 +233,11 @@ def summary_rows(rows: list[Row], law: Law) -> list[Row]:
     """How far the predictions of the runs with each use are off, by text and pilot."""
     table = []
     for use in ("check", "fit"):
-        for (text, steps), pilot in sorted(pilots(rows).items()):
+        for text, steps in sorted({(text, steps) for text, steps, _ in pilots(rows)}):
             errors = [
-                abs(predicted(p, row, law) - row["loss"])
-                for p, row in pairs(rows, use)
-                if p == pilot and row["text"] == text
+                abs(error(pilot, row, law))
+                for pilot, row in pairs(rows, use)
+                if (row["text"], pilot.run.steps) == (text, steps)
             ]
             if errors:
                 table.append(
@@ -238,7 +246,7 @@ def summary_rows(rows: list[Row], law: Law) -> list[Row]:
                         "text": text,
                         "steps of the pilot": steps,
                         "number": len(errors),
-                        "mean error": sum(errors) / len(errors),
+                        "mean error": mean(errors),
                         "largest error": max(errors),
                         "within 0.05": sum(error <= 0.05 for error in errors),
                     }
@@ -247,27 +255,28 @@ def summary_rows(rows: list[Row], law: Law) -> list[Row]:
 
 
 def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
-    """The runs with this use, with their predictions from each pilot."""
+    """The runs with this use, and the errors of their predictions from each pilot: means over the
+    seeds, with margins."""
+    names = ("text", "size", "dropout", "weight decay", "steps", "epochs")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["use"] == use:
+            groups.setdefault(tuple(row[name] for name in names), []).append(row)
     table = []
-    for row in (row for row in rows if row["use"] == use):
-        from_pilots = {
-            f"from {steps} steps": predicted(pilot, row, law)
-            for (text, steps), pilot in sorted(pilots(rows).items())
-            if text == row["text"]
-        }
-        table.append(
-            {
-                **{name: row[name] for name in ("text", "size", "dropout", "weight decay")},
-                "steps": int(row["steps"]),
-                "epochs": row["epochs"],
-                "measured": row["loss"],
-                **from_pilots,
-                **{
-                    name.replace("from", "error from"): v - row["loss"]
-                    for name, v in from_pilots.items()
-                },
-            }
-        )
+    for key, group in groups.items():
+        losses = [row["loss"] for row in group]
+        cells = dict(zip(names, key, strict=True)) | {"steps": int(group[0]["steps"])}
+        cells |= {"measured": mean(losses), "95% margin": margin(losses)}
+        for steps in PILOTS:
+            errors = [
+                error(pilot, row, law)
+                for row in group
+                for (text, n, seed), pilot in pilots(rows).items()
+                if (text, n, seed) == (row["text"], steps, row["seed"])
+            ]
+            cells[f"error from {steps} steps"] = mean(errors)
+            cells[f"95% margin, {steps} steps"] = margin(errors)
+        table.append(cells)
     return table
 
 
@@ -277,7 +286,7 @@ def plot(rows: list[Row], law: Law) -> "Figure":
     axes = figure.subplots()
     for text, color in zip(TEXTS, COLORS, strict=False):
         for use, marker in (("fit", "o"), ("check", "*")):
-            points = [(row["loss"] / p.loss, predicted(p, row, law) / p.loss)
+            points = [(row["loss"] / p.loss, p.predict(run_of(row), law) / p.loss)
                       for p, row in pairs(rows, use) if row["text"] == text]  # fmt: skip
             x, y = zip(*points, strict=True) if points else ((), ())
             axes.plot(x, y, marker, color=color, alpha=0.7, label=f"{text}, {use}")
@@ -293,7 +302,7 @@ def plot(rows: list[Row], law: Law) -> "Figure":
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     study = parse_study("planner", argv, __doc__)
-    study.n_runs = sum(len(steps) for uses in RUNS.values() for steps in uses)
+    study.n_runs = study.config.seeds * sum(len(n) for uses in RUNS.values() for n in uses)
     write_short_text(study)
     rows = train_all(study)
     law = fit(rows)

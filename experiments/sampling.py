@@ -30,7 +30,7 @@ from evaluate import EvaluateConfig, evaluate_split
 from experiments.comparison import Row, margin, mean
 from experiments.provenance import run_record
 from experiments.study import Study, make_run, parse_study, write_results
-from explore import distinct_ngrams, sample_statistics
+from explore import distinct_ngrams, sample_with_statistics
 from generate import sample_text
 from model import GPT
 from system.errors import run
@@ -127,7 +127,8 @@ def sweep(model: GPT, tokenizer: Tokenizer, plan: Plan, n_seeds: int) -> Sweep:
         for value in values:
             config = sample_config(plan, **(OFF | {name: value}))
             by_seed = [
-                sample_statistics(model, tokenizer, replace(config, seed=s)) for s in range(n_seeds)
+                sample_with_statistics(model, tokenizer, replace(config, seed=s))[1]
+                for s in range(n_seeds)
             ]
             point: dict[str, Any] = {"value": value}
             point |= {key: [each[key] for each in by_seed] for key in by_seed[0]}

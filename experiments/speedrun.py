@@ -1,15 +1,17 @@
 """The lowest validation loss in a given time: train each recipe with several seeds, in turns.
 
 python -m experiments.speedrun --nanogpt path/to/nanoGPT                  quick, laptop, fast
-python -m experiments.speedrun --recipes four_minutes
-python -m experiments.speedrun --recipes six_minutes
+python -m experiments.speedrun --recipes four_minutes,six_minutes,twenty_minutes
 
 The seconds are those from starting the command to its last validation loss, with nothing compiled
-beforehand. Our losses are over the whole validation split; nanoGPT's is its own estimate, from
-random windows. The time of nanoGPT's recipe for a CPU is the unit in which experiments/records.md
-compares times, because it has less noise than seconds.
+beforehand. speedrun.jsonl has all validation losses of each run, and what it depends on. Our losses
+are over the whole validation split; nanoGPT's is its own estimate, from random windows. The time of
+nanoGPT's recipe for a CPU is the unit in which experiments/records.md compares times, because it
+has less noise than seconds.
 """
 
+import datetime
+import json
 import os
 import sys
 import tempfile
@@ -20,22 +22,27 @@ import torch
 from tqdm import tqdm
 
 from config import UserError, setting
-from corpus.load import find_corpus
+from corpus.load import file_info, find_corpus
 from experiments.baselines import nanogpt_command
-from experiments.timing import median, time_to_loss
+from experiments.provenance import run_record
+from experiments.timing import Timed, median, time_losses
 from system.command_line import parse_args
 from system.errors import run
+from system.folders import folder_problems
+from utils import pick_device
 
 ROOT = Path(__file__).parent.parent
-# Repeated texts need much more weight decay than usual (Kim et al. 2025).
-FOUR_MINUTES = "--n_embd 192 --n_head 3 --lr_max 4.9e-3 --weight_decay 1 --max_steps 2400"
-SIX_MINUTES = "--n_embd 256 --n_head 4 --lr_max 4.2e-3 --weight_decay 1 --max_steps 2400"
+# Repeated texts need much more weight decay than usual, and larger models more (Kim et al. 2025).
+LONG = "--preset fast --max_steps 2400 --eval_every 600 --log_every 50"
 RECIPES = {
     "quick": "--preset quick",
     "laptop": "--preset laptop",
     "fast": "--preset fast",
-    "four_minutes": f"--preset fast {FOUR_MINUTES} --eval_every 600 --log_every 50",
-    "six_minutes": f"--preset fast {SIX_MINUTES} --eval_every 600 --log_every 50",
+    "four_minutes": f"{LONG} --n_embd 192 --n_head 3 --lr_max 4.9e-3 --weight_decay 1",
+    "six_minutes": f"{LONG} --n_embd 256 --n_head 4 --lr_max 4.2e-3 --weight_decay 1",
+    "twenty_minutes": (
+        f"{LONG} --n_layer 6 --n_embd 384 --n_head 6 --lr_max 3.5e-3 --weight_decay 2"
+    ),
 }
 BASELINE = "nanoGPT"
 
@@ -48,6 +55,10 @@ class SpeedrunConfig:
     seeds: str = setting("1337,1338,1339", "random seeds of our runs, separated by commas")
     nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
     data: str = setting("shakespeare", "text, as for train.py")
+    results: str = setting(
+        "checkpoints/studies/results",
+        "folder of the log, speedrun.jsonl; experiments/results has the published one",
+    )
 
     def problems(self) -> list[str]:
         """Names that do not exist."""
@@ -55,10 +66,10 @@ class SpeedrunConfig:
         found = [f"no recipe {name!r}: choose from {', '.join(RECIPES)}" for name in unknown]
         if not all(seed.isdecimal() for seed in self.seeds.split(",")):
             found.append(f"seeds must be numbers separated by commas, not {self.seeds!r}")
-        return found
+        return found + folder_problems(Path(self.results))
 
 
-def measure(name: str, seed: str, config: SpeedrunConfig) -> tuple[float, float]:
+def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
     """The seconds and the loss of one run, with empty caches of compiled code."""
     data = find_corpus(config.data).resolve()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,10 +78,21 @@ def measure(name: str, seed: str, config: SpeedrunConfig) -> tuple[float, float]
         command += f"--data {data} --out_dir {folder} --seed {seed}".split()
         if name == BASELINE:
             command, cwd = nanogpt_command(config.nanogpt, data, folder), config.nanogpt
-        return time_to_loss([sys.executable, *command], cwd, os.environ | caches)
+        losses = time_losses([sys.executable, *command], cwd, os.environ | caches)
+    precision = "float32" if name == BASELINE else "auto"
+    record = run_record(file_info(data), precision, pick_device("auto")) | {
+        "date": f"{datetime.date.today()}",
+        "recipe": name,
+        "flags": RECIPES.get(name, ""),
+        "seed": seed,
+        "losses": [loss._asdict() for loss in losses],
+    }
+    with open(Path(config.results, "speedrun.jsonl"), "a") as file:
+        file.write(json.dumps(record) + "\n")
+    return losses[-1]
 
 
-def table(results: dict[str, list[tuple[float, float]]]) -> str:
+def table(results: dict[str, list[Timed]]) -> str:
     """The seconds and losses of the runs by recipe, as a Markdown table. Times are relative to the
     first recipe.
 
@@ -100,13 +122,14 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_args(SpeedrunConfig, argv, __doc__)
     if config.nanogpt and not Path(config.nanogpt, "train.py").exists():
         raise UserError(f"{config.nanogpt} is not a checkout of nanoGPT: it has no train.py")
+    Path(config.results).mkdir(parents=True, exist_ok=True)
     names = [BASELINE] * bool(config.nanogpt) + config.recipes.split(",")
-    results: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    results: dict[str, list[Timed]] = {name: [] for name in names}
     runs = [(name, seed) for seed in config.seeds.split(",") for name in names]
     for name, seed in tqdm(runs, unit="run", disable=None):
-        seconds, loss = measure(name, seed, config)
-        results[name].append((seconds, loss))
-        tqdm.write(f"{name}, seed {seed}: {seconds:.1f} s, loss {loss:.4f}")
+        result = measure(name, seed, config)
+        results[name].append(result)
+        tqdm.write(f"{name}, seed {seed}: {result.seconds:.1f} s, loss {result.loss:.4f}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n{table(results)}")
     return 0
 

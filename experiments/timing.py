@@ -1,5 +1,6 @@
 """Measure times side by side, in turns, because the speed of a machine varies over time."""
 
+import math
 import multiprocessing
 import re
 import resource
@@ -119,11 +120,19 @@ def serve_steps(pipe: Any, make_step: Callable[..., Callable[[], Tensor]], args:
 # --- whole runs
 
 
-def time_to_loss(command: list[str], cwd: str, environment: dict[str, str]) -> tuple[float, float]:
-    """Run a training command. Returns the seconds until its last validation loss was printed, and
-    that loss. Raises UserError if the command fails."""
+class Timed(NamedTuple):
+    seconds: float  # since the start of the command
+    loss: float
+
+
+def time_losses(
+    command: list[str], cwd: str, environment: dict[str, str], limit: float = math.inf
+) -> list[Timed]:
+    """Run a training command, and terminate it after `limit` seconds. Returns each validation loss
+    that it prints with the seconds since its start. Raises UserError if it fails or prints none."""
     environment = environment | {"PYTHONUNBUFFERED": "1"}
-    last = None
+    losses = []
+    stopped = False
     start = time.perf_counter()
     with subprocess.Popen(
         command,
@@ -136,9 +145,13 @@ def time_to_loss(command: list[str], cwd: str, environment: dict[str, str]) -> t
     ) as process:
         assert process.stdout and process.stderr  # pipes, as requested
         for line in process.stdout:
-            if found := re.search(r"val(?:idation)? loss ([\d.]+)", line):
-                last = time.perf_counter() - start, float(found[1])
+            seconds = time.perf_counter() - start
+            if found := re.search(r"\bval(?:idation)?(?: loss)? ([\d.]+)", line):
+                losses.append(Timed(round(seconds, 1), float(found[1])))
+            if seconds > limit and not stopped:  # a second signal would end train.py at once
+                process.terminate()
+                stopped = True
         errors = process.stderr.read()
-    if process.returncode or last is None:
+    if not losses or (process.returncode and not stopped):
         raise UserError(f"{' '.join(command[1:3])} failed: {errors.strip().splitlines()[-1:]}")
-    return last
+    return losses

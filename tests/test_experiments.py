@@ -2,6 +2,7 @@
 
 import csv
 import doctest
+import hashlib
 import importlib
 import json
 import math
@@ -45,7 +46,6 @@ from experiments import (
     timing,
     tokenization,
 )
-from model import GPT
 from system.command_line import read_flags
 from train import Trainer
 from training.run_log import RunLog
@@ -570,17 +570,6 @@ def test_the_training_step_of_the_benchmark_trains():
     assert np.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("tie_weights", [False, True])
-@pytest.mark.parametrize("pos", CHOICES["pos"])
-def test_flops_per_token(pos: str, tie_weights: bool):
-    """6 (12 L C^2 + V C) in the matrices and 12 L T C in attention (Chowdhery et al. 2022)."""
-    settings = {"pos": pos, "tie_weights": tie_weights, "mlp": "gelu", "qk_norm": False}
-    gpt = GPTConfig(vocab_size=100, block_size=8, n_layer=3, n_head=2, n_embd=32, **settings)
-    gains = 2 * 3 + 1  # of the norms, which count as weights too
-    expected = 6 * (12 * 3 * 32**2 + 100 * 32 + gains * 32) + 12 * 3 * 8 * 32
-    assert bench.flops_per_token(GPT(gpt)) == expected
-
-
 def test_the_tokenizer_benchmark_prints_a_row_for_each(
     workplace: Path, capsys: pytest.CaptureFixture
 ):
@@ -591,13 +580,20 @@ def test_the_tokenizer_benchmark_prints_a_row_for_each(
     assert [line.startswith(name) for line, name in zip(lines, names, strict=False)] == [True] * 4
 
 
-def test_the_time_to_a_loss_is_that_of_the_last_one_printed(tmp_path: Path):
-    script = "import time; print('step 1: val loss 3.5'); time.sleep(0.3); print('{}')"
-    command = [sys.executable, "-c", script.format("validation loss 1.25 over the whole split")]
-    seconds, loss = timing.time_to_loss(command, str(tmp_path), {})
-    assert loss == 1.25 and seconds > 0.3
+def test_losses_are_timed_when_they_are_printed(tmp_path: Path):
+    lines = ["step 1: val loss 3.5", "step 2 | val 2.5 | interval 9", "validation loss 1.25"]
+    script = f"import time\nfor line in {lines}:\n    print(line)\n    time.sleep(0.3)"
+    losses = timing.time_losses([sys.executable, "-c", script], str(tmp_path), {})
+    assert [loss for _, loss in losses] == [3.5, 2.5, 1.25]
+    assert losses[2].seconds > losses[0].seconds + 0.4
     with pytest.raises(UserError, match="ZeroDivisionError"):
-        timing.time_to_loss([sys.executable, "-c", "1 / 0"], str(tmp_path), {})
+        timing.time_losses([sys.executable, "-c", "1 / 0"], str(tmp_path), {})
+
+
+def test_a_timed_command_is_terminated_at_its_limit(tmp_path: Path):
+    script = "import time\nfor i in range(600):\n    print('val', 2.5 + i)\n    time.sleep(0.1)"
+    losses = timing.time_losses([sys.executable, "-c", script], str(tmp_path), {}, limit=0.5)
+    assert losses[0].loss == 2.5 and losses[-1].seconds < 30
 
 
 def test_functions_are_timed_in_turns():
@@ -618,12 +614,16 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
     commands = []
     monkeypatch.setattr(
         speedrun,
-        "time_to_loss",
-        lambda command, cwd, environment: (commands.append(command), (len(commands), 1.5))[1],
+        "time_losses",
+        lambda command, cwd, environment: (
+            commands.append(command),
+            [timing.Timed(0.5, 2.5), timing.Timed(len(commands), 1.5)],
+        )[1],
     )
     text = tmp_path / "text.txt"
     text.write_text("some text")
-    flags = ["--recipes=quick,fast", "--seeds=1,2", f"--data={text}"]
+    folder = tmp_path / "logs"
+    flags = ["--recipes=quick,fast", "--seeds=1,2", f"--data={text}", f"--results={folder}"]
     assert speedrun.main(flags) == 0
     for command, (preset, seed) in zip(
         commands, [("quick", "1"), ("fast", "1"), ("quick", "2"), ("fast", "2")], strict=True
@@ -632,6 +632,10 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
         assert command[command.index("--seed") + 1] == seed
         assert command[command.index("--data") + 1] == str(text)
     assert "| fast | 2.0, 4.0 | 4.0 | 1.33 | 1.5000, 1.5000 | 1.5000 |" in capsys.readouterr().out
+    records = [json.loads(line) for line in (folder / "speedrun.jsonl").read_text().splitlines()]
+    assert [(r["recipe"], r["seed"]) for r in records[:2]] == [("quick", "1"), ("fast", "1")]
+    assert records[1]["losses"] == [{"seconds": 0.5, "loss": 2.5}, {"seconds": 2, "loss": 1.5}]
+    assert records[1]["corpus"]["sha256"] == hashlib.sha256(b"some text").hexdigest()
 
 
 @pytest.mark.parametrize(
