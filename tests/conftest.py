@@ -20,6 +20,11 @@ from model import GPT, MLPS, NORMS, POSITIONS
 if os.environ.get("MUTANT_UNDER_TEST") == "stats":
     del os.environ["MUTANT_UNDER_TEST"]
 
+# One thread in each of pytest's processes and in those that tests start: two processes with two
+# threads each wait for each other, and take three times as long on two cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until some other day".split()
 
 
