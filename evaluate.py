@@ -10,10 +10,11 @@ byte (bpb) are comparable between all models evaluated on the same text. top-1 i
 the most likely token.
 
 Windows are consecutive, so the first tokens of each are predicted from a short context. --stride S
-adds the loss over overlapping windows, one every S tokens, of which only the last S predictions are
-scored (all of them in the first window). Each token is still scored once, but after the first
-window from more than block_size - S tokens of context. That alone makes this loss lower, so compare
-only losses of the same stride. It takes block_size / S times as long as the usual loss.
+adds the loss over overlapping windows that begin every S tokens. Only the last S predictions of a
+window are scored (all of them in the first window), so each token is still scored once. After the
+first window, each prediction uses more than block_size - S tokens of context. That alone makes this
+loss lower, so compare only losses of the same stride. It takes block_size / S times as long as the
+usual loss.
 """
 
 import math

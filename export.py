@@ -8,10 +8,11 @@
     python export.py checkpoints/best.pt model.html        one file: open it in a browser and sample
     python export.py checkpoints/best.pt model.gguf        a file for llama.cpp, Ollama, LM Studio
 
-The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project;
-a model with components that no standard architecture has contains its code, and loads with
-trust_remote_code=True.
---overwrite replaces an earlier export, and nothing else, once the new one is complete.
+The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without code of this project.
+If no standard architecture has the model's components, the folder also contains the model's code,
+and loads with trust_remote_code=True.
+--overwrite replaces an earlier export, or with --from a checkpoint, and nothing else, once the new
+one is complete.
 Folders need `pip install safetensors`, the hub `pip install huggingface_hub`, .gguf files `pip
 install gguf`; a page needs nothing.
 """

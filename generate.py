@@ -160,14 +160,14 @@ def generate(
     """Continue a prompt, ids (T,), num_samples times, by max_new_tokens tokens or until every
     sample has ended with a token of `ends`. Yields a Step per token.
 
-    The random numbers of sample i depend on (seed, i) only, so it is the same text for every
-    num_samples, but for rounding: matrix products of other batch sizes may round differently (in
+    The random numbers of sample i depend on (seed, i) only, so its text is the same for every
+    num_samples, except for rounding: matrix products of other batch sizes may round differently (in
     float32 by about 1e-6), which in rare cases changes a token. Without a seed, each call draws
-    one. The model sees at most block_size tokens: when the text has become longer, or if the prompt
-    is, generation continues from the last half window, which fills the cache again. The repetition
-    penalty applies to the tokens that the model sees. Without cache, all logits are recomputed at
-    each step, with the same result. Steps of one token are compiled if asked for, the others, which
-    read a prompt or half a window, are not.
+    one. The model sees at most block_size tokens: if the prompt and the new tokens exceed that,
+    generation continues from the last block_size / 2 tokens, which are read into the emptied cache.
+    The repetition penalty applies to the tokens that the model sees. Without a cache, all logits
+    are recomputed at each step, with the same result. With config.compile, steps of one token are
+    compiled; steps that read a prompt or half a window are not.
     """
     device, size, n_new = prompt.device, model.config.block_size, config.max_new_tokens
     B, T = config.num_samples, len(prompt)

@@ -113,7 +113,7 @@ class SinusoidalPositions(nn.Module):
 
 class RotaryPositions(nn.Module):
     """Rotates queries and keys by an angle proportional to the position, so that their product
-    depends on their distance only (RoPE, Su et al. 2021)."""
+    depends on positions only through their distance (RoPE, Su et al. 2021)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -345,9 +345,9 @@ class GPT(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module) -> None:
-        """Normal weights with standard deviation 0.02 and zero biases, as in GPT-2. The 2 n_layer
-        projections to the residual stream are smaller by 1/sqrt(2 n_layer), so that its variance
-        does not grow with depth (Radford et al. 2019)."""
+        """Normal weights with standard deviation 0.02 and zero biases, as in GPT-2. Those of the 2
+        n_layer projections to the residual stream are scaled by 1/sqrt(2 n_layer), so that the
+        variance of the stream does not grow with depth (Radford et al. 2019)."""
         if isinstance(module, nn.Linear | nn.Embedding):
             residual = isinstance(module, ResidualProjection)
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02

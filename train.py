@@ -100,7 +100,7 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.op
     norm gains.
 
     With "muon", the matrices of the blocks use Muon, which learns faster (training/muon.py). "sgd"
-    has momentum, and is for comparison: it learns slower.
+    uses momentum. It learns more slowly, and is for comparison.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {n: p for n, p in params.items() if p.dim() == 2 and "blocks." in n}
@@ -250,7 +250,7 @@ class Trainer:
             with self.eval_mode():
                 sample = self.task.sample(self.model).strip("\n")
         is_best = log.evaluation(self.step, metrics, get_lr(self.step, self.config), sample)
-        # latest.pt last: a run killed before that repeats these steps and files
+        # latest.pt last: a run killed before that repeats these steps and rewrites these files
         self.save(log, ["best.pt"] * is_best + self.numbered() + ["latest.pt"])
         log.restart_clock(self.step)
 

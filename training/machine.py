@@ -78,11 +78,11 @@ def compile_model(model: GPT, config: TrainConfig, device: torch.device, same_sh
     """Compile the model in place, before it is wrapped with DDP or FSDP.
 
     On a GPU it is one graph, as PyTorch's documentation recommends ("Where to apply torch.compile":
-    the highest level), so that the loss too is fused. If batches have the same shape, or few of
-    them (grow_windows has three), none is made dynamic, which after a second shape is the default
-    and gives more general kernels. On a CPU, where compiling takes as long as many steps, and with
-    FSDP, which gathers the weights of a block between the graphs, blocks are compiled: they are
-    alike, so one compilation serves all.
+    the highest level), so that the loss too is fused. By default, a second shape makes
+    torch.compile generate more general kernels, for dynamic shapes. This is turned off if all
+    batches have the same shape, or one of a few (grow_windows has three). On a CPU, where compiling
+    takes as long as many steps, and with FSDP, which gathers the weights of a block between the
+    graphs, each block is compiled: blocks are alike, so one compilation serves all.
 
     The kernels of a small model take less time than launching them. CUDA graphs ("reduce-overhead")
     launch them all at once. A graph writes its results to the same memory every time, gradients

@@ -103,7 +103,7 @@ def step_tokens(gpt: GPTConfig, config: TrainConfig) -> int:
 
 
 def process_seconds() -> float:
-    """The age of this process. Where the system does not tell, the time that it has computed."""
+    """The age of this process. If the system does not report it, the CPU time of this process."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

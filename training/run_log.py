@@ -108,8 +108,8 @@ class RunLog:
             shutil.rmtree(self.run_dir / name, ignore_errors=True)
 
     def restore_log(self, step: int) -> list[Record]:
-        """Write log.jsonl as it was at a checkpoint, with the settings of now: the evaluations are
-        in the checkpoint, the training steps in the file. Returns all records."""
+        """Write log.jsonl as it was at a checkpoint, but with the current settings: the evaluations
+        are in the checkpoint, the training steps in the file. Returns all records."""
         file = self.run_dir / "log.jsonl"
         steps = [record for record in training_steps(file) if record["step"] <= step]
         records = sorted([*self.records, *steps], key=lambda r: (r["step"], "val" in r))

@@ -174,7 +174,7 @@ def check_current(run_dir: Path, config: TrainConfig, state: State | None) -> No
     latest = run_dir / "latest.pt"
     now = read_checkpoint(latest)["step"] if latest.exists() else None
     if now != (state and state["step"]) and not config.overwrite:
-        raise UserError(f"another process has changed the run in {run_dir}/: start again")
+        raise UserError(f"another process has changed the run in {run_dir}/: run the command again")
 
 
 def check_corpus(corpus: Corpus, config: TrainConfig, block_size: int, state: State | None) -> None:
