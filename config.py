@@ -18,7 +18,7 @@ ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
 PRESET_HELP = "auto: laptop on a CPU, medium on a GPU"
 SGD_LR = 0.1  # the best for the quick preset, from 0.01 to 3: SGD's updates are small
-OPTIMIZER_HELP = f"muon: for the blocks' matrices; sgd: default lr_max {SGD_LR}"
+OPTIMIZER_HELP = f"muon: matrices only; sgd: lr_max {SGD_LR}"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"
 
 
@@ -144,9 +144,7 @@ class TrainConfig:
     tokenizer: str = setting("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
     bpe_vocab_size: int = setting(2000, "size of a bpe vocabulary", low=257, alias="vocab_size")
     separator: str = setting("", "text between documents of a file; \\n: newline; default: none")
-    hold_out: bool = setting(
-        True, "validate on text or records that are not trained on; off: train on all"
-    )
+    hold_out: bool = setting(True, "validate on a part that is not trained on; off: train on all")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of runs")
     tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG/")
@@ -183,6 +181,8 @@ class TrainConfig:
     compile: bool | None = setting(None, "torch.compile; default: if it works here")
     grad_checkpoint: bool = setting(False, "recompute activations in the backward pass")
     parallel: str = setting("ddp", "replicate or shard the model", choices=("ddp", "fsdp"))
+    lr_scale: float = setting(1.0, "of a schedule that --minutes changed", above=0, flag=False)
+    planned_steps: int = setting(0, "max_steps before --minutes changed it", low=0, flag=False)
 
     def __post_init__(self) -> None:
         if self.warmup_steps is None:

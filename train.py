@@ -92,7 +92,7 @@ def get_lr(step: int, config: TrainConfig) -> float:
         return config.lr_min
     progress = (step - warmup) / (config.max_steps - warmup)  # 0 to 1
     height = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return config.lr_min + (config.lr_max - config.lr_min) * height
+    return config.lr_min + (config.lr_max - config.lr_min) * config.lr_scale * height
 
 
 def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -147,7 +147,7 @@ class Trainer:
         exit status: 0, or 128 plus the number of the signal."""
         config = self.config
         with StopSignal() as stop, log.progress_bar(self.step):
-            if not log.records:
+            if log.begins_with_evaluation(self.step):
                 self.evaluate_and_save(log)
             while self.step < config.max_steps and not (log.out_of_patience() or stop.requested()):
                 if self.deadline:

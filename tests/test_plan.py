@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import time
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,6 +145,12 @@ def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_o
     assert BIG.best_run(11.0, PILOT, {}).loss == math.inf  # less than 50 steps
 
 
+def test_a_run_has_as_many_steps_after_the_warmup_as_during_it():
+    run = BIG.best_run(100.0, PILOT, {"warmup_steps": 400})
+    assert run.config.max_steps == 890 and run.config.warmup_steps == 400
+    assert BIG.best_run(100.0, PILOT, {"warmup_steps": 450}).loss == math.inf
+
+
 def test_a_small_text_is_not_read_more_often_than_it_helps():
     little, fixed = replace(PILOT, unique=1e6), {"dropout": 0.0, "weight_decay": 0.1}
     run = BIG.best_run(100_000.0, little, fixed)
@@ -226,6 +232,7 @@ def test_a_slow_run_ends_in_time_with_its_schedule_complete(monkeypatch, seconds
     total = run.train(seconds)
     assert 95 < total <= 120
     assert config.max_steps < 1000 and run.log.header["max_steps"] == config.max_steps
+    assert config.lr_max == 0.01  # fine-tuning begins with it
     assert run.rates[-1] < 0.05 * 0.01  # decayed to almost 0
     steepest = max(a - b for a, b in zip(run.rates[50:], run.rates[51:], strict=False))
     assert steepest < 0.01 / 20  # no jump
@@ -238,6 +245,18 @@ def test_a_run_that_was_slow_for_a_while_gets_its_steps_back(monkeypatch):
     assert run.deadline.announced <= 1000 == config.max_steps and total <= 240
     steepest = max(abs(a - b) for a, b in zip(run.rates[50:], run.rates[51:], strict=False))
     assert steepest < 0.01 / 200
+
+
+def test_a_resumed_run_gets_the_planned_steps_back(monkeypatch):
+    config = make_config(minutes=4.0)
+    slow = FakeRun(monkeypatch, config)
+    slow.train(lambda step: 0.5, end=120)
+    saved = from_dict(TrainConfig, asdict(config))
+    assert saved.max_steps < 700 and train.get_lr(120, saved) == train.get_lr(120, config)
+    resumed = FakeRun(monkeypatch, saved, slow.now)
+    resumed.step, resumed.deadline.step = 120, 120
+    assert resumed.train(lambda step: 0.1) <= 240
+    assert saved.max_steps == 1000 and resumed.rates[-1] < 0.01 / 500
 
 
 def test_slow_evaluations_shorten_a_run_too(monkeypatch):
@@ -341,6 +360,13 @@ def test_fixed_sizes_are_planned_around(fast, capsys):
     assert train.main([*FAST, "--plan", "--minutes=1", "--n_layer=3", "--n_embd=48"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if " x " in line]
     assert len(rows) == 1 and "3 x 48" in rows[0]  # both sizes became the same
+
+
+def test_a_size_with_a_peak_rate_below_lr_min_is_left_out(fast, capsys):
+    peaks = [6e-3 * math.sqrt(128 / width) for width in (16, 32)]  # of the two sizes
+    assert train.main([*FAST, "--plan", "--minutes=1", f"--lr_min={sum(peaks) / 2}"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " x " in line]
+    assert len(rows) == 1 and "1 x 16" in rows[0]
 
 
 def test_too_little_time_is_an_error_that_names_the_least(fast):

@@ -567,6 +567,27 @@ def test_a_stopped_run_resumes_bit_for_bit(workplace, number):
     assert texts[0].split("--- step 400")[1] == texts[1].split("--- step 400")[1]
 
 
+def test_a_run_shortened_to_the_step_where_it_stopped_is_evaluated_there(workplace, monkeypatch):
+    class Stop(train.StopSignal):
+        """A signal during the seventh step."""
+
+        checks = 0
+
+        def requested(self) -> bool:
+            Stop.checks += 1
+            self.number = 15
+            return Stop.checks > 7
+
+    flags = [*TINY_RUN, "--max_steps=20", "--eval_every=20"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", Stop)
+        assert train.main(flags) == 128 + 15
+    assert train.main(["--resume", "--device=cpu", "--max_steps=7"]) == 0
+    log = final_state("checkpoints")["log"]
+    assert [record["step"] for record in log] == [0, 7] and log[1]["val"] < log[0]["val"]
+    assert torch.load("checkpoints/best.pt", weights_only=True)["step"] == 7
+
+
 def test_killed_while_a_checkpoint_is_written_leaves_a_whole_one(workplace, monkeypatch):
     """The process dies between any two calls of a save: what stands at latest.pt must load."""
 

@@ -19,13 +19,12 @@ def end_schedule_at(config: TrainConfig, step: int, max_steps: int) -> None:
 
     >>> config = TrainConfig(lr_max=1.0, warmup_steps=0, max_steps=100, schedule="linear")
     >>> end_schedule_at(config, 50, 75)  # from 0.5 to 0 in 25 steps, as if from 1.5 in 75
-    >>> config.max_steps, config.lr_max
+    >>> config.max_steps, config.lr_scale
     (75, 1.5)
     """
     warmup = config.warmup_steps or 0
-    factor = (config.max_steps - step) / (config.max_steps - warmup)
-    factor *= (max_steps - warmup) / (max_steps - step)
-    config.lr_max = config.lr_min + (config.lr_max - config.lr_min) * factor
+    config.lr_scale *= (config.max_steps - step) / (config.max_steps - warmup)
+    config.lr_scale *= (max_steps - warmup) / (max_steps - step)
     config.max_steps = max_steps
 
 
@@ -34,7 +33,8 @@ class Deadline:
 
     def __init__(self, trainer: Any, log: RunLog):
         self.config, self.log = trainer.config, log
-        self.planned = self.announced = self.config.max_steps
+        self.config.planned_steps = self.config.planned_steps or self.config.max_steps
+        self.announced = self.config.max_steps
         self.end = 60 * self.config.minutes  # in seconds of the run
         self.final = final_seconds(trainer)
         self.step, self.now = trainer.step, log.seconds()
@@ -54,7 +54,7 @@ class Deadline:
         left = self.end - self.now - n_evaluations * self.evaluation
         left -= self.final * self.step_seconds / self.fastest  # slows down like the steps
         steps, possible = config.max_steps - step, int((1 - SLACK) * left / self.step_seconds)
-        possible = max(1, min(possible, self.planned - step))
+        possible = max(1, min(possible, config.planned_steps - step))
         late = steps * self.step_seconds > left and possible < steps
         if late or possible > 1.1 * steps:
             end_schedule_at(config, step, step + possible)

@@ -10,12 +10,13 @@
 4. While training, shorten the schedule if the run is too slow (deadline.py).
 """
 
+import contextlib
 import itertools
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,21 @@ def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[
     return Pilot(run, n_unique, loss), sample
 
 
+def valid_sizes(flags: Flags) -> Iterator[tuple[GPTConfig, TrainConfig]]:
+    """The settings of the sizes that fit the flags: for a large one, --lr_min may be above its
+    learning rate."""
+    for size in SIZES:
+        with contextlib.suppress(UserError):
+            yield settings(size_flags(size, flags))
+
+
 def measure_sizes(
     make_trainer: MakeTrainer, flags: Flags, limit: float, sample: float
 ) -> "list[Candidate]":
     """Time all sizes, except those for which MIN_STEPS would take a quarter of the limit, or the
     text is too short. A flag that fixes a part of the size applies to all of them."""
     found: list[Candidate] = []
-    for gpt, config in (settings(size_flags(size, flags)) for size in SIZES):
+    for gpt, config in valid_sizes(flags):
         if found:  # estimate from the size before
             last = found[-1]
             if (last.gpt, last.config) == (gpt, config):
@@ -201,6 +210,12 @@ def measure_sizes(
 # --- choose
 
 
+def least_steps(flags: Flags) -> int:
+    """The steps of the shortest run: enough for a prediction, and as many after the warmup as
+    during it."""
+    return max(MIN_STEPS, 2 * (flags.get("warmup_steps") or 0))
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A size and what it costs on this machine, in seconds; with a loss, a run of this size."""
@@ -222,7 +237,7 @@ class Candidate:
         """The run with the lowest predicted loss in this time; without a loss if there is too
         little time. Fewer steps than possible are better if more would overfit."""
         evaluations = min(10, max(2, int(EVAL_SHARE * seconds / self.evaluation)))
-        best = self
+        best, least = self, least_steps(flags)
         choices = (
             (flags[name],) if name in flags else values
             for name, values in (("dropout", DROPOUTS), ("weight_decay", WEIGHT_DECAYS))
@@ -231,9 +246,9 @@ class Candidate:
             slower = DROPOUT_TIME if dropout > self.gpt.dropout else 1  # unless timed with dropout
             size = replace(self, step=self.step * slower)
             most = int((seconds - self.seconds(0, evaluations)) / size.step)
-            if most < MIN_STEPS:
+            if most < least:
                 continue
-            for steps in {round(most * (MIN_STEPS / most) ** (i / 50)) for i in range(51)}:
+            for steps in {round(most * (least / most) ** (i / 50)) for i in range(51)}:
                 epochs = self.epochs(steps, pilot)
                 run = Run(self.n_params, steps, epochs, self.window, dropout, decay)
                 if (loss := pilot.predict(run)) < best.loss:
@@ -289,7 +304,7 @@ def plan_run(
             if run.loss < math.inf and (run is best or config.minutes):
                 print(run.line(minutes, pilot, "*" * bool(config.minutes and run is best)))
     if best.loss == math.inf:
-        needed = (measured + sizes[0].seconds(MIN_STEPS, 2)) / (0.9 - MARGIN) / 60
+        needed = (measured + sizes[0].seconds(least_steps(flags), 2)) / (0.9 - MARGIN) / 60
         raise UserError(
             f"{minutes:g} minutes are too short to measure, train and evaluate on "
             f"{config.data}: give at least --minutes {math.ceil(10 * needed) / 10:g}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import TrainConfig, UserError
-from system.files import atomic_write
+from system.files import atomic_write, quote_path
 from training.distributed import rank
 from viz.runs import best_record, plot_runs, read_run, save_figure, training_steps
 from viz.verdict import verdict
@@ -158,6 +158,12 @@ class RunLog:
         """Whether the model is evaluated after this step."""
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
+    def begins_with_evaluation(self, step: int) -> bool:
+        """Whether a run that starts or resumes at this step is evaluated first: a new one, and one
+        whose max_steps was lowered to the step at which it was stopped."""
+        evaluated = self.records[-1]["step"] if self.records else -1
+        return evaluated < 0 or (self.is_evaluation_step(step) and evaluated < step)
+
     def restart_clock(self, step: int) -> None:
         """Time the steps after this one."""
         self.clock_time, self.clock_step = time.perf_counter(), step
@@ -268,8 +274,8 @@ class RunLog:
             f"done in {last['seconds']:.0f} s: best at step {final['step']}, validation loss "
             f"{metrics['val']:.4f}{format_final(metrics)} over the whole split\n"
             f"verdict: {words}\n"
-            f"files: {self.run_dir}/; next: python generate.py {self.run_dir / 'best.pt'}"
-            f"{question}",
+            f"files: {self.run_dir}/; next: python generate.py "
+            f"{quote_path(self.run_dir / 'best.pt')}{question}",
             flush=True,
         )
         self.plot()
