@@ -254,6 +254,14 @@ def test_a_resumed_run_names_the_source_of_its_precision():
     assert setup.setup_machine(config, CPU) == "as requested"
 
 
+@pytest.mark.parametrize(("parallel", "precision"), [("ddp", "float16"), ("fsdp", "float32")])
+def test_without_bfloat16_fsdp_trains_in_float32(monkeypatch, parallel, precision):
+    monkeypatch.setattr(setup, "pick_precision", lambda *args: ("float16", "no bfloat16"))
+    config = TrainConfig(parallel=parallel, compile=False)
+    why = setup.setup_machine(config, CPU)
+    assert config.precision == precision and ("loss scaling" in why) == (parallel == "fsdp")
+
+
 def test_a_missing_gpu_is_no_news_on_a_cpu(monkeypatch, caplog):
     """PyTorch says it when inductor imports torch.utils.cpp_extension."""
     logger = logging.getLogger("torch.utils.cpp_extension")

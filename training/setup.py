@@ -41,6 +41,7 @@ from utils import (
     read_checkpoint,
 )
 
+NO_FLOAT16 = "--parallel fsdp has no loss scaling for float16"
 Flags = dict[str, Any]  # given on the command line, by name
 State = dict[str, Any]  # the contents of a checkpoint
 
@@ -150,7 +151,7 @@ def check_run(config: TrainConfig) -> list[str]:
     ):
         found.append("this GPU only emulates bfloat16, slowly: use --precision float16")
     if config.parallel == "fsdp" and config.precision == "float16":
-        found.append("--parallel fsdp has no loss scaling for float16: use bfloat16")
+        found.append(f"{NO_FLOAT16}: use --precision bfloat16, or float32")
     if config.grad_accum % world_size():
         found.append(
             f"{world_size()} processes cannot share {config.grad_accum} micro-batches per step: "
@@ -199,7 +200,10 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
     the reason for the precision. `state` is the checkpoint that is resumed."""
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)
-    config.precision, why = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
+    picked = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
+    if picked[0] == "float16" and config.parallel == "fsdp":
+        picked = ("float32", NO_FLOAT16)
+    config.precision, why = picked
     if state and config.precision == state["train_config"].get("precision"):
         why = "as before"
     if device.type == "cpu":
