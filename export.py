@@ -30,6 +30,7 @@ from exporting.web_page import export_page
 from finetuning import lora
 from system.command_line import parse_args
 from system.errors import run
+from system.files import quote_path
 
 
 @dataclass
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         precision = "float16" if config.precision == "auto" else config.precision
         modelfile = export_gguf(checkpoint, target, precision, config.overwrite)
         print(f"{target}: run it with llama.cpp or LM Studio")
-        print(f"{modelfile}: ollama create NAME -f {modelfile}, then ollama run NAME")
+        create = f"ollama create NAME -f {quote_path(modelfile)}"
+        print(f"{modelfile}: {create}, then ollama run NAME")
         return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")

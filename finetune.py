@@ -50,6 +50,7 @@ from model import GPT
 from sampling.checks import answers_questions, last_objective, last_trained_on_text
 from system.command_line import parse_args
 from system.errors import run
+from system.files import quote_path
 from system.folders import locked
 from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer
 from train import Trainer, run_training
@@ -247,7 +248,8 @@ def write_merged(settings: FinetuneConfig, run_dir: Path, overwrite: bool) -> in
     with locked(run_dir, "a merge"):
         raise_problems(merge_problems(settings, run_dir, overwrite))  # it may have changed
         save_checkpoint(target, state)
-    print(f"{target}: {path} merged into {settings.source}; next: python generate.py {target}")
+    command = f"python generate.py {quote_path(target)}"
+    print(f"{target}: {path} merged into {settings.source}; next: {command}")
     return 0
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from config import UserError
 from corpus.files import file_sha256
 from system.files import atomic_write
-from system.folders import locked
+from system.folders import locked_file
 
 DATASETS = ("shakespeare", "plays", "tinystories")
 TIMEOUT = 20  # seconds without data
@@ -96,7 +96,7 @@ def download(url: str, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(path.name + ".part")
-    with locked(path, "a download", path.with_name(f".{path.name}.lock")):
+    with locked_file(path, "a download"):
         try:
             sha256 = download_rest(url, tmp_path)
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -285,8 +285,9 @@ def fetch(name: str) -> dict[str, Path]:
         "plays": (Path("data/plays.jsonl"), fetch_plays),
     }[name]
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fetch_file(path)
+        with locked_file(path, "a download"):
+            if not path.exists():  # another process may have written it
+                fetch_file(path)
     return {"all": path}
 
 

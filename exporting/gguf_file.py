@@ -8,6 +8,7 @@ rotates channels. Each tokenizer becomes a byte-level BPE, the kind that llama.c
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from finetuning import lora
 from model import GPT
 from sampling.checks import answers_questions, last_trained_on_text
 from system.files import atomic_write, file_problems
+from system.folders import locked_file
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
 
 TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
@@ -260,8 +262,8 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     for Ollama, whose path is returned. Raises UserError if llama.cpp does not have the model's
     components or tokenizer, or if a file exists, unless it is an export and `overwrite` is set."""
     modelfile = target.with_suffix(".Modelfile")
-    check_file(target, MAGIC, overwrite)
-    check_file(modelfile, FIRST_LINE.encode(), overwrite)
+    files = ((target, MAGIC), (modelfile, FIRST_LINE.encode()))
+    check_files(files, overwrite)
     import_optional("gguf")
     if lora.is_adapter(checkpoint):
         raise UserError(
@@ -286,9 +288,11 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
         f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"""',
         *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
     ]
-    with atomic_write(target) as file, atomic_write(modelfile) as text_file:
-        write_gguf(writer, Path(file.name))
-        text_file.write("\n".join([*lines, ""]).encode())
+    with locked_file(target, "an export"):
+        check_files(files, overwrite)  # another process may have written them
+        with atomic_write(target) as file, atomic_write(modelfile) as text_file:
+            write_gguf(writer, Path(file.name))
+            text_file.write("\n".join([*lines, ""]).encode())
     return modelfile
 
 
@@ -325,12 +329,13 @@ def write_gguf(writer: Any, path: Path) -> None:
     writer.close()
 
 
-def check_file(path: Path, start: bytes, overwrite: bool) -> None:
-    """Raise UserError unless a file can be written: it does not exist, or it may be replaced and
-    starts as an export does."""
-    if os.path.lexists(path):
-        if not path.is_file() or path.open("rb").read(len(start)) != start:
-            raise UserError(f"{path} was not written by export.py: choose another path")
-        if not overwrite:
-            raise UserError(f"{path} exists: add --overwrite or choose another path")
-    raise_problems(file_problems(path))
+def check_files(files: Iterable[tuple[Path, bytes]], overwrite: bool) -> None:
+    """Raise UserError unless the files can be written: a file does not exist, or it may be replaced
+    and starts as an export does, with these bytes."""
+    for path, start in files:
+        if os.path.lexists(path):
+            if not path.is_file() or path.open("rb").read(len(start)) != start:
+                raise UserError(f"{path} was not written by export.py: choose another path")
+            if not overwrite:
+                raise UserError(f"{path} exists: add --overwrite or choose another path")
+        raise_problems(file_problems(path))

@@ -42,7 +42,8 @@ from generate import end_tokens
 from model import GPT
 from sampling.checks import last_trained_on_text
 from system.errors import first_line
-from system.folders import folder_problems
+from system.files import quote_path
+from system.folders import folder_problems, locked_file
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 from training.task import sample_from_newline
 
@@ -277,15 +278,16 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
         "step": 0,
         "log": [],
     }
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    utils.save_checkpoint(checkpoint, state)
+    with locked_file(checkpoint, "an import"):
+        check_checkpoint_target(checkpoint, overwrite)  # another process may have written it
+        utils.save_checkpoint(checkpoint, state)
     print(f"{checkpoint}: {arch}, {utils.count_params(config)[0]:,} parameters")
     ends = theirs.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     for text, i in tokenizer.specials.items():
         if i in ends and i not in end_tokens(tokenizer):
             print(f"note: {text} ends a text: give --stop '{text}' to generate.py")
-    print(f"next: python generate.py {checkpoint}")
+    print(f"next: python generate.py {quote_path(checkpoint)}")
 
 
 def read_tokenizer(folder: Path, config: GPTConfig, arch: str) -> Tokenizer:

@@ -27,6 +27,7 @@ from exporting.js_regex import to_javascript
 from model import GPT
 from sampling.checks import answers_questions, last_trained_on_text
 from system.files import atomic_write, file_problems
+from system.folders import locked_file
 from tokenizer import Tokenizer
 
 PAGE = Path(__file__).parent / "page"
@@ -67,9 +68,11 @@ def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     data = page_data(model, tokenizer, state)
     precision, measured = pick_precision(model, tokenizer, state, precision)
     data["summary"] += f"; weights in {precision}{measured}"
-    with atomic_write(target) as file:
-        for text in page_parts(model, data, precision):
-            file.write(text.encode("ascii"))
+    with locked_file(target, "an export"):
+        check_page_target(target, overwrite)  # another process may have written it
+        with atomic_write(target) as file:
+            for text in page_parts(model, data, precision):
+                file.write(text.encode("ascii"))
     size, n_params = target.stat().st_size, model.num_params()
     print(f"{target}: {size / 1e6:.2f} MB, {size / n_params:.2f} bytes per parameter")
     print("open it in a browser: it needs no server and no network")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, SampleConfig, UserError
-from system.files import file_problems
+from system.files import file_problems, quote_path
 from system.memory import check_memory
 from tokenizer import QA_SPECIALS, Tokenizer
 from utils import device_problems
@@ -73,7 +73,7 @@ def check_question(config: SampleConfig, tokenizer: Tokenizer) -> None:
     if config.qa and answers_questions(tokenizer) and not config.prompt.strip():
         raise UserError(
             f'{config.checkpoint} answers questions: ask one with --prompt "Who are you?", or chat '
-            f"with it: python explore.py chat {config.checkpoint}"
+            f"with it: python explore.py chat {quote_path(Path(config.checkpoint))}"
         )
 
 

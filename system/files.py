@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,15 @@ def part_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def quote_path(path: Path) -> str:
+    """A path as a word of a command, in double quotes if needed, which all shells have.
+
+    >>> quote_path(Path("runs/best.pt")), quote_path(Path("my runs/best.pt"))
+    ('runs/best.pt', '"my runs/best.pt"')
+    """
+    return str(path) if re.fullmatch(r"[\w./\\:-]+", str(path)) else f'"{path}"'
+
+
 def file_problems(path: Path) -> list[str]:
     """Why `atomic_write` cannot write a file; empty if it can."""
     try:
@@ -51,8 +61,10 @@ def file_problems(path: Path) -> list[str]:
             return [f"{path} is not a regular file"]
         if not path.parent.is_dir():
             return [f"there is no folder {path.parent}"]
+        in_use = part_path(path).exists()  # by another process
         part_path(path).open("ab").close()
-        part_path(path).unlink()
+        if not in_use:
+            part_path(path).unlink()
     except OSError as error:
         return [f"{path} cannot be written: {error.strerror}"]
     return []

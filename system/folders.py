@@ -73,6 +73,11 @@ def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None
                 lock_dir.rmdir()
 
 
+def locked_file(path: Path, what: str) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of a file, which need not exist."""
+    return locked(path, what, path.with_name(f".{path.name}.lock"))
+
+
 # --- replacing a folder by a new one
 
 

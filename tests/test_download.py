@@ -1,5 +1,6 @@
 """Named data sets: hashes are checked, errors are one line, plays become speeches."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -9,13 +10,14 @@ import sys
 import threading
 import urllib.error
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from config import UserError
 from corpus import download
-from system.folders import locked
+from system.folders import locked_file
 
 PLAY = r"""# Coriolanus
 
@@ -79,6 +81,24 @@ def test_shakespeare_is_downloaded_and_its_hash_checked(workplace, monkeypatch, 
     assert path.read_bytes() == text
     assert download.known_name(path, hashlib.sha256(text).hexdigest()) == "tinyshakespeare"
     assert "downloaded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "plays"])
+def test_two_processes_do_not_write_the_same_text(workplace, monkeypatch, name):
+    path = Path("data", {"shakespeare": "input.txt", "plays": "plays.jsonl"}[name])
+    path.unlink(missing_ok=True)
+    monkeypatch.setattr(download, f"fetch_{name}", lambda path: pytest.fail("written twice"))
+    with locked_file(path, "a download"), pytest.raises(UserError, match="in use by a download"):
+        download.fetch(name)
+
+    @contextlib.contextmanager
+    def wait(path: Path, what: str) -> Iterator[None]:
+        """The other process ends before this one has the lock."""
+        path.write_text("complete")
+        yield
+
+    monkeypatch.setattr(download, "locked_file", wait)
+    assert download.fetch(name) == {"all": path} and path.read_text() == "complete"
 
 
 def test_shakespeare_is_rebuilt_if_it_cannot_be_downloaded(workplace, monkeypatch, capsys):
@@ -254,7 +274,7 @@ def test_two_processes_do_not_download_the_same_file(tmp_path, server):
     path = tmp_path / "stories.txt"
     message = r"stories\.txt is in use by a download, process \d+"
     with (
-        locked(path, "a download", tmp_path / ".stories.txt.lock"),
+        locked_file(path, "a download"),
         pytest.raises(UserError, match=message),
     ):
         download.download(server.url, path)

@@ -33,6 +33,7 @@ from exporting.js_regex import to_javascript
 from exporting.probes import PROBES
 from generate import TextWriter, encode_prompt, generate, sample_logits, sample_text
 from model import GPT
+from system.folders import locked_file
 from tokenizer import GPT2_PATTERN, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
 
 NODE = shutil.which("node")
@@ -488,6 +489,11 @@ def test_a_page_is_replaced_only_if_it_is_one(trained):
     assert page.read_bytes() == before
     assert export.main([*words[:2], "--precision=float16", "--overwrite"]) == 0
     assert len(page.read_bytes()) > len(before)
+    with (
+        locked_file(page, "an export"),
+        pytest.raises(UserError, match=r"page\.html is in use by an export, process \d+"),
+    ):
+        export.main([*words, "--overwrite"])
     page.write_text("<!doctype html><title>mine</title>")
     with pytest.raises(UserError, match=r"page\.html was not written by export\.py"):
         export.main([*words, "--overwrite"])

@@ -13,6 +13,7 @@ import torch
 from config import UserError
 from system import folders, memory
 from system.errors import run
+from system.files import atomic_write, file_problems
 from system.folders import folder_problems, locked, replacing, restore_folder
 from system.memory import check_memory
 
@@ -153,6 +154,15 @@ def test_a_folder_has_one_holder_whose_lock_ends_with_its_process(tmp_path: Path
     with locked(folder, "another"):
         assert f"another, process {os.getpid()}" in (folder / "lock.txt").read_text()
     assert not (folder / "lock.txt").exists()
+
+
+def test_the_check_of_a_file_keeps_what_another_process_writes(tmp_path: Path):
+    path = tmp_path / "model.gguf"
+    with atomic_write(path) as file:
+        assert file_problems(path) == []
+        file.write(b"complete")
+    assert path.read_bytes() == b"complete"
+    assert file_problems(path) == [] and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("atomic", [True, False])
