@@ -88,9 +88,7 @@ def evaluate_split(
         x, y = utils.windows(ids, batch_starts, block_size)  # (B, T) both
         y[torch.from_numpy(batch_starts > 0), :overlap] = -100  # scored in an earlier window
         x, y = x.to(device), y.to(device)
-        docs = None
-        if doc_mask and corpus.separator is not None:
-            docs = (x == corpus.separator).cumsum(dim=1)
+        docs = corpus.document_numbers(x) if doc_mask else None
         with utils.autocast(device, config.precision):
             logits, loss = model(x, y, docs)  # (B, T, V), ()
         n_scored = int((y != -100).sum())  # the last window extends past the end of the split

@@ -31,6 +31,7 @@ from corpus.load import (
     load_corpus,
     split_documents,
     split_records,
+    training_corpus,
 )
 from corpus.records import read_pairs, read_records, record_text
 from finetuning import lora
@@ -160,20 +161,13 @@ def new_model(settings: FinetuneConfig, gpt_config: GPTConfig, base: Base, data:
 
 def old_corpus(base: Base, tokenizer: Tokenizer) -> Corpus | None:
     """The corpus that the base was trained on, if it is a text that can be read."""
-    data = base.trained.data
     if base.imported or last_objective(base.state) == "dpo":
         return None
     try:
-        trained = base.trained
-        _, corpus = load_corpus(
-            data, tokenizer=tokenizer, separator=trained.separator, hold_out=trained.hold_out
-        )
-        if corpus.info["sha256"] != base.state["corpus"]["sha256"]:
-            raise UserError(f"{data} is not what the checkpoint was trained on")
+        return training_corpus(tokenizer, base.state)
     except UserError as error:
         print(f"not logging the loss on the old corpus: {error}")
         return None
-    return corpus
 
 
 def make_format(

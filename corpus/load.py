@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from system.errors import first_line
 from system.folders import restore_folder
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
 
+if TYPE_CHECKING:  # prepare.py does not need torch
+    from torch import Tensor
+
 MAX_IN_MEMORY = 1 << 28  # bytes; larger files must be streamed, by prepare.py
 SPLIT_SEED = 1337
 
@@ -59,6 +62,11 @@ class Corpus:
     def bytes_per_token(self) -> float:
         """Bytes of text per token, in the validation split."""
         return self.val_bytes / len(self.val_ids)
+
+    def document_numbers(self, x: "Tensor") -> "Tensor | None":
+        """The number of each token's document within its window, (B, T), for a document mask; None
+        if the corpus is one document."""
+        return None if self.separator is None else (x == self.separator).cumsum(dim=1)
 
 
 def check_length(corpus: Corpus, block_size: int) -> None:
@@ -376,3 +384,17 @@ def load_corpus(
     if loaded[1].info["sha256"] != file_sha256(path):
         raise UserError(f"{path} changed while it was read: try again")
     return loaded
+
+
+def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
+    """The corpus that a checkpoint was trained on. Raises UserError if it is missing or has
+    changed."""
+    settings = state["train_config"]
+    data = settings.get("data", "")
+    if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:
+        raise UserError("the checkpoint does not name its corpus")
+    hold_out, separator = settings.get("hold_out", True), settings.get("separator", "")
+    _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator, hold_out=hold_out)
+    if corpus.info["sha256"] != state["corpus"]["sha256"]:
+        raise UserError(f"{data} is not what the checkpoint was trained on")
+    return corpus

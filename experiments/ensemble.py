@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from config import DEVICE_HELP, UserError, setting
-from corpus.load import load_corpus
+from corpus.load import training_corpus
 from evaluate import EvaluateConfig, evaluate_split
 from experiments.study import to_markdown
 from model import GPT
@@ -75,13 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     check_alike({name: state for name, (_, _, state) in loaded.items()})
     models = [model for model, _, _ in loaded.values()]
     _, tokenizer, state = loaded[config.checkpoints[0]]
-    saved = state["train_config"]
-    data, separator = saved.get("data", ""), saved.get("separator", "")
-    hold_out = saved.get("hold_out", True)
-    _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator, hold_out=hold_out)
-    if corpus.info["sha256"] != state["corpus"].get("sha256"):
-        raise UserError(f"{data} is not what the models were trained on")
-    doc_mask, settings = bool(saved.get("doc_mask")), EvaluateConfig(precision="float32")
+    corpus = training_corpus(tokenizer, state)
+    doc_mask = bool(state["train_config"].get("doc_mask"))
+    settings = EvaluateConfig(precision="float32")
     rows = [
         {"model": name, "loss": evaluate_split(model, corpus, settings, doc_mask)["loss"]}
         for name, model in zip(loaded, models, strict=True)

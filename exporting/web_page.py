@@ -22,7 +22,7 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, UserError, raise_problems
-from corpus.load import Corpus, load_corpus
+from corpus.load import Corpus, training_corpus
 from exporting.js_regex import to_javascript
 from model import GPT
 from sampling.checks import answers_questions, last_trained_on_text
@@ -137,19 +137,6 @@ def pick_precision(
     return precision, f" (loss {rise[precision]:+.4f} compared with float32)"
 
 
-def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
-    """The corpus of a checkpoint. Raises UserError if it is missing or has changed."""
-    settings = state["train_config"]
-    data = settings.get("data", "")
-    if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:
-        raise UserError("the checkpoint does not name its corpus")
-    hold_out, separator = settings.get("hold_out", True), settings.get("separator", "")
-    _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator, hold_out=hold_out)
-    if corpus.info["sha256"] != state["corpus"]["sha256"]:
-        raise UserError(f"{data} is not what the checkpoint was trained on")
-    return corpus
-
-
 @torch.no_grad()
 def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
     """The loss of a model on evenly spaced windows of the validation split, in nats per token."""
@@ -159,10 +146,8 @@ def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
     total, n_tokens = 0.0, 0
     for i in range(len(starts)):  # one at a time: a large vocabulary has large logits
         x, y = utils.windows(corpus.val_ids, starts[i : i + 1], block_size)  # (1, T) both
-        docs = None
-        if doc_mask and corpus.separator is not None:
-            docs = (x == corpus.separator).cumsum(dim=1).to(device)
-        _, loss = model(x.to(device), y.to(device), docs)
+        x, y = x.to(device), y.to(device)
+        _, loss = model(x, y, corpus.document_numbers(x) if doc_mask else None)
         n_scored = int((y != -100).sum())
         total += float(loss) * n_scored
         n_tokens += n_scored

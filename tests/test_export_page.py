@@ -27,6 +27,7 @@ import train
 import utils
 from config import SampleConfig, TrainConfig, UserError
 from corpus.bpe import count_pieces, train_bpe
+from corpus.load import training_corpus
 from exporting import web_page
 from exporting.hf_tokenizer import KNOWN_PATTERNS
 from exporting.js_regex import to_javascript
@@ -455,7 +456,7 @@ def test_int8_is_chosen_if_the_loss_is_nearly_the_same(trained, capsys):
 
 def test_the_losses_are_those_of_the_rounded_models(trained):
     model, tokenizer, state = utils.load_checkpoint("run/best.pt")
-    corpus = web_page.training_corpus(tokenizer, state)
+    corpus = training_corpus(tokenizer, state)
     ids = torch.from_numpy(corpus.val_ids.astype(np.int64))
     for precision in ("float16", "int8"):
         loss = web_page.mean_loss(web_page.rounded(model, precision), corpus, False)

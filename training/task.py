@@ -116,8 +116,7 @@ class Pretraining:
 
     def document_numbers(self, x: Tensor) -> Tensor | None:
         """With doc_mask, the number of each token's document within its window, (B, T)."""
-        separator = self.corpus.separator if self.config.doc_mask else None
-        return None if separator is None else (x == separator).cumsum(dim=1)
+        return self.corpus.document_numbers(x) if self.config.doc_mask else None
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         n_windows = None if full else self.config.eval_windows
