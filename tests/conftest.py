@@ -8,12 +8,14 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import train
 from config import ARCHS, GPTConfig
 from corpus.files import note
 from exporting.hf_model import config_to_hf, weights_to_hf
 from model import GPT, MLPS, NORMS, POSITIONS
+from training import run_log
 
 # While mutmut records which functions a test calls, child processes must run the plain code: they
 # cannot record, and would not find mutmut's settings. Later they run the same mutant.
@@ -106,6 +108,14 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "input.txt").write_text(make_text(), encoding="utf-8")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def small_loss_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty picture instead of the loss curve of a run, which takes longer than tiny runs. The
+    tests of the log draw the real one."""
+    if request.module.__name__ != "test_run_log":
+        monkeypatch.setattr(run_log, "plot_runs", lambda runs: Figure(figsize=(1, 1)))
 
 
 # A run that takes a second or two.

@@ -48,7 +48,6 @@ from experiments import (
 )
 from system.command_line import read_flags
 from train import Trainer
-from training.run_log import RunLog
 from utils import load_checkpoint
 from viz.runs import new_figure
 
@@ -58,12 +57,6 @@ COMMANDS = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if "def main(" 
 CAUCHY = 12.7062  # the 97.5% quantile of t with one degree of freedom, tan(0.475 pi): two seeds
 TINY = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 16, "batch_size": 4, "max_steps": 6}
 TINY |= {"eval_every": 3, "eval_windows": 4, "compile": False, "precision": "float32"}
-
-
-@pytest.fixture(autouse=True)
-def no_loss_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plotting the curve of each run would take most of the time; test_live.py tests it."""
-    monkeypatch.setattr(RunLog, "plot", lambda log: None)
 
 
 def parse_tiny_study(*words: str) -> study.Study:

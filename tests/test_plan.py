@@ -22,7 +22,6 @@ from training import deadline, plan
 from training.deadline import Deadline, end_schedule_at
 from training.law import LAW, Law, Pilot, Run
 from training.plan import Candidate
-from training.run_log import RunLog
 
 ROOT = Path(__file__).parent.parent
 # One of everything, so that each term can be worked out by hand.
@@ -286,7 +285,6 @@ def fast(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(plan, "MIN_STEPS", 20)
     monkeypatch.setattr(plan, "PILOT_STEPS", 20)
     monkeypatch.setattr(plan, "PILOT_SECONDS", 0.0)
-    monkeypatch.setattr(RunLog, "plot", lambda log: None)  # most of the time
     return workplace
 
 

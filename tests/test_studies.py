@@ -16,17 +16,10 @@ import train
 from config import GPTConfig
 from experiments import comparison, mistakes, optimizers, provenance, study
 from model import GPT
-from training.run_log import RunLog
 
 MODEL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "block_size": 8}
 X = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
 Y = torch.tensor([[1, 4, 1, 5, 2, 6, 5, 3]])
-
-
-@pytest.fixture(autouse=True)
-def no_loss_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plotting the curve of each run would take most of the time."""
-    monkeypatch.setattr(RunLog, "plot", lambda log: None)
 
 
 def tiny_trainer(**flags: Any) -> train.Trainer:
