@@ -94,7 +94,6 @@ def download(url: str, path: Path) -> None:
     """
     if path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp_path = path.with_name(path.name + ".part")
     with locked_file(path, "a download"):
         try:

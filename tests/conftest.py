@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def small_loss_curves(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
     tests of the log draw the real one."""
     if request.module.__name__ != "test_run_log":
         monkeypatch.setattr(run_log, "plot_runs", lambda runs: Figure(figsize=(1, 1)))
+
+
+def stop_after(steps: int) -> type[train.StopSignal]:
+    """A StopSignal that receives SIGTERM during the last of these steps."""
+
+    class Stop(train.StopSignal):
+        checks = 0
+
+        def requested(self) -> bool:
+            self.checks += 1
+            self.number = signal.SIGTERM if self.checks > steps else 0
+            return self.checks > steps
+
+    return Stop
 
 
 # A run that takes a second or two.

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import stop_after
 
 import finetune
 import train
@@ -315,19 +316,8 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
     whole = torch.load("checkpoints/latest.pt", weights_only=True)
     gpt = from_dict(GPTConfig, whole["gpt_config"])
     config = from_dict(TrainConfig, whole["train_config"])
-
-    class Stop(train.StopSignal):
-        """A signal during the twelfth step."""
-
-        steps = 0
-
-        def requested(self) -> bool:
-            Stop.steps += 1
-            self.number = 15
-            return Stop.steps > 12
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", Stop)
+        patch.setattr(train, "StopSignal", stop_after(12))
         patch.setattr(train, "plan_run", lambda *args: (gpt, replace(config, tag="b")))
         assert train.main([*FAST, "--minutes=0.5", "--tag=b"]) == 128 + 15
     state = torch.load("checkpoints/b/latest.pt", weights_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, make_model, make_text
+from conftest import TINY_RUN, make_model, make_text, stop_after
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -568,19 +568,9 @@ def test_a_stopped_run_resumes_bit_for_bit(workplace, number):
 
 
 def test_a_run_shortened_to_the_step_where_it_stopped_is_evaluated_there(workplace, monkeypatch):
-    class Stop(train.StopSignal):
-        """A signal during the seventh step."""
-
-        checks = 0
-
-        def requested(self) -> bool:
-            Stop.checks += 1
-            self.number = 15
-            return Stop.checks > 7
-
     flags = [*TINY_RUN, "--max_steps=20", "--eval_every=20"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", Stop)
+        patch.setattr(train, "StopSignal", stop_after(7))
         assert train.main(flags) == 128 + 15
     assert train.main(["--resume", "--device=cpu", "--max_steps=7"]) == 0
     log = final_state("checkpoints")["log"]

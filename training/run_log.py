@@ -161,8 +161,8 @@ class RunLog:
     def begins_with_evaluation(self, step: int) -> bool:
         """Whether a run that starts or resumes at this step is evaluated first: a new one, and one
         whose max_steps was lowered to the step at which it was stopped."""
-        evaluated = self.records[-1]["step"] if self.records else -1
-        return evaluated < 0 or (self.is_evaluation_step(step) and evaluated < step)
+        last = self.records[-1]["step"] if self.records else -1
+        return last < step and self.is_evaluation_step(step)
 
     def restart_clock(self, step: int) -> None:
         """Time the steps after this one."""
