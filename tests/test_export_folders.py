@@ -17,7 +17,7 @@ import utils
 from config import UserError
 from exporting.folders import MARKER, new_folder
 from system import folders
-from system.folders import restore_folder
+from system.folders import locked_file, restore_folder
 
 pytest.importorskip("safetensors")
 
@@ -291,6 +291,8 @@ def test_an_import_replaces_only_a_checkpoint(workplace: Path):
         assert Path(name).read_bytes() == before
     with pytest.raises(UserError, match=r"best\.pt exists: add --overwrite"):
         export.main(["--from", "out", str(path)])
+    with locked_file(path, "an import"), pytest.raises(UserError, match="in use by an import"):
+        export.main(["--from", "out", str(path), "--overwrite"])
     assert export.main(["--from", "out", str(path), "--overwrite"]) == 0
     assert utils.read_checkpoint(path)["step"] == 0
     with pytest.raises(UserError, match=r"cannot write to the folder notes\.pt: Not a directory"):

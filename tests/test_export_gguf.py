@@ -27,6 +27,7 @@ from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN
 from exporting.probes import PROBES
 from generate import generate
 from model import GPT, rotate
+from system.folders import locked_file
 from tokenizer import PRINTABLE_TO_BYTE, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -407,6 +408,11 @@ def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
     assert export.main(["model.pt", "model.gguf"]) == 0
     size = Path("model.gguf").stat().st_size
     assert "add --overwrite" in error_of("model.pt", "model.gguf", "--precision=float32")
+    with (
+        locked_file(Path("model.gguf"), "an export"),
+        pytest.raises(UserError, match="in use by an export"),
+    ):
+        export.main(["model.pt", "model.gguf", "--overwrite"])
     assert export.main(["model.pt", "model.gguf", "--precision=float32", "--overwrite"]) == 0
     assert Path("model.gguf").stat().st_size > size
 
