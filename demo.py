@@ -20,32 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import (
-    DEVICE_HELP,
-    SampleConfig,
-    UserError,
-    all_problems,
-    from_dict,
-    raise_problems,
-    setting,
-)
-from generate import (
+from config import DEVICE_HELP, SampleConfig
+from generate import adjust_logits, generate, sampling_settings
+from model import GPT
+from sampling.text import (
     TextWriter,
-    adjust_logits,
+    answers_questions,
+    checkpoint_line,
     decode_prompt,
     encode_prompt,
     end_tokens,
-    generate,
-    sampling_settings,
+    last_trained_on_text,
 )
-from model import GPT
-from sampling.checks import answers_questions, last_trained_on_text
-from sampling.output import checkpoint_line
 from system.command_line import convert, parse_args
+from system.device import device_problems, pick_device
 from system.errors import run
-from system.folders import newest_checkpoint
+from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
-from utils import device_problems, load_checkpoint, pick_device
+from utils import load_checkpoint, newest_checkpoint
 from viz.internals import token_labels
 from viz.runs import plot_runs, read_run
 

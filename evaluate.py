@@ -27,14 +27,16 @@ import torch
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, GPTConfig, UserError, from_dict, setting
+from config import DEVICE_HELP, PRECISIONS, GPTConfig
 from corpus.load import Corpus, load_corpus
 from model import GPT
-from sampling.checks import last_objective
+from sampling.text import last_objective
 from system.command_line import parse_args
+from system.device import autocast, device_problems, pick_device
 from system.errors import run
-from system.folders import newest_checkpoint
+from system.settings import UserError, from_dict, setting
 from training.machine import pick_precision
+from utils import newest_checkpoint
 
 COLUMNS = ("checkpoint", "parameters", "split", "tokens", "loss", "ppl", "bpb", "top-1", "tok/s")
 
@@ -89,7 +91,7 @@ def evaluate_split(
         y[torch.from_numpy(batch_starts > 0), :overlap] = -100  # scored in an earlier window
         x, y = x.to(device), y.to(device)
         docs = corpus.document_numbers(x) if doc_mask else None
-        with utils.autocast(device, config.precision):
+        with autocast(device, config.precision):
             logits, loss = model(x, y, docs)  # (B, T, V), ()
         n_scored = int((y != -100).sum())  # the last window extends past the end of the split
         total_loss += loss.item() * n_scored
@@ -176,11 +178,11 @@ def format_table(rows: list[dict[str, Any]], stride: int | None = None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(
-        EvaluateConfig, argv, __doc__, check=lambda config: utils.device_problems(config.device)
+        EvaluateConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )
     paths = [Path(name) for name in config.checkpoints]
     paths = paths or [newest_checkpoint(Path("checkpoints"))]
-    device = utils.pick_device(config.device)
+    device = pick_device(config.device)
     # report damaged checkpoints, and strides that would skip tokens, before anything slow starts
     size, name = min((window_size(path), str(path)) for path in paths)
     if config.stride is not None and config.stride > size:

@@ -22,25 +22,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SampleConfig, UserError, all_problems, setting
-from generate import (
+from config import SampleConfig
+from generate import adjust_logits, generate, load_for_sampling, sampling_settings, stream_texts
+from model import GPT
+from sampling.checks import sampling_problems
+from sampling.output import header, write_text
+from sampling.text import (
     TextWriter,
-    adjust_logits,
+    answers_questions,
     decode_prompt,
     encode_prompt,
     end_tokens,
-    generate,
-    load_for_sampling,
     model_prompt,
-    sampling_settings,
-    stream_texts,
+    warn_if_cut,
 )
-from model import GPT
-from sampling.checks import answers_questions, sampling_problems, warn_if_cut
-from sampling.output import header, write_text
 from system.command_line import convert, parse_args
 from system.errors import run
 from system.files import file_problems
+from system.settings import UserError, all_problems, setting
 from tokenizer import Tokenizer
 
 # The actions, and the flags that each of them would ignore.

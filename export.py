@@ -21,7 +21,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import setting
 from exporting.folders import check_target
 from exporting.gguf_file import export_gguf
 from exporting.huggingface import export_hf, import_hf, import_optional, upload
@@ -29,8 +28,8 @@ from exporting.peft import export_adapter
 from exporting.web_page import export_page
 from finetuning import lora
 from system.command_line import parse_args
-from system.errors import run
-from system.files import quote_path
+from system.errors import quote_path, run
+from system.settings import setting
 
 
 @dataclass

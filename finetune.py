@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import GPTConfig, TrainConfig, UserError, raise_problems
+from config import GPTConfig, TrainConfig
 from corpus.files import iter_documents
 from corpus.load import (
     MAX_IN_MEMORY,
@@ -48,11 +48,12 @@ from finetuning.setup import (
 )
 from finetuning.tasks import DistillationTask, DPOTask, QATask, Splits, TextTask, encode_splits
 from model import GPT
-from sampling.checks import answers_questions, last_objective, last_trained_on_text
+from sampling.text import answers_questions, last_objective, last_trained_on_text
 from system.command_line import parse_args
-from system.errors import run
-from system.files import quote_path
+from system.device import pick_device
+from system.errors import quote_path, run
 from system.folders import locked
+from system.settings import UserError, raise_problems
 from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer
 from train import Trainer, run_training
 from training.distributed import (
@@ -70,7 +71,7 @@ from training.setup import (
     setup_machine,
 )
 from training.task import CheckpointFormat, PlainFormat, Pretraining, Task
-from utils import pick_device, read_checkpoint, save_checkpoint
+from utils import read_checkpoint, save_checkpoint
 
 # --- data and models
 

@@ -9,7 +9,6 @@ A model that was trained on questions and answers takes the prompt as a question
 probabilities and comparisons of settings see explore.py.
 """
 
-import codecs
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,29 +19,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SampleConfig, UserError
+from config import SampleConfig
 from corpus.files import read_text
-from corpus.records import prompt_text
 from model import GPT, KVCache
 from sampling.beam_search import beam_search
-from sampling.checks import (
-    answers_questions,
-    check_finite,
-    check_question,
-    check_sampling_memory,
-    last_trained_on_text,
-    sampling_problems,
-    warn_if_cut,
-)
-from sampling.output import checkpoint_line, header, write_text
+from sampling.checks import check_finite, check_sampling_memory, sampling_problems
+from sampling.output import header, write_text
 from sampling.quantize import cache_dtype, lower_precision
 from sampling.static_cache import StaticCache
+from sampling.text import (
+    TextWriter,
+    check_question,
+    checkpoint_line,
+    decode_prompt,
+    end_tokens,
+    last_trained_on_text,
+    model_prompt,
+)
 from system.command_line import parse_args
 from system.compiler import compiler_problem
+from system.device import pick_device
 from system.errors import run
-from system.folders import newest_checkpoint
-from tokenizer import END_OF_TEXT, Tokenizer
-from utils import load_checkpoint, pick_device
+from system.settings import UserError
+from tokenizer import Tokenizer
+from utils import load_checkpoint, newest_checkpoint
 
 SEPARATOR = "\n" + "-" * 40 + "\n"  # between several samples
 
@@ -206,85 +206,6 @@ def generate(
 
 
 # --- text
-
-START_TOKENS = ("<BOS>", END_OF_TEXT)  # the first that the tokenizer has starts a text
-
-
-def end_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text."""
-    return [i for text, i in tokenizer.specials.items() if text in (END_OF_TEXT, "<EOS>")]
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str, qa: bool = True) -> Tensor:
-    """The ids of a prompt (T,). Characters that the tokenizer does not know are left out, with a
-    warning. If the model answers questions, the text becomes one, as in training, unless `qa` is
-    off: <BOS>Question: ...\\nAnswer:
-
-    An empty prompt, or a blank question, becomes the token that starts a text: <BOS> for questions
-    and answers, or <|endoftext|>; without special tokens, a newline or else the first token.
-    """
-    unk = tokenizer.specials.get("<UNK>")  # never trained: all characters of a corpus are known
-    chars = sorted(set(text))
-    unknown = [c for c in chars if tokenizer.unknown(c) or unk in tokenizer.encode(c).tolist()]
-    if unknown:
-        names = " ".join(map(repr, unknown))
-        print(f"warning: unknown characters left out of the prompt: {names}", file=sys.stderr)
-        text = "".join(c for c in text if c not in unknown)
-    ask = qa and answers_questions(tokenizer)
-    if ask:
-        text = text.strip() and prompt_text(text)
-    if not text and not tokenizer.specials and not tokenizer.unknown("\n"):
-        text = "\n"
-    ids = tokenizer.encode(text)  # (T,)
-    if ask or not text:
-        starts = [tokenizer.specials[t] for t in START_TOKENS if t in tokenizer.specials]
-        ids = np.append([*starts, 0][0], ids)
-    return torch.from_numpy(ids)
-
-
-def decode_prompt(tokenizer: Tokenizer, prompt: Tensor) -> str:
-    """The text of a prompt (T,), without the token that starts an empty one."""
-    hidden = {tokenizer.specials.get(text) for text in START_TOKENS}
-    return tokenizer.decode(i for i in prompt.tolist() if i not in hidden)
-
-
-def model_prompt(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Tensor:
-    """The ids of the prompt (T,), on the model's device; a warning if it exceeds the window."""
-    prompt = encode_prompt(tokenizer, config.prompt, config.qa)
-    warn_if_cut("the prompt", len(prompt), model.config.block_size)
-    return prompt.to(model.tok.weight.device)
-
-
-class TextWriter:
-    """Turns the tokens of one sample into text as they come: complete characters only, because a
-    token may end inside one, and nothing after an end token or a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
-        self.ends = end_tokens(tokenizer)
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held = ""  # may be the beginning of a stop string
-        self.done = False
-
-    def add(self, token: int) -> str:
-        """The text that is complete after one more token."""
-        if self.done or token < 0 or token in self.ends:
-            return self.finish()
-        self.held += self.utf8.decode(self.tokenizer.decode_bytes([token]))
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.done = True
-            return self.held[: min(found)]
-        prefixes = (stop[:n] for stop in self.stops for n in range(len(stop)))
-        keep = max((len(p) for p in prefixes if self.held.endswith(p)), default=0)
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return text
-
-    def finish(self) -> str:
-        """The text still held back; later tokens are ignored."""
-        text = "" if self.done else self.held + self.utf8.decode(b"", final=True)
-        self.done, self.held = True, ""
-        return text
 
 
 def stream_texts(

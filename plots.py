@@ -13,11 +13,11 @@ The extension of --output_file, .png or .svg, selects the format.
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import UserError, setting
 from system.command_line import parse_args
 from system.errors import run
 from system.files import file_problems
-from system.folders import newest_checkpoint
+from system.settings import UserError, setting
+from utils import newest_checkpoint
 from viz.internals import parse_numbers, plot_internals
 from viz.runs import MAX_RUNS, X_LABELS, plot_runs, read_run, save_figure
 

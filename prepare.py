@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import PRESETS, UserError, setting, train_settings
+from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
 from corpus.folder import foreign_files, write_manifest
@@ -35,6 +35,7 @@ from model import GPT
 from system.command_line import parse_args
 from system.errors import run
 from system.folders import replacing
+from system.settings import UserError, setting
 
 # Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
 TOKENS_PER_PARAMETER = 20

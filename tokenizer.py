@@ -17,7 +17,7 @@ import numpy as np
 import regex  # re with Unicode classes such as \p{L}
 import tiktoken
 
-from config import UserError
+from system.settings import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document of a corpus that has several
 # For question/answer records: ids 0 to 3 in a new vocabulary; fine-tuning may add them elsewhere
@@ -273,3 +273,8 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
             raise UserError("byte pairs need a token for every byte, and different ids")
         return BPETokenizer(ranks, dict(data["specials"]), regex.compile(data["pattern"]).pattern)
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")
+
+
+def prompt_text(question: str) -> str:
+    """The prompt of a question, up to where the answer begins."""
+    return f"Question: {question.strip()}\nAnswer:"

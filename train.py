@@ -25,12 +25,14 @@ import torch.nn as nn
 from torch import Tensor
 
 import tokenizer as tokenizers
-from config import GPTConfig, TrainConfig, from_dict
+from config import GPTConfig, TrainConfig
 from corpus.load import is_dataset, load_corpus
 from model import GPT
 from system.command_line import parse_args
+from system.device import autocast, pick_device
 from system.errors import run
 from system.folders import locked
+from system.settings import from_dict
 from training.deadline import Deadline
 from training.distributed import (
     Weights,
@@ -64,15 +66,7 @@ from training.setup import (
 )
 from training.signals import StopSignal
 from training.task import Metrics, Pretraining, Task
-from utils import (
-    autocast,
-    matching_contents,
-    mix_seed,
-    pick_device,
-    read_checkpoint,
-    save_checkpoint,
-    to_device,
-)
+from utils import matching_contents, mix_seed, read_checkpoint, save_checkpoint, to_device
 
 # --- schedule and optimizers
 

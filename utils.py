@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import tokenizer as tokenizers
-from config import GPTConfig, UserError, all_problems, from_dict, raise_problems
+from config import GPTConfig
 from model import GPT
 from system.errors import first_line
 from system.files import atomic_write
+from system.settings import UserError, all_problems, from_dict, raise_problems
 
 # --- batches: windows of a stream of token ids
 
@@ -119,43 +120,6 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 # --- device and precision
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError if it does
-    not exist."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return torch.device(next(kind for kind in available if available[kind]))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"unknown device {name!r}: use cpu, cuda, cuda:1 or mps") from None
-    missing_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    if not available.get(device.type) or missing_gpu:
-        have = ", ".join(kind for kind in available if available[kind])
-        raise UserError(f"no device {name!r} on this machine (it has {have}): use --device auto")
-    return device
-
-
-def device_problems(name: str) -> list[str]:
-    """Why a device cannot be used on this machine; empty if it can."""
-    try:
-        pick_device(name)
-    except UserError as error:
-        return [str(error)]
-    return []
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which matrix products run in the given precision."""
-    if precision not in ("bfloat16", "float16"):
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, getattr(torch, precision))
 
 
 # --- checkpoints
@@ -265,3 +229,13 @@ def count_params(config: GPTConfig) -> tuple[int, int]:
     with torch.device("meta"):
         one, two = (GPT(replace(config, n_layer=n)).num_params() for n in (1, 2))
     return one + (config.n_layer - 1) * (two - one), two - one
+
+
+def newest_checkpoint(out_dir: Path) -> Path:
+    """best.pt, else latest.pt, of the most recently written run in out_dir or a folder in it."""
+    names = ("best.pt", "latest.pt")
+    files = [file for name in names for file in (*out_dir.glob(name), *out_dir.glob(f"*/{name}"))]
+    if not files:
+        raise UserError(f"there is no checkpoint in {out_dir}/: train one with `python train.py`")
+    run_dir = max(files, key=lambda file: file.stat().st_mtime).parent
+    return next(run_dir / name for name in names if (run_dir / name).exists())

@@ -8,7 +8,7 @@ from itertools import pairwise
 import regex  # the standard library's re with Unicode classes such as \p{L}; tiktoken brings it
 from tqdm import tqdm
 
-from config import UserError
+from system.settings import UserError
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, segments
 
 Pair = tuple[int, int]  # the ids of two adjacent tokens

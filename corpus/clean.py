@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from config import setting
+from system.settings import setting
 
 CHUNK_SIZE = 1 << 22  # characters: a longer document is processed in chunks of at most this size
 

@@ -21,7 +21,7 @@ import numpy as np
 import tiktoken
 
 import tokenizer as tokenizers
-from config import ENCODINGS, TOKENIZERS, UserError, setting
+from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, train_bpe
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.download import DATASETS
@@ -29,6 +29,7 @@ from corpus.encodings import from_tiktoken
 from corpus.files import file_sha256, map_token_files, token_dtype, token_files
 from corpus.sources import SourceReader, find_sources
 from corpus.workers import parallel_map
+from system.settings import UserError, setting
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import matching_contents, read_checkpoint
 

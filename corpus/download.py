@@ -25,10 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import UserError
 from corpus.files import file_sha256
 from system.files import atomic_write
 from system.folders import locked_file
+from system.settings import UserError
 
 DATASETS = ("shakespeare", "plays", "tinystories")
 TIMEOUT = 20  # seconds without data

@@ -4,8 +4,8 @@ import threading
 
 import tiktoken
 
-from config import UserError
 from corpus.files import note
+from system.settings import UserError
 from tokenizer import GPT2_PATTERN, BPETokenizer
 
 NOTE_AFTER = 3  # seconds; most machines read a cached encoding in less

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from system.settings import UserError
 
 READ_SIZE = 1 << 20  # bytes per read
 MAX_WITHOUT_TEXT = 1000  # lines at the start of a .jsonl file, until its field counts as wrong

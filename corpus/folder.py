@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
 from corpus.files import READ_SIZE, file_sha256, token_files
 from system.files import atomic_write
+from system.settings import UserError
 
 VERIFY_ALWAYS = 1 << 30  # bytes
 HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files

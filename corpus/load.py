@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 import tokenizer as tokenizers
-from config import ENCODINGS, UserError
+from config import ENCODINGS
 from corpus.bpe import count_pieces, train_bpe
 from corpus.download import DATASETS, fetch, known_name
 from corpus.encodings import from_tiktoken
@@ -35,6 +35,7 @@ from corpus.folder import read_manifest, verify
 from corpus.records import Record, encode_record, read_records, record_text
 from system.errors import first_line
 from system.folders import restore_folder
+from system.settings import UserError
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer
 
 if TYPE_CHECKING:  # prepare.py does not need torch

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from config import UserError
 from corpus.files import json_text, read_text
-from tokenizer import Tokenizer
+from system.settings import UserError
+from tokenizer import Tokenizer, prompt_text
 
 Record = dict[str, Any]
 
@@ -113,11 +113,6 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
 
 
 # --- records as text and as ids
-
-
-def prompt_text(question: str) -> str:
-    """The prompt of a question, up to where the answer begins."""
-    return f"Question: {question.strip()}\nAnswer:"
 
 
 def record_text(record: Record) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import UserError
 from corpus.clean import CHUNK_SIZE, Chunk
 from corpus.download import DATASETS, fetch
 from corpus.files import iter_documents, replace_surrogates
 from corpus.load import SPLIT_SEED, hash_to_unit, is_validation, note_end_of_text
+from system.settings import UserError
 
 BATCH_SIZE = 1 << 20  # characters that a worker process receives at once
 CHUNK_COST = 100  # characters added to the size of each chunk, to limit the chunks per batch

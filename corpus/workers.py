@@ -11,8 +11,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from config import UserError
 from corpus.clean import Chunk
+from system.settings import UserError
 
 Result = TypeVar("Result")
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, UserError, setting, train_settings
+from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
 from corpus.bpe import count_pieces, train_bpe
 from corpus.files import iter_documents, map_token_files
 from corpus.load import Corpus, find_corpus
@@ -44,13 +44,15 @@ from generate import generate
 from model import GPT
 from sampling.quantize import Int8Linear, lower_precision
 from system.command_line import parse_args
+from system.device import device_problems, pick_device
 from system.errors import run
+from system.settings import UserError, setting
 from tokenizer import CharTokenizer
 from train import Trainer
 from training.dry_run import flops_per_token
 from training.setup import Flags
 from training.task import Pretraining
-from utils import count_params, device_problems, get_batch, pick_device
+from utils import count_params, get_batch
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ("tokenizers", "generate", "train", "data", "gpu")

@@ -13,14 +13,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from config import DEVICE_HELP, UserError, setting
+from config import DEVICE_HELP
 from corpus.load import training_corpus
 from evaluate import EvaluateConfig, evaluate_split
 from experiments.study import to_markdown
 from model import GPT
 from system.command_line import parse_args
+from system.device import device_problems, pick_device
 from system.errors import run
-from utils import device_problems, load_checkpoint, pick_device
+from system.settings import UserError, setting
+from utils import load_checkpoint
 
 
 @dataclass

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 import train
-from config import SampleConfig, UserError, train_settings
+from config import SampleConfig, train_settings
 from corpus.load import Corpus
 from experiments.baselines import nanogpt_step
 from experiments.timing import time_losses, time_once
 from generate import generate
 from model import GPT
 from sampling.quantize import lower_precision
+from system.settings import UserError
 from tokenizer import CharTokenizer
 from train import Trainer
 from training.dry_run import flops_per_token

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from config import SampleConfig, UserError, setting
+from config import SampleConfig
 from corpus.load import Corpus, load_corpus
 from evaluate import EvaluateConfig, evaluate_split
 from experiments.comparison import Row, margin, mean
@@ -34,6 +34,7 @@ from explore import distinct_ngrams, sample_with_statistics
 from generate import sample_text
 from model import GPT
 from system.errors import run
+from system.settings import UserError, setting
 from tokenizer import Tokenizer
 from training.setup import Flags
 from utils import even_starts, load_checkpoint

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from config import GPTConfig, from_dict
+from config import GPTConfig
 from experiments.comparison import Row, margin, mean
 from experiments.study import (
     Study,
@@ -34,6 +34,7 @@ from experiments.study import (
 )
 from model import GPT
 from system.errors import run
+from system.settings import from_dict
 from training.setup import Flags
 from viz.runs import BLACK, COLORS, new_figure
 

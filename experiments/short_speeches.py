@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 import finetune
-from config import SampleConfig, setting
+from config import SampleConfig
 from corpus.files import read_text
 from corpus.load import find_corpus
 from generate import sample_text
 from system.command_line import parse_args
 from system.errors import run
 from system.files import atomic_write
+from system.settings import setting
 from utils import load_checkpoint, read_checkpoint
 
 PAIRS_FILE = Path("data/short_speeches.jsonl")

@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError, setting
 from corpus.load import file_info, find_corpus
 from experiments.baselines import nanogpt_command
 from experiments.provenance import run_record
 from experiments.timing import Timed, median, time_losses
 from system.command_line import parse_args
+from system.device import pick_device
 from system.errors import run
 from system.folders import folder_problems
-from utils import pick_device
+from system.settings import UserError, setting
 
 ROOT = Path(__file__).parent.parent
 # Repeated texts need much more weight decay than usual, and larger models more (Kim et al. 2025).

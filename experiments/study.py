@@ -23,26 +23,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import train
-from config import (
-    DEVICE_HELP,
-    TrainConfig,
-    UserError,
-    all_problems,
-    from_dict,
-    raise_problems,
-    setting,
-    train_settings,
-)
+from config import DEVICE_HELP, TrainConfig, train_settings
 from corpus.load import Corpus, check_length, load_corpus
 from experiments.comparison import Row, margin, mean
 from experiments.provenance import describe, run_record
 from model import GPT
 from system.command_line import parse_args
+from system.device import device_problems, pick_device
 from system.files import atomic_write
+from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 from training.setup import Flags, setup_machine
 from training.task import Pretraining
-from utils import device_problems, pick_device, read_checkpoint
+from utils import read_checkpoint
 from viz.runs import read_run, save_figure
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import UserError
+from system.settings import UserError
 from training.machine import keep_freed_memory
 
 WARMUP_STEPS = 3

@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from config import UserError, setting
 from corpus.encodings import from_tiktoken
 from corpus.load import is_dataset
 from experiments.comparison import Row, add_differences, margin, mean
@@ -32,6 +31,7 @@ from experiments.study import (
     write_results,
 )
 from system.errors import run
+from system.settings import UserError, setting
 from training.setup import Flags
 from viz.runs import COLORS, new_figure
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from config import VERSION, UserError
 from corpus.files import file_sha256
 from system.errors import first_line
 from system.folders import replacing
+from system.settings import VERSION, UserError
 
 MARKER = "tinyllm.json"
 

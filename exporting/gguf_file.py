@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 import utils
-from config import GPTConfig, SampleConfig, UserError, raise_problems
-from corpus.records import prompt_text
+from config import GPTConfig, SampleConfig
 from exporting.hf_model import matching_arch, split_sizes
 from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN, merges_of
 from exporting.huggingface import import_optional, special_token_ids
 from finetuning import lora
 from model import GPT
-from sampling.checks import answers_questions, last_trained_on_text
+from sampling.text import answers_questions, last_trained_on_text
 from system.files import atomic_write, file_problems
 from system.folders import locked_file
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
+from system.settings import UserError, raise_problems
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, prompt_text, to_printable
 
 TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
 MAGIC = b"GGUF"  # the start of a GGUF file

@@ -6,7 +6,7 @@ for `transformers`. They are copies, except for the imports, and need nothing el
 
 from pathlib import Path
 
-from config import VERSION
+from system.settings import VERSION
 
 ROOT = Path(__file__).parent.parent
 # file in the folder: file here, and an import with what replaces it

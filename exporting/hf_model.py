@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import ARCH_FIELDS, ARCHS, GPTConfig, UserError, all_problems, from_dict, raise_problems
+from config import ARCH_FIELDS, ARCHS, GPTConfig
 from model import GPT
+from system.settings import UserError, all_problems, from_dict, raise_problems
 
 # --- architectures
 

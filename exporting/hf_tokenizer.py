@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from config import UserError
 from exporting.probes import PROBES
 from system.errors import first_line
+from system.settings import UserError
 from tokenizer import GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer, to_printable
 
 UNKNOWN = "<UNK>"

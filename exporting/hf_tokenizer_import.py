@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from config import UserError
 from corpus.files import read_text
 from exporting.folders import read_json
 from exporting.hf_tokenizer import (
@@ -19,6 +18,7 @@ from exporting.hf_tokenizer import (
     merges_of,
     split_rule,
 )
+from system.settings import UserError
 from tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,

@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 
 import utils
-from config import (
-    ARCH_FIELDS,
-    ARCHS,
-    GPTConfig,
-    UserError,
-    raise_problems,
-)
+from config import ARCH_FIELDS, ARCHS, GPTConfig
 from corpus.encodings import from_tiktoken
 from exporting.folders import MARKER, check_files, new_folder, read_json, write_json
 from exporting.hf_code import code_files
@@ -38,12 +32,11 @@ from exporting.hf_model import (
 )
 from exporting.hf_tokenizer import tokenizer_to_hf
 from exporting.hf_tokenizer_import import gpt2_tokenizer, tokenizer_from_hf
-from generate import end_tokens
 from model import GPT
-from sampling.checks import last_trained_on_text
-from system.errors import first_line
-from system.files import quote_path
+from sampling.text import end_tokens, last_trained_on_text
+from system.errors import first_line, quote_path
 from system.folders import folder_problems, locked_file
+from system.settings import UserError, raise_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 from training.task import sample_from_newline
 

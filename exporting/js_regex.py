@@ -7,7 +7,7 @@ translated raise a UserError.
 
 import re
 
-from config import UserError
+from system.settings import UserError
 
 # Rust's classes, as the content of a JavaScript character class: inside [], and negated outside.
 CLASSES = {"s": r"\p{White_Space}", "d": r"\p{Nd}"}

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import GPTConfig, UserError, all_problems, from_dict, raise_problems
+from config import GPTConfig
 from exporting.folders import new_folder, write_json
 from exporting.hf_model import arch_or_custom, split_sizes, tensor_names
 from exporting.huggingface import save_tensors
 from finetuning import lora
 from model import GPT
 from system.errors import first_line
+from system.settings import UserError, all_problems, from_dict, raise_problems
 
 
 def export_adapter(path: Path, folder: Path, overwrite: bool = False) -> None:

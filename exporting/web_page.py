@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 
 import utils
-from config import GPTConfig, UserError, raise_problems
+from config import GPTConfig
 from corpus.load import Corpus, training_corpus
 from exporting.js_regex import to_javascript
 from model import GPT
-from sampling.checks import answers_questions, last_trained_on_text
+from sampling.text import answers_questions, last_trained_on_text
+from system.device import pick_device
 from system.files import atomic_write, file_problems
 from system.folders import locked_file
+from system.settings import UserError, raise_problems
 from tokenizer import Tokenizer
 
 PAGE = Path(__file__).parent / "page"
@@ -64,7 +66,7 @@ def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     measured loss is nearly the same. Raises UserError if the file exists, unless it is a page and
     `overwrite` is set."""
     check_page_target(target, overwrite)
-    model, tokenizer, state = utils.load_checkpoint(checkpoint, utils.pick_device("auto"))
+    model, tokenizer, state = utils.load_checkpoint(checkpoint, pick_device("auto"))
     data = page_data(model, tokenizer, state)
     precision, measured = pick_precision(model, tokenizer, state, precision)
     data["summary"] += f"; weights in {precision}{measured}"

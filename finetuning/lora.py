@@ -22,10 +22,11 @@ from torch import Tensor
 
 import tokenizer as tokenizers
 import utils
-from config import GPTConfig, UserError, all_problems, from_dict, raise_problems, setting
+from config import GPTConfig
 from finetuning.new_tokens import EMBEDDINGS, is_extension
 from model import GPT
 from system.files import atomic_write
+from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 
 TARGETS: dict[str, tuple[str, ...]] = {

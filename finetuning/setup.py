@@ -6,23 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from config import (
-    ARCHS,
-    PRESETS,
-    SGD_LR,
-    TOKENIZERS,
-    GPTConfig,
-    TrainConfig,
-    UserError,
-    all_problems,
-    from_dict,
-    raise_problems,
-    setting,
-)
+from config import ARCHS, PRESETS, SGD_LR, TOKENIZERS, GPTConfig, TrainConfig
 from finetuning import lora
 from finetuning.lora import LoRAConfig
 from model import GPT
 from system.folders import folder_problems
+from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 from training.distributed import is_torchrun, world_size
 from training.run_log import run_files

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import SampleConfig, TrainConfig, UserError
+from config import SampleConfig, TrainConfig
 from corpus.load import Corpus
 from corpus.records import encode_record
 from generate import stream_texts
 from model import GPT
+from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 from training.distributed import all_reduce_sum, rank, world_size
 from training.task import Batch, CheckpointFormat, Metrics, Pretraining, sample_from_newline

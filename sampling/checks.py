@@ -1,18 +1,15 @@
 """Checks before text is generated: settings that exclude each other, files, memory."""
 
-import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from config import GPTConfig, SampleConfig, UserError
-from system.files import file_problems, quote_path
-from system.memory import check_memory
-from tokenizer import QA_SPECIALS, Tokenizer
-from utils import device_problems
+from config import GPTConfig, SampleConfig
+from system.device import check_memory, device_problems
+from system.files import file_problems
+from system.settings import UserError
 
 # What beam search, which draws no random numbers, would ignore.
 NOT_WITH_BEAMS = (
@@ -45,36 +42,6 @@ def sampling_problems(config: SampleConfig) -> list[str]:
             problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
         found += [f"--output_file: {problem}" for problem in problems]
     return found
-
-
-def answers_questions(tokenizer: Tokenizer) -> bool:
-    """Whether the model of a tokenizer was trained on questions: then the tokenizer has their
-    special tokens."""
-    return set(QA_SPECIALS) <= tokenizer.specials.keys()
-
-
-def last_objective(state: dict[str, Any]) -> str:
-    """The objective that a checkpoint was fine-tuned with last; empty if it was not fine-tuned, and
-    for a merged adapter, whose objective is unknown."""
-    finetune = state.get("finetune")
-    if not isinstance(finetune, dict) or "merged" in state:
-        return ""
-    return str(finetune.get("objective"))
-
-
-def last_trained_on_text(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was fine-tuned on text. If it was trained on questions before, the
-    tokenizer still has their special tokens."""
-    return last_objective(state) == "text"
-
-
-def check_question(config: SampleConfig, tokenizer: Tokenizer) -> None:
-    """Raise UserError if the model answers questions and the prompt is blank, as the default is."""
-    if config.qa and answers_questions(tokenizer) and not config.prompt.strip():
-        raise UserError(
-            f'{config.checkpoint} answers questions: ask one with --prompt "Who are you?", or chat '
-            f"with it: python explore.py chat {quote_path(Path(config.checkpoint))}"
-        )
 
 
 def is_same(path: Path, name: str) -> bool:
@@ -113,15 +80,4 @@ def check_finite(logits: Tensor) -> None:
         raise UserError(
             "the model's logits are not finite: its weights are damaged, its training diverged, or "
             "its values are too large for this --precision"
-        )
-
-
-def warn_if_cut(what: str, n_tokens: int, block_size: int) -> None:
-    """Print a warning if a text is longer than the window, from which `generate` cuts it."""
-    if n_tokens > block_size:
-        seen = max(block_size // 2, 1)
-        print(
-            f"warning: {what} has {n_tokens} tokens, more than the window of {block_size}: the "
-            f"model sees only the last {seen}",
-            file=sys.stderr,
         )

@@ -4,9 +4,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from config import SampleConfig, UserError
+from config import SampleConfig
 from system.command_line import escape
 from system.files import atomic_write
+from system.settings import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -18,16 +19,6 @@ def write_text(path: Path, text: str) -> None:
     except UserError:
         print(text)
         raise
-
-
-def checkpoint_line(path: str | Path, state: dict[str, Any]) -> str:
-    """A checkpoint in one line: its path, its step, and the validation loss there if it was
-    measured."""
-    if not state["corpus"]["sha256"]:
-        return f"{path}: an imported model"
-    losses = [record["val"] for record in state["log"] if record["step"] == state["step"]]
-    loss = f", validation loss {losses[-1]:.4f}" if losses else ""
-    return f"{path}: step {state['step']}{loss}"
 
 
 def header(config: SampleConfig, state: dict[str, Any], command: str = "python generate.py") -> str:

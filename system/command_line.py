@@ -8,8 +8,8 @@ from dataclasses import Field, fields
 from types import MappingProxyType
 from typing import Any
 
-from config import VERSION, UserError, all_problems, from_dict, kind_of, raise_problems
 from system.flag_names import flag_names, unknown_flag
+from system.settings import VERSION, UserError, all_problems, from_dict, kind_of, raise_problems
 
 
 def parse_args(

@@ -2,11 +2,13 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from config import UserError
+from system.settings import UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -61,3 +63,12 @@ def error_reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or any(text in str(error) for text in words):
         return "not enough memory: use a smaller model, batch, window or number of samples"
     return ""
+
+
+def quote_path(path: Path) -> str:
+    """A path as a word of a command, in double quotes if needed, which all shells have.
+
+    >>> quote_path(Path("runs/best.pt")), quote_path(Path("my runs/best.pt"))
+    ('runs/best.pt', '"my runs/best.pt"')
+    """
+    return str(path) if re.fullmatch(r"[\w./\\:-]+", str(path)) else f'"{path}"'

@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from config import UserError
 from system.errors import first_line
+from system.settings import UserError
 
 
 @contextlib.contextmanager
@@ -41,15 +40,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def part_path(path: Path) -> Path:
     """Where the new content of a file is until it is complete."""
     return path.with_name(path.name + ".part")
-
-
-def quote_path(path: Path) -> str:
-    """A path as a word of a command, in double quotes if needed, which all shells have.
-
-    >>> quote_path(Path("runs/best.pt")), quote_path(Path("my runs/best.pt"))
-    ('runs/best.pt', '"my runs/best.pt"')
-    """
-    return str(path) if re.fullmatch(r"[\w./\\:-]+", str(path)) else f'"{path}"'
 
 
 def file_problems(path: Path) -> list[str]:

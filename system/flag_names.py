@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Collection
 from dataclasses import Field
 
-from config import kind_of
+from system.settings import kind_of
 
 # Other names with the same meaning, accepted but not shown by --help.
 SYNONYMS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 
-from config import UserError
+from system.settings import UserError
 
 
 def folder_problems(folder: Path) -> list[str]:
@@ -163,13 +163,3 @@ def sync(path: Path) -> None:
 
 
 # --- runs
-
-
-def newest_checkpoint(out_dir: Path) -> Path:
-    """best.pt, else latest.pt, of the most recently written run in out_dir or a folder in it."""
-    names = ("best.pt", "latest.pt")
-    files = [file for name in names for file in (*out_dir.glob(name), *out_dir.glob(f"*/{name}"))]
-    if not files:
-        raise UserError(f"there is no checkpoint in {out_dir}/: train one with `python train.py`")
-    run_dir = max(files, key=lambda file: file.stat().st_mtime).parent
-    return next(run_dir / name for name in names if (run_dir / name).exists())

@@ -37,9 +37,9 @@ import export
 import finetune
 import prepare
 import train
-from config import setting
 from system.command_line import parse_args
 from system.errors import run
+from system.settings import setting
 from training.run_log import RunLog
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

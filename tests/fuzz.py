@@ -42,9 +42,9 @@ import torch
 
 import demo
 import utils
-from config import setting
 from system.command_line import parse_args
 from system.errors import run
+from system.settings import setting
 from tests.fuzz_cases import (
     LONG,
     RARE,

@@ -13,8 +13,8 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError, kind_of
 from system.command_line import parse_args
+from system.settings import UserError, kind_of
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps".split()
 RUN = "--device=cpu --no-compile --precision=float32 --batch_size=2 --max_steps=2 --eval_every=1 "

@@ -6,23 +6,13 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-from config import (
-    ARCH_FIELDS,
-    ARCHS,
-    PRESETS,
-    GPTConfig,
-    SampleConfig,
-    TrainConfig,
-    UserError,
-    all_problems,
-    setting,
-    train_settings,
-)
+from config import ARCH_FIELDS, ARCHS, PRESETS, GPTConfig, SampleConfig, TrainConfig, train_settings
 from finetuning.lora import LoRAConfig
 from system import flag_names as flag_hints
 from system.command_line import parse_args
 from system.errors import run
 from system.flag_names import flag_names
+from system.settings import UserError, all_problems, setting
 
 
 def read(line: str, device: str = "cpu") -> tuple[GPTConfig, TrainConfig]:

@@ -16,10 +16,11 @@ import evaluate
 import finetune
 import prepare
 import train
-from config import SampleConfig, UserError
+from config import SampleConfig
 from corpus import files, load
 from generate import stream_texts
 from model import GPT
+from system.settings import UserError
 from tokenizer import END_OF_TEXT, CharTokenizer
 from utils import load_checkpoint, read_checkpoint
 

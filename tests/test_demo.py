@@ -14,8 +14,9 @@ from conftest import TINY_RUN, make_model
 
 import demo
 import train
-from config import SampleConfig, UserError
+from config import SampleConfig
 from generate import generate, sample_text
+from system.settings import UserError
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
 

@@ -21,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 import finetune
 import train
 import utils
-from config import ARCH_FIELDS, PRESETS, GPTConfig, TrainConfig, UserError, train_settings
+from config import ARCH_FIELDS, PRESETS, GPTConfig, TrainConfig, train_settings
 from finetuning import tasks
 from model import GPT
+from system.device import autocast
+from system.settings import UserError
 from training import distributed
 from training.distributed import (
     Weights,
@@ -61,8 +63,9 @@ SETTINGS = [
 # train.py that records the loss of each step, and that fails, dies or is slow if told so
 TRAIN = """
 import json, os, sys, time
-import config, train
+import train
 from system.errors import run
+from system.settings import UserError
 from training.run_log import RunLog
 RunLog.plot = lambda self: None  # slower than everything else
 losses, rank = [], int(os.environ.get("RANK", 0))
@@ -71,7 +74,7 @@ fault = os.environ.get("DRIVER_FAULT")
 
 def record(self):
     if self.step == 12 and rank == 1 and fault == "error":
-        raise config.UserError("a fault of process 1")
+        raise UserError("a fault of process 1")
     if self.step == 12 and rank == 1 and fault == "death":
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os._exit(3)
@@ -388,7 +391,7 @@ def check_bfloat16() -> None:
         for parallel in ("ddp", "fsdp"):
             model = make_model(**components)
             net = wrap(model, parallel, CPU)
-            with utils.autocast(CPU, "bfloat16"):
+            with autocast(CPU, "bfloat16"):
                 loss = net(x, x)[1]
             loss.backward()
             gradients = {n: gather(p.grad) for n, p in model.named_parameters()}
@@ -480,7 +483,7 @@ def test_fsdp_gathers_float32_weights_for_autocast(process_group, monkeypatch):
     model.blocks[0].mlp.fc.register_forward_hook(
         lambda module, args, out: seen.append((module.weight.dtype, type(module.weight), out.dtype))
     )
-    with utils.autocast(CPU, "bfloat16"):
+    with autocast(CPU, "bfloat16"):
         model(IDS, IDS)[1].backward()
     weight_dtype, weight_type, out_dtype = seen[0]
     assert weight_dtype == torch.float32 and not issubclass(weight_type, DTensor)  # gathered

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
 from corpus import download
 from system.folders import locked_file
+from system.settings import UserError
 
 PLAY = r"""# Coriolanus
 

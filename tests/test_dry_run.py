@@ -8,9 +8,10 @@ import torch
 from conftest import COMPONENTS, TINY_RUN
 
 import train
-from config import GPTConfig, UserError
+from config import GPTConfig
 from corpus.bpe import count_pieces, train_bpe
 from model import GPT, POSITIONS
+from system.settings import UserError
 from tokenizer import CharTokenizer
 from training.dry_run import flops_per_token, params_by_component, print_example
 

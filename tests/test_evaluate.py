@@ -12,10 +12,10 @@ from conftest import TINY_RUN, make_model, make_text
 
 import evaluate
 import train
-from config import UserError
 from corpus.load import Corpus
 from evaluate import EvaluateConfig
 from model import GPT
+from system.settings import UserError
 from viz.runs import read_run
 
 

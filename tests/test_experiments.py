@@ -19,15 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import (
-    ARCH_FIELDS,
-    ARCHS,
-    GPTConfig,
-    TrainConfig,
-    UserError,
-    all_problems,
-    train_settings,
-)
+from config import ARCH_FIELDS, ARCHS, GPTConfig, TrainConfig, train_settings
 from corpus.load import load_corpus
 from experiments import (
     ablation,
@@ -47,6 +39,7 @@ from experiments import (
     tokenization,
 )
 from system.command_line import read_flags
+from system.settings import UserError, all_problems
 from train import Trainer
 from utils import load_checkpoint
 from viz.runs import new_figure

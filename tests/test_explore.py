@@ -12,8 +12,9 @@ from conftest import make_model
 
 import explore
 import generate
-from config import SampleConfig, UserError
+from config import SampleConfig
 from sampling.quantize import Int8Linear
+from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer
 from utils import load_checkpoint
 

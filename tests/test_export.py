@@ -14,7 +14,7 @@ import export
 import generate
 import train
 import utils
-from config import ARCHS, GPTConfig, SampleConfig, UserError
+from config import ARCHS, GPTConfig, SampleConfig
 from corpus.bpe import count_pieces, learn_merges, train_bpe
 from exporting.folders import MARKER
 from exporting.hf_model import (
@@ -29,6 +29,8 @@ from exporting.hf_model import (
 from exporting.hf_tokenizer import merges_of, tokenizer_to_hf
 from exporting.hf_tokenizer_import import tokenizer_from_hf
 from model import GPT, KVCache
+from sampling.text import encode_prompt
+from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -111,7 +113,7 @@ def make_checkpoint(tokenizer: str, arch: str, *flags: str) -> Path:
 
 def greedy(path: Path, prompt: str, n: int) -> list[int]:
     model, tokenizer, _ = utils.load_checkpoint(path, torch.device("cpu"))
-    ids = generate.encode_prompt(tokenizer, prompt)
+    ids = encode_prompt(tokenizer, prompt)
     config = SampleConfig(temperature=0, max_new_tokens=n)
     return [step.ids.item() for step in generate.generate(model, ids, config)]
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import export
-from config import ARCHS, GPTConfig, UserError
+from config import ARCHS, GPTConfig
 from exporting.folders import MARKER
 from finetuning.lora import LoRAConfig, add_lora, save_adapter, trained_names
 from model import GPT
+from system.settings import UserError
 from tokenizer import CharTokenizer
 
 pytest.importorskip("safetensors")

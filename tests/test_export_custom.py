@@ -21,11 +21,12 @@ from torch import Tensor
 import export
 import generate
 import utils
-from config import ARCHS, PRESETS, SampleConfig, TrainConfig, UserError
+from config import ARCHS, PRESETS, SampleConfig, TrainConfig
 from exporting.folders import MARKER
 from finetuning.lora import LoRAConfig, add_lora, save_adapter, trained_names
 from model import GPT
 from sampling.quantize import lower_precision
+from system.settings import UserError
 from tokenizer import CharTokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -12,11 +12,12 @@ import torch
 from conftest import make_text
 
 import utils
-from config import ARCHS, GPTConfig, TrainConfig, UserError
+from config import ARCHS, GPTConfig, TrainConfig
 from corpus.bpe import count_pieces, train_bpe
 from exporting.folders import MARKER
 from exporting.huggingface import export_hf, import_hf
 from model import GPT
+from system.settings import UserError
 from tokenizer import CharTokenizer, Tokenizer
 
 pytest.importorskip("safetensors")

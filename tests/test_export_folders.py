@@ -14,10 +14,10 @@ from conftest import TINY_RUN
 import export
 import train
 import utils
-from config import UserError
 from exporting.folders import MARKER, new_folder
 from system import folders
 from system.folders import locked_file, restore_folder
+from system.settings import UserError
 
 pytest.importorskip("safetensors")
 

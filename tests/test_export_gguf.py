@@ -20,7 +20,7 @@ from conftest import make_model, make_text
 
 import export
 import utils
-from config import ARCHS, SampleConfig, TrainConfig, UserError
+from config import ARCHS, SampleConfig, TrainConfig
 from corpus.bpe import count_pieces, train_bpe
 from experiments.baselines import llama_cpp_command
 from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN
@@ -28,6 +28,7 @@ from exporting.probes import PROBES
 from generate import generate
 from model import GPT, rotate
 from system.folders import locked_file
+from system.settings import UserError
 from tokenizer import PRINTABLE_TO_BYTE, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
 
 gguf = pytest.importorskip("gguf")

@@ -12,7 +12,7 @@ import torch
 
 import export
 import utils
-from config import ARCHS, GPTConfig, UserError
+from config import ARCHS, GPTConfig
 from exporting.hf_model import (
     MAX_SIZE,
     check_tensors,
@@ -25,6 +25,7 @@ from exporting.hf_tokenizer import tokenizer_to_hf
 from exporting.hf_tokenizer_import import gpt2_tokenizer
 from exporting.huggingface import json_files, weight_files
 from model import GPT
+from system.settings import UserError
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, QA_SPECIALS, CharTokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -25,16 +25,18 @@ from conftest import COMPONENTS, TINY_RUN, WORDS, make_model, make_text
 import export
 import train
 import utils
-from config import SampleConfig, TrainConfig, UserError
+from config import SampleConfig, TrainConfig
 from corpus.bpe import count_pieces, train_bpe
 from corpus.load import training_corpus
 from exporting import web_page
 from exporting.hf_tokenizer import KNOWN_PATTERNS
 from exporting.js_regex import to_javascript
 from exporting.probes import PROBES
-from generate import TextWriter, encode_prompt, generate, sample_logits, sample_text
+from generate import generate, sample_logits, sample_text
 from model import GPT
+from sampling.text import TextWriter, encode_prompt
 from system.folders import locked_file
+from system.settings import UserError
 from tokenizer import GPT2_PATTERN, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
 
 NODE = shutil.which("node")

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_text
 from hypothesis import strategies as st
 
-from config import ENCODINGS, UserError
+from config import ENCODINGS
 from corpus.bpe import count_pieces, train_bpe
 from exporting import hf_tokenizer
 from exporting.hf_tokenizer import (
@@ -25,6 +25,7 @@ from exporting.hf_tokenizer import (
 )
 from exporting.hf_tokenizer_import import tokenizer_from_hf
 from exporting.probes import PROBES
+from system.settings import UserError
 from tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,

@@ -25,7 +25,7 @@ import generate
 import prepare
 import train
 import utils
-from config import ARCHS, GPTConfig, SampleConfig, TrainConfig, UserError
+from config import ARCHS, GPTConfig, SampleConfig, TrainConfig
 from corpus import records as qa
 from corpus.bpe import count_pieces, train_bpe
 from corpus.load import Corpus
@@ -47,7 +47,9 @@ from finetuning.tasks import (
     rewards,
 )
 from model import GPT
+from sampling.text import end_tokens
 from system.command_line import parse_args
+from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer
 from train import Trainer
 from training.run_log import RunLog
@@ -492,7 +494,7 @@ def test_questions_are_learned_and_answers_end(place: Path):
     for record in RECORDS[:4]:
         ids, n_prompt = qa.encode_record(tokenizer, record)
         steps = generate.generate(
-            model, torch.from_numpy(ids[:n_prompt]), config, generate.end_tokens(tokenizer)
+            model, torch.from_numpy(ids[:n_prompt]), config, end_tokens(tokenizer)
         )
         assert [step.ids.item() for step in steps] == ids[n_prompt:].tolist()
 

@@ -21,7 +21,7 @@ from torch._dynamo.testing import CompileCounter
 
 import generate
 import train
-from config import ARCHS, GPTConfig, SampleConfig, UserError
+from config import ARCHS, GPTConfig, SampleConfig
 from corpus.bpe import train_bpe
 from corpus.records import encode_record
 from generate import sample_logits
@@ -31,8 +31,10 @@ from sampling.beam_search import beam_search
 from sampling.checks import sampling_bytes
 from sampling.quantize import Int8Linear, lower_precision
 from sampling.static_cache import StaticCache
+from sampling.text import TextWriter, decode_prompt, encode_prompt
 from system import errors
 from system.command_line import parse_args
+from system.settings import UserError
 from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer
 from training.task import sample_from_newline
 from utils import load_checkpoint, save_checkpoint
@@ -427,7 +429,7 @@ WORDS = CharTokenizer.train(["abcd \n"], ["<|endoftext|>"])
 
 
 def written(ids: list[int], *stops: str, tokenizer=WORDS) -> str:
-    writer = generate.TextWriter(tokenizer, stops)
+    writer = TextWriter(tokenizer, stops)
     return "".join(writer.add(i) for i in ids) + writer.finish()
 
 
@@ -449,7 +451,7 @@ def test_nothing_comes_after_the_end_of_a_text():
 
 def test_characters_are_written_whole():
     tokenizer = train_bpe(Counter({"a": 1}), 257)  # bytes
-    writer = generate.TextWriter(tokenizer)
+    writer = TextWriter(tokenizer)
     assert [writer.add(b) for b in "né".encode()] == ["n", "", "é"]
     assert written([0xC3], tokenizer=tokenizer) == "\ufffd"
 
@@ -523,10 +525,10 @@ def test_a_longer_text_begins_with_the_shorter():
 
 def test_unknown_characters_are_dropped_with_a_warning(capsys):
     tokenizer = CharTokenizer.train(["ab\n"])
-    assert generate.encode_prompt(tokenizer, "aéb").tolist() == [1, 2]
+    assert encode_prompt(tokenizer, "aéb").tolist() == [1, 2]
     assert "'é'" in capsys.readouterr().err
-    assert generate.encode_prompt(tokenizer, "é").tolist() == [0]  # a newline
-    assert generate.encode_prompt(CharTokenizer.train(["ab"]), "").tolist() == [0]
+    assert encode_prompt(tokenizer, "é").tolist() == [0]  # a newline
+    assert encode_prompt(CharTokenizer.train(["ab"]), "").tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -540,9 +542,9 @@ def test_unknown_characters_are_dropped_with_a_warning(capsys):
 )
 def test_an_empty_prompt_is_the_token_that_starts_a_text(specials: tuple[str, ...], first: str):
     tokenizer = CharTokenizer.train(["ab\n"], specials)
-    (token,) = generate.encode_prompt(tokenizer, "").tolist()
+    (token,) = encode_prompt(tokenizer, "").tolist()
     assert tokenizer.decode([token]) == first
-    shown = generate.decode_prompt(tokenizer, torch.tensor([token]))
+    shown = decode_prompt(tokenizer, torch.tensor([token]))
     assert shown == ("" if specials else "\n")
 
 
@@ -681,7 +683,7 @@ def test_a_prompt_file_and_settings_in_python_are_taken_literally(workplace):
     config = SampleConfig("model.pt", prompt_file="prompt.txt")
     generate.load_for_sampling(config)
     assert config.prompt == r"a\nb"
-    assert tokenizer.decode(generate.encode_prompt(tokenizer, r"\n").tolist()) == r"\n"
+    assert tokenizer.decode(encode_prompt(tokenizer, r"\n").tolist()) == r"\n"
 
 
 # --- the line on stderr, and the seed
@@ -747,20 +749,20 @@ def test_a_prompt_for_a_question_model_is_the_beginning_of_a_record():
     for tokenizer in (chars, pairs):
         ids, n_prompt = encode_record(tokenizer, record)
         for text in ("Who is it?", " Who is it?\n"):
-            prompt = generate.encode_prompt(tokenizer, text)
+            prompt = encode_prompt(tokenizer, text)
             assert prompt.tolist() == ids[:n_prompt].tolist()
-        assert generate.decode_prompt(tokenizer, prompt) == "Question: Who is it?\nAnswer:"
-        plain = generate.encode_prompt(tokenizer, "Who is it?", qa=False)
+        assert decode_prompt(tokenizer, prompt) == "Question: Who is it?\nAnswer:"
+        plain = encode_prompt(tokenizer, "Who is it?", qa=False)
         assert plain.tolist() == tokenizer.encode("Who is it?").tolist()
         for blank in ("", "\n", " \n"):
-            start = generate.encode_prompt(tokenizer, blank).tolist()
+            start = encode_prompt(tokenizer, blank).tolist()
             assert start == [tokenizer.specials["<BOS>"]]
 
 
 def test_unknown_characters_of_a_question_are_left_out_with_a_warning(capsys):
     tokenizer = CharTokenizer.train(["Question: Who?\nAnswer:"], QA_SPECIALS)
-    prompt = generate.encode_prompt(tokenizer, "Wh\u00e9o?")
-    assert generate.decode_prompt(tokenizer, prompt) == "Question: Who?\nAnswer:"
+    prompt = encode_prompt(tokenizer, "Wh\u00e9o?")
+    assert decode_prompt(tokenizer, prompt) == "Question: Who?\nAnswer:"
     assert "left out of the prompt: '\u00e9'" in capsys.readouterr().err
 
 

@@ -10,12 +10,13 @@ from conftest import make_model
 from torch import nn
 
 import export
-from config import ARCHS, GPTConfig, UserError
+from config import ARCHS, GPTConfig
 from exporting.hf_model import config_to_hf, weights_from_hf
 from finetuning import lora
 from finetuning.lora import LoRAConfig, LoRALinear
 from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
+from system.settings import UserError
 from tokenizer import CharTokenizer
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}

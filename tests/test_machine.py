@@ -11,9 +11,10 @@ import torch
 from conftest import make_model
 from torch.utils import cpp_extension
 
-from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig, UserError
+from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
 from corpus.load import Corpus
 from system.compiler import compiler_problem
+from system.settings import UserError
 from training import machine, setup
 from training.machine import memory_estimate, pick_compile, pick_precision, to_gpu_if_small
 from training.setup import preset_table

@@ -17,8 +17,9 @@ from conftest import stop_after
 
 import finetune
 import train
-from config import GPTConfig, TrainConfig, UserError, from_dict
+from config import GPTConfig, TrainConfig
 from experiments import planner
+from system.settings import UserError, from_dict
 from training import deadline, plan
 from training.deadline import Deadline, end_schedule_at
 from training.law import LAW, Law, Pilot, Run

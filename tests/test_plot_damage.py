@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config import UserError
+from system.settings import UserError
 from viz.runs import plot_runs, read_run
 
 SETTINGS = {"vocab_size": 65, "batch_size": 5, "grad_accum": 2, "block_size": 100}

@@ -13,9 +13,10 @@ from conftest import TINY_RUN, make_model
 
 import plots
 import train
-from config import ARCHS, UserError
+from config import ARCHS
 from corpus.bpe import count_pieces, train_bpe
 from model import rotate
+from system.settings import UserError
 from tokenizer import CharTokenizer
 from viz import internals
 from viz.runs import Run, plot_runs, read_run, save_figure

@@ -20,11 +20,11 @@ import evaluate
 import prepare
 import train
 import utils
-from config import UserError
 from corpus import dataset, files, folder, load, sources
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.sources import Source, SourceReader
 from system import folders
+from system.settings import UserError
 from tokenizer import END_OF_TEXT
 
 ROOT = Path(__file__).parent.parent

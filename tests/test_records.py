@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import make_model
 
-from config import UserError
 from corpus import records
 from corpus.bpe import count_pieces, train_bpe
 from finetuning.tasks import pad_batch
+from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer
 
 RECORDS = [

@@ -18,7 +18,8 @@ import torch
 from conftest import TINY_RUN
 
 import train
-from config import GPTConfig, TrainConfig, UserError
+from config import GPTConfig, TrainConfig
+from system.settings import UserError
 from train import Trainer
 from training import run_log
 from training.run_log import RunLog, status_line

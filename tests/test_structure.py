@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = "config tokenizer model utils train generate".split()
 LAYERS = """
-    config | system | tokenizer model | utils | sampling corpus | generate | viz | training | train
+    system | config | tokenizer model | utils | sampling corpus | generate | viz | training | train
     | finetuning | exporting | prepare evaluate finetune export explore plots demo | experiments
 """  # files and folders, lowest first
 LEVEL = {name: i for i, layer in enumerate(LAYERS.split("|")) for name in layer.split()}

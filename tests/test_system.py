@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import UserError
-from system import folders, memory
+from system import device as system_device
+from system import folders
+from system.device import check_memory
 from system.errors import run
 from system.files import atomic_write, file_problems
 from system.folders import folder_problems, locked, replacing, restore_folder
-from system.memory import check_memory
+from system.settings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -81,7 +82,7 @@ def test_a_reader_that_ends_early_is_no_error():
 @pytest.mark.parametrize("fails", [False, True])
 def test_output_that_cannot_be_written_is_one_line(fails: bool):
     code = f"""
-from config import UserError
+from system.settings import UserError
 from system.errors import run
 def main():
     print("text")
@@ -233,12 +234,12 @@ def test_a_folder_on_a_full_disk_is_locked_without_the_name_of_the_holder(tmp_pa
 
 def test_what_does_not_fit_in_memory_is_rejected(monkeypatch):
     device = torch.device("cpu")
-    size = memory.memory_size(device)
+    size = system_device.memory_size(device)
     assert size is not None and 1e9 < size < 1e14
     check_memory(size, device, "the model")
     with pytest.raises(UserError, match=r"the model takes about 99,000.0 GB, and cpu has"):
         check_memory(99 * 10**12, device, "the model")
-    monkeypatch.setattr(memory, "memory_size", lambda device: None)  # unknown, as on Windows
+    monkeypatch.setattr(system_device, "memory_size", lambda device: None)  # unknown, as on Windows
     check_memory(99 * 10**12, device, "the model")
 
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer as tokenizers
-from config import ENCODINGS, UserError
+from config import ENCODINGS
 from corpus import encodings
 from corpus.bpe import count_pieces, learn_merges, merge_pair, train_bpe
+from system.settings import UserError
 from tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 import train
 import utils
-from config import ARCHS, TrainConfig, UserError
+from config import ARCHS, TrainConfig
 from corpus.load import Corpus
+from system.settings import UserError
 from tokenizer import CharTokenizer
 from train import Trainer, get_lr
 from training.muon import Muon, orthogonalize

@@ -16,8 +16,9 @@ from conftest import TINY_RUN, make_model
 
 import train
 import utils
-from config import GPTConfig, TrainConfig, UserError, kind_of
+from config import GPTConfig, TrainConfig
 from system.folders import locked
+from system.settings import UserError, kind_of
 from train import Trainer
 from training.setup import check_run, resolve_train
 from training.signals import StopSignal

@@ -13,11 +13,12 @@ import torch
 from conftest import make_model
 
 import utils
-from config import UserError
 from model import GPT
+from system.device import autocast, device_problems, pick_device
 from system.files import atomic_write
-from system.folders import newest_checkpoint
+from system.settings import UserError
 from tokenizer import CharTokenizer
+from utils import newest_checkpoint
 
 
 def make_state(model: GPT) -> dict:
@@ -170,17 +171,17 @@ def test_a_mixed_seed_depends_on_every_number_and_their_order():
 @pytest.mark.parametrize("name", ["cuda:99", "quantum", "meta"])
 def test_a_missing_device_is_an_error(name: str):
     with pytest.raises(UserError, match=name):
-        utils.pick_device(name)
+        pick_device(name)
 
 
 def test_auto_selects_the_fastest_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert utils.pick_device("auto").type == "cpu"
+    assert pick_device("auto").type == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert utils.pick_device("auto").type == "mps"
+    assert pick_device("auto").type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert utils.pick_device("auto").type == "cuda"
+    assert pick_device("auto").type == "cuda"
 
 
 # --- checkpoints
@@ -361,10 +362,10 @@ def test_a_gpu_exists_if_its_number_is_below_their_count(monkeypatch, name, n_gp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     if works:
-        assert utils.pick_device(name) == torch.device(name) and utils.device_problems(name) == []
+        assert pick_device(name) == torch.device(name) and device_problems(name) == []
     else:
         have = "cuda, cpu" if n_gpus else "cpu"
-        (problem,) = utils.device_problems(name)
+        (problem,) = device_problems(name)
         assert problem == f"no device {name!r} on this machine (it has {have}): use --device auto"
 
 
@@ -372,10 +373,10 @@ def test_a_product_has_the_precision_that_is_asked_for():
     a = torch.ones(2, 2)
     types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     for name, dtype in types.items():
-        with utils.autocast(torch.device("cpu"), name):
+        with autocast(torch.device("cpu"), name):
             assert (a @ a).dtype == dtype
-    with utils.autocast(torch.device("cpu"), "bfloat16"):
-        with utils.autocast(torch.device("cpu"), "float32"):  # also inside another one
+    with autocast(torch.device("cpu"), "bfloat16"):
+        with autocast(torch.device("cpu"), "float32"):  # also inside another one
             assert (a @ a).dtype == torch.float32
         assert (a @ a).dtype == torch.bfloat16
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from config import UserError
 from corpus import workers
+from system.settings import UserError
 
 
 def test_batches_are_mapped_in_order_and_few_are_read_ahead(monkeypatch: pytest.MonkeyPatch):

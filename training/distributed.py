@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from system.settings import UserError
 
 
 def is_torchrun() -> bool:

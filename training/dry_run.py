@@ -9,7 +9,7 @@ from torch import Tensor
 from config import GPTConfig, TrainConfig
 from corpus.load import Corpus
 from model import GPT
-from system.memory import check_memory
+from system.device import check_memory
 from tokenizer import Tokenizer
 from training.machine import memory_estimate
 from utils import get_batch

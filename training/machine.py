@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import GPTConfig, TrainConfig, UserError
+from config import GPTConfig, TrainConfig
 from model import GPT
 from system.compiler import compiler_problem
+from system.settings import UserError
 from training.distributed import world_size
 from utils import TokenStream, count_params
 

@@ -21,18 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import (
-    GPTConfig,
-    TrainConfig,
-    UserError,
-    all_problems,
-    raise_problems,
-    train_settings,
-)
+from config import GPTConfig, TrainConfig, train_settings
+from system.device import autocast
+from system.settings import UserError, all_problems, raise_problems
 from training.distributed import is_torchrun
 from training.law import Pilot, Run
 from training.setup import Flags, State, resolve_train
-from utils import autocast, count_params, even_starts
+from utils import count_params, even_starts
 
 MakeTrainer = Callable[[GPTConfig, TrainConfig], Any]  # makes a Trainer of train.py
 

@@ -15,8 +15,10 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from config import TrainConfig, UserError
-from system.files import atomic_write, quote_path
+from config import TrainConfig
+from system.errors import quote_path
+from system.files import atomic_write
+from system.settings import UserError
 from training.distributed import rank
 from viz.runs import best_record, plot_runs, read_run, save_figure, training_steps
 from viz.verdict import verdict

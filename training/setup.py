@@ -15,15 +15,12 @@ from config import (
     PRESETS,
     GPTConfig,
     TrainConfig,
-    UserError,
-    all_problems,
-    from_dict,
-    raise_problems,
     train_settings,
 )
 from corpus.load import Corpus, check_length, is_dataset
+from system.device import check_memory, device_problems, pick_device
 from system.folders import folder_problems
-from system.memory import check_memory
+from system.settings import UserError, all_problems, from_dict, raise_problems
 from training.distributed import broadcast_from_rank0, is_restart, is_torchrun, world_size
 from training.machine import (
     has_bfloat16,
@@ -33,13 +30,7 @@ from training.machine import (
     pick_precision,
 )
 from training.run_log import run_files, writer_problems
-from utils import (
-    count_params,
-    device_problems,
-    matching_contents,
-    pick_device,
-    read_checkpoint,
-)
+from utils import count_params, matching_contents, read_checkpoint
 
 NO_FLOAT16 = "--parallel fsdp has no loss scaling for float16"
 Flags = dict[str, Any]  # given on the command line, by name

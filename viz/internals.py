@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import UserError
-from generate import adjust_logits, encode_prompt
+from generate import adjust_logits
 from model import GPT, LearnedPositions, rotation_angles
-from sampling.checks import last_trained_on_text
+from sampling.text import encode_prompt, last_trained_on_text
+from system.settings import UserError
 from tokenizer import Tokenizer
 from utils import load_checkpoint
 from viz.runs import BLACK, BLUE, GREEN, ORANGE, new_figure

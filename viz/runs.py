@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import UserError
 from system.files import atomic_write
+from system.settings import UserError
 from utils import read_checkpoint
 from viz.verdict import verdict
 

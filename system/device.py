@@ -1,0 +1,64 @@
+"""Devices: which there are, their memory, and the precision of matrix products."""
+
+import os
+
+import torch
+
+from system.settings import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError if it does
+    not exist."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind in available if available[kind]))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device {name!r}: use cpu, cuda, cuda:1 or mps") from None
+    missing_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if not available.get(device.type) or missing_gpu:
+        have = ", ".join(kind for kind in available if available[kind])
+        raise UserError(f"no device {name!r} on this machine (it has {have}): use --device auto")
+    return device
+
+
+def device_problems(name: str) -> list[str]:
+    """Why a device cannot be used on this machine; empty if it can."""
+    try:
+        pick_device(name)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which matrix products run in the given precision."""
+    if precision not in ("bfloat16", "float16"):
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, getattr(torch, precision))
+
+
+def memory_size(device: torch.device) -> int | None:
+    """The memory of a device in bytes; None if the system does not tell (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def check_memory(n_bytes: int, device: torch.device, what: str) -> None:
+    """Raise UserError if this does not fit in the memory of the device."""
+    size = memory_size(device)
+    if size is not None and n_bytes > size:
+        raise UserError(
+            f"{what} takes about {n_bytes / 1e9:,.1f} GB, and {device.type} has {size / 1e9:,.1f} "
+            "GB: use smaller sizes"
+        )
