@@ -6,19 +6,58 @@ from the first of these that defines it: the flag, --arch, --preset, the default
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from system.settings import from_dict, setting
 
+fixed = partial(setting, fixed=True)  # it cannot change when a run is resumed
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
 PRESET_HELP = "auto: laptop on a CPU, medium on a GPU"
-SGD_LR = 0.1  # the best for the quick preset, from 0.01 to 3: SGD's updates are small
-OPTIMIZER_HELP = f"muon: matrices only; sgd: lr_max {SGD_LR}"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"
 
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer: what the command line, training, memory estimates and checkpoints need."""
+
+    path: str  # of its class, which is imported when it is used
+    averages: tuple[str, ...]  # states with the shape of the parameter
+    scalars: tuple[str, ...] = ()  # smaller states
+    options: dict[str, Any] = field(default_factory=dict)  # arguments of the class
+    matrices_only: bool = False  # of the blocks; AdamW has the other parameters
+    defaults: dict[str, Any] = field(default_factory=dict)  # settings, instead of the preset's
+    adamw_lr: float | None = 1.0  # AdamW's best rate divided by its best; None: unrelated
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerSpec(
+        "torch.optim:AdamW",
+        averages=("exp_avg", "exp_avg_sq"),
+        scalars=("step",),
+        options={"betas": (0.9, 0.95), "fused": True},
+    ),
+    "muon": OptimizerSpec(
+        "training.muon:Muon",
+        averages=("momentum_buffer",),
+        scalars=("row_squares",),
+        matrices_only=True,
+        adamw_lr=0.5,
+    ),
+    "sgd": OptimizerSpec(
+        "torch.optim:SGD",
+        averages=("momentum_buffer",),
+        options={"momentum": 0.9},
+        # the best rate for the quick preset, from 0.01 to 3: SGD's updates are small
+        defaults={"lr_max": 0.1, "weight_decay": 0.0},
+        adamw_lr=None,
+    ),
+}
+OPTIMIZER_HELP = "muon: matrices only, AdamW for the rest; sgd: for comparison, lr_max 0.1"
 
 # name: layers, heads, channels, window, batch, steps, peak rate, dropout, steps between evaluations
 PRESET_FIELDS: tuple[str, ...] = ("n_layer", "n_head", "n_embd", "block_size", "batch_size")
@@ -75,7 +114,8 @@ class GPTConfig:
     n_kv_head: int = setting(0, "key/value heads (grouped-query attention); 0: n_head", low=0)
     head_size: int = setting(0, "channels per head; 0: n_embd / n_head", low=0)
     n_inner: int = setting(0, "hidden width of the MLP; 0: 4 or 8/3 n_embd", low=0, alias="d_ff")
-    dropout: float = setting(0.0, "dropout of embeddings and residual branches", low=0, below=1)
+    dropout: float = setting(0.0, "dropout of embeddings and residual branches", low=0, below=1,
+                             computes=False)  # fmt: skip
     norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model components")
     mlp: str = setting("swiglu", "activation", choices=("gelu", "relu", "silu", "relu2", "swiglu"))
     pos: str = setting("rope", "positions", choices=("none", "learned", "sinusoidal", "rope"))
@@ -97,6 +137,13 @@ class GPTConfig:
         if not self.n_inner:  # 3 matrices of 8/3 C have as many weights as 2 of 4 C
             width = 8 / 3 if self.mlp == "swiglu" else 4
             self.n_inner = math.ceil(width * self.n_embd / 32) * 32  # hardware prefers multiples
+
+    def beyond(self, known: Collection[str]) -> list[str]:
+        """The settings that an export which represents only the `known` ones would lose: those that
+        differ from their defaults, except what matters for training only."""
+        computing = [f for f in fields(self) if f.metadata.get("computes", True)]
+        return [f.name for f in computing
+                if f.name not in known and getattr(self, f.name) != f.default]  # fmt: skip
 
     def problems(self) -> list[str]:
         """Invalid combinations of settings."""
@@ -120,21 +167,22 @@ class GPTConfig:
 class TrainConfig:
     """A training run."""
 
-    preset: str = setting("auto", PRESET_HELP, choices=("auto", *PRESETS), group="run")
-    arch: str = setting("", "components of a known architecture", choices=("", *ARCHS))
-    data: str = setting("shakespeare", "file or folder, or shakespeare | plays | tinystories")
-    tokenizer: str = setting("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
-    bpe_vocab_size: int = setting(2000, "size of a bpe vocabulary", low=257, alias="vocab_size")
-    separator: str = setting("", "text between documents of a file; \\n: newline; default: none")
-    hold_out: bool = setting(True, "validate on a part that is not trained on; off: train on all")
+    preset: str = fixed("auto", PRESET_HELP, choices=("auto", *PRESETS), group="run")
+    arch: str = fixed("", "components of a known architecture", choices=("", *ARCHS))
+    data: str = setting("shakespeare", "file or folder, or shakespeare | plays | tinystories",
+                        positional=True)  # fmt: skip
+    tokenizer: str = fixed("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
+    bpe_vocab_size: int = fixed(2000, "size of a bpe vocabulary", low=257, alias="vocab_size")
+    separator: str = fixed("", "text between documents of a file; \\n: newline; default: none")
+    hold_out: bool = fixed(True, "validate on a part that is not trained on; off: train on all")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of runs")
     tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG/")
     resume: bool = setting(False, "continue the run of this tag from its latest.pt")
     overwrite: bool = setting(False, "delete the run of this tag and start a new one")
-    seed: int = setting(1337, "seed of initial weights, batches and dropout", low=0)
-    minutes: float | None = setting(None, "train the best run that fits in N minutes", above=0)
-    plan: bool = setting(False, "print the best plans for 1 to 240 minutes, and exit")
+    seed: int = fixed(1337, "seed of initial weights, batches and dropout", low=0)
+    minutes: float | None = fixed(None, "train the best run that fits in N minutes", above=0)
+    plan: bool = fixed(False, "print the best plans for 1 to 240 minutes, and exit")
     max_steps: int = setting(5000, "optimizer steps", low=1, group="training", alias="max_iters")
     batch_size: int = setting(64, "sequences per micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches per step, over all processes", low=1)
@@ -144,11 +192,11 @@ class TrainConfig:
     warmup_steps: int | None = setting(
         None, "linear warmup; default: 100, or max_steps / 10 if less", low=0, alias="warmup"
     )
-    weight_decay: float = setting(0.1, "weight decay of matrices and embeddings", low=0)
+    weight_decay: float = fixed(0.1, "weight decay of matrices and embeddings", low=0)
     grad_clip: float = setting(1.0, "clip gradients to this norm; 0: no clipping", low=0)
     patience: int = setting(0, "stop after N evaluations without improvement; 0: never", low=0)
     grow_windows: bool = setting(False, "begin with windows of block_size / 4, then / 2: faster")
-    optimizer: str = setting("adamw", OPTIMIZER_HELP, choices=("adamw", "muon", "sgd"))
+    optimizer: str = fixed("adamw", OPTIMIZER_HELP, choices=tuple(OPTIMIZERS))
     overfit_batch: bool = setting(False, "sanity check: train on one batch to a loss below 0.01")
     dry_run: bool = setting(False, "print what would be trained, write nothing, and exit")
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")
@@ -222,8 +270,8 @@ def train_settings(flags: dict[str, Any], device_type: str) -> tuple[GPTConfig, 
     name = flags.get("preset", "auto")
     name = ("laptop" if device_type == "cpu" else "medium") if name == "auto" else name
     preset = PRESETS.get(name, {})
-    if flags.get("optimizer") == "sgd":  # AdamW's rate and weight decay do not suit it
-        preset = preset | {"lr_max": SGD_LR, "weight_decay": 0.0}
+    if "optimizer" in flags and flags["optimizer"] in OPTIMIZERS:
+        preset = preset | OPTIMIZERS[flags["optimizer"]].defaults
     arch = ARCHS.get(flags.get("arch", preset.get("arch", "")), {})
     values = preset | arch | flags | {"preset": name}
     if "n_embd" in flags and "n_head" not in flags:

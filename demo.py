@@ -32,14 +32,15 @@ from sampling.text import (
     end_tokens,
     last_trained_on_text,
 )
-from system.command_line import convert, parse_args
+from system.command_line import parse_args
 from system.device import device_problems, pick_device
 from system.errors import run
-from system.settings import UserError, all_problems, from_dict, raise_problems, setting
+from system.settings import UserError, all_problems, convert, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 from utils import load_checkpoint, newest_checkpoint
+from viz.curve import plot_runs
 from viz.internals import token_labels
-from viz.runs import plot_runs, read_run
+from viz.runs import read_run
 
 if TYPE_CHECKING:
     import gradio as gr

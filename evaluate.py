@@ -28,15 +28,16 @@ from tqdm import tqdm
 
 import utils
 from config import DEVICE_HELP, PRECISIONS, GPTConfig
-from corpus.load import Corpus, load_corpus
+from corpus.corpus import Corpus
+from corpus.load import load_corpus
 from model import GPT
 from sampling.text import last_objective
 from system.command_line import parse_args
-from system.device import autocast, device_problems, pick_device
+from system.device import device_problems, pick_device
 from system.errors import run
 from system.settings import UserError, from_dict, setting
-from training.machine import pick_precision
-from utils import newest_checkpoint
+from training.setup import pick_precision
+from utils import autocast, newest_checkpoint
 
 COLUMNS = ("checkpoint", "parameters", "split", "tokens", "loss", "ppl", "bpb", "top-1", "tok/s")
 

@@ -36,10 +36,10 @@ from sampling.text import (
     model_prompt,
     warn_if_cut,
 )
-from system.command_line import convert, parse_args
+from system.command_line import parse_args
 from system.errors import run
 from system.files import file_problems
-from system.settings import UserError, all_problems, setting
+from system.settings import UserError, all_problems, convert, setting
 from tokenizer import Tokenizer
 
 # The actions, and the flags that each of them would ignore.

@@ -22,18 +22,11 @@ import torch
 from torch import Tensor
 
 from config import GPTConfig, TrainConfig
-from corpus.files import iter_documents
-from corpus.load import (
-    MAX_IN_MEMORY,
-    Corpus,
-    file_info,
-    find_corpus,
-    load_corpus,
-    split_documents,
-    split_records,
-    training_corpus,
-)
-from corpus.records import read_pairs, read_records, record_text
+from corpus.corpus import Corpus
+from corpus.documents import iter_documents, split_documents
+from corpus.load import MAX_IN_MEMORY, find_corpus, load_corpus, training_corpus
+from corpus.records import read_pairs, read_records, record_text, split_records
+from corpus.text import file_info
 from finetuning import lora
 from finetuning.lora import AdapterFormat, LoRAConfig
 from finetuning.new_tokens import EMBEDDINGS, extend_tokenizer, extend_weights
@@ -50,20 +43,18 @@ from finetuning.tasks import DistillationTask, DPOTask, QATask, Splits, TextTask
 from model import GPT
 from sampling.text import answers_questions, last_objective, last_trained_on_text
 from system.command_line import parse_args
-from system.device import pick_device
 from system.errors import quote_path, run
-from system.folders import locked
+from system.files import locked, save_checkpoint
 from system.settings import UserError, raise_problems
 from tokenizer import END_OF_TEXT, QA_SPECIALS, CharTokenizer, Tokenizer
 from train import Trainer, run_training
+from training.checks import overfit_batch, print_example, print_parameters
 from training.distributed import (
     destroy_process_group,
     init_process_group,
     local_rank_zero_first,
     rank,
 )
-from training.dry_run import print_example, print_parameters
-from training.overfit import overfit_batch
 from training.setup import (
     check_corpus,
     check_unchanged,
@@ -71,7 +62,7 @@ from training.setup import (
     setup_machine,
 )
 from training.task import CheckpointFormat, PlainFormat, Pretraining, Task
-from utils import read_checkpoint, save_checkpoint
+from utils import read_checkpoint
 
 # --- data and models
 
@@ -280,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     run_dir = Path(config.out_dir, config.tag)
     if settings.merge:
         return write_merged(settings, run_dir, config.overwrite)
-    device = init_process_group(pick_device(config.device))
+    device = init_process_group(config.device)
     with local_rank_zero_first():
         data = load_data(settings, config.data, base.tokenizer, config.separator, config.hold_out)
     why_precision = setup_machine(config, device, state)

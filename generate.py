@@ -20,13 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import SampleConfig
-from corpus.files import read_text
 from model import GPT, KVCache
-from sampling.beam_search import beam_search
 from sampling.checks import check_finite, check_sampling_memory, sampling_problems
-from sampling.output import header, write_text
-from sampling.quantize import cache_dtype, lower_precision
-from sampling.static_cache import StaticCache
 from sampling.text import (
     TextWriter,
     check_question,
@@ -37,7 +32,6 @@ from sampling.text import (
     model_prompt,
 )
 from system.command_line import parse_args
-from system.compiler import compiler_problem
 from system.device import pick_device
 from system.errors import run
 from system.settings import UserError
@@ -140,17 +134,15 @@ def next_tokens(
     return Step(ids, logits, model_logits)
 
 
-def compile_for(device: torch.device) -> Callable[..., Step]:
-    """`next_tokens`, compiled as one graph."""
-    # On a CPU, a C++ wrapper around the kernels makes int8 steps of `medium` 1.2 times as fast.
-    options: dict[str, Any] = {"cpp_wrapper": device.type == "cpu"}
-    torch._dynamo.config.recompile_limit = 64  # a sweep has many combinations of settings
-    return torch.compile(next_tokens, fullgraph=True, options=options)
-
-
 def draw_seed() -> int:
     """A new seed, short enough to type."""
     return int(np.random.default_rng().integers(1_000_000))
+
+
+def cache_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """The type of the KV cache: float32 on a CPU, where the attention kernel is fastest with it."""
+    lower = precision in ("bfloat16", "float16") and device.type != "cpu"
+    return getattr(torch, precision) if lower else torch.float32
 
 
 @torch.no_grad()
@@ -161,13 +153,10 @@ def generate(
     sample has ended with a token of `ends`. Yields a Step per token.
 
     The random numbers of sample i depend on (seed, i) only, so its text is the same for every
-    num_samples, except for rounding: matrix products of other batch sizes may round differently (in
-    float32 by about 1e-6), which in rare cases changes a token. Without a seed, each call draws
-    one. The model sees at most block_size tokens: if the prompt and the new tokens exceed that,
-    generation continues from the last block_size / 2 tokens, which are read into the emptied cache.
-    The repetition penalty applies to the tokens that the model sees. Without a cache, all logits
-    are recomputed at each step, with the same result. With config.compile, steps of one token are
-    compiled; steps that read a prompt or half a window are not.
+    num_samples, except that matrix products of other batch sizes may round differently. The model
+    sees at most block_size tokens: if there are more, generation continues from the last
+    block_size / 2 tokens, which are read into the emptied cache. The repetition penalty applies to
+    the tokens that the model sees. With config.compile, steps of one token are compiled.
     """
     device, size, n_new = prompt.device, model.config.block_size, config.max_new_tokens
     B, T = config.num_samples, len(prompt)
@@ -178,10 +167,14 @@ def generate(
     text = torch.cat([prompt.repeat(B, 1), prompt.new_zeros(B, n_new)], dim=1)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool, device=device)
+    make_cache: type[KVCache] = KVCache
+    next_token: Callable[..., Step] = next_tokens  # reads one token per text
+    if config.compile:
+        from sampling.compiled import StaticCache, compile_step  # only with --compile
+
+        make_cache, next_token = StaticCache, compile_step(next_tokens, device)
     dtype = cache_dtype(device, config.precision)
-    make_cache = StaticCache if config.compile else KVCache
     cache = make_cache(model.config, B, device=device, dtype=dtype) if config.cache else None
-    compiled = compile_for(device) if config.compile else next_tokens
     ids = prompt  # the newest token of each sample, after the first step
     begin, n_cached = 0, 0  # the window begins at this token; how many of its tokens are cached
     for step in range(n_new):
@@ -193,7 +186,7 @@ def generate(
             if cache:
                 cache.clear()
         new = ids[:, None] if n_cached else text[:, begin:end]
-        read = compiled if n_cached else next_tokens
+        read = next_token if n_cached else next_tokens
         result = read(model, new, cache, uniform[step], seen, config)
         check_finite(result.model_logits)
         n_cached = end - begin if cache else 0
@@ -225,17 +218,13 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[
     best first, each with its score."""
     prompt = model_prompt(model, tokenizer, config)
     start = decode_prompt(tokenizer, prompt)
-    if not config.beams:
-        steps = stream_texts(model, tokenizer, config, prompt)
-        bar = tqdm(steps, total=config.max_new_tokens, unit="token", leave=False, disable=None)
-        return [start + "".join(pieces) for pieces in zip(*bar, strict=True)]
-    ends = end_tokens(tokenizer)
-    texts = []
-    for score, ids in beam_search(model, prompt, config.beams, config.max_new_tokens, ends):
-        writer = TextWriter(tokenizer, config.stop.split("|"))
-        text = "".join(map(writer.add, ids)) + writer.finish()
-        texts.append(f"{start}{text}\n[{score:.4f} per token]")
-    return texts
+    if config.beams:
+        from sampling.beam_search import beam_texts  # only with --beams
+
+        return [start + text for text in beam_texts(model, tokenizer, config, prompt)]
+    steps = stream_texts(model, tokenizer, config, prompt)
+    bar = tqdm(steps, total=config.max_new_tokens, unit="token", leave=False, disable=None)
+    return [start + "".join(pieces) for pieces in zip(*bar, strict=True)]
 
 
 # --- command line
@@ -249,6 +238,8 @@ def load_for_sampling(
     config.qa is off for a model that was last trained on text. Prints one line to stderr. Raises
     UserError for a blank question, except for a chat, which has no prompt."""
     if config.prompt_file:
+        from corpus.text import read_text  # only with --prompt_file
+
         config.prompt = read_text(Path(config.prompt_file))
     config.checkpoint = config.checkpoint or str(newest_checkpoint(Path("checkpoints")))
     device = pick_device(config.device)
@@ -257,9 +248,15 @@ def load_for_sampling(
     if not chat:
         check_question(config, tokenizer)
     check_sampling_memory(model.config, config, len(config.prompt), device)
-    lower_precision(model, config.precision)
-    if config.compile and (problem := compiler_problem(device)):
-        raise UserError(f"--compile does not work here ({problem}): leave it out")
+    if config.precision != "float32":
+        from sampling.quantize import lower_precision  # only with --precision
+
+        lower_precision(model, config.precision)
+    if config.compile:
+        from system.compiler import compiler_problem  # only with --compile
+
+        if problem := compiler_problem(device):
+            raise UserError(f"--compile does not work here ({problem}): leave it out")
     line = checkpoint_line(config.checkpoint, state)
     if config.seed is None and config.temperature and not config.beams:
         config.seed = draw_seed()
@@ -283,6 +280,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     texts = sample_text(model, tokenizer, config)
     if config.output_file:
+        from sampling.output import header, write_text  # only with --output_file
+
         write_text(Path(config.output_file), header(config, state) + SEPARATOR.join(texts) + "\n")
         print(f"{len(texts)} sample{'s' * (len(texts) > 1)}: {config.output_file}")
     else:

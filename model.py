@@ -34,31 +34,24 @@ class ResidualProjection(nn.Linear):
 
 
 class MLP(nn.Module):
-    """proj(activation(fc(x))), as in the original Transformer (Vaswani et al. 2017)."""
+    """proj(activation(fc(x))), as in the original Transformer (Vaswani et al. 2017). Gated, fc(x)
+    has two halves, gate and up, and it is proj(activation(gate) * up) (Shazeer 2020)."""
 
-    def __init__(self, config: GPTConfig, activation: Callable[[Tensor], Tensor]):
+    def __init__(
+        self, config: GPTConfig, activation: Callable[[Tensor], Tensor], gated: bool = False
+    ):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
-        self.activation = activation
-        self.proj = ResidualProjection(config.n_inner, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.activation(self.fc(x))  # (B, T, F)
-        return self.proj(x)  # (B, T, C)
-
-
-class SwiGLU(nn.Module):
-    """proj(silu(gate(x)) * up(x)): one half gates the other (Shazeer 2020)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
+        self.activation, self.gated = activation, gated
         # gate and up as one matrix: one large product is faster than two
-        self.fc = nn.Linear(config.n_embd, 2 * config.n_inner, bias=config.bias)
+        self.fc = nn.Linear(config.n_embd, (1 + gated) * config.n_inner, bias=config.bias)
         self.proj = ResidualProjection(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.fc(x).chunk(2, dim=-1)  # 2 x (B, T, F)
-        return self.proj(F.silu(gate) * up)  # (B, T, C)
+        x = self.fc(x)  # (B, T, F); gated: (B, T, 2 F)
+        if not self.gated:
+            return self.proj(self.activation(x))  # (B, T, C)
+        gate, up = x.chunk(2, dim=-1)  # 2 x (B, T, F)
+        return self.proj(self.activation(gate) * up)  # (B, T, C)
 
 
 MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
@@ -66,7 +59,7 @@ MLPS: dict[str, Callable[[GPTConfig], nn.Module]] = {
     "relu": lambda config: MLP(config, F.relu),
     "silu": lambda config: MLP(config, F.silu),
     "relu2": lambda config: MLP(config, lambda x: F.relu(x).square()),  # So et al. 2021
-    "swiglu": SwiGLU,
+    "swiglu": lambda config: MLP(config, F.silu, gated=True),
 }
 
 

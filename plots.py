@@ -18,8 +18,9 @@ from system.errors import run
 from system.files import file_problems
 from system.settings import UserError, setting
 from utils import newest_checkpoint
+from viz.curve import X_LABELS, plot_runs, save_figure
 from viz.internals import parse_numbers, plot_internals
-from viz.runs import MAX_RUNS, X_LABELS, plot_runs, read_run, save_figure
+from viz.runs import MAX_RUNS, read_run
 
 PICTURES = ("runs", "attention", "positions", "embeddings", "temperatures")
 

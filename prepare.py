@@ -29,8 +29,8 @@ import torch
 from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
-from corpus.folder import foreign_files, write_manifest
-from corpus.load import note_shared, open_dataset
+from corpus.documents import note_shared
+from corpus.folder import foreign_files, open_dataset, write_manifest
 from model import GPT
 from system.command_line import parse_args
 from system.errors import run

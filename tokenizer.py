@@ -8,9 +8,10 @@ is in `allowed_special`, a set of special tokens or "all". Byte-pair merges are 
 corpus/bpe.py.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache, cached_property
-from itertools import chain, pairwise, product, takewhile
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,65 +27,8 @@ QA_SPECIALS = ("<PAD>", "<UNK>", "<BOS>", "<EOS>")
 # GPT-2's pre-tokenization (Radford et al. 2019): English contractions; letters, digits or other
 # characters with the space before them; runs of whitespace. Merges stay within these pieces.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-MAX_PIECE = 1 << 16  # characters; longer ones are divided
+MAX_PIECE = 1 << 16  # characters; longer texts and pieces are divided
 Texts = Iterable[str]
-
-
-# --- text in segments
-
-
-def segments(texts: Texts, pattern: str, specials: Texts = ()) -> Iterator[str]:
-    """A stream of text in segments whose pieces, the matches of the pattern, are those of the full
-    text. Special tokens are segments of their own, the longest if several match. Pieces of more
-    than MAX_PIECE characters are divided, because tiktoken fails on a million spaces.
-    """
-    names = sorted(filter(None, specials), key=len, reverse=True)
-    special = regex.compile("|".join(map(regex.escape, names))) if names else None
-    ahead = 2 * MAX_PIECE + max(map(len, names), default=0)  # enough text to find the next cut
-    buffer = ""
-    for text in chain(texts, [None]):
-        buffer += text or ""
-        start = 0
-        while len(buffer) - start > (0 if text is None else ahead):
-            found = special.search(buffer, start, start + ahead) if special else None
-            end = found.start() if found else len(buffer)
-            if found and end == start:
-                end = found.end()
-            elif end - start > MAX_PIECE:
-                end = start + find_cut(buffer[start : min(end, start + 2 * MAX_PIECE)], pattern)
-            yield buffer[start:end]
-            start = end
-        buffer = buffer[start:] if start else buffer
-
-
-def find_cut(text: str, pattern: str) -> int:
-    """The length of the longest prefix of a text, up to MAX_PIECE, that has the same pieces by
-    itself; if spaces start pieces, of the one up to the last space, which is found faster."""
-    space = regex.search(r"(?r)(?<=\S) ", text, 0, MAX_PIECE + 1)
-    if space and space_starts_piece(pattern):
-        return space.start()
-    ends = list(takewhile(MAX_PIECE.__ge__, piece_ends(pattern, text)))
-    # GPT-2's pieces of "a\n\nb" are a, \n, \n, b, and those of "a\n\n" are a, \n\n.
-    while ends and list(piece_ends(pattern, text[: ends[-1]])) != ends:
-        ends.pop()
-    return ends[-1] if ends else MAX_PIECE
-
-
-def piece_ends(pattern: str, text: str) -> Iterator[int]:
-    """Yield where the pieces of a text end."""
-    return (piece.end() for piece in regex.finditer(pattern, text))
-
-
-@cache
-def space_starts_piece(pattern: str) -> bool:
-    """Whether a space after a word always starts a piece, as in the patterns of GPT-2, GPT-4 and
-    Llama 3. Others are tested on letters, marks, digits, punctuation, symbols and whitespace."""
-    kinds = "aS\u5b57\u02b0\u0301\u01c51'./_+$\n "
-    for a, b, c in product(kinds, kinds[:-2], kinds):
-        ends = [*piece_ends(pattern, a + b), *(2 + end for end in piece_ends(pattern, " " + c))]
-        if list(piece_ends(pattern, f"{a}{b} {c}")) != ends:
-            return False
-    return True
 
 
 class Encoder(Protocol):
@@ -92,6 +36,7 @@ class Encoder(Protocol):
 
     specials: dict[str, int]
     pattern: str
+    max_segment: int = MAX_PIECE  # the characters that encode_segment takes
 
     def encode_segment(self, text: str) -> np.ndarray: ...
 
@@ -100,12 +45,16 @@ class Encoder(Protocol):
         allowed = set(self.specials if allowed_special == "all" else allowed_special)
         if missing := sorted(allowed - self.specials.keys()):
             raise UserError(f"the tokenizer has no special token {', '.join(map(repr, missing))}")
+        from system.segments import segments  # only for long texts and special tokens
+
         for text in segments(texts, self.pattern, allowed):
             special = text in allowed
             yield np.array([self.specials[text]]) if special else self.encode_segment(text)
 
     def encode(self, text: str, allowed_special: Texts = ()) -> np.ndarray:
         """The ids of a text, 1-D int64."""
+        if len(text) <= self.max_segment and not allowed_special:
+            return self.encode_segment(text)
         ids = self.encode_segments([text], allowed_special)
         return np.concatenate([np.zeros(0, dtype=np.int64), *ids])
 
@@ -127,6 +76,7 @@ class CharTokenizer(Encoder):
     """
 
     pattern = f"(?s:.{{1,{MAX_PIECE}}})"  # any division will do
+    max_segment = sys.maxsize
 
     def __init__(self, chars: Sequence[str], specials: Sequence[str] = ()):
         self.chars = list(chars)

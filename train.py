@@ -14,9 +14,11 @@ Next: python generate.py
 
 import contextlib
 import math
+import pkgutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,49 +26,37 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-import tokenizer as tokenizers
-from config import GPTConfig, TrainConfig
-from corpus.load import is_dataset, load_corpus
+from config import OPTIMIZERS, GPTConfig, TrainConfig, from_dict
 from model import GPT
 from system.command_line import parse_args
-from system.device import autocast, pick_device
 from system.errors import run
-from system.folders import locked
-from system.settings import from_dict
-from training.deadline import Deadline
+from system.files import locked, save_checkpoint
 from training.distributed import (
-    Weights,
-    all_reduce_mean,
-    all_reduce_sum,
+    StopSignal,
+    all_reduce,
     broadcast_from_rank0,
     destroy_process_group,
     full_tensor,
-    gather,
     init_process_group,
     load_optimizer,
-    local_rank_zero_first,
-    no_sync,
+    make_replica,
     rank,
     world_size,
-    wrap,
 )
-from training.dry_run import print_dry_run
-from training.machine import compile_model
-from training.muon import Muon
-from training.overfit import overfit_batch
-from training.plan import plan_run, process_seconds, resolve_plan
 from training.run_log import RunLog, diverged
 from training.setup import (
-    check_corpus,
+    Data,
     check_current,
     check_run,
+    compile_model,
+    load_data,
     preset_table,
     print_summary,
+    resolve_train,
     setup_machine,
 )
-from training.signals import StopSignal
 from training.task import Metrics, Pretraining, Task
-from utils import matching_contents, mix_seed, read_checkpoint, save_checkpoint, to_device
+from utils import autocast, matching_contents, mix_seed, read_checkpoint, to_device
 
 # --- schedule and optimizers
 
@@ -89,29 +79,27 @@ def get_lr(step: int, config: TrainConfig) -> float:
     return config.lr_min + (config.lr_max - config.lr_min) * config.lr_scale * height
 
 
-def configure_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW (Loshchilov and Hutter 2019), with weight decay for matrices but not for biases and
-    norm gains.
-
-    With "muon", the matrices of the blocks use Muon, which learns faster (training/muon.py). "sgd"
-    uses momentum. It learns more slowly, and is for comparison.
-    """
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = {n: p for n, p in params.items() if p.dim() == 2 and "blocks." in n}
-    hidden = hidden if config.optimizer == "muon" else {}
-    rest = [p for name, p in params.items() if name not in hidden]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    lr, decay = config.lr_max, config.weight_decay
-    if config.optimizer == "sgd":
-        return [torch.optim.SGD(groups, lr, momentum=0.9)]
-    optimizers: list[torch.optim.Optimizer] = []
-    if any(group["params"] for group in groups):
-        optimizers += [torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)]
-    if hidden:
-        optimizers += [Muon(hidden.values(), lr, decay)]
+def configure_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers by name, as in OPTIMIZERS: the one of the settings and, if that is for the
+    matrices of the blocks only, AdamW (Loshchilov and Hutter 2019) for the other parameters. Weight
+    decay applies to matrices but not to biases and norm gains."""
+    matrices_only = OPTIMIZERS[config.optimizer].matrices_only
+    params: dict[str, list[Tensor]] = {"adamw": [], config.optimizer: []}
+    for name, p in model.named_parameters():
+        is_hidden = p.dim() == 2 and "blocks." in name
+        if p.requires_grad:
+            params["adamw" if matrices_only and not is_hidden else config.optimizer].append(p)
+    optimizers = {}
+    for name, own in params.items():
+        spec, matrices = OPTIMIZERS[name], [p for p in own if p.dim() >= 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+        if not spec.matrices_only:
+            vectors = [p for p in own if p.dim() < 2]
+            groups.append({"params": vectors, "weight_decay": 0.0})
+        if own:
+            optimizers[name] = pkgutil.resolve_name(spec.path)(
+                groups, config.lr_max, **spec.options
+            )
     return optimizers
 
 
@@ -126,26 +114,23 @@ class Trainer:
         model.grad_checkpoint = config.grad_checkpoint
         if config.compile:
             compile_model(model, config, device, same_shapes=task.tokens_per_step is not None)
-        self.net = wrap(model, config.parallel, device)  # with DDP or FSDP
-        self.weights = Weights(model)
+        self.replica = make_replica(self.model, config.parallel, device)
         self.task, self.config, self.device = task, config, device
         self.optimizers = configure_optimizers(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
         self.micro_steps = range(rank(), config.grad_accum, world_size())  # of this process
         self.step = 0  # optimizer steps done
-        self.deadline: Deadline | None = None  # with --minutes
         self.unchecked: list[tuple[int, dict[str, Tensor]]] = []  # steps with their metrics
 
     def train(self, log: RunLog) -> int:
         """Train until max_steps, until the log is out of patience, or until a signal. Returns the
         exit status: 0, or 128 plus the number of the signal."""
         config = self.config
-        with StopSignal() as stop, log.progress_bar(self.step):
+        with StopSignal() as stop, log.begin(self):
             if log.begins_with_evaluation(self.step):
                 self.evaluate_and_save(log)
             while self.step < config.max_steps and not (log.out_of_patience() or stop.requested()):
-                if self.deadline:
-                    self.deadline.adjust(self.step)
+                log.adjust_schedule(self.step)
                 metrics = self.train_step()
                 self.unchecked.append((self.step, metrics))
                 if self.step % config.log_every == 0:  # reading a number waits for a GPU
@@ -168,32 +153,33 @@ class Trainer:
         self.model.zero_grad()  # 1. zero gradients
         step = 0 if config.overfit_batch else self.step
         batches = [self.task.get_batch(step, m) for m in self.micro_steps]  # 2. get batch
-        n_tokens = all_reduce_sum(torch.stack([n for _, n in batches]).sum())
+        n_tokens = all_reduce(torch.stack([n for _, n in batches]).sum())
         metrics: dict[str, Tensor] = {}
         for m, (batch, n) in zip(self.micro_steps, batches, strict=True):
             inputs = [to_device(t, self.device) for t in batch]  # 3. move to device
             torch.manual_seed(mix_seed(config.seed, self.step, m))  # for dropout
             # The micro-batch's share of the tokens; DDP and FSDP divide by the number of processes.
             share = n * world_size() / n_tokens
-            with no_sync(self.net, skip=m != self.micro_steps[-1]):
+            is_last = m == self.micro_steps[-1]
+            with contextlib.nullcontext() if is_last else self.replica.no_sync():
                 with autocast(self.device, config.precision):
-                    terms = self.task.loss(self.net, *inputs)  # 4. forward  5. loss
+                    terms = self.task.loss(self.replica.net, *inputs)  # 4. forward  5. loss
                 self.scaler.scale(terms["loss"] * share).backward()  # 6. backward
             for name, term in terms.items():
                 metrics[name] = metrics.get(name, 0.0) + term.detach() * share
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         max_norm = config.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)  # 7. clip
         if self.scaler.is_enabled() and not norm.isfinite():
             self.model.zero_grad()  # float16 overflowed somewhere: no optimizer takes this step
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(self.step, config)  # 8. set learning rate
             self.scaler.step(optimizer)  # 9. optimizer step
         self.scaler.update()
         self.step += 1  # 10. increment step
-        metrics = {name: all_reduce_mean(term) for name, term in metrics.items()}
+        metrics = {name: all_reduce(term) / world_size() for name, term in metrics.items()}
         return metrics | {"grad_norm": full_tensor(norm)}
 
     @contextlib.contextmanager
@@ -220,8 +206,11 @@ class Trainer:
         if log.best()["step"] == self.step:
             return self.evaluate(full=True)
         file, unpack = log.run_dir / "best.pt", self.task.format.unpack
-        with self.weights.swapped(broadcast_from_rank0(lambda: unpack(read_checkpoint(file)))):
-            return self.evaluate(full=True)
+        last = self.replica.weights()
+        self.replica.set_weights(broadcast_from_rank0(lambda: unpack(read_checkpoint(file))))
+        metrics = self.evaluate(full=True)
+        self.replica.set_weights(last)
+        return metrics
 
     def check_finite(self) -> None:
         """Raise UserError for the first unchecked step whose loss or gradient is not finite."""
@@ -257,8 +246,8 @@ class Trainer:
         """Write checkpoints with everything that an exact resume needs, for any number of
         processes. (Batches and dropout are functions of the step.)"""
         self.check_finite()
-        weights = self.weights.get()
-        optimizers = gather([optimizer.state_dict() for optimizer in self.optimizers])
+        weights = self.replica.weights()
+        optimizers = list(map(self.replica.optimizer_state, self.optimizers.values()))
         if rank():
             return
         state = {
@@ -275,9 +264,10 @@ class Trainer:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: on a CPU, all that follows is bit for bit the same."""
-        self.weights.set(self.task.format.unpack(state))
-        for optimizer, optimizer_state in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, optimizer_state)
+        self.replica.set_weights(self.task.format.unpack(state))
+        for name, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            load_optimizer(self.optimizers[name], OPTIMIZERS[name], saved)
+            self.replica.shard_state(self.optimizers[name])
         if state["scaler"]:  # empty unless the run used float16
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -289,8 +279,8 @@ class Trainer:
 def run_training(
     trainer: Trainer, state: dict[str, Any] | None = None, started: float | None = None
 ) -> tuple[int, RunLog]:
-    """Train, from a checkpoint if there is one, and score the best step. The time of the run begins
-    at `started`, by default now. Returns the exit status and the log."""
+    """Train, from a checkpoint if there is one, and score the best step. With --minutes, the run's
+    time begins at `started`, otherwise now. Returns the exit status and the log."""
     settings = asdict(trainer.model.config) | asdict(trainer.config)
     header = {"corpus": trainer.task.format.entries["corpus"]} | settings
     run_dir = Path(trainer.config.out_dir, trainer.config.tag)
@@ -302,8 +292,6 @@ def run_training(
             warn_if_rate_jumps(trainer.step, trainer.config, state["train_config"])
             print(f"resuming at step {trainer.step}")
         log = RunLog(trainer.config, header, trainer.task.tokens_per_step, state, started)
-        if trainer.config.minutes:
-            trainer.deadline = Deadline(trainer, log)
         status = trainer.train(log)
         if status == 0:
             log.finish(trainer.evaluate_best(log))
@@ -317,50 +305,42 @@ def warn_if_rate_jumps(step: int, config: TrainConfig, saved: dict[str, Any]) ->
         print(f"warning: the learning rate at step {step} is now {now:g} instead of {before:g}")
 
 
+def new_trainer(
+    task_type: type[Pretraining],
+    data: Data,
+    device: torch.device,
+    gpt_config: GPTConfig,
+    config: TrainConfig,
+) -> Trainer:
+    """A trainer of a new model."""
+    torch.manual_seed(config.seed)
+    task = task_type(data.corpus, data.tokenizer, gpt_config.block_size, config, device)
+    return Trainer(GPT(gpt_config), task, config, device)
+
+
 def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraining) -> int:
     """The command line."""
-    started = time.perf_counter() - (process_seconds() if argv is None else 0.0)
-    gpt_config, config, state, flags = parse_args(
-        (GPTConfig, TrainConfig),
-        argv,
-        f"{__doc__}\n{preset_table()}",
-        resolve_plan,
-        lambda gpt_config, config, state, flags: check_run(config),
-    )
-    device = init_process_group(pick_device(config.device))
-    tokenizer = tokenizers.from_dict(state["tokenizer"]) if state else None
-    with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(
-            config.data, config.tokenizer, config.bpe_vocab_size, tokenizer, config.separator,
-            config.hold_out,
-        )  # fmt: skip
-    check_corpus(corpus, config, gpt_config.block_size, state)
-    if is_dataset(config.data):
-        config.tokenizer = tokenizer.to_dict()["kind"]
+    started = time.perf_counter() - (time.process_time() if argv is None else 0.0)  # of importing
+    doc, classes = f"{__doc__}\n{preset_table()}", (GPTConfig, TrainConfig)
+    gpt_config, config, state, flags = parse_args(classes, argv, doc, resolve_train, check_run)
+    device = init_process_group(config.device)
+    data = load_data(gpt_config, config, state)
     why_precision = setup_machine(config, device, state)
-    gpt_config = replace(gpt_config, vocab_size=tokenizer.vocab_size)
-
-    def make_trainer(gpt_config: GPTConfig, config: TrainConfig) -> Trainer:
-        torch.manual_seed(config.seed)
-        model = GPT(gpt_config)
-        task = task_type(corpus, tokenizer, gpt_config.block_size, config, device)
-        return Trainer(model, task, config, device)
-
+    gpt_config = replace(gpt_config, vocab_size=data.tokenizer.vocab_size)
+    make_trainer = partial(new_trainer, task_type, data, device)
     if config.plan or (config.minutes and not state):
-        gpt_config, config = plan_run(flags, config, tokenizer.vocab_size, make_trainer, started)
-        if config.plan:
-            return 0
-    print_summary(gpt_config, config, corpus, device, why_precision)
-    if config.dry_run:
-        print_dry_run(gpt_config, config, corpus, tokenizer, device)
-        destroy_process_group()
+        from training.plan import plan_run  # only with these flags
+
+        gpt_config, config = plan_run(flags, gpt_config, config, make_trainer, started)
+    if config.plan:
         return 0
-    trainer = make_trainer(gpt_config, config)
-    if config.overfit_batch:
-        status = overfit_batch(trainer)
+    print_summary(gpt_config, config, data.corpus, device, why_precision)
+    if config.dry_run or config.overfit_batch:
+        from training.checks import run_check  # only with these flags
+
+        status = run_check(gpt_config, config, data, device, make_trainer)
     else:
-        status, _ = run_training(trainer, state, started if config.minutes else None)
-    del trainer
+        status, _ = run_training(make_trainer(gpt_config, config), state, started)
     destroy_process_group()
     return status
 

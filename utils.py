@@ -17,8 +17,7 @@ import tokenizer as tokenizers
 from config import GPTConfig
 from model import GPT
 from system.errors import first_line
-from system.files import atomic_write
-from system.settings import UserError, all_problems, from_dict, raise_problems
+from system.settings import UserError, all_problems, raise_problems
 
 # --- batches: windows of a stream of token ids
 
@@ -130,13 +129,6 @@ CHECKPOINT_TYPES = {
 }
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, with the keys of CHECKPOINT_TYPES or more, atomically. It may contain
-    dicts, lists, numbers, strings and tensors."""
-    with atomic_write(path) as file:
-        torch.save(state, file)
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint, on the CPU. Raises UserError if the file is missing, damaged,
     or not a checkpoint of this program."""
@@ -209,7 +201,7 @@ def load_checkpoint(
     path = Path(path)
     state = read_checkpoint(path)
     with matching_contents(path):
-        config = from_dict(GPTConfig, state["gpt_config"])
+        config = GPTConfig(**state["gpt_config"])  # raises TypeError for an unknown setting
         raise_problems(all_problems(config))
         if count_params(config)[0] > sum(weight.numel() for weight in state["model"].values()):
             raise ValueError("fewer weights than its settings say")
@@ -239,3 +231,10 @@ def newest_checkpoint(out_dir: Path) -> Path:
         raise UserError(f"there is no checkpoint in {out_dir}/: train one with `python train.py`")
     run_dir = max(files, key=lambda file: file.stat().st_mtime).parent
     return next(run_dir / name for name in names if (run_dir / name).exists())
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which matrix products run in the given precision."""
+    if precision not in ("bfloat16", "float16"):
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, getattr(torch, precision))

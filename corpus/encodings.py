@@ -4,7 +4,7 @@ import threading
 
 import tiktoken
 
-from corpus.files import note
+from corpus.text import note
 from system.settings import UserError
 from tokenizer import GPT2_PATTERN, BPETokenizer
 

@@ -9,6 +9,7 @@ if that cannot be written, the set is verified each time.
 import contextlib
 import hashlib
 import json
+import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from corpus.files import READ_SIZE, file_sha256, token_files
+import tokenizer as tokenizers
+from corpus.corpus import Corpus
+from corpus.documents import note_shared
+from corpus.text import READ_SIZE, file_sha256
+from system.errors import first_line
 from system.files import atomic_write
 from system.settings import UserError
+from tokenizer import END_OF_TEXT, Tokenizer
 
 VERIFY_ALWAYS = 1 << 30  # bytes
 HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files
@@ -100,3 +106,101 @@ def hash_ids(paths: list[Path], dtype: np.dtype) -> tuple[str, int]:
 def foreign_files(folder: Path) -> list[str]:
     """The names in a folder that are not those of a data set's files."""
     return sorted(path.name for path in folder.iterdir() if not re.fullmatch(FILES, path.name))
+
+
+# --- token ids on disk
+
+
+def token_files(folder: Path, split: str) -> list[Path]:
+    """The token files of a split, in order: train.bin, train_00001.bin and so on."""
+    return [folder / f"{split}.bin", *sorted(folder.glob(f"{split}_*.bin"))]
+
+
+class Shards:
+    """Several 1-D arrays that are indexed as if they were concatenated.
+
+    >>> shards = Shards([np.array([0, 1, 2]), np.array([3, 4])])
+    >>> len(shards), shards[np.array([4, 0])].tolist(), shards[1:4].tolist()
+    (5, [4, 0], [1, 2, 3])
+    """
+
+    def __init__(self, arrays: list[np.ndarray]):
+        self.arrays, self.dtype = arrays, arrays[0].dtype
+        # (shards + 1,): where each array starts, and the total length
+        self.offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
+        if isinstance(index, slice):  # with step 1
+            start, stop, _ = index.indices(len(self))
+            return np.concatenate(
+                [
+                    array[max(start - offset, 0) : max(stop - offset, 0)]
+                    for array, offset in zip(self.arrays, self.offsets, strict=False)
+                ]
+            )
+        shard = np.searchsorted(self.offsets, index, side="right") - 1
+        values = np.empty(index.shape, self.dtype)
+        for i in np.unique(shard):
+            mask = shard == i
+            values[mask] = self.arrays[i][index[mask] - self.offsets[i]]
+        return values
+
+
+def map_token_files(paths: list[Path], dtype: np.dtype | str) -> "np.ndarray | Shards":
+    """The concatenated ids of token files, through memory maps: data is read when it is indexed."""
+    arrays = []
+    for path in paths:
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(
+            memory, "madvise"
+        ):  # read-ahead makes windows at random positions 50 times slower
+            memory.madvise(mmap.MADV_RANDOM)
+        arrays.append(np.frombuffer(memory, dtype))
+    return arrays[0] if len(arrays) == 1 else Shards(arrays)
+
+
+def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, Corpus]:
+    """Open a data set made by prepare.py, through memory maps. Raises UserError if it is damaged
+    (see `verify` in folder.py), or if its tokenizer differs from `tokenizer`."""
+    try:
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
+        tokenizer_dict = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        own_tokenizer = tokenizers.from_dict(tokenizer_dict)
+        splits = [manifest["splits"][split] for split in ("train", "val")]
+        train_ids, val_ids = (
+            map_token_files(token_files(folder, split), manifest["dtype"])
+            for split in ("train", "val")
+        )
+        lengths, expected = [len(train_ids), len(val_ids)], [split["tokens"] for split in splits]
+        if lengths != expected:
+            raise ValueError(f"{lengths} tokens, but the manifest says {expected}")
+        info = {
+            "name": manifest["name"],
+            "sha256": manifest["sha256"],
+            "bytes": sum(source["bytes"] for source in manifest["sources"]),
+            "documents": sum(split["documents"] for split in splits),
+        }
+        train_bytes, val_bytes = (split["bytes"] for split in splits)
+        train_docs = np.load(folder / "train_docs.npy", mmap_mode="r")
+        separator = own_tokenizer.specials[END_OF_TEXT] if info["documents"] > 1 else None
+        note_shared(manifest.get("shared_documents", 0), splits[1]["documents"])
+    except MemoryError:
+        raise
+    except Exception as error:  # damage raises errors of many types
+        raise UserError(
+            f"{folder}/ is not a data set made by prepare.py, or is damaged "
+            f"({first_line(error)[:200]}): run "
+            "`python prepare.py FILE ... --name NAME`, then give --data data/NAME"
+        ) from None
+    if tokenizer is not None and tokenizer.to_dict() != tokenizer_dict:
+        raise UserError(
+            f"{folder}/ was made with another tokenizer than the checkpoint's: make it with "
+            "`python prepare.py FILE ... --name NAME --tokenizer CHECKPOINT`"
+        )
+    corpus = Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
+    return own_tokenizer, corpus

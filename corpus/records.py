@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from corpus.files import json_text, read_text
+from corpus.corpus import Corpus, make_tokenizer
+from corpus.documents import build_corpus, split_documents
+from corpus.text import file_info, json_text, note, read_text
 from system.settings import UserError
-from tokenizer import Tokenizer, prompt_text
+from tokenizer import QA_SPECIALS, Tokenizer, prompt_text
 
 Record = dict[str, Any]
 
@@ -140,3 +142,35 @@ def encode_record(tokenizer: Tokenizer, record: Record) -> tuple[np.ndarray, int
     # ids as encoding the full text.
     answer = tokenizer.encode(f" {record['answer'].strip()}")
     return np.concatenate([[bos], prompt, answer, [eos]]), 1 + len(prompt)
+
+
+# --- a corpus of records
+
+
+def split_records(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The training and the validation records: those marked "held_out": true are for validation; if
+    none or all are marked, they are split as documents are."""
+    val = [record for record in records if record.get("held_out") is True]
+    if not 0 < len(val) < len(records):
+        return split_documents(records)
+    return [record for record in records if record.get("held_out") is not True], val
+
+
+def load_records(
+    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, hold_out: bool = True
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus of a file of question/answer records, each one a document."""
+    info = file_info(path)
+    records = read_records(path)
+    splits = split_records(records) if hold_out else (records, records)
+    if hold_out and tokenizer is None:  # a new run
+        note(
+            f"{len(splits[1])} of {len(records)} records are held out for validation: "
+            "--no-hold_out trains on all"
+        )
+    texts = [[record_text(record) for record in split] for split in splits]
+    tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, QA_SPECIALS)
+    ids = [[encode_record(tokenizer, record)[0] for record in split] for split in splits]
+    return tokenizer, build_corpus(
+        ids, texts, info, tokenizer.specials["<BOS>"], tokenizer.vocab_size, hold_out
+    )

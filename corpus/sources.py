@@ -10,9 +10,9 @@ from typing import Any
 from tqdm import tqdm
 
 from corpus.clean import CHUNK_SIZE, Chunk
+from corpus.documents import SPLIT_SEED, hash_to_unit, is_validation, iter_documents
 from corpus.download import DATASETS, fetch
-from corpus.files import iter_documents, replace_surrogates
-from corpus.load import SPLIT_SEED, hash_to_unit, is_validation, note_end_of_text
+from corpus.text import note_end_of_text, replace_surrogates
 from system.settings import UserError
 
 BATCH_SIZE = 1 << 20  # characters that a worker process receives at once

@@ -13,7 +13,7 @@ from experiments.comparison import Row, add_differences, plot_differences
 from experiments.study import loss_columns, parse_study, val_losses, with_seeds, write_results
 from system.errors import run
 from training.setup import Flags
-from viz.runs import new_figure
+from viz.curve import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from config import GPTConfig, train_settings
 from exporting.gguf_file import gguf_writer, write_gguf
 from model import GPT
-from system.device import autocast, pick_device
+from system.device import pick_device
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from training.setup import Flags
-from utils import to_device
+from utils import autocast, to_device
 
 Functions = dict[str, Callable[[], Any]]  # to be timed, by name
 

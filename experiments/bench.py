@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
 from corpus.bpe import count_pieces, train_bpe
-from corpus.files import iter_documents, map_token_files
-from corpus.load import Corpus, find_corpus
+from corpus.corpus import Corpus
+from corpus.documents import iter_documents
+from corpus.folder import map_token_files
+from corpus.load import find_corpus
 from experiments.baselines import (
     Functions,
     hf_samplers,
@@ -49,7 +51,7 @@ from system.errors import run
 from system.settings import UserError, setting
 from tokenizer import CharTokenizer
 from train import Trainer
-from training.dry_run import flops_per_token
+from training.checks import flops_per_token
 from training.setup import Flags
 from training.task import Pretraining
 from utils import count_params, get_batch

@@ -8,11 +8,16 @@ study tests many variants at once, and of twenty without any effect one would be
 """
 
 import math
-import statistics
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from viz.runs import BLUE, ORANGE
+from viz.curve import BLUE, ORANGE
+
+try:
+    from scipy import stats
+except ImportError:
+    sys.exit("error: the studies need SciPy: pip install scipy")
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,40 +34,6 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-# --- Student's t distribution, without SciPy
-
-
-def t_coverage(t: float, df: int) -> float:
-    """The probability that |T| < t for a T with df degrees of freedom (Abramowitz and Stegun 1964,
-    26.7.3 and 26.7.4).
-
-    >>> round(t_coverage(1.0, df=1), 6)  # the Cauchy distribution: half of it is within 1
-    0.5
-    """
-    angle = math.atan(t / math.sqrt(df))
-    cosine, odd = math.cos(angle), df % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for i in range(1 + odd, df, 2):  # 1 + cos^2 / 2 + ..., or cos + 2 cos^3 / 3 + ...
-        total += term
-        term *= cosine**2 * i / (i + 1)
-    total *= math.sin(angle)
-    return 2 / math.pi * (angle + total) if odd else total
-
-
-def t_quantile(coverage: float, df: int) -> float:
-    """The t with `t_coverage(t, df) == coverage`, by bisection.
-
-    >>> round(t_quantile(0.95, df=2), 3)  # three seeds
-    4.303
-    """
-    low, high = 0.0, 1e9
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_coverage(middle, df) < coverage else (low, middle)
-    return high
-
-
 # --- means and differences
 
 
@@ -73,16 +44,15 @@ def margin(values: list[float]) -> float:
         return math.inf
     if len(values) < 2:
         return math.nan
-    df = len(values) - 1
-    return t_quantile(CONFIDENCE, df) * statistics.stdev(values) / math.sqrt(len(values))
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return float(quantile * stats.sem(values))
 
 
 def p_value(differences: list[float]) -> float:
     """The two-sided p-value of the t-test that the mean of two or more differences is 0."""
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    if error == 0:
-        return float(mean(differences) == 0)
-    return max(0.0, 1 - t_coverage(abs(mean(differences)) / error, len(differences) - 1))
+    if len(set(differences)) == 1:  # without a spread
+        return float(differences[0] == 0)
+    return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(p_values: list[float]) -> list[float]:

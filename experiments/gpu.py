@@ -23,7 +23,7 @@ from torch import Tensor
 
 import train
 from config import SampleConfig, train_settings
-from corpus.load import Corpus
+from corpus.corpus import Corpus
 from experiments.baselines import nanogpt_step
 from experiments.timing import time_losses, time_once
 from generate import generate
@@ -32,9 +32,8 @@ from sampling.quantize import lower_precision
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from train import Trainer
-from training.dry_run import flops_per_token
-from training.machine import memory_estimate, pick_precision
-from training.setup import Flags
+from training.checks import flops_per_token
+from training.setup import Flags, memory_estimate, pick_precision
 from training.task import Pretraining
 from utils import read_checkpoint
 

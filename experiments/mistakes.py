@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import model as model_parts
 import train
-from corpus.load import Corpus
+from corpus.corpus import Corpus
 from experiments import study as studies
 from experiments.comparison import Row, add_differences, margin, mean
 from experiments.study import (
@@ -45,7 +45,7 @@ from system.errors import run
 from training.setup import Flags
 from training.task import Pretraining
 from utils import even_starts, load_checkpoint, windows
-from viz.runs import BLUE, ORANGE, new_figure
+from viz.curve import BLUE, ORANGE, new_figure
 from viz.verdict import verdict
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from experiments.study import (
 )
 from system.errors import run
 from training.setup import Flags
-from viz.runs import COLORS, new_figure
+from viz.curve import COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ class PlainSGD(train.Trainer):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        for group in self.optimizers[0].param_groups:
+        for group in self.optimizers["sgd"].param_groups:
             group["momentum"] = 0.0
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import optimize
 
 from corpus.sources import find_sources
 from experiments.comparison import Row, margin, mean
@@ -23,7 +24,7 @@ from system.errors import run
 from training.law import Law, Pilot, Run
 from training.plan import SIZES, block_params, settings, size_flags, step_tokens
 from training.setup import Flags
-from viz.runs import BLACK, COLORS, new_figure
+from viz.curve import BLACK, COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,11 +198,10 @@ def error(pilot: Pilot, row: Row, law: Law) -> float:
 
 
 def fit(rows: list[Row]) -> Law:
-    """The constants with the smallest squared error over all pairs of the runs for the fit, by the
-    method of Levenberg (1944) and Marquardt (1963). All constants are positive: the fit is over
-    their logarithms, with a weak prior, because the runs hardly tell the effect of the size from
-    that of the window. By how much a run overfits does not matter if it is much: such runs have a
-    lower weight."""
+    """The constants with the smallest squared error over all pairs of the runs for the fit. All
+    constants are positive: the fit is over their logarithms, with a weak prior, because the runs
+    hardly tell the effect of the size from that of the window. By how much a run overfits does not
+    matter if it is much: such runs have a lower weight."""
     data = pairs(rows, "fit")
     excess = np.array([row["loss"] - row["best"] for _, row in data])
     weights = 1 / np.sqrt(1 + (excess / OVERFITTED) ** 2)
@@ -211,18 +211,8 @@ def fit(rows: list[Row]) -> Law:
         errors = weights * [error(pilot, row, law) for pilot, row in data]
         return np.append(errors, PRIOR * (logs - np.log(START)))
 
-    logs, damping = np.log(START), 1e-2
-    now = errors(logs)
-    for _ in range(200):
-        steps = 1e-6 * np.eye(len(logs))
-        jacobian = np.stack([(errors(logs + step) - now) / 1e-6 for step in steps], axis=1)
-        squares = jacobian.T @ jacobian
-        squares += damping * np.diag(np.diag(squares) + 1e-9)
-        logs_next = logs - np.clip(np.linalg.solve(squares, jacobian.T @ now), -1, 1)
-        after = errors(logs_next)
-        better = after @ after < now @ now
-        logs, now = (logs_next, after) if better else (logs, now)
-        damping = damping / 3 if better else damping * 4
+    start = np.log(START)
+    logs = optimize.least_squares(errors, start, bounds=(start - 9, start + 9), xtol=1e-12).x
     return Law(*(float(f"{value:.4g}") for value in np.exp(logs)))
 
 

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from config import SampleConfig
-from corpus.load import Corpus, load_corpus
+from corpus.corpus import Corpus
+from corpus.load import load_corpus
 from evaluate import EvaluateConfig, evaluate_split
 from experiments.comparison import Row, margin, mean
 from experiments.provenance import run_record
@@ -38,7 +39,7 @@ from system.settings import UserError, setting
 from tokenizer import Tokenizer
 from training.setup import Flags
 from utils import even_starts, load_checkpoint
-from viz.runs import BLACK, BLUE, GREEN, ORANGE, new_figure
+from viz.curve import BLACK, BLUE, GREEN, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

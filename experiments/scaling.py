@@ -36,7 +36,7 @@ from model import GPT
 from system.errors import run
 from system.settings import from_dict
 from training.setup import Flags
-from viz.runs import BLACK, COLORS, new_figure
+from viz.curve import BLACK, COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

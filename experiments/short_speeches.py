@@ -16,8 +16,8 @@ import torch
 
 import finetune
 from config import SampleConfig
-from corpus.files import read_text
 from corpus.load import find_corpus
+from corpus.text import read_text
 from generate import sample_text
 from system.command_line import parse_args
 from system.errors import run

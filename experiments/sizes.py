@@ -19,7 +19,7 @@ from experiments.study import (
 )
 from system.errors import run
 from training.setup import Flags
-from viz.runs import BLUE, GREEN, ORANGE, new_figure
+from viz.curve import BLUE, GREEN, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,14 +21,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from corpus.load import file_info, find_corpus
+from corpus.load import find_corpus
+from corpus.text import file_info
 from experiments.baselines import nanogpt_command
 from experiments.provenance import run_record
 from experiments.timing import Timed, median, time_losses
 from system.command_line import parse_args
 from system.device import pick_device
 from system.errors import run
-from system.folders import folder_problems
+from system.files import folder_problems
 from system.settings import UserError, setting
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,8 @@ import torch
 
 import train
 from config import DEVICE_HELP, TrainConfig, train_settings
-from corpus.load import Corpus, check_length, load_corpus
+from corpus.corpus import Corpus, check_length
+from corpus.load import load_corpus
 from experiments.comparison import Row, margin, mean
 from experiments.provenance import describe, run_record
 from model import GPT
@@ -36,7 +37,8 @@ from tokenizer import Tokenizer
 from training.setup import Flags, setup_machine
 from training.task import Pretraining
 from utils import read_checkpoint
-from viz.runs import read_run, save_figure
+from viz.curve import save_figure
+from viz.runs import read_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

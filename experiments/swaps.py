@@ -25,7 +25,7 @@ from generate import generate
 from model import GPT
 from system.errors import run
 from training.setup import Flags
-from viz.runs import BLUE, ORANGE, new_figure
+from viz.curve import BLUE, ORANGE, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

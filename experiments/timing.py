@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from system.settings import UserError
-from training.machine import keep_freed_memory
+from training.setup import keep_freed_memory
 
 WARMUP_STEPS = 3
 

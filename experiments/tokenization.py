@@ -33,7 +33,7 @@ from experiments.study import (
 from system.errors import run
 from system.settings import UserError, setting
 from training.setup import Flags
-from viz.runs import COLORS, new_figure
+from viz.curve import COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

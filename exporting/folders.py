@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from corpus.files import file_sha256
+from corpus.text import file_sha256
 from system.errors import first_line
 from system.folders import replacing
 from system.settings import VERSION, UserError

@@ -24,8 +24,7 @@ from exporting.huggingface import import_optional, special_token_ids
 from finetuning import lora
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
-from system.files import atomic_write, file_problems
-from system.folders import locked_file
+from system.files import atomic_write, file_problems, locked_file
 from system.settings import UserError, raise_problems
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, prompt_text, to_printable
 

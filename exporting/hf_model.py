@@ -32,27 +32,25 @@ def arch_or_custom(config: GPTConfig) -> str:
 
 def matching_arch(config: GPTConfig) -> str:
     """The name of the architecture that has the model's components; weights may be tied or not.
-    Raises UserError if there is none, with the differences from the nearest one."""
-    differences = {
-        name: [f for f in ARCH_FIELDS if f != "tie_weights" and getattr(config, f) != arch[f]]
-        for name, arch in ARCHS.items()
-    }
+    Raises UserError if there is none, with the differences from the nearest one. A setting that an
+    architecture is not known to represent is a difference."""
+    differences: dict[str, list[str]] = {}
+    for name, arch in ARCHS.items():
+        sizes = {ours for _, ours, _ in SIZES[name]} | {"n_kv_head", "head_size", "rope_theta"}
+        unlike = [f for f in ARCH_FIELDS if f != "tie_weights" and getattr(config, f) != arch[f]]
+        differences[name] = [f"{f} is {getattr(config, f)} and not {arch[f]}" for f in unlike]
+        differences[name] += [f"it has no {f}" for f in config.beyond({*ARCH_FIELDS, *sizes})]
+    n_embd, n_head = config.n_embd, config.n_head
+    if (config.n_kv_head, config.head_size) != (n_head, n_embd // n_head):
+        differences["gpt2"].append("it has no n_kv_head and no head_size")
+    if n_embd % n_head:
+        differences["llama"].append(f"n_embd {n_embd} is not divisible by n_head {n_head}")
     nearest = min(differences, key=lambda name: len(differences[name]))
     if differences[nearest]:
-        found = ", ".join(
-            f"{f} is {getattr(config, f)} and not {ARCHS[nearest][f]}" for f in differences[nearest]
-        )
         raise UserError(
-            f"no standard architecture has these components; {nearest} is nearest, but {found} "
-            f"(train one that can be exported: python train.py --arch {nearest} --tag {nearest})"
-        )
-    usual_heads = (config.n_head, config.n_embd // config.n_head)
-    if nearest == "gpt2" and (config.n_kv_head, config.head_size) != usual_heads:
-        raise UserError("GPT-2 has no grouped-query attention (n_kv_head) and no other head_size")
-    if nearest == "llama" and config.n_embd % config.n_head:
-        raise UserError(
-            f"transformers needs a Llama whose n_embd is divisible by n_head, and {config.n_embd} "
-            f"is not divisible by {config.n_head} (train with other sizes, or with --arch qwen3)"
+            f"no standard architecture has these components; {nearest} is nearest, but "
+            f"{', '.join(differences[nearest])} (train one that can be exported: "
+            f"python train.py --arch {nearest} --tag {nearest})"
         )
     return nearest
 
@@ -356,7 +354,7 @@ def config_from_custom(theirs: dict[str, Any]) -> GPTConfig:
     problems = [f"{f.name} is missing" for f in fields(GPTConfig) if f.name not in theirs]
     for f in fields(GPTConfig):
         if f.type is int and f.name in theirs:
-            problems += number_problems(f.name, theirs[f.name], int)
+            problems += number_problems(f.name, theirs[f.name], int, f.metadata.get("low", 0))
     if theirs.get("quantization_config") is not None:
         problems.append("quantization_config is not supported")
     raise_problems(problems)
@@ -367,15 +365,15 @@ def config_from_custom(theirs: dict[str, Any]) -> GPTConfig:
     return config
 
 
-def number_problems(name: str, value: Any, kind: type) -> list[str]:
+def number_problems(name: str, value: Any, kind: type, low: int = 1) -> list[str]:
     """What is wrong with the value of a size, an epsilon, a base frequency or a switch."""
     if kind is bool:
         return [] if type(value) is bool else [f"{name} must be true or false, not {value!r}"]
     if kind is float:
         valid = type(value) in (int, float) and 0 < value < 1e30
         return [] if valid else [f"{name} must be a positive number, not {value!r:.50}"]
-    valid = type(value) is int and 1 <= value <= MAX_SIZE
-    return [] if valid else [f"{name} must be a number from 1 to {MAX_SIZE}, not {value!r:.50}"]
+    valid = type(value) is int and low <= value <= MAX_SIZE
+    return [] if valid else [f"{name} must be a number from {low} to {MAX_SIZE}, not {value!r:.50}"]
 
 
 def rope_theta_from_hf(theirs: dict[str, Any]) -> tuple[float, list[str]]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from corpus.files import read_text
+from corpus.text import read_text
 from exporting.folders import read_json
 from exporting.hf_tokenizer import (
     DIGITS_PATTERN,

@@ -35,7 +35,7 @@ from exporting.hf_tokenizer_import import gpt2_tokenizer, tokenizer_from_hf
 from model import GPT
 from sampling.text import end_tokens, last_trained_on_text
 from system.errors import first_line, quote_path
-from system.folders import folder_problems, locked_file
+from system.files import folder_problems, locked_file, save_checkpoint
 from system.settings import UserError, raise_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 from training.task import sample_from_newline
@@ -273,7 +273,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     }
     with locked_file(checkpoint, "an import"):
         check_checkpoint_target(checkpoint, overwrite)  # another process may have written it
-        utils.save_checkpoint(checkpoint, state)
+        save_checkpoint(checkpoint, state)
     print(f"{checkpoint}: {arch}, {utils.count_params(config)[0]:,} parameters")
     ends = theirs.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]

@@ -14,7 +14,7 @@ from exporting.huggingface import save_tensors
 from finetuning import lora
 from model import GPT
 from system.errors import first_line
-from system.settings import UserError, all_problems, from_dict, raise_problems
+from system.settings import UserError, all_problems, raise_problems
 
 
 def export_adapter(path: Path, folder: Path, overwrite: bool = False) -> None:
@@ -36,7 +36,7 @@ def adapter_to_peft(adapter: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     tensors = adapter["tensors"]
     if any(not name.endswith((".A", ".B")) for name in tensors):
         raise UserError("the adapter contains new tokens: --merge it into its base and export that")
-    config = from_dict(GPTConfig, adapter["gpt_config"])
+    config = GPTConfig(**adapter["gpt_config"])  # raises TypeError for an unknown setting
     raise_problems(all_problems(config))
     arch, rank = arch_or_custom(config), adapter["lora"]["lora_rank"]
     weights: dict[str, Tensor] = {}

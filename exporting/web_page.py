@@ -22,13 +22,13 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig
-from corpus.load import Corpus, training_corpus
+from corpus.corpus import Corpus
+from corpus.load import training_corpus
 from exporting.js_regex import to_javascript
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
 from system.device import pick_device
-from system.files import atomic_write, file_problems
-from system.folders import locked_file
+from system.files import atomic_write, file_problems, locked_file
 from system.settings import UserError, raise_problems
 from tokenizer import Tokenizer
 
@@ -42,6 +42,12 @@ MAX_LOSS_RISE = 0.005
 # difference on the same tokens, is 0.0001.
 EVAL_TOKENS = 8192
 MAX_INT8 = 127
+# The settings that model.js implements.
+IMPLEMENTED = (
+    *("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_size"),
+    *("n_inner", "norm", "mlp", "pos", "post_norm", "token_shift", "qk_norm", "tie_weights"),
+    *("bias", "norm_eps", "rope_theta"),
+)
 # The settings of the run that the page shows; no names of files and folders, which may be private.
 RUN_SETTINGS = (
     *("preset", "arch", "tokenizer", "seed", "max_steps", "batch_size", "grad_accum", "optimizer"),
@@ -161,7 +167,9 @@ def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
 
 def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str, Any]:
     """What the page knows besides the weights. Raises UserError if its tokenizer cannot be
-    translated."""
+    translated, or if model.js does not have a component of the model."""
+    if unknown := model.config.beyond(IMPLEMENTED):
+        raise UserError(f"the program of a web page does not have {', '.join(unknown)}")
     content = tokenizer.to_dict()
     if "pattern" in content:
         content["pattern"] = to_javascript(content["pattern"])

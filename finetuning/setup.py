@@ -6,16 +6,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from config import ARCHS, PRESETS, SGD_LR, TOKENIZERS, GPTConfig, TrainConfig
+from config import ARCHS, OPTIMIZERS, PRESETS, TOKENIZERS, GPTConfig, TrainConfig
 from finetuning import lora
 from finetuning.lora import LoRAConfig
 from model import GPT
-from system.folders import folder_problems
+from system.files import folder_problems
 from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 from training.distributed import is_torchrun, world_size
+from training.resume import checkpoint_to_resume, resumed_flags, saved_settings
 from training.run_log import run_files
-from training.setup import check_run, checkpoint_to_resume, resumed_flags, saved_settings
+from training.setup import check_run
 from utils import load_checkpoint, matching_contents, read_checkpoint
 
 
@@ -49,7 +50,6 @@ LR_SCALE = {"text": 0.1, "qa": 1.0, "distill": 0.1, "dpo": 0.01}
 LORA_LR_SCALE = 5  # on top of that: B is zero at first, so the updates of A are too
 # Instead of pretraining's rate if that is unknown (imported models) or does not fit AdamW (SGD's).
 IMPORTED_LR = 3e-4
-MUON_LR_SCALE = 0.5  # for models trained with Muon, whose rates are higher than AdamW's
 # Settings of the teacher that a new student does not inherit if the setting on the left is given.
 DERIVED = {
     "n_embd": ("n_head", "n_kv_head", "head_size", "n_inner"),
@@ -101,9 +101,10 @@ class Base(NamedTuple):
     @property
     def lr(self) -> float:
         """The peak learning rate of pretraining, for AdamW."""
-        if self.imported or self.trained.optimizer == "sgd":
+        scale = OPTIMIZERS[self.trained.optimizer].adamw_lr
+        if self.imported or scale is None:
             return IMPORTED_LR
-        return self.trained.lr_max * (MUON_LR_SCALE if self.trained.optimizer == "muon" else 1)
+        return self.trained.lr_max * scale
 
 
 def load_base(path: Path) -> Base:
@@ -226,13 +227,12 @@ def run_config(
 ) -> TrainConfig:
     """The settings of the run: the flags, then the objective's defaults, then the checkpoint's."""
     trained = base.trained
-    uses_sgd = flags.get("optimizer") == "sgd"
-    lr = SGD_LR if uses_sgd else base.lr
+    own = OPTIMIZERS[flags["optimizer"]].defaults if flags.get("optimizer") in OPTIMIZERS else {}
+    lr = own.get("lr_max", base.lr)
     if settings.source:  # a new student learns everything from the start
         lr *= LR_SCALE[settings.objective] * (LORA_LR_SCALE if adapt.lora_rank else 1)
     names = ("preset", "arch", "data", "tokenizer")
-    values = {name: getattr(trained, name) for name in names} | {"lr_max": lr}
-    values |= {"weight_decay": 0.0} if uses_sgd else {}
+    values = {name: getattr(trained, name) for name in names} | own | {"lr_max": lr}
     if settings.objective == "distill" and "data" not in flags:
         values |= {"separator": trained.separator, "hold_out": trained.hold_out}
     if settings.objective == "qa":
@@ -267,7 +267,7 @@ def check_finetune(
         return merge_problems(settings, run_dir, config.overwrite)
     if base is None:  # no flags at all
         return ["name the checkpoint to fine-tune: python finetune.py checkpoints/best.pt ..."]
-    found = check_run(config)
+    found = check_run(gpt_config, config)
     for path in filter(None, (settings.source, settings.teacher)):
         if Path(path).resolve().parent == run_dir.resolve():
             found.append(f"{run_dir}/ contains {path}: give the run another --tag")

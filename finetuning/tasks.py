@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import SampleConfig, TrainConfig
-from corpus.load import Corpus
+from corpus.corpus import Corpus
 from corpus.records import encode_record
 from generate import stream_texts
 from model import GPT
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
-from training.distributed import all_reduce_sum, rank, world_size
+from training.distributed import all_reduce, rank, world_size
 from training.task import Batch, CheckpointFormat, Metrics, Pretraining, sample_from_newline
 
 Example = tuple[np.ndarray, int]  # the ids of a text (T,), and how many of them are its prompt
@@ -352,4 +352,4 @@ def sum_rows(
     missing = math.ceil(len(items) / world_size()) - len(own)
     batches = in_batches([*own, *items[:missing]], batch_size)
     rows = torch.cat([measure(batch).cpu() for batch in batches])[: len(own)]
-    return all_reduce_sum(rows.double().sum(dim=0)).tolist()
+    return all_reduce(rows.double().sum(dim=0)).tolist()

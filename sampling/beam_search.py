@@ -5,8 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from config import SampleConfig
 from model import GPT, KVCache
 from sampling.checks import check_finite
+from sampling.text import TextWriter, end_tokens
+from tokenizer import Tokenizer
 
 
 @torch.no_grad()
@@ -58,3 +61,14 @@ def beam_search(
         unfinished = text[:, len(prompt) :].tolist()
         finished += [(s / n_new, ids) for s, ids in zip(scores.tolist(), unfinished, strict=True)]
     return sorted(finished, reverse=True)[:beams]
+
+
+def beam_texts(model: GPT, tokenizer: Tokenizer, config: SampleConfig, prompt: Tensor) -> list[str]:
+    """The continuations that beam search finds, best first, each with its score."""
+    ends = end_tokens(tokenizer)
+    texts = []
+    for score, ids in beam_search(model, prompt, config.beams, config.max_new_tokens, ends):
+        writer = TextWriter(tokenizer, config.stop.split("|"))
+        text = "".join(map(writer.add, ids)) + writer.finish()
+        texts.append(f"{text}\n[{score:.4f} per token]")
+    return texts

@@ -1,6 +1,5 @@
 """Checks before text is generated: settings that exclude each other, files, memory."""
 
-import zipfile
 from pathlib import Path
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor
 
 from config import GPTConfig, SampleConfig
 from system.device import check_memory, device_problems
-from system.files import file_problems
 from system.settings import UserError
 
 # What beam search, which draws no random numbers, would ignore.
@@ -36,17 +34,10 @@ def sampling_problems(config: SampleConfig) -> list[str]:
         if path.is_file() and path.stat().st_size > MAX_PROMPT_FILE:
             found.append(f"--prompt_file {path} is larger than {MAX_PROMPT_FILE >> 20} MiB")
     if config.output_file:
-        path = Path(config.output_file)
-        problems = file_problems(path)
-        if not problems and (zipfile.is_zipfile(path) or is_same(path, config.prompt_file)):
-            problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
-        found += [f"--output_file: {problem}" for problem in problems]
+        from sampling.output import output_problems  # only with --output_file
+
+        found += output_problems(Path(config.output_file), config.prompt_file)
     return found
-
-
-def is_same(path: Path, name: str) -> bool:
-    """Whether a path and a name, which may be empty, are the same existing file."""
-    return bool(name) and path.exists() and Path(name).exists() and path.samefile(name)
 
 
 def sampling_bytes(gpt: GPTConfig, config: SampleConfig, n_prompt: int) -> int:

@@ -62,9 +62,3 @@ def lower_precision(model: nn.Module, precision: str) -> None:
     for name, parameter in model.named_parameters():
         if "q_norm" not in name and "k_norm" not in name:  # their inputs are float32
             parameter.data = parameter.data.to(dtype)
-
-
-def cache_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """The type of the KV cache: float32 on a CPU, where the attention kernel is fastest with it."""
-    lower = precision in ("bfloat16", "float16") and device.type != "cpu"
-    return getattr(torch, precision) if lower else torch.float32

@@ -1,15 +1,60 @@
-"""The command line of every script, made from dataclasses of settings: flags, checks, --help."""
+"""The command line of every script: an argparse parser made from dataclasses of settings."""
 
-import re
+import argparse
+import difflib
 import sys
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
-from system.flag_names import flag_names, unknown_flag
-from system.settings import VERSION, UserError, all_problems, from_dict, kind_of, raise_problems
+from system import settings
+from system.settings import UserError, kind_of
+
+# Names of other code bases with the same meaning, accepted but not shown by --help.
+SYNONYMS = {
+    "block_size": "context_len seq_len seq_length max_seq_len max_seq_length cutoff_len n_ctx",
+    "n_layer": "num_layers num_hidden_layers",
+    "n_head": "num_heads num_attention_heads",
+    "n_embd": "n_embed embed_dim emb_dim hidden_size width",
+    "out_dir": "output_dir save_dir",
+    "max_steps": "steps num_steps train_steps iters num_iterations",
+    "batch_size": "micro_batch_size device_batch_size per_device_train_batch_size",
+    "grad_accum": "grad_accum_steps gradient_accumulation_steps grad_accumulation_steps",
+    "lr_max": "lr max_lr",
+    "warmup_steps": "warmup_iters lr_warmup_steps num_warmup_steps",
+    "lr_min": "min_lr final_lr",
+    "schedule": "lr_schedule lr_scheduler_type",
+    "grad_clip": "clip_grad_norm max_norm max_grad_norm",
+    "eval_every": "eval_interval eval_steps",
+    "precision": "dtype",
+}
+# Names without an equal: the flag to use instead, and what to do.
+HINTS = {
+    "epochs num_epochs max_epochs num_train_epochs": ("max_steps", "--dry_run prints the epochs"),
+    "eval_iters": ("eval_windows", "it counts windows, batch_size times as many"),
+    "init_from resume_from_checkpoint": ("resume", "it continues the run of --tag"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+class Switch(argparse.Action):
+    """A boolean flag, --NAME or --no-NAME, that may have a value."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, name: str | None = None) -> None:
+        setattr(namespace, self.dest, value != str(name).startswith("--no"))
+
+
+def boolean(text: str) -> bool:
+    return ("false", "true").index(text.lower()) == 1  # ValueError for other texts
+
+
+def learned(text: str) -> str:
+    return "learned" if boolean(text) else "rope"
 
 
 def parse_args(
@@ -20,138 +65,86 @@ def parse_args(
     check: Callable[..., list[str]] = lambda *results: [],
     help_defaults: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Any:
-    """Read and validate a command line (sys.argv if argv is None).
+    """Read and validate a command line (sys.argv if argv is None). Raises UserError.
 
     classes: a dataclass of settings, or a tuple of several; returns an instance, or a tuple.
-    resolve(flags) creates them if that takes more than defaults, such as presets; what it returns
-    after them is returned too. check(...) finds further problems, for example about devices.
-    help_defaults: what --help shows instead of a default, by flag; None hides flags that this
-    script reads only to say why they cannot be given.
-    Raises UserError with all problems in one line. --help and --version print and exit.
+    resolve(flags) creates them if that takes more than defaults; what it returns after them is
+    returned too. check(...) finds further problems. help_defaults: what --help shows instead of a
+    default; None hides a flag that the script reads only to say why it cannot be given.
     """
-    words = sys.argv[1:] if argv is None else argv
     types = classes if isinstance(classes, tuple) else (classes,)
     known = {f.name: f for cls in types for f in fields(cls) if f.metadata.get("flag", True)}
-    resolve = resolve or (lambda flags: tuple(from_dict(cls, flags) for cls in types))
-    shown = {name: f for name, f in known.items() if help_defaults.get(name, "") is not None}
-    flags, problems = read_flags(words, known, shown)
-    if "--version" in words:
-        print(f"TinyLLM {VERSION}")
+    resolve = resolve or (lambda flags: tuple(settings.from_dict(cls, flags) for cls in types))
+    words = sys.argv[1:] if argv is None else argv
+    if bad := [word for word in words if word != word.encode(errors="replace").decode()]:
+        raise UserError(f"invalid UTF-8: {bad[0]!r}")
+    given, unknown = make_parser(known, doc, help_defaults).parse_known_intermixed_args(words)
+    flags = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items()}
+    if flags.pop("help", False):
+        configs = resolve({n: flags[n] for n in ("preset", "arch") if n in flags})[: len(types)]
+        defaults = {n: v for config in configs for n, v in vars(config).items() if v is not None}
+        make_parser(known, doc, {**defaults, **help_defaults}).print_help()
         sys.exit()
-    if {"-h", "--help"} & set(words):
-        configs = resolve({n: flags[n] for n in ("preset", "arch") if n in flags and n in shown})
-        print(help_text(known, configs[: len(types)], doc, help_defaults))
-        sys.exit()
-    try:
-        results = resolve(flags)
-    except UserError as error:
-        raise UserError("; ".join([*problems, str(error)])) from None
-    for config in results[: len(types)]:
-        problems += all_problems(config)
-    raise_problems(problems + check(*results))
+    if unknown:
+        shown = [f for f in known.values() if help_defaults.get(f.name, "") is not None]
+        names = [n for f in shown for n in (f.name, *f.metadata.get("alias", "").split())]
+        raise UserError(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], names)}")
+    results = resolve(flags)
+    problems = [p for config in results[: len(types)] for p in settings.all_problems(config)]
+    settings.raise_problems(problems + check(*results))
     return results if isinstance(classes, tuple) else results[0]
 
 
-BOOLS = {"true": True, "false": False}
-
-
-def read_flags(
-    words: list[str], known: dict[str, Field], suggested: dict[str, Field]
-) -> tuple[dict[str, Any], list[str]]:
-    """The values given on a command line, by field name, and its problems. `--n-embd 8`,
-    `--n_embd 8` and `--n_embd=8` are the same, and so are `--no-compile`, `--compile=False` and
-    `--compile False`. `suggested` are the fields that replace an unknown flag. (argparse stops at
-    the first problem, and takes values such as -1e-3 for flags.)"""
-    flags: dict[str, Any] = {}
-    problems = [f"invalid UTF-8: {w!r}" for w in words if w != w.encode(errors="replace").decode()]
-    spellings = {name: f for f in known.values() for name in flag_names(f)}
-    positionals = [f for f in known.values() if f.metadata.get("positional")]
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        f = spellings.get(name)
-        if not word.startswith("-"):
-            if not positionals:
-                problems.append(f"unexpected argument {word!r}")
-            elif kind_of(positionals[0]) is tuple:
-                flags[positionals[0].name] = (*flags.get(positionals[0].name, ()), word)
-            else:
-                flags[positionals.pop(0).name] = word
-        elif f is None:
-            hint = unknown_flag(name, suggested.values())
-            problems.append(f"unknown flag {word.partition('=')[0]}{hint}")
-            if not equals and rest and not rest[0].startswith("--"):
-                rest.pop(0)  # its value
-        elif kind_of(f) is bool:
-            if not equals and rest and rest[0].lower() in BOOLS:
-                text = rest.pop(0)
-            flags[f.name] = name.startswith("no_") != BOOLS.get(text.lower(), True)
-            if equals and text.lower() not in BOOLS:
-                problems.append(f"--{name} takes no value: write --{f.name} or --no-{f.name}")
-        elif not equals and (not rest or rest[0].startswith("--")):
-            problems.append(f"--{name} needs a value (write --{name}=VALUE if it begins with --)")
-        else:
-            try:
-                value = convert(f, text if equals else rest.pop(0))
-                flags[f.name] = unescape(value) if f.metadata.get("escapes") else value
-            except ValueError as error:
-                problems.append(str(error))
-    return flags, problems
-
-
-def convert(f: Field, text: str) -> Any:
-    """The text of a flag as a value of the field's type. Raises ValueError if it is not one."""
-    words = {int: "a whole number", float: "a number", str: "text"}[kind_of(f)]
-    try:
-        return kind_of(f)(text)
-    except ValueError:
-        raise ValueError(f"--{f.name} must be {words}, not {text!r}") from None
-
-
-def escape(text: str) -> str:
-    r"""Text as a flag with `escapes` reads it: \n for a newline, \\ for a backslash."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n")
-
-
-def unescape(text: str) -> str:
-    r"""The text that `escape` wrote. Other characters after a backslash stay as they are.
-
-    >>> unescape(r"a\nb"), unescape(r"a\\nb"), unescape(r"\alpha")
-    ('a\nb', 'a\\nb', '\\alpha')
-    """
-    return re.sub(r"\\([n\\])", lambda found: "\n" if found[1] == "n" else "\\", text)
-
-
-def help_text(
-    known: dict[str, Field], configs: Sequence[Any], doc: str, help_defaults: Mapping[str, Any]
-) -> str:
-    """The text of --help: every flag with its choices and its default on this machine."""
-    defaults = {f.name: getattr(c, f.name) for c in configs for f in fields(c)} | {**help_defaults}
-    names = [f"[{f.name.upper()}]" for f in known.values() if f.metadata.get("positional")]
-    lines = [doc.strip(), "", f"arguments: {' '.join([*names, '[--flag value ...]'])}"]
-    if defaults.get("preset") and "n_layer" in known:  # not in bench.py, whose presets are models
-        lines += [
-            f"[brackets] contain the defaults of preset {defaults['preset']}; "
-            "--preset NAME --help shows those of another"
-        ]
-    lines += ["", "  --help, --version"]
-    header: list[str] = []  # of a section, until its first flag
+def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) -> Parser:
+    """The parser of these fields. Its help shows the defaults, and hides flags whose default is
+    None. Its result has only the flags that are given."""
+    parser = Parser(
+        usage="%(prog)s [ARGUMENT ...] [--FLAG VALUE ...]",
+        description=doc.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this text, and exit")
+    parser.add_argument("--version", action="version", version=f"TinyLLM {settings.VERSION}")
+    group: Any = parser
     for f in known.values():
-        if "group" in f.metadata:
-            header = ["", f"{f.metadata['group']}:"]
-        if (value := defaults[f.name]) is None and f.name in help_defaults:
-            continue
-        lines, header = lines + header, []
-        names = [] if kind_of(f) is tuple else [f.name, *f.metadata.get("alias", "").split()[:1]]
-        names += [f"no-{f.name}"] if kind_of(f) is bool and value is not False else []
-        flags = ", ".join(f"--{name}" for name in names)
-        words = [f.metadata["help"], " | ".join(filter(None, f.metadata.get("choices", ())))]
-        text = f"{flags or f.name.upper():28}  " + "; ".join(filter(None, words))
-        if isinstance(value, bool):
-            value = "on" if value else "off"
-        if value not in (None, "", ()):
-            text += f" [{value}]".replace("\n", "\\n")
-        lines.append(textwrap.fill(text, 100, initial_indent="  ", subsequent_indent=" " * 32))
-    return "\n".join(lines)
+        kind, limits, default = kind_of(f), f.metadata, defaults.get(f.name, "")
+        group = parser.add_argument_group(limits["group"]) if "group" in limits else group
+        default = default.replace("\n", "\\n") if isinstance(default, str) else default
+        help = limits["help"] + f" [{default}]" * (default not in ("", ()))
+        help = argparse.SUPPRESS if default is None else help.replace("%", "%%")
+        read: Any = settings.unescape if limits.get("escapes") else str if kind is tuple else kind
+        options: dict[str, Any] = {"type": read}
+        choices = limits.get("choices")
+        options |= {"choices": choices} if choices else {"metavar": kind.__name__.upper()}
+        if limits.get("positional"):
+            n_words, name = "*" if kind is tuple else "?", f.name.upper()  # choices fail on "?"
+            group.add_argument(f.name, nargs=n_words, help=help, type=read, metavar=name)
+        names = [f.name, *limits.get("alias", "").split()] if kind is not tuple else []
+        if kind is bool:
+            options |= {"type": boolean, "action": Switch, "nargs": "?", "const": True}
+            names.append(f"no-{f.name}")
+        if names:
+            group.add_argument(*(f"--{name}" for name in names), dest=f.name, help=help, **options)
+        for name in (*names, *SYNONYMS.get(f.name, "").split()):
+            for spelling in {f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}"}:
+                if spelling != f"--{name}" or name not in names:
+                    parser.add_argument(spelling, dest=f.name, help=argparse.SUPPRESS, **options)
+        if f.name == "pos":
+            options = {"type": learned, "nargs": "?", "const": "true", "help": argparse.SUPPRESS}
+            names = ["--use_learned_pos_emb", "--use-learned-pos-emb"]
+            parser.add_argument(*names, dest="pos", **options)
+    return parser
+
+
+def hint(word: str, names: list[str]) -> str:
+    """What to write instead of an unknown flag; empty if it is like none of these names."""
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_") if word[:1] == "-" else ""
+    flag, text = next((HINTS[names] for names in HINTS if name in names.split()), ("", ""))
+    if flag in names:
+        return f": use --{flag} ({text})"
+    longer = [n for n in names if name and n.startswith(name)]
+    near = longer or difflib.get_close_matches(name, names, 1, 0.75)
+    return f": did you mean --{near[0]}?" if near else ""

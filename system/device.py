@@ -37,13 +37,6 @@ def device_problems(name: str) -> list[str]:
     return []
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which matrix products run in the given precision."""
-    if precision not in ("bfloat16", "float16"):
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, getattr(torch, precision))
-
-
 def memory_size(device: torch.device) -> int | None:
     """The memory of a device in bytes; None if the system does not tell (Windows)."""
     if device.type == "cuda":
@@ -62,3 +55,9 @@ def check_memory(n_bytes: int, device: torch.device, what: str) -> None:
             f"{what} takes about {n_bytes / 1e9:,.1f} GB, and {device.type} has {size / 1e9:,.1f} "
             "GB: use smaller sizes"
         )
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device (of GPUs, the current one) computes in bfloat16. NVIDIA GPUs before Ampere
+    (T4, V100, RTX 20) only emulate it, slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

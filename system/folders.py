@@ -4,79 +4,12 @@ import contextlib
 import ctypes
 import os
 import shutil
-import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from datetime import datetime
 from pathlib import Path
 
-import filelock
-
+from system.files import locked
 from system.settings import UserError
-
-
-def folder_problems(folder: Path) -> list[str]:
-    """Why files cannot be written to a folder, which need not exist yet; empty if they can."""
-    try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            return []
-    except OSError as error:
-        return [f"cannot write to the folder {folder}: {error.strerror}"]
-
-
-class SystemLock(filelock.FileLock):  # type: ignore[misc,valid-type]  # depends on the system
-    """A lock of the operating system, or none. Instead of one, new versions of filelock take the
-    existence of the file for a lock, and the file remains after each run."""
-
-    def _fallback_to_soft_lock(self) -> None:
-        raise NotImplementedError("the file system has no locks")
-
-
-@contextlib.contextmanager
-def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None]:
-    """Hold the lock of a folder or file. Raises UserError, which names the holder, if another
-    process holds it.
-
-    The lock is the operating system's (flock, or msvcrt.locking on Windows), so it ends with its
-    process however that ends; the file PATH/lock remains and means nothing. If there is a lock_dir,
-    the file is in that folder, which is deleted at the end. It also works between machines that
-    share a file system, if that supports locks (NFS 4, Lustre, SMB).
-    """
-    folder = lock_dir or path
-    folder.mkdir(parents=True, exist_ok=True)
-    holder = folder / "lock.txt"
-    lock = SystemLock(folder / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        with contextlib.suppress(OSError):
-            what = holder.read_text(encoding="utf-8")
-        raise UserError(f"{path} is in use by {what}: wait, or use another name") from None
-    except (OSError, NotImplementedError) as error:
-        print(f"warning: {path} cannot be locked ({error}): use it for one run at a time")
-    since = datetime.now().isoformat(" ", "seconds")
-    text = f"{what}, process {os.getpid()} on {socket.gethostname()} since {since}"
-    try:
-        with contextlib.suppress(OSError):  # a full disk is reported where it loses something
-            holder.write_text(text, encoding="utf-8")
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            holder.unlink()
-        if lock_dir:
-            shutil.rmtree(lock_dir, ignore_errors=True)
-        lock.release()
-        if lock_dir and sys.platform == "win32":  # where rmtree cannot delete the open file
-            with contextlib.suppress(OSError):
-                lock_dir.rmdir()
-
-
-def locked_file(path: Path, what: str) -> contextlib.AbstractContextManager[None]:
-    """Hold the lock of a file, which need not exist."""
-    return locked(path, what, path.with_name(f".{path.name}.lock"))
-
 
 # --- replacing a folder by a new one
 

@@ -4,6 +4,7 @@ system/command_line.py makes the flags and --help from these lines, all_problems
 """
 
 import operator
+import re
 import typing
 from collections.abc import Callable
 from dataclasses import Field, field, fields
@@ -21,9 +22,10 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
 
     Limits: low and high (inclusive), above and below (exclusive), choices. `group` starts a section
     of --help. `positional=True` also accepts the value without its flag. `alias` is another
-    name of the flag, or several separated by spaces; system/flag_names.py has more. `flag=False`
-    leaves the field out of the command line. `escapes=True`: in its text, \\n is a newline and \\\\
-    a backslash. A field of type tuple takes all positional arguments.
+    name of the flag, or several separated by spaces. `flag=False` leaves the field out of the
+    command line. `escapes=True`: in its text, \\n is a newline and \\\\ a backslash. `fixed=True`:
+    it cannot change when a run is resumed. `computes=False`: what a model computes, once trained,
+    does not depend on it. A field of type tuple takes all positional arguments.
     """
     return field(default=default, metadata={"help": help, **limits})
 
@@ -85,3 +87,26 @@ def raise_problems(problems: list[str]) -> None:
     """Raise one UserError that lists all problems, if there are any."""
     if problems:
         raise UserError("; ".join(problems))
+
+
+def convert(f: Field, text: str) -> Any:
+    """The text of a setting as a value of its type. Raises ValueError if it is not one."""
+    words = {int: "a whole number", float: "a number", str: "text"}[kind_of(f)]
+    try:
+        return kind_of(f)(text)
+    except ValueError:
+        raise ValueError(f"--{f.name} must be {words}, not {text!r}") from None
+
+
+def escape(text: str) -> str:
+    r"""Text as a flag with `escapes` reads it: \n for a newline, \\ for a backslash."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def unescape(text: str) -> str:
+    r"""The text that `escape` wrote. Other characters after a backslash stay as they are.
+
+    >>> unescape(r"a\nb"), unescape(r"a\\nb"), unescape(r"\alpha")
+    ('a\nb', 'a\\nb', '\\alpha')
+    """
+    return re.sub(r"\\([n\\])", lambda found: "\n" if found[1] == "n" else "\\", text)

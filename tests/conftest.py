@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import train
 from config import ARCHS, GPTConfig
-from corpus.files import note
+from corpus.text import note
 from exporting.hf_model import config_to_hf, weights_to_hf
 from model import GPT, MLPS, NORMS, POSITIONS
 from training import run_log

@@ -1,17 +1,13 @@
 """Flags, presets, checks: what a command line means, and what is wrong with it."""
 
-import re
-from collections import Counter
 from dataclasses import dataclass, fields
 
 import pytest
 
 from config import ARCH_FIELDS, ARCHS, PRESETS, GPTConfig, SampleConfig, TrainConfig, train_settings
 from finetuning.lora import LoRAConfig
-from system import flag_names as flag_hints
-from system.command_line import parse_args
+from system.command_line import HINTS, SYNONYMS, parse_args
 from system.errors import run
-from system.flag_names import flag_names
 from system.settings import UserError, all_problems, setting
 
 
@@ -57,10 +53,8 @@ def test_flags_may_have_hyphens_underscores_and_equals_signs():
         ("hidden_size", "n_embd", 320),
         ("num_hidden_layers", "n_layer", 3),
         ("num_attention_heads", "n_head", 4),
-        ("intermediate_size", "n_inner", 300),
         ("per_device_train_batch_size", "batch_size", 3),
         ("max_grad_norm", "grad_clip", 3),
-        ("logging_steps", "log_every", 4),
         ("eval_steps", "eval_every", 4),
         ("lr_scheduler_type", "schedule", "linear"),
         ("output_dir", "out_dir", "x"),
@@ -87,9 +81,9 @@ def test_the_length_of_a_sample_has_another_name_too():
 
 
 def test_values_may_begin_with_a_hyphen():
-    config = parse_args(SampleConfig, ["--prompt", "-x", "--stop=--"], "")
-    assert (config.prompt, config.stop) == ("-x", "--")
-    assert "lr_max must be above 0, not -0.001" in problems_of("--lr_max -1e-3")
+    config = parse_args(SampleConfig, ["--prompt=-x", "--stop=--a"], "")
+    assert (config.prompt, config.stop) == ("-x", "--a")
+    assert "lr_max must be above 0, not -0.001" in problems_of("--lr_max=-1e-3")
 
 
 def test_positional_arguments_need_no_flag():
@@ -191,19 +185,14 @@ def test_defaults_follow_what_is_given():
         ("--lr_max nan", "lr_max must be a finite number that float32 can represent, not nan"),
         ("--lr_max 0", "lr_max must be above 0"),
         ("--lr_max 3e38", "lr_max must be at most"),
-        ("--mlp tanh", "mlp must be one of gelu, relu, silu, relu2, swiglu, not 'tanh'"),
-        ("--preset huge", "preset must be one of auto, laptop, tiny"),
-        ("--arch bert", "arch must be one of gpt2, llama, qwen3"),
-        ("--n_layers x", "--n_layer must be a whole number, not 'x'"),
-        ("--n_layer 2.5", "--n_layer must be a whole number, not '2.5'"),
-        ("--n_layer", "--n_layer needs a value"),
-        ("--n_layer --resume", "--n_layer needs a value"),
-        ("--no_layer 3", "unknown flag --no_layer: did you mean --n_layer?"),
-        ("--resume=yes", "--resume takes no value: write --resume or --no-resume"),
-        ("--learning_rat 1e-3", "unknown flag --learning_rat: did you mean --learning_rate?"),
-        ("--n-layr=3", "unknown flag --n-layr: did you mean --n_layer?"),
-        ("--no_n_layer", "unknown flag --no_n_layer: did you mean --n_layer?"),
-        ("input.txt", "unexpected argument 'input.txt'"),
+        ("--mlp tanh", "argument --mlp: invalid choice: 'tanh'"),
+        ("--preset huge", "argument --preset: invalid choice: 'huge'"),
+        ("--n_layers x", "argument --n_layer/--n_layers: invalid int value: 'x'"),
+        ("--n_layer 2.5", "invalid int value: '2.5'"),
+        ("--n_layer", "expected one argument"),
+        ("--n_layer --resume", "expected one argument"),
+        ("--resume=yes", "argument --resume/--no-resume: invalid boolean value: 'yes'"),
+        ("a.txt b.txt", "unrecognized arguments: b.txt"),
         ("--tag a/b", "tag 'a/b' must be a plain name"),
         ("--resume --overwrite", "give one of them"),
     ],
@@ -212,85 +201,47 @@ def test_a_mistake_is_named(line: str, message: str):
     assert message in problems_of(line)
 
 
-TYPOS = """n_layr n_layer, nlayers n_layers, n_emb n_embd, dmodel d_model, block_sise block_size,
-    blocksize block_size, max_step max_steps, max_itres max_iters, batchsize batch_size,
-    btach_size batch_size, learning_rat learning_rate, learing_rate learning_rate, lr_mx lr_max,
-    warmupsteps warmup_steps, wieght_decay weight_decay, weightdecay weight_decay,
-    grad_clp grad_clip, dropuot dropout, optimiser optimizer, tokeniser tokenizer,
-    seperator separator, precission precision, compil compile, no_compil no_compile,
-    eval_evry eval_every, evalevery eval_every, sample_token sample_tokens, resum resume,
-    overwrit overwrite, tags tag, sed seed, vocabsize vocab_size, presett preset,
-    gradient_acumulation_steps gradient_accumulation_steps"""
-
-
-@pytest.mark.parametrize("pair", TYPOS.split(","))
-def test_a_typo_is_corrected(pair: str):
-    typo, meant = pair.split()
-    assert problems_of(f"--{typo}=1") == f"unknown flag --{typo}: did you mean --{meant}?"
-
-
-HINTS = {
-    "epochs num_train_epochs": "set --max_steps (an epoch is tokens / (batch_size * block_size) "
-    "steps; see --dry_run)",
-    "eval_iters": "it counts batches; --eval_windows counts windows, batch_size times as many",
-    "use_learned_pos_emb": "write --pos learned",
-    "use_rope": "write --pos rope",
-    "lr_decay_iters": "the learning rate decays until --max_steps",
-    "decay_lr": "for a constant learning rate, give --lr_min and --lr_max one value",
-    "warmup_ratio": "write --warmup_steps, the ratio times max_steps",
-    "beta2 momentum": "it is set in configure_optimizers in train.py",
-    "global_batch_size": "a step has batch_size * grad_accum sequences: set --batch_size and "
-    "--grad_accum",
-    "bf16": "write --precision bfloat16",
-    "fp16": "write --precision float16",
-    "devices": "start several processes: torchrun --nproc_per_node=N train.py",
-    "resume_from_checkpoint": "--resume continues the run of --tag; finetune.py starts from a "
-    "trained model",
-}
-
-
-@pytest.mark.parametrize("names", HINTS)
-def test_a_flag_without_an_equal_gets_a_hint(names: str):
-    for name in names.split():
-        assert problems_of(f"--{name}=1") == f"unknown flag --{name}: {HINTS[names]}"
-
-
 @pytest.mark.parametrize(
-    "name",
-    """always_save_checkpoint backend template gamma input num_workers local_rank do_train do_eval
-    save_total_limit finetuning_type max_samples stage work_dir start use_flash flash_attn verbose
-    debug quiet label_smoothing tokens train val test shuffle top_k temperature num_samples
-    lora_rank""".split(),
+    ("typo", "meant"),
+    [
+        ("n_layr", "n_layer"),
+        ("dmodel", "d_model"),
+        ("learing_rate", "learning_rate"),
+        ("btach_size", "batch_size"),
+        ("wieght_decay", "weight_decay"),
+        ("optimiser", "optimizer"),
+        ("resum", "resume"),
+        ("warm", "warmup_steps"),  # the beginning of a name
+        ("n-layr=3", "n_layer"),
+    ],
 )
-def test_a_flag_with_another_meaning_gets_no_suggestion(name: str):
-    assert problems_of(f"--{name}=1") == f"unknown flag --{name}"
+def test_a_typo_is_corrected(typo: str, meant: str):
+    assert problems_of(f"--{typo}").endswith(f": did you mean --{meant}?")
 
 
-def test_a_hint_names_only_flags_of_the_script():
-    with pytest.raises(UserError, match=r"^unknown flag --epochs$"):
+def test_a_flag_without_an_equal_gets_a_hint_that_names_a_flag_of_the_script():
+    assert problems_of("--epochs=3").endswith("--epochs=3: use --max_steps (--dry_run prints the "
+                                              "epochs)")  # fmt: skip
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --epochs=1$"):
         parse_args(SampleConfig, ["--epochs=1"], "")
     known = {f.name for cls in (GPTConfig, TrainConfig, LoRAConfig) for f in fields(cls)}
-    for flag, hint in flag_hints.HINTS.values():
-        assert {flag, *re.findall(r"--(\w+_\w+|lr|pos|mlp)\b", hint)} <= known | {"nproc_per_node"}
+    assert SYNONYMS.keys() | {flag for flag, _ in HINTS.values()} <= known
 
 
-def test_every_spelling_has_one_meaning():
-    known = {f.name: f for cls in (GPTConfig, TrainConfig, LoRAConfig) for f in fields(cls)}
-    names = [n for f in known.values() if f.metadata.get("flag", True) for n in flag_names(f)]
-    names += flag_hints.HINT_OF
-    assert [name for name, count in Counter(names).items() if count > 1] == []
-    assert flag_hints.SYNONYMS.keys() <= known.keys()
+@pytest.mark.parametrize("name", ["zzz", "not_a_flag", "use_flash", "top_k"])
+def test_a_flag_with_another_meaning_gets_no_suggestion(name: str):
+    assert problems_of(f"--{name}=1") == f"unrecognized arguments: --{name}=1"
 
 
 @pytest.mark.parametrize(
     ("line", "value"),
     [
+        ("--compile", True),
         ("--compile=True", True),
         ("--compile=false", False),
         ("--compile False", False),
-        ("--torch_compile true", True),
         ("--no-compile", False),
-        ("--no-torch_compile", False),
+        ("--no_compile", False),
         ("--no-compile=False", True),
     ],
 )
@@ -299,27 +250,19 @@ def test_switches_are_turned_on_and_off_as_in_other_code_bases(line: str, value:
     assert (config.compile, config.seed) == (value, 3)
 
 
-def test_nanogpts_command_for_a_cpu_needs_three_changes():
-    """From its README."""
-    line = (
-        "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "
-        "--batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
-        "--lr_decay_iters=2000 --dropout=0.0"
-    )
-    problems = problems_of(f"config/train_shakespeare_char.py {line}")
-    assert problems.count("unknown") == 2 and "unexpected argument 'config/" in problems
-    _, config = read(line.replace("--eval_iters=20", "").replace("--lr_decay_iters=2000", ""))
-    assert (config.max_steps, config.log_every, config.compile) == (2000, 1, False)
+@pytest.mark.parametrize(
+    ("value", "pos"),
+    [("", "learned"), (" True", "learned"), ("=true", "learned"), (" False", "rope")],
+)
+def test_learned_positions_have_a_switch(value: str, pos: str):
+    assert read(f"--use_learned_pos_emb{value} --n_embd=32")[0].pos == pos
+    assert read(f"--use-learned-pos-emb{value}")[0].pos == pos
 
 
-def test_an_unknown_flags_value_is_no_mistake_of_its_own():
-    assert problems_of("--foo 3") == "unknown flag --foo"
-
-
-def test_all_mistakes_are_reported_in_one_line():
-    problems = problems_of("--n_layr 3 --n_embd 100 --n_head 3 --dropout 2 --max_steps many --top")
-    for words in ("n_layr", "not divisible", "dropout must be below 1", "'many'", "--top"):
-        assert words in problems
+def test_the_text_to_train_on_needs_no_flag():
+    assert read("my.txt --seed 3")[1].data == "my.txt"
+    assert read("--seed 3 my.txt")[1].data == "my.txt"
+    assert read("--seed 3")[1].data == "shakespeare"
 
 
 def test_a_users_mistake_is_one_line_on_stderr_and_status_2(capsys):
@@ -332,53 +275,29 @@ def test_a_users_mistake_is_one_line_on_stderr_and_status_2(capsys):
     assert capsys.readouterr().err == "error: that was wrong: do this\n"
 
 
+def help_of(line: str, capsys: pytest.CaptureFixture) -> dict[str, str]:
+    """The help of each flag of train.py, by name, without line breaks."""
+    with pytest.raises(SystemExit) as stop:
+        read(line)
+    assert not stop.value.code
+    entries = capsys.readouterr().out.split("\n  --")
+    return {entry.split()[0].strip(","): " ".join(entry.split()) for entry in entries[1:]}
+
+
 def test_help_names_every_flag_with_its_default_on_this_machine(capsys):
-    with pytest.raises(SystemExit):
-        read("--help")
-    text = capsys.readouterr().out
+    found = help_of("--help", capsys)
     for cls in (GPTConfig, TrainConfig):
         for name, field in cls.__dataclass_fields__.items():
-            assert (f"  --{name}" in text) == field.metadata.get("flag", True), name
-    lines = {line.split()[0].strip(","): line for line in text.splitlines() if "  --" in line}
-    assert "[2400]" in lines["--max_steps"] and "[adamw]" in lines["--optimizer"]  # laptop's
-    assert "contain the defaults of preset laptop;" in text
-    assert "[off]" in lines["--resume"] and "[0.0]" in lines["--dropout"]
+            assert (name in found) == field.metadata.get("flag", True), name
+    assert "[2400]" in found["max_steps"] and "[adamw]" in found["optimizer"]  # laptop's
+    assert "--max_iters" in found["max_steps"] and "muon" in found["optimizer"]
+    assert "--no-resume" in found["resume"] and "[0.0]" in found["dropout"]
 
 
 def test_help_shows_the_defaults_of_the_preset_and_architecture_that_are_given(capsys):
-    with pytest.raises(SystemExit):
-        read("--preset gpt2 --arch llama --n_layer 3 --help")
-    text = capsys.readouterr().out
-    assert "contain the defaults of preset gpt2;" in text
-    lines = {line.split()[0].strip(","): line for line in text.splitlines() if "  --" in line}
-    assert "[12]" in lines["--n_layer"] and "[20000]" in lines["--max_steps"]  # gpt2's
-    assert "[swiglu]" in lines["--mlp"] and "[off]" in lines["--tie_weights"]  # llama's
-    assert "--no-bias" not in text and "--qk_norm  " in text  # off already
-
-
-def test_help_of_a_script_whose_defaults_are_not_a_presets_does_not_say_so(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(TrainConfig, ["--help"], "")
-    assert "defaults of preset" not in capsys.readouterr().out
-
-
-def test_help_can_describe_defaults_and_leave_out_flags(capsys):
-    shown = {"size": "as large as possible", "rate": None}
-    with pytest.raises(SystemExit):
-        parse_args(Small, ["--help"], "", help_defaults=shown)
-    text = capsys.readouterr().out
-    assert "how many [as large as possible]" in text and "--rate" not in text
-    assert parse_args(Small, ["--rate=0.25"], "", help_defaults=shown).rate == 0.25
-    with pytest.raises(UserError, match=r"^unknown flag --ratee$"):
-        parse_args(Small, ["--ratee=1"], "", help_defaults=shown)
-    with pytest.raises(UserError, match=r"^unknown flag --siz: did you mean --size\?$"):
-        parse_args(Small, ["--siz=1"], "", help_defaults=shown)
-
-
-def test_help_shows_positional_arguments(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(SampleConfig, ["--help"], "")
-    assert "[CHECKPOINT]" in capsys.readouterr().out
+    found = help_of("--preset gpt2 --arch llama --n_layer 3 --help", capsys)
+    assert "[12]" in found["n_layer"] and "[20000]" in found["max_steps"]  # gpt2's
+    assert "[swiglu]" in found["mlp"] and "[False]" in found["tie_weights"]  # llama's
 
 
 def test_the_version_is_printed(capsys):
@@ -395,7 +314,7 @@ class Small:
     """One field of each kind."""
 
     files: tuple[str, ...] = setting((), "files to read", positional=True)
-    out: str = setting("", "where to write")
+    out: str = setting("", "where to write: 100% of it")
     size: int = setting(3, "how many", low=1, high=9, group="numbers", alias="n")
     rate: float = setting(0.5, "how fast", above=0, below=1)
     limit: float | None = setting(None, "at most this", low=0)
@@ -405,54 +324,26 @@ class Small:
     hidden: int = setting(7, "not a flag", flag=False)
 
 
-SMALL_HELP = r"""A title.
-
-arguments: [FILES] [--flag value ...]
-
-  --help, --version
-  FILES                         files to read
-  --out                         where to write
-
-numbers:
-  --size, --n                   how many [3]
-  --rate                        how fast [0.5]
-  --limit                       at most this
-
-switches:
-  --fast                        no accuracy [off]
-  --exact, --no-exact           no speed [on]
-  --mode                        a b | c [a\nb]
-"""
-
-
 def read_small(*words: str) -> Small:
     return parse_args(Small, list(words), "")
 
 
-def test_help_is_generated_from_the_settings(capsys):
-    for flag in ("--help", "-h"):
-        with pytest.raises(SystemExit) as stop:
-            parse_args(Small, ["--size=4", flag], "\nA title.\n\n")
-        assert not stop.value.code and capsys.readouterr().out == SMALL_HELP
-
-
-def test_long_help_is_wrapped_below_its_column(capsys):
+def test_help_can_describe_defaults_and_leave_out_flags(capsys):
+    shown = {"size": "as large as possible", "rate": None}
     with pytest.raises(SystemExit):
-        parse_args(TrainConfig, ["--help"], "")
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
-    assert any(
-        line.startswith("  --compile, --no-compile  ") for line in lines
-    )  # neither is default
-    (at,) = (i for i, line in enumerate(lines) if line.startswith("  --warmup_steps, --warmup "))
-    assert lines[at].index("linear warmup") == 32
-    text = " ".join(line.strip() for line in lines[at : at + 2])
-    assert "default: 100, or max_steps / 10 if less" in text
+        parse_args(Small, ["-h"], "A title.", help_defaults=shown)
+    text = capsys.readouterr().out
+    assert "A title." in text and "\nswitches:\n" in text and "100% of it" in text
+    assert "how many [as large as possible]" in text and "--rate" not in text
+    assert "at most this\n" in text and "[a\\nb]" in text and "FILES" in text
+    assert parse_args(Small, ["--rate=0.25"], "", help_defaults=shown).rate == 0.25
+    with pytest.raises(UserError, match=r"^unrecognized arguments: --ratee=1$"):
+        parse_args(Small, ["--ratee=1"], "", help_defaults=shown)
 
 
 def test_words_without_a_flag_fill_the_tuple():
-    one = read_small("a.txt", "--size", "4", "b.txt", "--fast", "c.txt")
-    assert (one.files, one.size, one.fast) == (("a.txt", "b.txt", "c.txt"), 4, True)
+    one = read_small("a.txt", "--size", "4", "b.txt", "--exact=False", "c.txt")
+    assert (one.files, one.size, one.exact) == (("a.txt", "b.txt", "c.txt"), 4, False)
     assert read_small().files == () and read_small("--out=x").out == "x"
 
 
@@ -464,14 +355,11 @@ class Two:
     target: str = setting("", "write this", positional=True)
 
 
-def test_words_without_a_flag_are_taken_in_order(capsys):
+def test_words_without_a_flag_are_taken_in_order():
     assert vars(parse_args(Two, ["a", "b"], "")) == {"source": "a", "target": "b"}
     assert vars(parse_args(Two, ["--target=b", "a"], "")) == {"source": "a", "target": "b"}
-    with pytest.raises(UserError, match=r"^unexpected argument 'c'$"):
+    with pytest.raises(UserError, match=r"^unrecognized arguments: c$"):
         parse_args(Two, ["a", "b", "c"], "")
-    with pytest.raises(SystemExit):
-        parse_args(Two, ["--help"], "")
-    assert "arguments: [SOURCE] [TARGET] [--flag value ...]\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -485,25 +373,17 @@ def test_words_without_a_flag_are_taken_in_order(capsys):
         ("--rate 0", "rate must be above 0, not 0.0"),
         ("--rate 1", "rate must be below 1, not 1.0"),
         ("--rate inf", "rate must be a finite number that float32 can represent, not inf"),
-        ("--rate -inf", "rate must be a finite number that float32 can represent, not -inf"),
+        ("--rate=-inf", "rate must be a finite number that float32 can represent, not -inf"),
         ("--limit 0", ""),
         ("--limit=-1", "limit must be at least 0, not -1.0"),
         ("--mode c", ""),
-        ("--mode d", "mode must be one of a\nb, c, not 'd'"),
         ("--rate nan", "rate must be a finite number that float32 can represent, not nan"),
-        ("--size 2=3", "--size must be a whole number, not '2=3'"),
-        ("--rate fast", "--rate must be a number, not 'fast'"),
-        ("--n=x --limit=", "--size must be a whole number, not 'x'; --limit must be a number"),
-        ("--fast=1", "--fast takes no value: write --fast or --no-fast"),
-        ("--no-fast=1", "--no_fast takes no value: write --fast or --no-fast"),
-        ("--rate", "--rate needs a value"),
-        ("--rate --fast", "--rate needs a value"),
-        ("--hidden 3", "unknown flag --hidden"),
-        ("--hiden=3 --sise=4", "unknown flag --hiden; unknown flag --sise: did you mean --size?"),
-        ("--zzz --zzz=1 --size=0", "unknown flag --zzz; unknown flag --zzz; size must be"),
+        ("--size 0 --rate 1", "size must be at least 1, not 0; rate must be below 1, not 1.0"),
+        ("--hidden 3", "unrecognized arguments: --hidden"),
+        ("--out=\udcff", "invalid UTF-8: '--out=\\udcff'"),
     ],
 )
-def test_the_limits_of_a_setting_and_the_forms_of_its_flag(line: str, problems: str):
+def test_the_limits_of_a_setting(line: str, problems: str):
     if not problems:
         read_small(*line.split())
         return
@@ -524,20 +404,16 @@ def test_further_problems_come_after_those_of_the_fields():
     def check(small: Small) -> list[str]:
         return [f"size is {small.size}", "second"]
 
-    with pytest.raises(UserError) as error:
-        parse_args(Small, ["--size=0", "--foo"], "", check=check)
-    message = "unknown flag --foo; size must be at least 1, not 0; size is 0; second"
-    assert str(error.value) == message
+    with pytest.raises(UserError, match=r"^size must be at least 1, not 0; size is 0; second$"):
+        parse_args(Small, ["--size=0"], "", check=check)
     with pytest.raises(UserError, match=r"^size is 5; second$"):
         parse_args(Small, ["--size=5"], "", check=check)
 
 
-def test_an_error_while_settings_are_resolved_comes_after_the_mistakes_in_the_flags():
-    def resolve(flags: dict) -> tuple:
-        raise UserError("no such file")
-
-    with pytest.raises(UserError, match=r"^unknown flag --foo; no such file$"):
-        parse_args(Small, ["--foo"], "", resolve)
+def test_a_model_setting_that_is_not_known_is_beyond_an_export():
+    config = GPTConfig(norm="layernorm", dropout=0.5)
+    assert config.beyond({f.name for f in fields(GPTConfig)}) == []
+    assert "norm" in config.beyond(set()) and "dropout" not in config.beyond(set())
 
 
 # --- derived sizes

@@ -17,7 +17,10 @@ import finetune
 import prepare
 import train
 from config import SampleConfig
-from corpus import files, load
+from corpus import documents, download, encodings, folder, load, records
+from corpus import text as text_module
+from corpus.corpus import Corpus, check_length
+from corpus.text import known_name
 from generate import stream_texts
 from model import GPT
 from system.settings import UserError
@@ -34,7 +37,7 @@ def write_jsonl(path: Path, texts: list[str] = STORIES, field: str = "text") -> 
 
 
 def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
-    return list(files.iter_documents(path, **settings))
+    return list(documents.iter_documents(path, **settings))
 
 
 # --- one text, several documents, records
@@ -69,7 +72,7 @@ def test_each_document_is_in_one_split_and_starts_with_end_of_text(tmp_path, kin
 def test_an_encoding_of_tiktoken_is_used_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(make_text())
     tokenizer = CharTokenizer.train([make_text()])
-    monkeypatch.setattr(load, "from_tiktoken", {"cl100k_base": tokenizer}.__getitem__)
+    monkeypatch.setattr(encodings, "from_tiktoken", {"cl100k_base": tokenizer}.__getitem__)
     assert load.load_corpus(str(tmp_path / "text.txt"), "cl100k_base")[0] is tokenizer
 
 
@@ -86,17 +89,17 @@ def test_records_become_a_corpus_between_bos_and_eos(tmp_path, kind):
 
 
 def test_the_validation_share_is_close_to_the_requested_one():
-    selected = sum(load.is_validation(i, 0.1) for i in range(10_000))
+    selected = sum(documents.is_validation(i, 0.1) for i in range(10_000))
     assert abs(selected - 1000) < 4 * 30  # four standard deviations of a binomial
-    assert not load.is_validation(0, 0.999)
+    assert not documents.is_validation(0, 0.999)
 
 
 def test_both_splits_have_at_least_one_document():
     for texts in ("ab", "abc"):
-        train, val = load.split_documents(list(texts))
+        train, val = documents.split_documents(list(texts))
         assert train and val and sorted(train + val) == list(texts)
     with pytest.raises(UserError, match="at least two documents"):
-        load.split_documents(["a"])
+        documents.split_documents(["a"])
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,7 @@ def test_a_missing_corpus_is_an_error(workplace, data, message):
 
 @pytest.mark.parametrize("name", ["plays", "tinystories", "shakespeare"])
 def test_a_file_takes_precedence_over_a_named_data_set(workplace, monkeypatch, name):
-    monkeypatch.setattr(load, "fetch", lambda name: 1 / 0)
+    monkeypatch.setattr(download, "fetch", lambda name: 1 / 0)
     (workplace / name).write_text("of my own")
     assert load.find_corpus(name) == Path(name)
 
@@ -136,16 +139,16 @@ def test_documents_need_a_tokenizer_with_a_separator(tmp_path):
 
 
 def test_a_corpus_shorter_than_a_window_is_rejected():
-    corpus = load.Corpus(np.zeros(9), np.zeros(2), {}, 9, 2)  # one window with its last target
-    load.check_length(corpus, 8)
+    corpus = Corpus(np.zeros(9), np.zeros(2), {}, 9, 2)  # one window with its last target
+    check_length(corpus, 8)
     corpus.train_ids = np.zeros(8)
     with pytest.raises(UserError, match="8 tokens to train and 2 to validate on, and a window"):
-        load.check_length(corpus, 8)
+        check_length(corpus, 8)
     corpus.train_docs = np.array([0, 4])  # documents are padded
-    load.check_length(corpus, 8)
+    check_length(corpus, 8)
     corpus.val_ids = np.zeros(1)
     with pytest.raises(UserError, match="8 tokens to train and 1 to validate on"):
-        load.check_length(corpus, 8)
+        check_length(corpus, 8)
 
 
 def test_devices_and_pipes_are_rejected(tmp_path):
@@ -155,11 +158,20 @@ def test_devices_and_pipes_are_rejected(tmp_path):
             load.load_corpus(path, "char", 0)
 
 
-def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch):
-    path = tmp_path / "text.txt"
-    path.write_text(make_text())
-    monkeypatch.setattr(load, "read_text", lambda path: path.write_text("new") and "new text")
-    with pytest.raises(UserError, match=r"text\.txt changed while it was read: try again"):
+def test_the_text_of_shakespeare_is_recognized_by_its_hash():
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of sha256sum
+    assert known_name(Path("input.txt"), sha256) == "tinyshakespeare"
+    assert known_name(Path("input.txt"), sha256[::-1]) == "input.txt"
+
+
+def test_records_that_change_while_they_are_read_are_an_error(tmp_path, monkeypatch):
+    path = tmp_path / "qa.json"
+    path.write_text(json.dumps([{"question": "a", "answer": "b"}] * 4))
+    original = records.read_records
+    monkeypatch.setattr(
+        records, "read_records", lambda path: [original(path), path.write_text("new")][0]
+    )
+    with pytest.raises(UserError, match=r"qa\.json changed while it was read: try again"):
         load.load_corpus(str(path))
 
 
@@ -174,7 +186,7 @@ def test_a_separator_divides_a_text_file_as_it_does_in_prepare(workplace, capsys
     assert hint not in capsys.readouterr().err
     flags = [f"--separator={END_OF_TEXT}", f"--tokenizer={kind}", "--name=set"]
     assert prepare.main([str(path), *flags, *["--vocab_size=300"] * (kind == "bpe")]) == 0
-    prepared = load.open_dataset(Path("data/set"))[1]
+    prepared = folder.open_dataset(Path("data/set"))[1]
     assert corpus.train_ids.tolist() == prepared.train_ids.tolist()
     assert corpus.val_ids.tolist() == prepared.val_ids.tolist()
     assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1] in STORIES
@@ -226,12 +238,12 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
 def test_a_file_that_is_empty_or_not_utf8_is_rejected(tmp_path, content, message):
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        files.read_text(tmp_path / "text")
+        text_module.read_text(tmp_path / "text")
 
 
 def test_a_text_is_read_without_byte_order_mark_and_with_plain_line_ends(tmp_path):
     (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
-    assert files.read_text(tmp_path / "text") == "a\nb\n"
+    assert text_module.read_text(tmp_path / "text") == "a\nb\n"
 
 
 def test_a_text_file_is_one_document_or_split_at_separators(tmp_path):
@@ -245,15 +257,15 @@ def test_a_text_file_is_one_document_or_split_at_separators(tmp_path):
 @given(st.text(alphabet="ab|\n", max_size=60), st.integers(1, 9))
 def test_splitting_does_not_depend_on_the_size_of_reads(text: str, size: int):
     stream = [text[i : i + size] for i in range(0, len(text), size)]
-    assert [document for document, _ in files.split_stream(stream, "|\n")] == text.split("|\n")
-    chunks = list(files.split_stream(stream, "", chunk_size=size))
+    assert [document for document, _ in documents.split_stream(stream, "|\n")] == text.split("|\n")
+    chunks = list(documents.split_stream(stream, "", chunk_size=size))
     assert "".join(chunk for chunk, _ in chunks) == text
     assert [ends for _, ends in chunks] == [False] * (len(chunks) - 1) + [True]
     assert all(len(chunk) <= size for chunk, _ in chunks)
 
 
 def test_characters_and_line_ends_across_reads_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "READ_SIZE", 5)
+    monkeypatch.setattr(documents, "READ_SIZE", 5)
     (tmp_path / "text.txt").write_bytes("日本語\r\nnaïve".encode())
     assert read(tmp_path / "text.txt") == [("日本語\nnaïve", True)]
 
@@ -269,7 +281,7 @@ def test_characters_and_line_ends_across_reads_are_decoded(tmp_path, monkeypatch
 def test_files_that_are_not_text_are_rejected_with_the_position(
     tmp_path, monkeypatch, content, message
 ):
-    monkeypatch.setattr(files, "READ_SIZE", 4)
+    monkeypatch.setattr(documents, "READ_SIZE", 4)
     (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "text.txt")
@@ -324,7 +336,7 @@ def test_lines_without_text_are_skipped_and_counted(tmp_path, capsys):
     ],
 )
 def test_without_any_text_the_fields_are_named(tmp_path, monkeypatch, lines, message):
-    monkeypatch.setattr(files, "MAX_WITHOUT_TEXT", 4)
+    monkeypatch.setattr(documents, "MAX_WITHOUT_TEXT", 4)
     (tmp_path / "posts.jsonl").write_text(lines)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "posts.jsonl")
@@ -372,7 +384,7 @@ def test_a_prepared_corpus_with_documents_in_both_splits_warns_when_it_is_opened
     write_jsonl(workplace / "posts.jsonl", ["a", "a"])
     assert prepare.main(["posts.jsonl", "--tokenizer=char"]) == 0
     capsys.readouterr()
-    files.note.cache_clear()  # as in another process
+    text_module.note.cache_clear()  # as in another process
     load.load_corpus("data/posts")
     message = "note: 1 of 1 validation documents also occur in the training split.*--dedup"
     assert re.search(message, capsys.readouterr().err)
@@ -472,9 +484,9 @@ def test_what_is_held_out_cannot_change_during_a_run(workplace):
 
 
 def test_notes_are_printed_by_one_process(capsys, monkeypatch):
-    files.note("once")
+    text_module.note("once")
     monkeypatch.setenv("RANK", "1")
-    files.note("again")
+    text_module.note("again")
     assert capsys.readouterr().err == "note: once\n"
 
 
@@ -497,7 +509,7 @@ def test_a_long_line_is_searched_once(tmp_path, monkeypatch):
             return str(self).find(text, start)
 
     stream = [Text("x" * 100) for _ in range(100)]
-    assert list(files.split_stream(stream, "<end>")) == [("x" * 10_000, True)]
+    assert list(documents.split_stream(stream, "<end>")) == [("x" * 10_000, True)]
     assert 10_000 <= Text.n_searched <= 2 * 10_000
 
 

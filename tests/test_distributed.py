@@ -1,5 +1,6 @@
 """Two processes on a CPU, started by torchrun, against one; and the weights that they hold."""
 
+import copy
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,33 +23,29 @@ from torch.nn.parallel import DistributedDataParallel
 import finetune
 import train
 import utils
-from config import ARCH_FIELDS, PRESETS, GPTConfig, TrainConfig, train_settings
+from config import ARCH_FIELDS, OPTIMIZERS, PRESETS, GPTConfig, TrainConfig, train_settings
 from finetuning import tasks
 from model import GPT
-from system.device import autocast
 from system.settings import UserError
 from training import distributed
 from training.distributed import (
-    Weights,
-    all_reduce_max,
-    all_reduce_mean,
-    all_reduce_sum,
+    Replica,
+    all_reduce,
     broadcast_from_rank0,
     destroy_process_group,
     full_tensor,
-    gather,
     init_process_group,
     is_restart,
-    is_sharded,
     is_torchrun,
     load_optimizer,
     local_rank_zero_first,
-    no_sync,
+    make_replica,
     rank,
     world_size,
-    wrap,
 )
+from training.fsdp import gather
 from training.setup import check_run, resolve_train
+from utils import autocast
 from viz.runs import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,7 +238,7 @@ def test_two_processes_fine_tune_like_one_with_the_same_micro_batches(workplace)
 def save_step_gradients() -> None:
     """In each of two processes: evaluations and one step on answers of different lengths, under DDP
     and FSDP."""
-    init_process_group(CPU)
+    init_process_group("cpu")
     tasks.random_items = records_in_order
     for parallel in ("ddp", "fsdp"):
         config = TrainConfig(
@@ -281,9 +279,9 @@ def test_two_processes_average_over_the_tokens_of_both(workplace):
 
 def test_processes_must_share_the_micro_batches_of_a_step_equally(monkeypatch):
     set_world_size(monkeypatch, 2)
-    (problem,) = check_run(TrainConfig(grad_accum=3, device="cpu"))
+    (problem,) = check_run(GPTConfig(), TrainConfig(grad_accum=3, device="cpu"))
     assert problem.startswith("2 processes cannot share 3 micro-batches per step: ")
-    assert check_run(TrainConfig(grad_accum=4, device="cpu")) == []
+    assert check_run(GPTConfig(), TrainConfig(grad_accum=4, device="cpu")) == []
 
 
 def test_each_process_has_one_micro_batch_by_default(workplace, monkeypatch):
@@ -318,48 +316,41 @@ def test_fsdp_needs_torchrun_and_no_float16(workplace, monkeypatch):
 # --- weights
 
 
-def check_weights(model: GPT, before: dict[str, Tensor], tied: bool) -> None:
-    """All that `Weights` promises. before: a copy of the weights, from before sharding."""
-    weights = Weights(model)
-    idx = torch.arange(8)[None]
+def check_weights(replica: Any, before: dict[str, Tensor], tied: bool) -> None:
+    """The weights of a Replica or of Shards are those of its model. before: a copy of them."""
+    model, idx = replica.model, torch.arange(8)[None]
     other = make_model(1, tie_weights=tied)
     others = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    assert_equal(weights.get(), before)
-    for tensor in weights.get().values():
+    assert_equal(replica.weights(), before)
+    for tensor in replica.weights().values():
         tensor.zero_()
-    assert_equal(weights.get(), before)  # a copy was overwritten, not the model
-    with weights.swapped(others):
-        assert_equal(weights.get(), others)
-        assert torch.allclose(model(idx)[0], other(idx)[0], atol=1e-5)
-    assert_equal(weights.get(), before)
-    with pytest.raises(KeyError), weights.swapped(others):
-        raise KeyError
-    assert_equal(weights.get(), before)
+    assert_equal(replica.weights(), before)  # a copy was overwritten, not the model
     parameters = list(model.parameters())
-    weights.set(others)
-    assert_equal(weights.get(), others)
+    replica.set_weights(others)
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert torch.allclose(model(idx)[0], other(idx)[0], atol=1e-5)
+    assert_equal(replica.weights(), others)
     assert (model.head.weight is model.tok.weight) == tied
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # one update moves both, if tied
     model(idx, idx)[1].backward()
     optimizer.step()
-    found = weights.get()
+    found = replica.weights()
     assert not torch.equal(found["tok.weight"], others["tok.weight"])
     assert torch.equal(found["tok.weight"], found["head.weight"]) == tied
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_weights_are_copied_set_and_swapped(tied):
+def test_weights_are_copied_and_set(tied):
     model = make_model(tie_weights=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    check_weights(model, before, tied)
-    found = Weights(model).get()  # tied ones are stored once
+    check_weights(Replica(model), before, tied)
+    found = Replica(model).weights()  # tied ones are stored once
     assert (found["tok.weight"].data_ptr() == found["head.weight"].data_ptr()) == tied
 
 
 def check_sharded_models() -> None:
     """In each of two processes, which take seconds to start: both checks."""
-    init_process_group(CPU)
+    init_process_group("cpu")
     check_sharded_weights()
     check_bfloat16()
     destroy_process_group()
@@ -374,9 +365,9 @@ def check_sharded_weights() -> None:
     for tied in (True, False):
         model = make_model(tie_weights=tied)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        wrap(model, "fsdp", CPU)
+        replica = make_replica(model, "fsdp", CPU)
         assert all(p.to_local().numel() < p.numel() for p in model.parameters())
-        check_weights(model, before, tied)
+        check_weights(replica, before, tied)
 
 
 def check_bfloat16() -> None:
@@ -390,7 +381,7 @@ def check_bfloat16() -> None:
         results = []
         for parallel in ("ddp", "fsdp"):
             model = make_model(**components)
-            net = wrap(model, parallel, CPU)
+            net = make_replica(model, parallel, CPU).net
             with autocast(CPU, "bfloat16"):
                 loss = net(x, x)[1]
             loss.backward()
@@ -435,24 +426,24 @@ def test_weights_of_a_model_sharded_over_one_process(process_group, monkeypatch,
     set_world_size(monkeypatch, 1)
     model = make_model(tie_weights=tied)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert wrap(model, "fsdp", CPU) is model and is_sharded(model)
+    replica = make_replica(model, "fsdp", CPU)
+    assert replica.net is model
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    check_weights(model, before, tied)
+    check_weights(replica, before, tied)
 
 
 def test_the_state_of_a_sharded_optimizer_is_that_of_a_plain_one(process_group, monkeypatch):
     set_world_size(monkeypatch, 1)
     states = []
-    for parallel in ("none", "fsdp"):
+    for parallel in ("ddp", "fsdp"):
         model = make_model()
-        if parallel == "fsdp":
-            wrap(model, parallel, CPU)
+        replica = make_replica(model, parallel, CPU)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         for _ in range(2):
             optimizer.zero_grad()
             model(IDS, IDS)[1].backward()
             optimizer.step()
-        states.append(gather(optimizer.state_dict()))
+        states.append(copy.deepcopy(replica.optimizer_state(optimizer)))
     plain, sharded = states
     assert plain["state"].keys() == sharded["state"].keys()
     for number, values in plain["state"].items():
@@ -460,7 +451,8 @@ def test_the_state_of_a_sharded_optimizer_is_that_of_a_plain_one(process_group, 
             assert type(sharded["state"][number][name]) is Tensor, name
             torch.testing.assert_close(sharded["state"][number][name], value)
     fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    load_optimizer(fresh, plain)
+    load_optimizer(fresh, OPTIMIZERS["adamw"], plain)
+    replica.shard_state(fresh)
     for parameter, values in fresh.state.items():
         assert isinstance(values["exp_avg"], DTensor) and not isinstance(values["step"], DTensor)
         assert values["exp_avg"].placements == parameter.placements
@@ -478,7 +470,7 @@ def assert_equal_states(one: dict, other: dict) -> None:
 def test_fsdp_gathers_float32_weights_for_autocast(process_group, monkeypatch):
     set_world_size(monkeypatch, 1)
     model = make_model(norm="layernorm", mlp="gelu", pos="learned", qk_norm=False)
-    wrap(model, "fsdp", CPU)
+    make_replica(model, "fsdp", CPU)
     seen = []
     model.blocks[0].mlp.fc.register_forward_hook(
         lambda module, args, out: seen.append((module.weight.dtype, type(module.weight), out.dtype))
@@ -494,21 +486,21 @@ def test_fsdp_gathers_float32_weights_for_autocast(process_group, monkeypatch):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_gradients_are_reduced_unless_skipped(process_group, monkeypatch, parallel):
     set_world_size(monkeypatch, 1)
-    net = wrap(make_model(), parallel, CPU)
+    replica = make_replica(make_model(), parallel, CPU)
+    net = replica.net
     assert isinstance(net, DistributedDataParallel) == (parallel == "ddp")
-    assert is_sharded(net) == (parallel == "fsdp")
+    assert all(isinstance(p, DTensor) for p in net.parameters()) == (parallel == "fsdp")
     reduced = []
     if parallel == "ddp":
         net.register_comm_hook(None, lambda state, bucket: reduce(reduced, bucket))
     gradients = lambda: [p.grad for p in net.parameters()]  # noqa: E731
-    with no_sync(net, skip=True):
+    with replica.no_sync():
         net(IDS, IDS)[1].backward()
     if parallel == "ddp":
         assert not reduced
     else:
         assert all(gradient is None for gradient in gradients())  # kept unsharded, elsewhere
-    with no_sync(net, skip=False):
-        net(IDS, IDS)[1].backward()
+    net(IDS, IDS)[1].backward()
     assert parallel == "fsdp" or reduced
     single = make_model()
     for _ in range(2):
@@ -529,13 +521,13 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "5")  # of a tool other than torchrun
     assert (is_torchrun(), is_restart(), rank(), world_size()) == (False, False, 0, 1)
-    assert init_process_group(CPU) is CPU
+    assert init_process_group("cpu") == CPU
     model = make_model()
-    assert wrap(model, "fsdp", CPU) is model and not is_sharded(model)
+    assert make_replica(model, "fsdp", CPU).net is model
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
     assert broadcast_from_rank0(lambda: 7) == 7
     tensor = torch.tensor([3.0])
-    assert all_reduce_sum(tensor) is all_reduce_mean(tensor) is tensor and tensor.item() == 3.0
-    assert all_reduce_max(5) == 5
+    assert all_reduce(tensor) is tensor and tensor.item() == 3.0
     destroy_process_group()
 
 
@@ -543,9 +535,7 @@ def test_the_collectives_use_what_torchrun_says(process_group, monkeypatch):
     """Two processes according to torchrun, but one in the group: a sum is its own number."""
     set_world_size(monkeypatch, 2)
     assert (is_torchrun(), world_size()) == (True, 2)
-    assert all_reduce_mean(torch.tensor([3.0])).item() == 1.5
-    assert all_reduce_sum(torch.tensor([3.0])).item() == 3.0
-    assert all_reduce_max(5) == 5
+    assert all_reduce(torch.tensor([3.0])).item() == 3.0
     box: list[object] = []
     assert broadcast_from_rank0(lambda: box.append(1) or "x") == "x" and box == [1]
     monkeypatch.setattr(distributed, "rank", lambda: 1)
@@ -568,25 +558,26 @@ def test_a_restart_is_recognized_by_torchruns_count(monkeypatch, count, expected
 def test_each_process_has_its_own_gpu_and_only_rank_0_prints(monkeypatch, capsys):
     set_world_size(monkeypatch, 2)
     calls = []
+    monkeypatch.setattr(distributed, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(torch.distributed, "init_process_group", calls.append)
     for local_rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         gpu = torch.device("cuda", local_rank)
-        assert init_process_group(torch.device("cuda")) == gpu
+        assert init_process_group("cuda") == gpu
         assert calls == [gpu, "cpu:gloo,cuda:nccl"]
         calls.clear()
-    assert init_process_group(CPU) == CPU and calls == ["gloo"]
+    assert init_process_group("cpu") == CPU and calls == ["gloo"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match=r"more processes than the 2 GPUs: lower --nproc_per_node"):
-        init_process_group(torch.device("cuda"))
+        init_process_group("cuda")
     with pytest.raises(UserError, match="MPS supports one process"):
-        init_process_group(torch.device("mps"))
+        init_process_group("mps")
     print("shown")
     monkeypatch.setattr(distributed, "rank", lambda: 1)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # restored after the test
-    init_process_group(CPU)
+    init_process_group("cpu")
     print("not shown")
     assert capsys.readouterr().out == "shown\n"
 
@@ -596,7 +587,7 @@ def test_the_first_process_of_a_machine_runs_before_the_others(monkeypatch, loca
     set_world_size(monkeypatch, 2)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     done = []
-    monkeypatch.setattr(distributed, "all_reduce_max", lambda number: done.append("wait"))
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor: done.append("wait"))
     with local_rank_zero_first():
         done.append("run")
     assert " ".join(done) == order

@@ -11,7 +11,11 @@ import pytest
     [
         "tokenizer",
         "utils",
-        "corpus.files",
+        "corpus.documents",
+        "corpus.text",
+        "corpus.folder",
+        "system.settings",
+        "system.errors",
         "corpus.download",
         "corpus.bpe",
         "corpus.clean",
@@ -20,7 +24,6 @@ import pytest
         "train",
         "training.run_log",
         "explore",
-        "system.command_line",
         "viz.internals",
     ],
 )

@@ -2,21 +2,20 @@
 
 import contextlib
 import hashlib
-import http.server
 import io
 import json
 import subprocess
 import sys
-import threading
 import urllib.error
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from corpus import download
-from system.folders import locked_file
+from system.files import locked_file
 from system.settings import UserError
 
 PLAY = r"""# Coriolanus
@@ -79,7 +78,6 @@ def test_shakespeare_is_downloaded_and_its_hash_checked(workplace, monkeypatch, 
     monkeypatch.setattr(download.urllib.request, "urlopen", urlopen)
     path = download.fetch("shakespeare")["all"]
     assert path.read_bytes() == text
-    assert download.known_name(path, hashlib.sha256(text).hexdigest()) == "tinyshakespeare"
     assert "downloaded" in capsys.readouterr().out
 
 
@@ -158,141 +156,39 @@ def test_each_scene_of_the_plays_becomes_a_document(workplace, monkeypatch, caps
     assert records[1]["text"] == "A:\nHo!"
 
 
-# --- downloads
+# --- TinyStories, by Hugging Face's library
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves one file, with ranges, as RFC 9110 says."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/stories.txt"
-        self.content = bytes(range(256)) * 400
-        self.version: dict[str, str] = {"ETag": '"one"'}
-        self.linked = ""  # the hash in the headers of a redirect
-        self.send_only: int | None = None  # bytes of a reply, before the connection is lost
-        self.ranges: list[str | None] = []  # that were requested
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        server = self.server
-        if server.linked and self.path == "/stories.txt":
-            self.send_response(302)
-            self.send_header("Location", "/elsewhere")
-            self.send_header("X-Linked-Etag", f'"{server.linked}"')
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        asked, condition = self.headers.get("Range"), self.headers.get("If-Range")
-        server.ranges.append(asked)
-        start, status = 0, 200
-        if asked and condition in (None, *server.version.values()):
-            start, status = int(asked.removeprefix("bytes=").rstrip("-")), 206
-        body = server.content[start:]
-        self.send_response(status if body else 416)
-        if status == 206 and body:
-            n = len(server.content)
-            self.send_header("Content-Range", f"bytes {start}-{n - 1}/{n}")
-        for name, value in server.version.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[: server.send_only])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def interrupted(server: Server, path: Path, n_bytes: int = 1000) -> None:
-    """A download that ends after this many bytes."""
-    server.send_only = n_bytes
-    with pytest.raises(UserError, match=r"stories\.txt\.part is kept: run again to resume"):
-        download.download(server.url, path)
-    assert path.with_name("stories.txt.part").stat().st_size == n_bytes and not path.exists()
-    server.send_only = None
-
-
-@pytest.mark.parametrize(
-    "version", [{"ETag": '"one"'}, {"Last-Modified": "Wed, 21 Oct 2026 07:28:00 GMT"}]
-)
-def test_an_interrupted_download_resumes(tmp_path, server, version):
-    server.version = version
-    path = tmp_path / "stories.txt"
-    interrupted(server, path)
-    download.download(server.url, path)
-    assert path.read_bytes() == server.content
-    assert server.ranges == [None, "bytes=999-"]
-    assert [p.name for p in tmp_path.iterdir()] == ["stories.txt"]
-    download.download("http://127.0.0.1:1/", path)  # the file exists: no request
-
-
-@pytest.mark.parametrize("before", [{"ETag": '"one"'}, {"ETag": 'W/"one"'}, {}])
-def test_a_download_of_another_version_starts_over(tmp_path, server, before):
-    server.version = before
-    interrupted(server, tmp_path / "stories.txt")
-    server.version, server.content = {"ETag": '"two"'}, b"another" * 5000
-    download.download(server.url, tmp_path / "stories.txt")
-    assert (tmp_path / "stories.txt").read_bytes() == server.content
-
-
-@pytest.mark.parametrize("n_bytes", [102_400, 102_401, 200_000])
-def test_an_incomplete_file_as_long_as_the_file_or_longer_does_no_harm(tmp_path, server, n_bytes):
-    path = tmp_path / "stories.txt"
-    interrupted(server, path)
-    with open(tmp_path / "stories.txt.part", "ab") as file:
-        file.write(server.content[1000:] + b"!" * (n_bytes - len(server.content)))
-    download.download(server.url, path)
-    assert path.read_bytes() == server.content
-
-
-def test_the_hash_that_a_redirect_gives_is_compared(tmp_path, server):
-    path = tmp_path / "stories.txt"
-    server.linked = hashlib.sha256(b"something else").hexdigest()
-    with pytest.raises(UserError, match="has a wrong hash and was deleted: run the command again"):
-        download.download(server.url, path)
-    assert not path.exists() and not (tmp_path / "stories.txt.part").exists()
-    server.linked = hashlib.sha256(server.content).hexdigest()
-    interrupted(server, path)
-    download.download(server.url, path)
-    assert path.read_bytes() == server.content and server.ranges[-1] == "bytes=999-"
-
-
-def test_two_processes_do_not_download_the_same_file(tmp_path, server):
-    path = tmp_path / "stories.txt"
-    path = tmp_path / "stories.txt"
-    message = r"stories\.txt is in use by a download, process \d+"
-    with (
-        locked_file(path, "a download"),
-        pytest.raises(UserError, match=message),
-    ):
-        download.download(server.url, path)
-    download.download(server.url, path)
-    assert path.read_bytes() == server.content
-
-
-def test_a_download_without_a_network_is_one_error(workplace, monkeypatch):
-    monkeypatch.setattr(download.urllib.request, "build_opener", no_network)
-    with pytest.raises(UserError, match=r"TinyStories-train\.txt could not be downloaded .*no rou"):
-        download.fetch("tinystories")
-
-
-def test_the_stories_are_two_files_named_by_their_split(workplace, monkeypatch):
+def fake_library(monkeypatch: pytest.MonkeyPatch, result: object) -> list:
+    """Replaces the package huggingface_hub; `result` is an error to raise or a path to return."""
     asked = []
-    monkeypatch.setattr(download, "download", lambda url, path: asked.append((url, path)))
-    names = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
-    paths = {split: Path("data", name) for split, name in names.items()}
+
+    def hf_hub_download(*args: object, **kwargs: object) -> object:
+        asked.append((args, kwargs))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    library = SimpleNamespace(hf_hub_download=hf_hub_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    return asked
+
+
+def test_the_stories_are_two_files_that_are_downloaded_once(workplace, monkeypatch):
+    asked = fake_library(monkeypatch, "data/TinyStories-valid.txt")
+    train = Path("data/TinyStories-train.txt")
+    train.write_text("Once")
+    paths = {"train": train, "val": Path("data/TinyStories-valid.txt")}
     assert download.fetch("tinystories") == paths
-    folder = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
-    assert asked == [(folder + path.name, path) for path in paths.values()]
+    options = {"repo_type": "dataset", "local_dir": Path("data")}
+    assert asked == [(("roneneldan/TinyStories", "TinyStories-valid.txt"), options)]
+
+
+def test_stories_that_cannot_be_downloaded_are_one_error(workplace, monkeypatch):
+    fake_library(monkeypatch, ConnectionError("no route\nto host"))
+    message = r"^TinyStories-train\.txt could not be downloaded \(no route\): run again$"
+    with pytest.raises(UserError, match=message):
+        download.fetch("tinystories")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not installed
+    with pytest.raises(UserError, match="pip install huggingface_hub"):
+        download.fetch("tinystories")

@@ -13,7 +13,7 @@ from corpus.bpe import count_pieces, train_bpe
 from model import GPT, POSITIONS
 from system.settings import UserError
 from tokenizer import CharTokenizer
-from training.dry_run import flops_per_token, params_by_component, print_example
+from training.checks import flops_per_token, params_by_component, print_example
 
 SMALL = GPTConfig(
     vocab_size=7, block_size=5, n_layer=3, n_embd=8, n_head=2, n_kv_head=1, n_inner=12

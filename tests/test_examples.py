@@ -22,7 +22,7 @@ from experiments import swaps
 from finetuning.tasks import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
-from viz.runs import new_figure
+from viz.curve import new_figure
 
 DATA = Path(__file__).parent.parent / "data"
 # The 65 characters of TinyShakespeare, as its author lists them.

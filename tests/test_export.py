@@ -30,6 +30,7 @@ from exporting.hf_tokenizer import merges_of, tokenizer_to_hf
 from exporting.hf_tokenizer_import import tokenizer_from_hf
 from model import GPT, KVCache
 from sampling.text import encode_prompt
+from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer
 
@@ -142,13 +143,13 @@ def test_the_loss_of_a_card_is_that_of_the_exported_weights(workplace):
     path = make_checkpoint("char", "llama")
     state = utils.read_checkpoint(path)
     state["log"] = [{"step": 1, "val": 1.25}, {"step": state["step"], "train": 1.5, "val": 2.75}]
-    utils.save_checkpoint(path, state)
+    save_checkpoint(path, state)
     assert export.main([str(path), "out"]) == 0
     card = Path("out/README.md").read_text()
     assert "| loss | 1.5000 training, 2.7500 validation |" in card
     assert "Trained from scratch" in card and "each of 4 x 1 sequences" in card
     state["log"].pop()
-    utils.save_checkpoint(path, state | {"finetune": {"objective": "text"}})
+    save_checkpoint(path, state | {"finetune": {"objective": "text"}})
     assert export.main([str(path), "out", "--overwrite"]) == 0
     card = Path("out/README.md").read_text()
     assert "loss" not in card and "Fine-tuned with TinyLLM" in card
@@ -170,7 +171,7 @@ def test_another_token_that_ends_a_text_is_named_at_the_import(workplace, capsys
     state = utils.read_checkpoint(path)
     chars = utils.load_checkpoint(path, torch.device("cpu"))[1].chars
     state["tokenizer"] = CharTokenizer(chars[1:], ["<|im_end|>"]).to_dict()
-    utils.save_checkpoint(path, state)
+    save_checkpoint(path, state)
     assert export.main([str(path), "out"]) == 0
     config = json.loads(Path("out/config.json").read_text())
     Path("out", MARKER).unlink()

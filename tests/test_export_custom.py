@@ -26,6 +26,7 @@ from exporting.folders import MARKER
 from finetuning.lora import LoRAConfig, add_lora, save_adapter, trained_names
 from model import GPT
 from sampling.quantize import lower_precision
+from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
 
@@ -72,7 +73,7 @@ def save_model(path: Path, **components: Any) -> GPT:
         "step": 0,
         "log": [],
     }
-    utils.save_checkpoint(path, state)
+    save_checkpoint(path, state)
     return model
 
 

@@ -17,6 +17,7 @@ from corpus.bpe import count_pieces, train_bpe
 from exporting.folders import MARKER
 from exporting.huggingface import export_hf, import_hf
 from model import GPT
+from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer, Tokenizer
 
@@ -41,7 +42,7 @@ def make_folder(folder: Path, arch: str, tokenizer: Tokenizer) -> Path:
         "step": 0,
         "log": [],
     }
-    utils.save_checkpoint(folder.parent / "model.pt", state)
+    save_checkpoint(folder.parent / "model.pt", state)
     export_hf(folder.parent / "model.pt", folder)
     return folder
 

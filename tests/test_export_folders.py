@@ -16,7 +16,8 @@ import train
 import utils
 from exporting.folders import MARKER, new_folder
 from system import folders
-from system.folders import locked_file, restore_folder
+from system.files import locked_file
+from system.folders import restore_folder
 from system.settings import UserError
 
 pytest.importorskip("safetensors")

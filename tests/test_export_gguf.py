@@ -19,7 +19,6 @@ import torch
 from conftest import make_model, make_text
 
 import export
-import utils
 from config import ARCHS, SampleConfig, TrainConfig
 from corpus.bpe import count_pieces, train_bpe
 from experiments.baselines import llama_cpp_command
@@ -27,7 +26,7 @@ from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN
 from exporting.probes import PROBES
 from generate import generate
 from model import GPT, rotate
-from system.folders import locked_file
+from system.files import locked_file, save_checkpoint
 from system.settings import UserError
 from tokenizer import PRINTABLE_TO_BYTE, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
 
@@ -52,7 +51,7 @@ def save(model: GPT, tokenizer: Tokenizer, path: str = "model.pt", **more: Any) 
         "step": 0,
         "log": [],
     }
-    utils.save_checkpoint(Path(path), state | more)
+    save_checkpoint(Path(path), state | more)
     return Path(path)
 
 
@@ -428,7 +427,7 @@ def test_a_missing_package_is_named(monkeypatch):
     ("words", "message"),
     [
         ("model.pt out --precision=float32", "--precision is for .html and .gguf files"),
-        ("model.pt out.gguf --precision=q4", "precision must be one of auto, float32"),
+        ("model.pt out.gguf --precision=q4", "precision: invalid choice"),
         ("model.pt out.gguf --push=a/b", "--push uploads an exported folder, not a .gguf file"),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("model.pt no/folder/out.gguf", "there is no folder no/folder"),

@@ -329,7 +329,7 @@ def test_a_model_with_another_head_size_is_exported_or_rejected(tmp_path, arch, 
     values = {"n_layer": 1, "n_embd": n_embd, "n_head": n_head, "head_size": head_size}
     config = GPTConfig(**(ARCHS[arch] | values | {"vocab_size": 8, "block_size": 16}))
     if arch == "llama" and n_embd % n_head:
-        with pytest.raises(UserError, match="28 is not divisible by 3"):
+        with pytest.raises(UserError, match="n_embd 28 is not divisible by n_head 3"):
             matching_arch(config)
         return
     assert matching_arch(config) == arch

@@ -35,7 +35,7 @@ from exporting.probes import PROBES
 from generate import generate, sample_logits, sample_text
 from model import GPT
 from sampling.text import TextWriter, encode_prompt
-from system.folders import locked_file
+from system.files import locked_file, save_checkpoint
 from system.settings import UserError
 from tokenizer import GPT2_PATTERN, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
 
@@ -59,7 +59,7 @@ def write_page(path: Path, model: GPT, tokenizer: Tokenizer, precision: str, **s
         "step": 0,
         "log": [],
     }
-    utils.save_checkpoint(path.with_suffix(".pt"), contents | state)
+    save_checkpoint(path.with_suffix(".pt"), contents | state)
     target = str(path.with_suffix(".html"))
     words = [str(path.with_suffix(".pt")), target, f"--precision={precision}", "--overwrite"]
     assert export.main(words) == 0
@@ -446,7 +446,7 @@ def test_int8_is_chosen_if_the_loss_is_nearly_the_same(trained, capsys):
     assert [name for _, name in losses] == ["float32", "int8", "float16"]
     model, _, state = utils.load_checkpoint("run/best.pt")
     spread_columns(model)
-    utils.save_checkpoint(Path("hard.pt"), state | {"model": model.state_dict()})
+    save_checkpoint(Path("hard.pt"), state | {"model": model.state_dict()})
     assert export.main(["hard.pt", "b.html"]) == 0
     printed = capsys.readouterr().out
     assert "weights in float16" in printed and losses[0][0] in printed
@@ -515,7 +515,7 @@ def test_a_page_is_replaced_only_if_it_is_one(trained):
             "--push uploads an exported folder, not a .html file",
         ),
         (["{best}", "folder", "--precision=int8"], "--precision is for .html and .gguf files"),
-        (["{best}", "page.html", "--precision=int4"], "precision must be one of"),
+        (["{best}", "page.html", "--precision=int4"], "precision: invalid choice"),
         (["{best}", "page.html", "--precision=float32"], "a web page has weights in float16"),
         (["page.html"], "give a checkpoint and a folder"),
     ],

@@ -29,15 +29,16 @@ from model import GPT, KVCache
 from sampling import output
 from sampling.beam_search import beam_search
 from sampling.checks import sampling_bytes
+from sampling.compiled import StaticCache
 from sampling.quantize import Int8Linear, lower_precision
-from sampling.static_cache import StaticCache
 from sampling.text import TextWriter, decode_prompt, encode_prompt
 from system import errors
 from system.command_line import parse_args
+from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer
 from training.task import sample_from_newline
-from utils import load_checkpoint, save_checkpoint
+from utils import load_checkpoint
 
 
 def shares(probs: list[float], **settings: float) -> list[float]:
@@ -820,8 +821,7 @@ def test_a_question_model_is_asked_questions_until_it_is_trained_on_text(
 
 def test_all_problems_of_a_command_line_are_reported_together(trained):
     flags = (
-        "--temperature=-1 --top_p=1.5 --top_k=-3 --num_samples=x --promt=hi --output_file=no/x "
-        "--device=tpu"
+        "--temperature=-1 --top_p=1.5 --top_k=-3 --num_samples=0 --output_file=no/x --device=tpu"
     )
     with pytest.raises(UserError) as error:
         generate.main(flags.split())
@@ -829,8 +829,7 @@ def test_all_problems_of_a_command_line_are_reported_together(trained):
         "temperature must be at least 0, not -1.0",
         "top_p must be at most 1, not 1.5",
         "top_k must be at least 0, not -3",
-        "--num_samples must be a whole number, not 'x'",
-        "unknown flag --promt: did you mean --prompt?",
+        "num_samples must be at least 1, not 0",
         "there is no folder no",
         "unknown device 'tpu'",
     ):

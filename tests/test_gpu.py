@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import GPTConfig, SampleConfig, TrainConfig
-from corpus.load import Corpus
+from corpus.corpus import Corpus
 from experiments import bench
 from experiments import gpu as gpu_bench
-from generate import generate, next_tokens
+from generate import generate
 from model import GPT
 from sampling import beam_search
 from sampling.quantize import lower_precision
@@ -155,7 +155,7 @@ def train_on(
     assert {t.device.type for t in metrics.values()} == {gpu.type}
     # Only a copy from pinned memory can be waited for by the GPU alone; on MPS, it is not.
     assert set(operations.copies) == {(True, True) if gpu.type == "cuda" else (False, False)}
-    for optimizer in trainer.optimizers:
+    for optimizer in trainer.optimizers.values():
         for state in optimizer.state.values():
             assert {t.device.type for t in state.values() if t.dim()} == {gpu.type}
     return trainer, operations
@@ -212,7 +212,7 @@ def sample_on(
     **settings: Any,
 ) -> None:
     """Generate three texts beyond the window, and check each step."""
-    monkeypatch.setattr("generate.compile_for", lambda device: next_tokens)
+    monkeypatch.setattr("sampling.compiled.compile_step", lambda step, device: step)
     model = make_fake(gpu, gpt).eval()
     lower_precision(model, precision)
     config = SampleConfig(precision=precision, num_samples=3, max_new_tokens=11, seed=0, **settings)

@@ -12,12 +12,12 @@ from conftest import make_model
 from torch.utils import cpp_extension
 
 from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
-from corpus.load import Corpus
+from corpus.corpus import Corpus
 from system.compiler import compiler_problem
 from system.settings import UserError
-from training import machine, setup
-from training.machine import memory_estimate, pick_compile, pick_precision, to_gpu_if_small
-from training.setup import preset_table
+from training import setup, task
+from training.setup import memory_estimate, pick_compile, pick_precision, preset_table
+from training.task import to_gpu_if_small
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_a_cpu_uses_bfloat16_if_it_is_one_and_a_half_times_as_fast(
     monkeypatch, seconds: float, expected: str
 ):
     times = {torch.float32: 1.0, torch.bfloat16: seconds}
-    monkeypatch.setattr(machine, "matmul_seconds", times.get)
+    monkeypatch.setattr(setup, "matmul_seconds", times.get)
     assert pick_precision("auto", CPU)[0] == expected
     assert pick_precision("float16", CPU) == ("float16", "as requested")
 
@@ -70,11 +70,11 @@ def test_the_memory_estimate_equals_a_count_by_hand(monkeypatch):
 
 def test_only_small_streams_are_copied_to_another_device(monkeypatch):
     ids = np.arange(100, dtype=np.uint16)
-    monkeypatch.setattr(machine, "MAX_GPU_TOKENS", 100)
+    monkeypatch.setattr(task, "MAX_GPU_TOKENS", 100)
     copy = to_gpu_if_small(ids, torch.device("meta"))  # has no memory, like a GPU for this purpose
     assert (copy.device.type, copy.dtype, len(copy)) == ("meta", torch.int32, 100)
     assert to_gpu_if_small(ids, CPU) is ids
-    monkeypatch.setattr(machine, "MAX_GPU_TOKENS", 99)
+    monkeypatch.setattr(task, "MAX_GPU_TOKENS", 99)
     assert to_gpu_if_small(ids, torch.device("meta")) is ids
 
 
@@ -101,17 +101,17 @@ def test_a_gpu_uses_bfloat16_if_it_computes_it_itself(monkeypatch, device, bf16,
 
 
 def test_the_reason_for_a_cpus_precision_is_the_ratio_of_the_times(monkeypatch):
-    monkeypatch.setattr(machine, "matmul_seconds", {torch.float32: 4.0, torch.bfloat16: 1.6}.get)
+    monkeypatch.setattr(setup, "matmul_seconds", {torch.float32: 4.0, torch.bfloat16: 1.6}.get)
     reason = "bfloat16 matrix products are 2.5 times as fast as float32 here"
     assert pick_precision("auto", CPU) == ("bfloat16", reason)
-    monkeypatch.setattr(machine, "matmul_seconds", {torch.float32: 3.0, torch.bfloat16: 2.0}.get)
+    monkeypatch.setattr(setup, "matmul_seconds", {torch.float32: 3.0, torch.bfloat16: 2.0}.get)
     assert pick_precision("auto", CPU)[0] == "float32"  # 1.5 times is not more than 1.5 times
 
 
 def test_a_matrix_product_is_timed_by_the_best_of_eight(monkeypatch):
     ticks = iter([0.0, 5.0, 10.0, 13.0, 20.0, 22.5, 30.0, 34.0, 40, 49, 50, 59, 60, 69, 70, 79])
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(ticks)))
-    assert machine.matmul_seconds(torch.bfloat16) == 2.5
+    monkeypatch.setattr(setup.time, "perf_counter", lambda: float(next(ticks)))
+    assert setup.matmul_seconds(torch.bfloat16) == 2.5
     assert next(ticks, None) is None  # eight products, two readings each
 
 
@@ -152,7 +152,7 @@ def test_a_gpu_before_ampere_uses_float16_instead_of_emulated_bfloat16(
     monkeypatch.setattr(setup, "pick_device", torch.device)
     config = TrainConfig(device="cuda", precision="bfloat16", dry_run=True)
     slow = ["this GPU only emulates bfloat16, slowly: use --precision float16"]
-    assert setup.check_run(config) == (slow if expected == "float16" else [])
+    assert setup.check_run(GPTConfig(), config) == (slow if expected == "float16" else [])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_what_is_compiled(monkeypatch, device, settings, same_shapes, expected):
         torch.nn.Module, "compile", lambda self, **kw: compiled.append((type(self).__name__, kw))
     )
     model, config = make_model(), TrainConfig(**settings)
-    machine.compile_model(model, config, torch.device(device), same_shapes)
+    setup.compile_model(model, config, torch.device(device), same_shapes)
     assert compiled == expected
     if "mode" in expected[0][1]:  # large models and several processes do without CUDA graphs
         for name, value in (
@@ -179,8 +179,8 @@ def test_what_is_compiled(monkeypatch, device, settings, same_shapes, expected):
             ("world_size", lambda: 2),
         ):
             with monkeypatch.context() as patch:
-                patch.setattr(machine, name, value)
-                machine.compile_model(model, config, torch.device(device), same_shapes)
+                patch.setattr(setup, name, value)
+                setup.compile_model(model, config, torch.device(device), same_shapes)
             assert compiled[-1][1]["mode"] is None
 
 
@@ -188,15 +188,15 @@ def test_freed_memory_is_kept_by_the_c_library(monkeypatch):
     """glibc's malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD -1; the largest int switches it off."""
     calls = []
     libc = SimpleNamespace(mallopt=lambda *args: calls.append(args))
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: libc)
-    monkeypatch.setattr(machine.sys, "platform", "linux")
-    machine.keep_freed_memory()
+    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(setup.sys, "platform", "linux")
+    setup.keep_freed_memory()
     assert calls == [(-4, 0), (-1, 2147483647)]
-    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: SimpleNamespace())  # as with musl
-    machine.keep_freed_memory()
-    monkeypatch.setattr(machine.ctypes, "CDLL", None)
-    monkeypatch.setattr(machine.sys, "platform", "win32")
-    machine.keep_freed_memory()
+    monkeypatch.setattr(setup.ctypes, "CDLL", lambda name: SimpleNamespace())  # as with musl
+    setup.keep_freed_memory()
+    monkeypatch.setattr(setup.ctypes, "CDLL", None)
+    monkeypatch.setattr(setup.sys, "platform", "win32")
+    setup.keep_freed_memory()
     assert len(calls) == 2
 
 
@@ -314,7 +314,7 @@ def test_the_machine_in_words(monkeypatch):
 def test_only_fsdp_divides_the_memory(monkeypatch, parallel: str, n_shards: int):
     gpt, run = GPTConfig(n_layer=2, n_embd=64), TrainConfig(parallel=parallel, grad_accum=4)
     one = memory_estimate(gpt, run)
-    monkeypatch.setattr(machine, "world_size", lambda: 4)
+    monkeypatch.setattr(setup, "world_size", lambda: 4)
     four = memory_estimate(gpt, run)
     for name, size in one.items():
         divided = {"activations": 1, "batches": 4}.get(name, n_shards)

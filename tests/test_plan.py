@@ -3,9 +3,6 @@ depends on the speed of the machine."""
 
 import csv
 import math
-import os
-import subprocess
-import time
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,7 +316,7 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
     config = from_dict(TrainConfig, whole["train_config"])
     with monkeypatch.context() as patch:
         patch.setattr(train, "StopSignal", stop_after(12))
-        patch.setattr(train, "plan_run", lambda *args: (gpt, replace(config, tag="b")))
+        patch.setattr(plan, "plan_run", lambda *args: (gpt, replace(config, tag="b")))
         assert train.main([*FAST, "--minutes=0.5", "--tag=b"]) == 128 + 15
     state = torch.load("checkpoints/b/latest.pt", weights_only=True)
     assert state["step"] == 12 and state["seconds"] > 0
@@ -328,7 +325,7 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
     monkeypatch.setattr(
         Deadline, "adjust", lambda self, step: used.append(self.log.seconds()) or adjust(self, step)
     )
-    monkeypatch.setattr(train, "plan_run", lambda *args: pytest.fail("planned again"))
+    monkeypatch.setattr(plan, "plan_run", lambda *args: pytest.fail("planned again"))
     assert train.main(["--resume", "--device=cpu", "--tag=b"]) == 0
     assert used[0] > state["seconds"]  # the time before the interruption counts
     resumed = torch.load("checkpoints/b/latest.pt", weights_only=True)
@@ -401,25 +398,6 @@ def test_fine_tuning_has_no_plan(fast):
 
 
 # --- measuring
-
-
-@pytest.mark.skipif(
-    not os.path.exists("/proc/self/stat"), reason="Linux tells the age of a process"
-)
-def test_the_age_of_a_process_includes_its_start():
-    shown = subprocess.run(
-        ["ps", "-o", "etimes=", "-p", str(os.getpid())], capture_output=True, text=True
-    )
-    assert abs(int(shown.stdout) - plan.process_seconds()) < 1.5
-
-
-def test_without_proc_the_age_is_the_computing_time(monkeypatch):
-    def fail(self: Path) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", fail)
-    before = time.process_time()
-    assert before <= plan.process_seconds() <= time.process_time()
 
 
 def test_the_time_of_a_step_is_the_mean_over_the_run_without_the_first_steps(monkeypatch):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from system.settings import UserError
-from viz.runs import plot_runs, read_run
+from viz.curve import plot_runs
+from viz.runs import read_run
 
 SETTINGS = {"vocab_size": 65, "batch_size": 5, "grad_accum": 2, "block_size": 100}
 SETTINGS |= {"corpus": {"name": "poems"}, "n_layer": 3, "n_embd": 48}

@@ -20,7 +20,8 @@ import evaluate
 import prepare
 import train
 import utils
-from corpus import dataset, files, folder, load, sources
+from corpus import dataset, folder, load, sources
+from corpus import text as text_module
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.sources import Source, SourceReader
 from system import folders
@@ -39,7 +40,7 @@ def make(*words: str, vocab_size: int = 300, name: str = "set") -> dict:
 
 def texts(split: str) -> list[str]:
     """The documents in a split of the data set."""
-    tokenizer, corpus = load.open_dataset(Path("data/set"))
+    tokenizer, corpus = folder.open_dataset(Path("data/set"))
     ids = corpus.train_ids if split == "train" else corpus.val_ids
     return tokenizer.decode(ids.tolist()).split(END_OF_TEXT)[1:]
 
@@ -70,7 +71,7 @@ def test_train_and_prepare_select_the_same_validation_documents(workplace):
     path = write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
     tokenizer, corpus = load.load_corpus(str(path), "bpe", 300)
-    prepared, _ = load.open_dataset(Path("data/set"))
+    prepared, _ = folder.open_dataset(Path("data/set"))
     assert prepared.to_dict() == tokenizer.to_dict()
     assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1:] == texts("val")
 
@@ -100,7 +101,7 @@ def test_the_last_tenth_of_a_single_text_is_for_validation(workplace):
     text = "All happy families are alike, ün.\n" * 100
     (workplace / "anna.txt").write_text(text, encoding="utf-8")
     manifest = make("anna.txt", "--tokenizer=char")
-    val = load.open_dataset(Path("data/set"))[0].decode(np.fromfile("data/set/val.bin", "uint8"))
+    val = folder.open_dataset(Path("data/set"))[0].decode(np.fromfile("data/set/val.bin", "uint8"))
     assert text.endswith(val) and abs(len(val) - 340) <= 1
     assert manifest["splits"]["val"]["bytes"] == len(val.encode())
     assert manifest["splits"]["val"]["characters"] == len(val)
@@ -110,7 +111,7 @@ def test_the_last_tenth_of_a_single_text_is_for_validation(workplace):
 def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workplace):
     (workplace / "a.txt").write_text(f"one{END_OF_TEXT}two\n" * 30)
     make("a.txt")
-    tokenizer, corpus = load.open_dataset(Path("data/set"))
+    tokenizer, corpus = folder.open_dataset(Path("data/set"))
     assert (corpus.train_ids == tokenizer.specials[END_OF_TEXT]).sum() == 1
     make("a.txt", "--separator", END_OF_TEXT, "--overwrite")
     assert set(all_texts()) == {"one", "two\none", "two"}
@@ -351,7 +352,7 @@ def test_files_of_others_are_never_deleted(workplace):
         make("stories.jsonl", "--overwrite")
     assert Path("data/set/notes.txt").read_text() == "mine"
     Path("data/set/notes.txt").unlink()
-    load.open_dataset(Path("data/set"))
+    folder.open_dataset(Path("data/set"))
     Path("data/set.part").mkdir()  # a name with a dot, not the folder of a new set
     make("stories.jsonl", "--overwrite")
     assert sorted(os.listdir("data")) == ["input.txt", "set", "set.part"]
@@ -370,7 +371,7 @@ def test_a_file_added_while_a_data_set_is_made_is_kept(workplace, monkeypatch):
     with pytest.raises(UserError, match=r"notes\.txt was not written by prepare\.py"):
         make("stories.jsonl", "--overwrite")
     assert Path("data/set/notes.txt").read_text() == "mine"
-    load.open_dataset(Path("data/set"))
+    folder.open_dataset(Path("data/set"))
 
 
 def test_a_link_to_a_data_set_stays_a_link(workplace):
@@ -381,7 +382,7 @@ def test_a_link_to_a_data_set_stays_a_link(workplace):
     Path("data/set").symlink_to(workplace / "other/set")
     make("stories.jsonl", "--overwrite", "--dedup")
     assert Path("data/set").is_symlink() and os.listdir("other") == ["set"]
-    load.open_dataset(Path("other/set"))
+    folder.open_dataset(Path("other/set"))
 
 
 def test_what_a_killed_run_left_is_deleted(workplace):
@@ -437,7 +438,7 @@ def test_a_data_set_survives_a_kill_at_any_moment_of_its_replacement(
             except Killed:
                 finished = False
         assert Path("data/set").exists() or not atomic or sys.platform == "win32"
-        corpus = load.open_dataset(load.find_corpus("data/set"))[1]
+        corpus = folder.open_dataset(load.find_corpus("data/set"))[1]
         assert corpus.info["sha256"] in ([new] if finished else [old, new])
         make("stories.jsonl", "--overwrite")
         assert sorted(os.listdir("data")) == ["input.txt", "new", "old", "set"]
@@ -478,7 +479,7 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
     assert shared == sum(text in splits[0] for text in splits[1]) > 0
     message = f"{shared} of {len(splits[1])} validation documents also occur in the training split"
     assert capsys.readouterr().err.count(message) == 1
-    files.note.cache_clear()  # as in another process
+    text_module.note.cache_clear()  # as in another process
     load.load_corpus(str(path), "bpe", 300)
     assert capsys.readouterr().err.count(message) == 1
     assert make("stories.jsonl", "--dedup", "--overwrite")["shared_documents"] == 0
@@ -640,7 +641,7 @@ def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch, on
     assert names[:2] == ["train.bin", "train_00001.bin"] and len(names) == -(-n_tokens // 100)
     sizes = [Path("data/many", name).stat().st_size for name in names]
     assert sizes == [100] * (n_tokens // 100) + ([n_tokens % 100] if n_tokens % 100 else [])
-    first, second = (load.open_dataset(Path("data", name))[1] for name in ("one", "many"))
+    first, second = (folder.open_dataset(Path("data", name))[1] for name in ("one", "many"))
     for split in ("train_ids", "val_ids"):
         assert (getattr(first, split)[:] == getattr(second, split)[:]).all()
     for batch in zip(
@@ -655,7 +656,7 @@ def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch, on
 
 def read_all(path: Path) -> tuple[object, ...]:
     """All that a data set contains."""
-    tokenizer, corpus = load.open_dataset(path)
+    tokenizer, corpus = folder.open_dataset(path)
     ids = [corpus.train_ids[:].tolist(), corpus.val_ids[:].tolist(), corpus.train_docs.tolist()]
     sizes = corpus.train_bytes, corpus.val_bytes, corpus.separator
     return tokenizer.to_dict(), corpus.info, ids, sizes
@@ -714,7 +715,7 @@ def test_a_changed_number_in_the_manifest_is_an_error(workplace):
     path = Path("data/set/manifest.json")
     path.write_text(path.read_text().replace(f'"bytes": {n_bytes}', f'"bytes": {n_bytes + 1}'))
     with pytest.raises(UserError, match=r"manifest\.json does not have its checksum"):
-        load.open_dataset(Path("data/set"))
+        folder.open_dataset(Path("data/set"))
 
 
 def test_ids_beyond_the_vocabulary_are_an_error(workplace):
@@ -726,7 +727,7 @@ def test_ids_beyond_the_vocabulary_are_an_error(workplace):
     paths = [Path("data/set/train.bin"), Path("data/set/val.bin")]
     folder.write_manifest(Path("data/set"), manifest | {"sha256": dataset.file_sha256(*paths)})
     with pytest.raises(UserError, match="id 300 in a vocabulary of 300"):
-        load.open_dataset(Path("data/set"))
+        folder.open_dataset(Path("data/set"))
 
 
 def test_a_large_data_set_is_verified_once_and_after_each_change(workplace, monkeypatch):
@@ -735,29 +736,29 @@ def test_a_large_data_set_is_verified_once_and_after_each_change(workplace, monk
     calls, hash_ids = [], folder.hash_ids
     monkeypatch.setattr(folder, "hash_ids", lambda *args: calls.append(1) or hash_ids(*args))
     for _ in range(2):  # small: each time
-        load.open_dataset(Path("data/set"))
+        folder.open_dataset(Path("data/set"))
     assert len(calls) == 2 and not Path("data/set/.verified.json").exists()
     monkeypatch.setattr(folder, "VERIFY_ALWAYS", 0)
     for _ in range(2):
-        load.open_dataset(Path("data/set"))
+        folder.open_dataset(Path("data/set"))
     assert len(calls) == 3
     os.utime("data/set/val.bin", ns=(1, 1))
-    load.open_dataset(Path("data/set"))
+    folder.open_dataset(Path("data/set"))
     assert len(calls) == 4
     Path("data/set/.verified.json").write_bytes(b"[damaged")
-    load.open_dataset(Path("data/set"))
+    folder.open_dataset(Path("data/set"))
     assert len(calls) == 5
     Path("data/set/.verified.json").unlink()
     Path("data/set/.verified.json").mkdir()  # cannot be written
     for _ in range(2):
-        load.open_dataset(Path("data/set"))
+        folder.open_dataset(Path("data/set"))
     assert len(calls) == 7
     Path("data/set/.verified.json").rmdir()
     raw = bytearray(Path("data/set/train.bin").read_bytes())
     raw[9] ^= 1
     Path("data/set/train.bin").write_bytes(raw)
     with pytest.raises(UserError, match="the token ids do not have their hash"):
-        load.open_dataset(Path("data/set"))
+        folder.open_dataset(Path("data/set"))
     make("stories.jsonl", "--overwrite")  # a damaged set can be replaced
 
 
@@ -795,4 +796,4 @@ def test_a_manifest_without_its_checksum_is_damaged_if_it_has_hashes(workplace):
     del manifest["checksum"]
     Path("data/set/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="data/set"):
-        load.open_dataset(Path("data/set"))
+        folder.open_dataset(Path("data/set"))

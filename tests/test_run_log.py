@@ -499,12 +499,12 @@ def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workpl
     clock = Clock(monkeypatch)
     log = RunLog(TrainConfig(max_steps=100, eval_every=50), HEADER)
     clock.steps(log, 7, 7, 1.0)  # without a bar
-    log.progress_bar(8)
+    log.begin(SimpleNamespace(step=8))
     clock.steps(log, 9, 11, 1.0)
     settings = {"total": 100, "initial": 8, "unit": "step", "leave": False, "disable": None}
     assert shown == [settings, "update", ("loss 20.0000", False), "update", "update"]
     monkeypatch.setattr(run_log, "rank", lambda: 1)
-    log.progress_bar(0)
+    log.begin(SimpleNamespace(step=0))
     assert shown[-1] == settings | {"initial": 0, "disable": True}
 
 

@@ -14,8 +14,8 @@ from system import device as system_device
 from system import folders
 from system.device import check_memory
 from system.errors import run
-from system.files import atomic_write, file_problems
-from system.folders import folder_problems, locked, replacing, restore_folder
+from system.files import atomic_write, file_problems, folder_problems, locked
+from system.folders import replacing, restore_folder
 from system.settings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,11 +17,11 @@ from conftest import TINY_RUN, make_model
 import train
 import utils
 from config import GPTConfig, TrainConfig
-from system.folders import locked
+from system.files import locked, save_checkpoint
 from system.settings import UserError, kind_of
 from train import Trainer
+from training.distributed import StopSignal
 from training.setup import check_run, resolve_train
-from training.signals import StopSignal
 
 SAVED = Path("checkpoints/latest.pt")
 RESUME = ["--resume", "--device=cpu", "--max_steps=30"]
@@ -55,7 +55,7 @@ def test_a_run_that_another_process_has_changed_meanwhile_is_not_continued(
     state = utils.read_checkpoint(SAVED)
 
     def change(*args: object) -> None:  # after this process has read its checkpoint
-        utils.save_checkpoint(SAVED, state | {"step": 25})
+        save_checkpoint(SAVED, state | {"step": 25})
 
     monkeypatch.setattr(train, "print_summary", change)
     with pytest.raises(UserError, match="another process has changed the run"):
@@ -173,7 +173,7 @@ def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path, capsys):
     rng = random.Random(0)
     results = {"error": 0, "ran": 0}
     for variant in rng.sample(variants, 15):
-        utils.save_checkpoint(SAVED, variant)
+        save_checkpoint(SAVED, variant)
         try:
             train.main([*RESUME, "--sample_tokens=0"])
             results["ran"] += 1  # for example without a field of the log
@@ -186,7 +186,7 @@ def test_a_checkpoint_of_a_huge_model_is_rejected_at_once(trained: Path):
     state = utils.read_checkpoint(SAVED)
     for name in ("n_layer", "n_embd", "block_size", "n_inner", "vocab_size"):
         config = state["gpt_config"] | {name: 10**9, "pos": "learned"}
-        utils.save_checkpoint(Path("huge.pt"), state | {"gpt_config": config})
+        save_checkpoint(Path("huge.pt"), state | {"gpt_config": config})
         with pytest.raises(UserError, match=r"invalid checkpoint huge\.pt"):
             utils.load_checkpoint(Path("huge.pt"), torch.device("cpu"))
 
@@ -194,7 +194,7 @@ def test_a_checkpoint_of_a_huge_model_is_rejected_at_once(trained: Path):
 def test_weights_that_are_not_finite_are_rejected(trained: Path):
     state = utils.read_checkpoint(SAVED)
     state["model"]["norm.weight"][3] = math.nan
-    utils.save_checkpoint(Path("nan.pt"), state)
+    save_checkpoint(Path("nan.pt"), state)
     with pytest.raises(UserError, match=r"nan\.pt: .*not finite"):
         utils.load_checkpoint(Path("nan.pt"), torch.device("cpu"))
 
@@ -239,7 +239,7 @@ def test_resuming_honors_or_rejects_every_setting(trained: Path):
             with pytest.raises(UserError, match=f"--{name} is .* in the run to resume"):
                 resolve_train({"resume": True, name: value})
             continue
-        gpt_config, config, _ = resolve_train({"resume": True, name: value})
+        gpt_config, config, _, _ = resolve_train({"resume": True, name: value})
         resolved = asdict(gpt_config) | asdict(config)
         assert resolved[name] == value
         assert {k for k in saved if resolved[k] != saved[k]} <= {name, "out_dir", "resume"}
@@ -247,7 +247,7 @@ def test_resuming_honors_or_rejects_every_setting(trained: Path):
 
 def test_a_run_in_another_folder_is_resumed_from_there(trained: Path):
     shutil.copytree("checkpoints", "elsewhere/a")
-    _, config, state = resolve_train({"resume": True, "out_dir": "elsewhere", "tag": "a"})
+    _, config, state, _ = resolve_train({"resume": True, "out_dir": "elsewhere", "tag": "a"})
     assert (config.out_dir, config.tag) == ("elsewhere", "a") and state
     (Path("elsewhere/a") / "latest.pt").unlink()
     with pytest.raises(UserError, match=r"there is no checkpoint elsewhere.a.latest\.pt"):
@@ -272,9 +272,9 @@ def test_a_restarted_process_resumes_or_starts_over(trained: Path, monkeypatch, 
     if not saved:
         SAVED.unlink()
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    _, config, state = resolve_train({})
+    _, config, state, _ = resolve_train({})
     assert (config.resume, config.overwrite, state is not None) == (saved, not saved, saved)
-    assert check_run(config) == []
+    assert check_run(GPTConfig(), config) == []
 
 
 # --- memory

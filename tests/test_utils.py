@@ -14,11 +14,11 @@ from conftest import make_model
 
 import utils
 from model import GPT
-from system.device import autocast, device_problems, pick_device
-from system.files import atomic_write
+from system.device import device_problems, pick_device
+from system.files import atomic_write, save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
-from utils import newest_checkpoint
+from utils import autocast, newest_checkpoint
 
 
 def make_state(model: GPT) -> dict:
@@ -189,7 +189,7 @@ def test_auto_selects_the_fastest_device(monkeypatch):
 
 def test_a_checkpoint_restores_model_and_tokenizer(tmp_path: Path):
     model = make_model()
-    utils.save_checkpoint(tmp_path / "a.pt", make_state(model))
+    save_checkpoint(tmp_path / "a.pt", make_state(model))
     copy, tokenizer, state = utils.load_checkpoint(tmp_path / "a.pt", torch.device("cpu"))
     idx = torch.randint(11, (2, 12))
     assert torch.equal(copy(idx)[0], model(idx)[0])
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_would_run_code_is_rejected(workplace: Path):
 
 
 def test_damaged_and_foreign_files_are_rejected(workplace: Path):
-    utils.save_checkpoint(Path("good.pt"), make_state(make_model()))
+    save_checkpoint(Path("good.pt"), make_state(make_model()))
     content = Path("good.pt").read_bytes()
     for size in (0, 1, 100, len(content) // 2, len(content) - 1):
         Path("cut.pt").write_bytes(content[:size])
@@ -247,14 +247,14 @@ def test_damaged_and_foreign_files_are_rejected(workplace: Path):
     ],
 )
 def test_contents_that_do_not_match_are_rejected(workplace: Path, change: dict):
-    utils.save_checkpoint(Path("bad.pt"), make_state(make_model()) | change)
+    save_checkpoint(Path("bad.pt"), make_state(make_model()) | change)
     with pytest.raises(UserError, match=r"invalid checkpoint bad\.pt: its contents do not match"):
         utils.load_checkpoint(Path("bad.pt"), torch.device("cpu"))
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch):
     path = tmp_path / "latest.pt"
-    utils.save_checkpoint(path, make_state(make_model()))
+    save_checkpoint(path, make_state(make_model()))
     before = path.read_bytes()
 
     def full(descriptor: int) -> None:
@@ -262,7 +262,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device.*previous file is unchanged"):
-        utils.save_checkpoint(path, make_state(make_model(seed=1)))
+        save_checkpoint(path, make_state(make_model(seed=1)))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["latest.pt"]
 
@@ -387,10 +387,10 @@ def test_a_product_has_the_precision_that_is_asked_for():
 def test_an_incomplete_checkpoint_is_rejected(tmp_path: Path):
     state = make_state(make_model())
     for key in sorted(state):
-        utils.save_checkpoint(tmp_path / "a.pt", {k: v for k, v in state.items() if k != key})
+        save_checkpoint(tmp_path / "a.pt", {k: v for k, v in state.items() if k != key})
         with pytest.raises(UserError, match=rf"a\.pt is not a checkpoint .*: no '{key}'"):
             utils.read_checkpoint(tmp_path / "a.pt")
-    utils.save_checkpoint(tmp_path / "b.pt", state | {"more": 1})
+    save_checkpoint(tmp_path / "b.pt", state | {"more": 1})
     assert utils.read_checkpoint(tmp_path / "b.pt")["more"] == 1
 
 

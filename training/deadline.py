@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from config import TrainConfig
 from training.plan import final_seconds
-from training.run_log import RunLog
 
 AVERAGED = 0.1  # the share of the steps over which their time is averaged
 SLACK = 0.02  # of the time that is left, so that not every slow step changes the schedule
@@ -31,7 +30,7 @@ def end_schedule_at(config: TrainConfig, step: int, max_steps: int) -> None:
 class Deadline:
     """The time limit of a run."""
 
-    def __init__(self, trainer: Any, log: RunLog):
+    def __init__(self, trainer: Any, log: Any):
         self.config, self.log = trainer.config, log
         self.config.planned_steps = self.config.planned_steps or self.config.max_steps
         self.announced = self.config.max_steps

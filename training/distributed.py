@@ -1,25 +1,30 @@
-"""Several processes that train one model, started by torchrun, and the weights they hold.
+"""The processes that train one model: one, or several that torchrun started.
 
     torchrun --nproc_per_node=2 train.py                    two GPUs, or two processes on a CPU
     torchrun --nproc_per_node=8 train.py --parallel fsdp    a model that does not fit on one GPU
 
-Rank 0 writes files and prints. Without torchrun there is one process, of rank 0, and the functions
-here do nothing.
+Rank 0 writes files and prints. All processes stop together. Without torchrun there is one process,
+of rank 0, and communication does nothing.
 """
 
 import contextlib
 import copy
 import gc
+import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from config import OptimizerSpec
+from system.device import pick_device
 from system.settings import UserError
 
 
@@ -43,9 +48,10 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if is_torchrun() else 1
 
 
-def init_process_group(device: torch.device) -> torch.device:
+def init_process_group(device_name: str) -> torch.device:
     """Connect to the other processes, if there are any. Returns the device of this process, which
     is its own GPU on a machine with several. Raises UserError if there are too few GPUs."""
+    device = pick_device(device_name)
     if not is_torchrun():
         return device
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -84,25 +90,11 @@ def broadcast_from_rank0(function: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The tensor summed over all processes, in place."""
+def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The tensor summed over all processes, or another reduction of it, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, op)
     return tensor
-
-
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """The tensor averaged over all processes, in place."""
-    return all_reduce_sum(tensor).div_(world_size()) if world_size() > 1 else tensor
-
-
-def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers."""
-    if world_size() == 1:
-        return number
-    tensor = torch.tensor(number)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
 
 
 @contextlib.contextmanager
@@ -110,112 +102,84 @@ def local_rank_zero_first() -> Iterator[None]:
     """Let one process per machine run first: it downloads a corpus, which the others then find."""
     waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
     if waits:
-        all_reduce_max(0)
+        all_reduce(torch.zeros(1))
     yield
     if not waits:
-        all_reduce_max(0)
+        all_reduce(torch.zeros(1))
 
 
-# --- the model in several processes
+class StopSignal:
+    """Inside this context, the first SIGINT (Ctrl-C) or SIGTERM only sets `number`; a second one
+    ends the process immediately."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def requested(self) -> bool:
+        """Whether any of the processes has received a signal; then all of them stop."""
+        agreed = self.number
+        if world_size() > 1:
+            agreed = int(all_reduce(torch.tensor(agreed), dist.ReduceOp.MAX))
+        self.number = agreed or self.number  # a signal may have arrived meanwhile
+        return agreed > 0
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        text = "\nstopping after this step; press Ctrl-C again to stop now, without saving\n"
+        # print raises RuntimeError if the signal has interrupted another print
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())  # to standard error
+        for s in self.handlers:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __enter__(self) -> "StopSignal":
+        self.handlers = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
 
 
-def wrap(model: Any, parallel: str, device: torch.device) -> nn.Module:
-    """The model with gradients averaged over the processes.
-
-    "ddp" replicates it (Li et al. 2020); "fsdp" shards every weight, its gradient and its optimizer
-    state, and gathers the weights of a block when it runs (Zhao et al. 2023). The weights are
-    gathered in float32, and autocast selects the precision of each operation as it does under DDP;
-    MixedPrecisionPolicy(param_dtype=bfloat16) would also round norms, RoPE and the residual stream.
-    """
-    if not dist.is_initialized():
-        return model
-    if parallel == "ddp":
-        return DistributedDataParallel(model)
-    # slow to import, and only needed here
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (world_size(),))
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh)
-    return model
+# --- the model in these processes
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the model is under FSDP."""
-    return hasattr(model, "set_requires_gradient_sync")
+class Replica:
+    """The model of this process. With several processes, each has a copy, and DDP averages the
+    gradients (Li et al. 2020). fsdp.Shards has the same methods."""
 
-
-@contextlib.contextmanager
-def no_sync(net: Any, skip: bool) -> Iterator[None]:
-    """If skip, accumulate the gradients of a backward pass locally: all but the last one of a step
-    need no communication."""
-    if is_sharded(net):
-        net.set_requires_gradient_sync(not skip)
-    local = skip and isinstance(net, DistributedDataParallel)
-    with net.no_sync() if local else contextlib.nullcontext():
-        yield
-
-
-# --- full state: the weights and optimizer states that a checkpoint holds
-#
-# torch.distributed.checkpoint.state_dict does this too, but importing it takes 0.6 s, more than
-# half as long as all of train.py, and its first call steps every optimizer without state.
-
-
-class Weights:
-    """Reads and writes the weights of a model as a full state dict, whether they are tied,
-    replicated or sharded. Under FSDP every process must make the same calls."""
-
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
+        self.net = DistributedDataParallel(model) if dist.is_initialized() else model  # to train
 
-    def get(self) -> dict[str, Tensor]:
-        """A copy of the weights by name. Tied weights stay one tensor, except under FSDP."""
-        weights = self.model.state_dict()
-        return gather(weights) if is_sharded(self.model) else copy.deepcopy(weights)
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Accumulate the gradients of backward passes locally: all but the last one of a step need
+        no communication."""
+        return contextlib.nullcontext() if self.net is self.model else self.net.no_sync()
 
-    def set(self, weights: dict[str, Tensor]) -> None:
-        """Overwrite the weights in place."""
-        if is_sharded(self.model):
-            shards = self.model.state_dict()
-            weights = {name: shard_like(shards[name], t) for name, t in weights.items()}
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the full state dict. Tied weights stay one tensor."""
+        return copy.deepcopy(self.model.state_dict())
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Load a full state dict."""
         self.model.load_state_dict(weights)
 
-    @contextlib.contextmanager
-    def swapped(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Use other weights inside this context."""
-        own = self.get()
-        self.set(weights)
-        try:
-            yield
-        finally:
-            self.set(own)
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The full state dict of an optimizer."""
+        return optimizer.state_dict()
+
+    def shard_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Shard the state that an optimizer has loaded as its parameters are: they are whole."""
 
 
-OPTIMIZER_STATE = {
-    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
-    "Muon": {"momentum_buffer", "row_squares"},
-    "SGD": {"momentum_buffer"},
-}
+def make_replica(model: Any, parallel: str, device: torch.device) -> Any:
+    """The model of this process: a Replica, or with "fsdp" Shards."""
+    if parallel != "fsdp" or not dist.is_initialized():
+        return Replica(model)
+    from training.fsdp import Shards  # only with --parallel fsdp
 
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load the full state of an optimizer; under FSDP, this process's shards of it. Its settings
-    are those of the run. Raises ValueError if the state is not that of its parameters."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
-    names = OPTIMIZER_STATE[type(optimizer).__name__]
-    for parameter, values in optimizer.state.items():
-        if values.keys() != names:
-            raise ValueError(f"the optimizer's state has {sorted(values)}")
-        for name, value in values.items():
-            shapes = {"step": (), "row_squares": (len(parameter), 1)}
-            if value.shape != shapes.get(name, parameter.shape):
-                raise ValueError(f"the optimizer's {name} has the shape {tuple(value.shape)}")
-        if hasattr(parameter, "full_tensor"):
-            for name, value in values.items():
-                if value.shape == parameter.shape and name != "row_squares":
-                    values[name] = shard_like(parameter, value)
+    return Shards(model, device)
 
 
 def full_tensor(tensor: Any) -> Tensor:
@@ -223,18 +187,17 @@ def full_tensor(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def gather(value: Any) -> Any:
-    """A state dict or list with all sharded tensors gathered, as copies on the CPU."""
-    if hasattr(value, "full_tensor"):
-        return full_tensor(value).to("cpu", copy=True)  # one process's shard is the parameter
-    if isinstance(value, dict):
-        return {key: gather(item) for key, item in value.items()}
-    return [gather(item) for item in value] if isinstance(value, list) else value
-
-
-def shard_like(parameter: Any, tensor: Tensor) -> Tensor:
-    """A full tensor, sharded in the same way as a parameter."""
-    from torch.distributed.tensor import distribute_tensor  # slow to import, and only needed here
-
-    tensor = tensor.to(parameter.device)
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, spec: OptimizerSpec, state: dict[str, Any]
+) -> None:
+    """Load the state of an optimizer; its settings are those of the run. Raises ValueError if the
+    state is not that of its parameters."""
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
+    for parameter, values in optimizer.state.items():
+        if values.keys() != {*spec.averages, *spec.scalars}:
+            raise ValueError(f"the optimizer's state has {sorted(values)}")
+        for key, value in values.items():
+            size = math.prod(value.shape)
+            small = key in spec.scalars and torch.broadcast_shapes(value.shape, parameter.shape)
+            if value.shape != parameter.shape and not (small and size < parameter.numel()):
+                raise ValueError(f"the optimizer's {key} has the shape {tuple(value.shape)}")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.distributed import full_tensor, shard_like
-from training.machine import has_bfloat16
+from system.device import has_bfloat16
+from training.distributed import full_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the polynomial of Jordan et al. 2024
 NS_STEPS = 5
@@ -60,7 +60,9 @@ class Muon(torch.optim.Optimizer):
         scaled_norm = update.norm(dim=(1, 2), keepdim=True).clamp(min=1e-8)  # 0 without a gradient
         update *= 0.2 * math.sqrt(max(R, C)) * norm / scaled_norm
         updates = list(update)
-        if hasattr(params[0], "full_tensor"):  # under FSDP
+        if hasattr(params[0], "full_tensor"):
+            from training.fsdp import shard_like  # only with --parallel fsdp
+
             updates = [shard_like(p, u) for p, u in zip(params, updates, strict=True)]
         torch._foreach_mul_(params, 1 - lr * decay)
         torch._foreach_add_(params, updates, alpha=-lr)

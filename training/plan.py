@@ -13,22 +13,19 @@
 import contextlib
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from config import GPTConfig, TrainConfig, train_settings
-from system.device import autocast
 from system.settings import UserError, all_problems, raise_problems
 from training.distributed import is_torchrun
 from training.law import Pilot, Run
-from training.setup import Flags, State, resolve_train
-from utils import count_params, even_starts
+from utils import autocast, count_params, even_starts
 
+Flags = dict[str, Any]  # given on the command line, by name
 MakeTrainer = Callable[[GPTConfig, TrainConfig], Any]  # makes a Trainer of train.py
 
 RECIPE = "fast"  # the preset whose runs the law was fitted to
@@ -56,17 +53,15 @@ DISK_SPEED = 2e8  # bytes per second, for checkpoints
 END_SECONDS = 2.0  # for the plot at the end, with the import of matplotlib
 
 
-def resolve_plan(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, Flags]:
-    """`resolve_train`, with the smallest size if a run is to be planned; and the flags. Raises
-    UserError for flags that contradict a plan."""
-    if flags.get("resume") or not (flags.get("plan") or "minutes" in flags):
-        return *resolve_train(flags), flags
+def plan_flags(flags: Flags) -> Flags:
+    """The flags with the smallest size, until a run is planned. Raises UserError for flags that
+    contradict a plan."""
     chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
     raise_problems(
         [f"--minutes and --plan choose {chosen}: leave it out"] * bool(chosen)
         + ["--minutes and --plan are for one process: start them without torchrun"] * is_torchrun()
     )
-    return *resolve_train(size_flags(SIZES[0], flags)), flags
+    return size_flags(SIZES[0], flags)
 
 
 def size_flags(size: tuple[int, ...], fixed: Flags) -> Flags:
@@ -96,16 +91,6 @@ def step_tokens(gpt: GPTConfig, config: TrainConfig) -> int:
 
 
 # --- measure
-
-
-def process_seconds() -> float:
-    """The age of this process. If the system does not report it, the CPU time of this process."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError, IndexError):
-        return time.process_time()
-    return age
 
 
 def seconds_per_step(trainer: Any) -> float:
@@ -274,7 +259,11 @@ HEADER += "  weight decay  predicted loss"
 
 
 def plan_run(
-    flags: Flags, config: TrainConfig, vocab_size: int, make_trainer: MakeTrainer, started: float
+    flags: Flags,
+    gpt: GPTConfig,
+    config: TrainConfig,
+    make_trainer: MakeTrainer,
+    started: float,
 ) -> tuple[GPTConfig, TrainConfig]:
     """Measure, print the plan, and return the best settings for the time in config.minutes (or for
     the longest of BUDGETS). Raises UserError if the time is too short.
@@ -285,7 +274,7 @@ def plan_run(
     budgets = (config.minutes,) if config.minutes else BUDGETS
     limit, startup = 60 * budgets[-1], time.perf_counter() - started
     print("plan: timing this machine, and a short pilot run on this text", flush=True)
-    flags = flags | {"precision": config.precision, "vocab_size": vocab_size}
+    flags = flags | {"precision": config.precision, "vocab_size": gpt.vocab_size}
     pilot, sample = run_pilot(make_trainer, flags, min(PILOT_SECONDS, PILOT_SHARE * limit))
     sizes = measure_sizes(make_trainer, flags, limit, sample)
     measured = time.perf_counter() - started

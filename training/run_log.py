@@ -20,11 +20,10 @@ from system.errors import quote_path
 from system.files import atomic_write
 from system.settings import UserError
 from training.distributed import rank
-from viz.runs import best_record, plot_runs, read_run, save_figure, training_steps
+from viz.curve import Run, best_record, plot_runs, save_figure, training_steps
 from viz.verdict import verdict
 
 Record = dict[str, Any]  # the metrics of an evaluation or of a training step, by name
-Writer = Callable[[Record], None]  # forwards them to another tool
 
 # The files and folders of a run, by what happens to them. A new run deletes them all.
 REWRITTEN = ("log.jsonl", "loss_log.json", "loss_curve.png")  # on resume, or at each evaluation
@@ -67,14 +66,14 @@ class RunLog:
     ):
         """header: the first line of log.jsonl, what is trained. tokens_per_step: for tokens per
         second. state: the checkpoint of the run to resume; without one, a new run begins and the
-        files of an earlier run in the folder are deleted. started: when the time of the run begins,
-        by time.perf_counter; default: now."""
+        files of an earlier run in the folder are deleted. started: with --minutes, when the time of
+        the run begins, by time.perf_counter; otherwise it begins now."""
         self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
         self.run_dir = Path(config.out_dir, config.tag)
         self.records: list[Record] = state["log"] if state else []  # of the evaluations
         self.seconds_before = 0.0  # of the run, before this process
         now = time.perf_counter()
-        self.started = now if started is None else started
+        self.started = started if config.minutes and started else now
         self.next_plot = now + PLOT_INTERVAL
         # when the timed interval began, and after which step
         self.clock_time, self.clock_step = now, 0
@@ -82,14 +81,18 @@ class RunLog:
         self.timed_until = now  # when they were read
         self.metrics: dict[str, float] = {}  # of the last step that was read
         self.bar: tqdm | None = None
-        self.writers: list[Writer] = []
+        self.writers: list[Callable[[Record], None]] = []  # forward records to other tools
+        self.deadline: Any = None  # with --minutes
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.prepare_files(state)
             records = self.restore_log(state["step"]) if state else []
             seconds = [r.get("seconds") or 0.0 for r in records]
             self.seconds_before = max([state.get("seconds", 0.0) if state else 0.0, *seconds])
-            self.writers = open_writers(config, self.run_dir, header)
+            if config.tensorboard or config.wandb:
+                from training.writers import open_writers  # only with these flags
+
+                self.writers = open_writers(config, self.run_dir, header)
             for record in records:
                 self.forward(record)
 
@@ -131,11 +134,21 @@ class RunLog:
 
     # --- during training
 
-    def progress_bar(self, step: int) -> tqdm:
-        """The bar that shows the steps, to be used as a context."""
+    def begin(self, trainer: Any) -> tqdm:
+        """The bar that shows the steps, to be used as a context; with --minutes, also the
+        deadline."""
+        if self.config.minutes:
+            from training.deadline import Deadline  # only with --minutes
+
+            self.deadline = Deadline(trainer, self)
         settings = {"unit": "step", "leave": False, "disable": True if rank() else None}
-        self.bar = tqdm(total=self.config.max_steps, initial=step, **settings)
+        self.bar = tqdm(total=self.config.max_steps, initial=trainer.step, **settings)
         return self.bar
+
+    def adjust_schedule(self, step: int) -> None:
+        """Before a step, change max_steps if the run would end too late or early."""
+        if self.deadline:
+            self.deadline.adjust(step)
 
     def training_step(self, step: int, metrics: dict[str, Tensor], lr: float) -> None:
         """Record a step: log its loss every log_every steps, and keep its metrics for the
@@ -242,7 +255,9 @@ class RunLog:
     def plot(self) -> None:
         """Draw the curve so far."""
         start = time.perf_counter()
-        save_figure(plot_runs([read_run(self.run_dir)]), self.run_dir / "loss_curve.png")
+        steps = training_steps(self.run_dir / "log.jsonl")
+        run = Run(str(self.run_dir), self.header, self.records, steps=steps)
+        save_figure(plot_runs([run]), self.run_dir / "loss_curve.png")
         now = time.perf_counter()
         self.next_plot = now + max(PLOT_INTERVAL, (now - start) / PLOT_SHARE)
 
@@ -351,32 +366,3 @@ def writer_problems(config: TrainConfig) -> list[str]:
         for name in ("tensorboard", "wandb")
         if getattr(config, name) and importlib.util.find_spec(name) is None
     ]
-
-
-def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -> list[Writer]:
-    """A function per requested tool, TensorBoard and Weights & Biases, that takes a record.
-
-    TensorBoard's files in run_dir/tensorboard are written again from step 0; Weights & Biases gets
-    a new run, stored in run_dir/wandb if WANDB_MODE is offline.
-    """
-    writers: list[Writer] = []
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # optional package
-
-        folder = run_dir / FOLDERS[0]
-        shutil.rmtree(folder, ignore_errors=True)
-        board = SummaryWriter(folder)
-        board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
-
-        def write_board(record: Record) -> None:
-            for name, number in record.items():
-                board.add_scalar(name, number, record["step"])
-            board.flush()
-
-        writers.append(write_board)
-    if config.wandb:
-        import wandb  # optional package
-
-        run = wandb.init(project="tinyllm", name=config.tag or None, dir=run_dir, config=settings)
-        writers.append(lambda record: run.log(record, step=record["step"]))
-    return writers

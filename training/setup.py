@@ -1,9 +1,11 @@
-"""Prepare a run: resolve and check its settings, set up the machine, print a summary."""
+"""Prepare a run: its settings, its data, what this machine can do, and a summary."""
 
+import ctypes
 import math
-from dataclasses import asdict
+import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,28 +13,34 @@ import tokenizer as tokenizers
 from config import (
     ARCH_FIELDS,
     ARCHS,
+    OPTIMIZERS,
     PRESET_FIELDS,
     PRESETS,
     GPTConfig,
     TrainConfig,
     train_settings,
 )
-from corpus.load import Corpus, check_length, is_dataset
-from system.device import check_memory, device_problems, pick_device
-from system.folders import folder_problems
-from system.settings import UserError, all_problems, from_dict, raise_problems
-from training.distributed import broadcast_from_rank0, is_restart, is_torchrun, world_size
-from training.machine import (
-    has_bfloat16,
-    keep_freed_memory,
-    memory_estimate,
-    pick_compile,
-    pick_precision,
+from corpus.corpus import Corpus, check_length
+from corpus.load import is_dataset, load_corpus
+from model import GPT
+from system.device import check_memory, device_problems, has_bfloat16, pick_device
+from system.files import folder_problems
+from system.settings import UserError, raise_problems
+from tokenizer import Tokenizer
+from training.distributed import (
+    broadcast_from_rank0,
+    is_restart,
+    is_torchrun,
+    local_rank_zero_first,
+    world_size,
 )
 from training.run_log import run_files, writer_problems
-from utils import count_params, matching_contents, read_checkpoint
+from utils import count_params, read_checkpoint
 
+MAX_GRAPH_PARAMS = 20_000_000  # of a model whose kernels are launched by CUDA graphs
+WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
 NO_FLOAT16 = "--parallel fsdp has no loss scaling for float16"
+
 Flags = dict[str, Any]  # given on the command line, by name
 State = dict[str, Any]  # the contents of a checkpoint
 
@@ -52,65 +60,22 @@ def preset_table() -> str:
 # --- settings
 
 
-def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None]:
-    """The settings of a pretraining run from its flags, and the checkpoint that it resumes. Raises
-    UserError for flags that do not fit the checkpoint or the data."""
-    run_dir = Path(flags.get("out_dir", "checkpoints"), flags.get("tag", ""))
-    flags, state = checkpoint_to_resume(flags, run_dir)
-    if state and "finetune" in state:
-        raise UserError("this is a run of finetune.py: resume it with finetune.py")
-    if state:
-        fixed = {"preset", "arch", "tokenizer", "seed", "minutes", "plan", *state["gpt_config"]}
-        fixed -= {"dropout"}
-        with matching_contents(run_dir / "latest.pt"):
-            saved = saved_settings(state)
-            fixed |= {"max_steps"} if saved["minutes"] else set()  # of its plan
-            tokenizers.from_dict(state["tokenizer"])
-        folder = {"out_dir": "checkpoints", "tag": ""} | flags
-        flags = resumed_flags(flags, saved, fixed) | {n: folder[n] for n in ("out_dir", "tag")}
-    else:
+def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, Flags]:
+    """The settings of a pretraining run from its flags, the checkpoint that it resumes, and the
+    flags. Raises UserError for flags that do not fit the checkpoint or the data."""
+    given, state = flags, None
+    if flags.get("resume") or is_restart():
+        from training.resume import resume_pretraining  # only to resume
+
+        flags, state = resume_pretraining(flags)
+    elif flags.get("plan") or "minutes" in flags:
+        from training.plan import plan_flags  # only with --plan or --minutes
+
+        flags = plan_flags(flags)
+    if not state:
         raise_problems(tokenizer_problems(flags))
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
-    return *train_settings(flags, device_type(flags)), state
-
-
-def saved_settings(state: State) -> Flags:
-    """The settings in a checkpoint, those that it lacks with their defaults. Raises UserError if
-    they are not valid."""
-    configs = [
-        from_dict(GPTConfig, state["gpt_config"]),
-        from_dict(TrainConfig, state["train_config"]),
-    ]
-    raise_problems([problem for config in configs for problem in all_problems(config)])
-    return asdict(configs[0]) | asdict(configs[1])
-
-
-def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | None]:
-    """The last checkpoint of a run, if --resume is given or torchrun restarted the process; and the
-    flags, in that case with --resume, or --overwrite if nothing was saved."""
-    latest = run_dir / "latest.pt"
-    if is_restart():
-        flags = flags | {"resume": latest.exists(), "overwrite": not latest.exists()}
-    state = read_checkpoint(latest) if flags.get("resume") else None
-    if state and flags.get("max_steps", state["step"]) < state["step"]:
-        raise UserError(
-            f"max_steps {flags['max_steps']} is below {state['step']}, where the run resumes"
-        )
-    return flags, state
-
-
-def resumed_flags(flags: Flags, saved: Flags, fixed: set[str]) -> Flags:
-    """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs
-    from the checkpoint in a setting that cannot change during a run."""
-    fixed = fixed | {"optimizer", "weight_decay", "bpe_vocab_size", "separator", "hold_out"}
-    raise_problems(
-        [
-            f"--{name} is {saved[name]!r} in the run to resume: leave it out, or start another run"
-            for name in flags
-            if name in fixed and flags[name] != saved.get(name, flags[name])
-        ]
-    )
-    return saved | {"parallel": "ddp"} | flags  # how processes share the work is not saved
+    return *train_settings(flags, device_type(flags)), state, given
 
 
 def device_type(flags: Flags) -> str:
@@ -130,7 +95,7 @@ def tokenizer_problems(flags: Flags) -> list[str]:
     return []
 
 
-def check_run(config: TrainConfig) -> list[str]:
+def check_run(gpt_config: GPTConfig, config: TrainConfig, *others: Any) -> list[str]:
     """What prevents this run on this machine, in its folder, or with these processes."""
     found = device_problems(config.device) + writer_problems(config)
     if config.parallel == "fsdp" and not is_torchrun():
@@ -169,6 +134,34 @@ def check_current(run_dir: Path, config: TrainConfig, state: State | None) -> No
         raise UserError(f"another process has changed the run in {run_dir}/: run the command again")
 
 
+# --- data
+
+
+class Data(NamedTuple):
+    """What a model learns from."""
+
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+
+def load_data(gpt_config: GPTConfig, config: TrainConfig, state: State | None) -> Data:
+    """The tokenizer and the corpus of a run. Raises UserError if they do not fit the settings or
+    the run to resume."""
+    with local_rank_zero_first():
+        tokenizer, corpus = load_corpus(
+            config.data,
+            config.tokenizer,
+            config.bpe_vocab_size,
+            tokenizers.from_dict(state["tokenizer"]) if state else None,
+            config.separator,
+            config.hold_out,
+        )
+    check_corpus(corpus, config, gpt_config.block_size, state)
+    if is_dataset(config.data):  # it has its own tokenizer
+        config.tokenizer = tokenizer.to_dict()["kind"]
+    return Data(tokenizer, corpus)
+
+
 def check_corpus(corpus: Corpus, config: TrainConfig, block_size: int, state: State | None) -> None:
     """Raise UserError if the corpus does not fit the settings or the run to resume."""
     check_length(corpus, block_size)
@@ -203,6 +196,117 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     return why
+
+
+def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
+    """The precision of matrix products, and the reason: `auto` is the fastest one on the device
+    that trains well."""
+    if name != "auto":
+        return name, "as requested"
+    if device.type == "cuda":
+        if has_bfloat16(device):
+            return "bfloat16", "supported by this GPU"
+        return "float16", "this GPU has no bfloat16"
+    if device.type == "cpu":
+        ratio = matmul_seconds(torch.float32) / matmul_seconds(torch.bfloat16)
+        reason = f"bfloat16 matrix products are {ratio:.1f} times as fast as float32 here"
+        return "bfloat16" if ratio > WORTHWHILE_SPEEDUP else "float32", reason
+    return "float32", "the default on this device"
+
+
+def matmul_seconds(dtype: torch.dtype) -> float:
+    """The time of a product of two 512 x 512 matrices on the CPU, the best of eight."""
+    a = torch.ones(512, 512, dtype=dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def pick_compile(wanted: bool | None, device: torch.device) -> bool:
+    """Whether to use torch.compile: as requested, else if it works. Raises UserError if it is
+    requested and does not work."""
+    if wanted is False or (wanted is None and device.type == "mps"):
+        return False
+    from system.compiler import compiler_problem  # only to compile
+
+    problem = compiler_problem(device)
+    if problem and wanted:
+        raise UserError(f"--compile does not work here ({problem}): give --no-compile")
+    if problem:
+        print(f"not compiling: {problem}")
+    return not problem
+
+
+def compile_model(model: GPT, config: TrainConfig, device: torch.device, same_shapes: bool) -> None:
+    """Compile the model in place, before it is wrapped with DDP or FSDP.
+
+    On a GPU it is one graph, as PyTorch's documentation recommends ("Where to apply torch.compile":
+    the highest level), so that the loss too is fused. By default, a second shape makes
+    torch.compile generate more general kernels, for dynamic shapes. This is turned off if all
+    batches have the same shape, or one of a few (grow_windows has three). On a CPU, where compiling
+    takes as long as many steps, and with FSDP, which gathers the weights of a block between the
+    graphs, each block is compiled: blocks are alike, so one compilation serves all.
+
+    The kernels of a small model take less time than launching them. CUDA graphs ("reduce-overhead")
+    launch them all at once. A graph writes its results to the same memory every time, gradients
+    included, so a second micro-step would overwrite the sum (pytorch issues 96693 and 169545), and
+    DDP reads gradients by itself: only steps of one micro-step in one process use them.
+    """
+    if device.type == "cuda" and config.parallel != "fsdp":
+        one_batch = same_shapes and config.grad_accum == world_size() == 1
+        mode = "reduce-overhead" if one_batch and model.num_params() <= MAX_GRAPH_PARAMS else None
+        model.compile(dynamic=False if same_shapes else None, mode=mode)
+        return
+    for block in model.blocks:
+        block.compile()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones. Otherwise Linux takes
+    it back and clears it every step, and training on a CPU takes a quarter longer."""
+    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        m_mmap_max, m_trim_threshold = -4, -1  # from malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def memory_estimate(gpt: GPTConfig, config: TrainConfig) -> dict[str, int]:
+    """The memory that training needs per process, in bytes, by use: weights, gradients, optimizer
+    state,
+    and what a step needs. FSDP divides the first three by the number of processes.
+
+    The activations are counted from the formulas of model.py: for GPT-2's components, 10 C + 3 F
+    numbers per block and token; newer components have more operations (compiling fuses some of
+    them). With grad_checkpoint only C per block and token are kept, plus all those of the block
+    being recomputed. The logits count twice, once in float32, with their gradient.
+    """
+    n_params, n_per_block = count_params(gpt)
+    spec = OPTIMIZERS[config.optimizer]
+    n_own = gpt.n_layer * n_per_block if spec.matrices_only else n_params  # the rest has AdamW
+    n_averages = n_own * len(spec.averages) + (n_params - n_own) * len(OPTIMIZERS["adamw"].averages)
+    n_shards = world_size() if config.parallel == "fsdp" else 1
+    width = 4 if config.precision == "float32" else 2
+    C = 10 + 4 * (gpt.norm == "rmsnorm") + 4 * gpt.qk_norm + 2 * (gpt.pos == "rope")
+    per_block = (C * gpt.n_embd + (5 if gpt.mlp == "swiglu" else 3) * gpt.n_inner) * width
+    all_blocks = gpt.n_layer * per_block
+    if config.grad_checkpoint:
+        all_blocks = gpt.n_layer * gpt.n_embd * 4 + per_block
+    per_token = all_blocks + gpt.vocab_size * (width + 8)
+    n_tokens = config.batch_size * gpt.block_size
+    return {
+        "weights": 4 * n_params // n_shards,
+        "gradients": 4 * n_params // n_shards,
+        "optimizer": 4 * n_averages // n_shards,
+        "activations": n_tokens * per_token,
+        "batches": n_tokens * 16 * config.grad_accum // world_size(),
+    }
+
+
+# --- summary
 
 
 def machine_line(config: TrainConfig, device: torch.device, why_precision: str) -> str:

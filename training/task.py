@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from config import SampleConfig, TrainConfig
-from corpus.load import Corpus
+from corpus.corpus import Corpus
 from generate import sample_text
 from model import GPT
 from tokenizer import Tokenizer
-from training.distributed import all_reduce_sum, rank, world_size
-from training.machine import to_gpu_if_small
+from training.distributed import all_reduce, rank, world_size
 from utils import TokenStream, bits_per_byte, even_starts, get_batch, windows
 
 Batch = tuple[Tensor, ...]
 Metrics = dict[str, float]
+MAX_GPU_TOKENS = 1 << 28  # as int32, a gigabyte of GPU memory
 MAX_EXP = 700.0  # exp overflows above 709; a diverged loss can be larger
 
 
@@ -141,7 +141,7 @@ class Pretraining:
             loss = model(x, y, self.document_numbers(x))[1]
             if n := int((y != -100).sum()):
                 total, count = total + loss.item() * n, count + n
-        sums = all_reduce_sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
+        sums = all_reduce(torch.tensor([total, count], dtype=torch.float64)).tolist()
         return sums[0] / sums[1]
 
     def sample(self, model: GPT) -> str:
@@ -153,3 +153,11 @@ def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int, qa: boo
     prompt = "" if tokenizer.unknown("\n") else "\n"
     config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens, seed=1337, qa=qa)
     return sample_text(model, tokenizer, config)[0]
+
+
+def to_gpu_if_small(ids: TokenStream, device: torch.device) -> TokenStream | Tensor:
+    """Token ids in GPU memory if they take at most a gigabyte: then no step waits for the host.
+    Others stay where they are, which may be files larger than memory."""
+    if device.type == "cpu" or not isinstance(ids, np.ndarray) or len(ids) > MAX_GPU_TOKENS:
+        return ids
+    return torch.from_numpy(ids.astype(np.int32)).to(device)

@@ -16,7 +16,7 @@ from sampling.text import encode_prompt, last_trained_on_text
 from system.settings import UserError
 from tokenizer import Tokenizer
 from utils import load_checkpoint
-from viz.runs import BLACK, BLUE, GREEN, ORANGE, new_figure
+from viz.curve import BLACK, BLUE, GREEN, ORANGE, new_figure
 
 if TYPE_CHECKING:  # viz/runs.py says why matplotlib is not imported here
     from matplotlib.axes import Axes

@@ -1,17 +1,20 @@
-"""What --dry_run prints: the parameters, computation and epochs of a run, and an example of its
-data."""
+"""Checks before a run that write no files: --dry_run, which prints its parameters, computation,
+epochs and an example of its data, and --overfit_batch."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from config import GPTConfig, TrainConfig
-from corpus.load import Corpus
+from corpus.corpus import Corpus
 from model import GPT
 from system.device import check_memory
 from tokenizer import Tokenizer
-from training.machine import memory_estimate
+from training.setup import Data, memory_estimate
 from utils import get_batch
 
 # By a part of their names, the first that applies.
@@ -94,3 +97,32 @@ def print_dry_run(
     x, y = get_batch(corpus.train_ids, gpt.block_size, 1, config.seed, 0, corpus.train_docs)
     print_example(tokenizer, x[0], y[0])
     check_memory(sum(memory_estimate(gpt, config).values()), device, "this run")
+
+
+def run_check(
+    gpt: GPTConfig,
+    config: TrainConfig,
+    data: Data,
+    device: torch.device,
+    make_trainer: Callable[..., Any],
+) -> int:
+    """--dry_run or --overfit_batch. Returns the exit status."""
+    if config.dry_run:
+        print_dry_run(gpt, config, data.corpus, data.tokenizer, device)
+        return 0
+    return overfit_batch(make_trainer(gpt, config))
+
+
+def overfit_batch(trainer: Any) -> int:
+    """A sanity check that writes no files: train on one batch until its loss is below 0.01. Returns
+    the exit status, 0 if that happens within max_steps."""
+    with tqdm(total=trainer.config.max_steps, unit="step", leave=False, disable=None) as bar:
+        while trainer.step < trainer.config.max_steps:
+            loss = trainer.train_step()["loss"].item()
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            if loss < 0.01:
+                print(f"one batch overfitted: loss {loss:.4f} at step {trainer.step}, as expected")
+                return 0
+    print(f"one batch could not be overfitted: loss {loss:.4f} after {trainer.step} steps")
+    return 1

@@ -1,41 +1,31 @@
-"""Reading files as a stream of text or of documents, hashing them, and token files on disk.
-
-The token ids of a split are in one or more files, train.bin, train_00001.bin and so on. They are
-read through memory maps, so a data set can be larger than memory.
-"""
+"""Corpora of several documents, from .jsonl files and texts with separators."""
 
 import codecs
-import functools
 import hashlib
 import io
 import json
-import mmap
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
+from corpus.corpus import Corpus, make_tokenizer, utf8_length
+from corpus.text import READ_SIZE, check_is_text, file_info, json_text, not_utf8, note, token_dtype
 from system.settings import UserError
+from tokenizer import END_OF_TEXT, Tokenizer
 
-READ_SIZE = 1 << 20  # bytes per read
 MAX_WITHOUT_TEXT = 1000  # lines at the start of a .jsonl file, until its field counts as wrong
+SPLIT_SEED = 1337
+
+Document = TypeVar("Document")
+
+
+# --- reading
 
 
 def ignore(raw: bytes) -> None:
     """The default `on_read`."""
-
-
-@functools.cache
-def note(text: str) -> None:
-    """Print a note about the data once, also if they are read several times or by several processes
-    of torchrun."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}", file=sys.stderr)
-
-
-# --- text
 
 
 def iter_text(
@@ -53,14 +43,8 @@ def iter_text(
     try:
         with open(path, "rb") as file:
             while raw := file.read(READ_SIZE):
-                if not n_read and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
                 on_read(raw)
-                if (position := raw.find(b"\0")) >= 0:
-                    raise UserError(
-                        f"{path} is a binary file or UTF-16 text (byte {n_read + position} is 0): "
-                        "save it as UTF-8 text"
-                    )
+                check_is_text(raw, path, n_read)
                 n_read += len(raw)
                 yield decoder.decode(raw)
             yield decoder.decode(b"", final=True)
@@ -69,34 +53,7 @@ def iter_text(
     except UnicodeDecodeError as error:
         # error.object also holds the incomplete character at the end of the previous read.
         position = n_read - len(error.object) + error.start
-        byte = error.object[error.start]
-        raise UserError(
-            f"{path} is not UTF-8 text (byte {position} is 0x{byte:02x}): save it as UTF-8 (or, to "
-            "train on it, make a data set with `prepare.py --bad_bytes replace`)"
-        ) from None
-
-
-def read_text(path: Path) -> str:
-    r"""The full text of a file, with line ends as \n. Raises UserError if it is empty or not UTF-8
-    text."""
-    text = "".join(iter_text(path))
-    if not text:
-        raise UserError(f"{path} is empty")
-    return text
-
-
-def replace_surrogates(text: str) -> str:
-    """The text with lone surrogates, which JSON can contain and UTF-8 cannot, replaced by "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def json_text(text: str) -> str:
-    r"""A text from JSON as `iter_text` would read it from a file: lone surrogates are replaced, and
-    line ends are \n."""
-    return replace_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
-
-
-# --- documents
+        raise not_utf8(path, position, error.object[error.start]) from None
 
 
 def split_stream(
@@ -195,82 +152,98 @@ def iter_documents(
         yield from split_stream([text], "", chunk_size)
 
 
-# --- hashes
+def read_documents(path: Path, separator: str) -> list[str]:
+    """The documents of a .jsonl file, or those between the separators of a text file; without blank
+    ones, and without empty lines around a separator. Raises UserError if there are none, or no
+    separator."""
+    found = iter_documents(path, separator=separator)
+    texts = [text.strip("\n") if separator else text for text, _ in found]
+    if separator and len(texts) == 1:
+        raise UserError(
+            f"the separator {separator!r} does not occur in {path}: change it or leave it out"
+        )
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"{path} has no documents: all of it is blank")
+    return texts
 
 
-def file_sha256(*paths: Path) -> str:
-    """The SHA-256, in hexadecimal, of the concatenated contents of files. Raises UserError if one
-    cannot be read."""
-    digest = hashlib.sha256()
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                while raw := file.read(READ_SIZE):
-                    digest.update(raw)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+# --- splits
 
 
-# --- token files
+def hash_to_unit(number: int, seed: int = SPLIT_SEED) -> float:
+    """A pseudo-random number in [0, 1), a pure function of a document's number and the seed."""
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned integer type that can represent all token ids.
-
-    >>> token_dtype(256), token_dtype(257)
-    (dtype('uint8'), dtype('uint16'))
-    """
-    return np.min_scalar_type(vocab_size - 1)
+def is_validation(number: int, share: float = 0.1, seed: int = SPLIT_SEED) -> bool:
+    """Whether the document of this number is in the validation split; the first never is."""
+    return number > 0 and hash_to_unit(number, seed) < share
 
 
-def token_files(folder: Path, split: str) -> list[Path]:
-    """The token files of a split, in order: train.bin, train_00001.bin and so on."""
-    return [folder / f"{split}.bin", *sorted(folder.glob(f"{split}_*.bin"))]
+def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """The training and the validation documents, at least one of each. Raises UserError for less
+    than two documents."""
+    if len(documents) < 2:
+        raise UserError(
+            "a corpus needs at least two documents or records, because one is held out, and this "
+            f"one has {len(documents)}: add some, or train on all with --no-hold_out"
+        )
+    val = {i for i in range(len(documents)) if is_validation(i)} or {len(documents) - 1}
+    return (
+        [document for i, document in enumerate(documents) if i not in val],
+        [document for i, document in enumerate(documents) if i in val],
+    )
 
 
-class Shards:
-    """Several 1-D arrays that are indexed as if they were concatenated.
-
-    >>> shards = Shards([np.array([0, 1, 2]), np.array([3, 4])])
-    >>> len(shards), shards[np.array([4, 0])].tolist(), shards[1:4].tolist()
-    (5, [4, 0], [1, 2, 3])
-    """
-
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays, self.dtype = arrays, arrays[0].dtype
-        # (shards + 1,): where each array starts, and the total length
-        self.offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
-
-    def __getitem__(self, index: np.ndarray | slice) -> np.ndarray:
-        if isinstance(index, slice):  # with step 1
-            start, stop, _ = index.indices(len(self))
-            return np.concatenate(
-                [
-                    array[max(start - offset, 0) : max(stop - offset, 0)]
-                    for array, offset in zip(self.arrays, self.offsets, strict=False)
-                ]
-            )
-        shard = np.searchsorted(self.offsets, index, side="right") - 1
-        values = np.empty(index.shape, self.dtype)
-        for i in np.unique(shard):
-            mask = shard == i
-            values[mask] = self.arrays[i][index[mask] - self.offsets[i]]
-        return values
+def build_corpus(
+    ids: Sequence[list[np.ndarray]],
+    texts: Sequence[list[str]],
+    info: dict[str, Any],
+    separator: int,
+    vocab_size: int,
+    hold_out: bool,
+) -> Corpus:
+    """The corpus of encoded documents. ids and texts: the documents of the training and of the
+    validation split, as ids (T,) and as text."""
+    dtype = token_dtype(vocab_size)
+    train_ids, val_ids = (np.concatenate(split).astype(dtype) for split in ids)
+    if hold_out:
+        train_texts = set(texts[0])
+        note_shared(sum(text in train_texts for text in texts[1]), len(texts[1]))
+    train_docs = np.cumsum([0] + [len(document) for document in ids[0][:-1]])
+    info = info | {"documents": len(ids[0]) + hold_out * len(ids[1])}
+    train_bytes, val_bytes = map(utf8_length, texts)
+    return Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
 
 
-def map_token_files(paths: list[Path], dtype: np.dtype | str) -> "np.ndarray | Shards":
-    """The concatenated ids of token files, through memory maps: data is read when it is indexed."""
-    arrays = []
-    for path in paths:
-        with open(path, "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(
-            memory, "madvise"
-        ):  # read-ahead makes windows at random positions 50 times slower
-            memory.madvise(mmap.MADV_RANDOM)
-        arrays.append(np.frombuffer(memory, dtype))
-    return arrays[0] if len(arrays) == 1 else Shards(arrays)
+def load_documents(
+    path: Path,
+    kind: str,
+    bpe_vocab_size: int,
+    tokenizer: Tokenizer | None,
+    hold_out: bool = True,
+    separator: str = "",
+) -> tuple[Tokenizer, Corpus]:
+    """The corpus of a .jsonl file, one document per line, or of a text file with separators."""
+    info = file_info(path)
+    documents = read_documents(path, separator)
+    texts = split_documents(documents) if hold_out else (documents, documents)
+    tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
+    first_id = tokenizer.specials.get(END_OF_TEXT)
+    if first_id is None:
+        raise UserError(f"the tokenizer has no {END_OF_TEXT} to separate the documents of {path}")
+    ids = [
+        [np.concatenate([[first_id], tokenizer.encode(text)]) for text in split] for split in texts
+    ]
+    return tokenizer, build_corpus(ids, texts, info, first_id, tokenizer.vocab_size, hold_out)
+
+
+def note_shared(n_shared: int, n_val: int) -> None:
+    """Print how many validation documents are training documents too."""
+    if n_shared:
+        note(
+            f"{n_shared:,} of {n_val:,} validation documents also occur in the training split, so "
+            "the validation loss is too low: `python prepare.py --dedup` removes duplicates"
+        )

@@ -1,0 +1,79 @@
+"""The corpus that a model is trained on: tokenized and split into training and validation ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import tokenizer as tokenizers
+from config import ENCODINGS
+from system.settings import UserError
+from tokenizer import END_OF_TEXT, Tokenizer
+
+if TYPE_CHECKING:  # prepare.py does not need torch
+    from torch import Tensor
+
+    from utils import TokenStream
+
+
+@dataclass
+class Corpus:
+    """The token ids of a training and a validation split, and where they come from."""
+
+    train_ids: "TokenStream"  # (tokens,), in the smallest type for the vocabulary
+    val_ids: "TokenStream"
+    info: dict[str, Any]  # name, bytes and sha256; documents, except of a text without a separator
+    train_bytes: int  # of the text, in UTF-8
+    val_bytes: int
+    train_docs: np.ndarray | None = None  # (documents,), where each starts in train_ids
+    separator: int | None = None  # the id that starts each document, if there are several
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per token, in the validation split."""
+        return self.val_bytes / len(self.val_ids)
+
+    def document_numbers(self, x: "Tensor") -> "Tensor | None":
+        """The number of each token's document within its window, (B, T), for a document mask; None
+        if the corpus is one document."""
+        return None if self.separator is None else (x == self.separator).cumsum(dim=1)
+
+
+def check_length(corpus: Corpus, block_size: int) -> None:
+    """Raise UserError if the training split is too short for one window and its targets (except if
+    it has documents or records, which are padded), or if a split has nothing to predict."""
+    n_train, n_val = len(corpus.train_ids), len(corpus.val_ids)
+    too_short = n_train <= block_size and corpus.train_docs is None
+    if too_short or min(n_train, n_val) < 2:
+        raise UserError(
+            f"the corpus is too short: {n_train} tokens to train and {n_val} to validate on, and a "
+            f"window needs {block_size + 1}: use a longer text or a smaller --block_size"
+        )
+
+
+def make_tokenizer(
+    kind: str,
+    bpe_vocab_size: int,
+    texts: Sequence[list[str]],
+    specials: tuple[str, ...] = (),
+) -> Tokenizer:
+    """A tokenizer for the texts of both splits: all their characters (char), byte pairs learned
+    from the training split (bpe), or one of tiktoken's encodings."""
+    train_texts, val_texts = texts
+    if kind == "char":
+        return tokenizers.CharTokenizer.train(train_texts + val_texts, specials)
+    if kind in ENCODINGS:
+        from corpus.encodings import from_tiktoken  # only for these tokenizers
+
+        return from_tiktoken(kind)
+    from corpus.bpe import count_pieces, train_bpe  # only for --tokenizer bpe
+
+    counts = count_pieces(train_texts)
+    first_specials = [text for text in specials if text != END_OF_TEXT]  # train_bpe adds that one
+    return train_bpe(counts, bpe_vocab_size, first_specials)
+
+
+def utf8_length(texts: list[str]) -> int:
+    """The total length of texts in UTF-8, in bytes."""
+    return sum(len(text.encode()) for text in texts)

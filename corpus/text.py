@@ -1,0 +1,130 @@
+"""Reading the text of files, their hashes, and what corpora of all kinds share."""
+
+import functools
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from system.settings import UserError
+from tokenizer import END_OF_TEXT
+
+READ_SIZE = 1 << 20  # bytes per read
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcfce"
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Print a note about the data once, also if they are read several times or by several processes
+    of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The contents of a file. Raises UserError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def check_is_text(raw: bytes, path: Path, start: int = 0) -> None:
+    """Raise UserError if these bytes of a file, which begin at `start`, are UTF-16 or binary."""
+    if not start and raw.startswith(UTF16_MARKS):
+        raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
+    if (position := raw.find(b"\0")) >= 0:
+        raise UserError(
+            f"{path} is a binary file or UTF-16 text (byte {start + position} is 0): save it as "
+            "UTF-8 text"
+        )
+
+
+def not_utf8(path: Path, position: int, byte: int) -> UserError:
+    """The error for a byte that is not UTF-8."""
+    return UserError(
+        f"{path} is not UTF-8 text (byte {position} is 0x{byte:02x}): save it as UTF-8 (or, to "
+        "train on it, make a data set with `prepare.py --bad_bytes replace`)"
+    )
+
+
+def decode_text(raw: bytes, path: Path) -> str:
+    r"""The text of a file from its bytes, with line ends as \n. Raises UserError if it is empty or
+    not UTF-8 text."""
+    check_is_text(raw, path)
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        position = len(raw) - len(error.object) + error.start  # a byte order mark is left out
+        raise not_utf8(path, position, error.object[error.start]) from None
+    if not text:
+        raise UserError(f"{path} is empty")
+    return unix_lines(text)
+
+
+def read_text(path: Path) -> str:
+    r"""The text of a file, with line ends as \n. Raises UserError if it is empty or not UTF-8."""
+    return decode_text(read_bytes(path), path)
+
+
+def unix_lines(text: str) -> str:
+    r"""The text with line ends as \n."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with lone surrogates, which JSON can contain and UTF-8 cannot, replaced by "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def json_text(text: str) -> str:
+    """A text from JSON as it would be read from a file: without lone surrogates."""
+    return unix_lines(replace_surrogates(text))
+
+
+def file_sha256(*paths: Path) -> str:
+    """The SHA-256, in hexadecimal, of the concatenated contents of files. Raises UserError if one
+    cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                while raw := file.read(READ_SIZE):
+                    digest.update(raw)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
+
+
+def file_info(path: Path) -> dict[str, Any]:
+    """What identifies the text of a corpus, in checkpoints and logs."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def known_name(path: Path, sha256: str) -> str:
+    """The name of a text: TinyShakespeare is recognized by its hash, others have their file's."""
+    names = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
+    return names.get(sha256, path.name)
+
+
+def note_end_of_text(path: Path, text: str) -> None:
+    """Print how to make documents of a text that contains <|endoftext|>."""
+    if END_OF_TEXT in text:
+        note(
+            f"{path} contains {END_OF_TEXT}, read as ordinary text: with --separator "
+            f"'{END_OF_TEXT}' it starts a new document"
+        )
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integer type that can represent all token ids.
+
+    >>> token_dtype(256), token_dtype(257)
+    (dtype('uint8'), dtype('uint16'))
+    """
+    return np.min_scalar_type(vocab_size - 1)

@@ -1,0 +1,40 @@
+"""TensorBoard and Weights & Biases."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from config import TrainConfig
+
+Record = dict[str, Any]  # the metrics of an evaluation or of a training step, by name
+Writer = Callable[[Record], None]  # forwards them to another tool
+
+
+def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -> list[Writer]:
+    """A function per requested tool, TensorBoard and Weights & Biases, that takes a record.
+
+    TensorBoard's files in run_dir/tensorboard are written again from step 0; Weights & Biases gets
+    a new run, stored in run_dir/wandb if WANDB_MODE is offline.
+    """
+    writers: list[Writer] = []
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # optional package
+
+        folder = run_dir / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        board = SummaryWriter(folder)
+        board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+
+        def write_board(record: Record) -> None:
+            for name, number in record.items():
+                board.add_scalar(name, number, record["step"])
+            board.flush()
+
+        writers.append(write_board)
+    if config.wandb:
+        import wandb  # optional package
+
+        run = wandb.init(project="tinyllm", name=config.tag or None, dir=run_dir, config=settings)
+        writers.append(lambda record: run.log(record, step=record["step"]))
+    return writers
