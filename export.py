@@ -13,17 +13,17 @@ If no standard architecture has the model's components, the folder also contains
 and loads with trust_remote_code=True.
 --overwrite replaces an earlier export, or with --from a checkpoint, and nothing else, once the new
 one is complete.
-Folders need `pip install safetensors`, the hub `pip install huggingface_hub`, .gguf files `pip
-install gguf`; a page needs nothing.
+Folders need `pip install safetensors tokenizers`, the hub `pip install huggingface_hub`, .gguf files
+`pip install gguf`; a page needs nothing.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporting.folders import check_target
+from exporting.folders import check_target, import_optional
 from exporting.gguf_file import export_gguf
-from exporting.huggingface import export_hf, import_hf, import_optional, upload
+from exporting.huggingface import export_hf, import_hf, upload
 from exporting.peft import export_adapter
 from exporting.web_page import export_page
 from finetuning import lora

@@ -5,6 +5,7 @@ it has that file, and no file that is not listed.
 """
 
 import contextlib
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -17,6 +18,15 @@ from system.folders import replacing
 from system.settings import VERSION, UserError
 
 MARKER = "tinyllm.json"
+
+
+def import_optional(module: str) -> Any:
+    """A module of an optional package. Raises UserError if the package is not installed."""
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"this needs {package}: pip install {package}") from None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

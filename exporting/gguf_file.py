@@ -18,9 +18,16 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig
+from exporting.folders import import_optional
 from exporting.hf_model import matching_arch, split_sizes
-from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN, merges_of
-from exporting.huggingface import import_optional, special_token_ids
+from exporting.hf_tokenizer import (
+    DIGITS_PATTERN,
+    LLAMA3_PATTERN,
+    QWEN_PATTERN,
+    TIKTOKEN_GPT2,
+    merges_of,
+)
+from exporting.huggingface import special_token_ids
 from finetuning import lora
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
@@ -143,13 +150,12 @@ def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
 # piece among the tokens before they merge, as tiktoken does. tiktoken's own pattern for gpt2 splits
 # in the same way as GPT-2's. Those of cl100k_base and o200k_base have no exact equivalent: the
 # first differs in spaces after the last newline, the second in combining marks.
-TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 PRE_TOKENIZERS = {
     GPT2_PATTERN: "gpt-2",
     TIKTOKEN_GPT2: "gpt-2",
     DIGITS_PATTERN: "smollm",
     LLAMA3_PATTERN: "llama-bpe",
-    LLAMA3_PATTERN.replace("{1,3}", ""): "qwen2",
+    QWEN_PATTERN: "qwen2",
 }
 IGNORES_MERGES = ("llama-bpe",)
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens

@@ -5,7 +5,6 @@ model.safetensors and README.md; a model that no standard architecture can repre
 with its code (hf_code.py). The conversions are in hf_model.py and hf_tokenizer.py.
 """
 
-import importlib
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,14 @@ from torch import Tensor
 import utils
 from config import ARCH_FIELDS, ARCHS, GPTConfig
 from corpus.encodings import from_tiktoken
-from exporting.folders import MARKER, check_files, new_folder, read_json, write_json
+from exporting.folders import (
+    MARKER,
+    check_files,
+    import_optional,
+    new_folder,
+    read_json,
+    write_json,
+)
 from exporting.hf_code import code_files
 from exporting.hf_model import (
     CLASSES,
@@ -30,8 +36,7 @@ from exporting.hf_model import (
     weights_from_hf,
     weights_to_hf,
 )
-from exporting.hf_tokenizer import tokenizer_to_hf
-from exporting.hf_tokenizer_import import gpt2_tokenizer, tokenizer_from_hf
+from exporting.hf_tokenizer import gpt2_tokenizer, tokenizer_from_hf, tokenizer_to_hf
 from model import GPT
 from sampling.text import end_tokens, last_trained_on_text
 from system.errors import first_line, quote_path
@@ -44,15 +49,6 @@ T = TypeVar("T")
 GPT2_VOCAB_SIZE = 50257
 
 # --- files and the hub
-
-
-def import_optional(module: str) -> Any:
-    """A module of an optional package. Raises UserError if the package is not installed."""
-    package = module.partition(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"this needs {package}: pip install {package}") from None
 
 
 def download(name: str, patterns: list[str]) -> Path:

@@ -24,7 +24,7 @@ import utils
 from config import GPTConfig
 from corpus.corpus import Corpus
 from corpus.load import training_corpus
-from exporting.js_regex import to_javascript
+from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
 from system.device import pick_device
@@ -196,6 +196,23 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
         "log": log,
         "settings": run_settings(config, state["train_config"]),
     }
+
+
+def to_javascript(pattern: str) -> str:
+    """The JavaScript pattern (flag u) with the same matches as a split pattern. Raises UserError if
+    the pattern is not one of KNOWN_PATTERNS.
+
+    JavaScript's \\s matches other characters, older browsers have no (?i:...), and there are no
+    possessive quantifiers, such as \\s++, which change no match of these patterns.
+    """
+    pattern = library_pattern(pattern)
+    if pattern not in KNOWN_PATTERNS:
+        raise UserError(f"a web page cannot split text as this tokenizer does: by {pattern:.60}")
+    pattern = re.sub(r"([+*?])\+", r"\1", pattern)
+    pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    contractions = "(?:[sdmtSDMT\u017f]|[lL][lL]|[vV][eE]|[rR][eE])"  # U+017F is another s
+    pattern = pattern.replace("(?i:[sdmt]|ll|ve|re)", contractions)
+    return pattern.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", f"(?:'{contractions})")
 
 
 def finite(value: Any) -> float | None:

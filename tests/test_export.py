@@ -26,8 +26,7 @@ from exporting.hf_model import (
     weights_from_hf,
     weights_to_hf,
 )
-from exporting.hf_tokenizer import merges_of, tokenizer_to_hf
-from exporting.hf_tokenizer_import import tokenizer_from_hf
+from exporting.hf_tokenizer import merges_of, tokenizer_from_hf, tokenizer_to_hf
 from model import GPT, KVCache
 from sampling.text import encode_prompt
 from system.files import save_checkpoint

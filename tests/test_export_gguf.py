@@ -22,8 +22,7 @@ import export
 from config import ARCHS, SampleConfig, TrainConfig
 from corpus.bpe import count_pieces, train_bpe
 from experiments.baselines import llama_cpp_command
-from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN
-from exporting.probes import PROBES
+from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN, PROBES
 from generate import generate
 from model import GPT, rotate
 from system.files import locked_file, save_checkpoint

@@ -29,9 +29,7 @@ from config import SampleConfig, TrainConfig
 from corpus.bpe import count_pieces, train_bpe
 from corpus.load import training_corpus
 from exporting import web_page
-from exporting.hf_tokenizer import KNOWN_PATTERNS
-from exporting.js_regex import to_javascript
-from exporting.probes import PROBES
+from exporting.hf_tokenizer import KNOWN_PATTERNS, PROBES
 from generate import generate, sample_logits, sample_text
 from model import GPT
 from sampling.text import TextWriter, encode_prompt
@@ -401,30 +399,10 @@ def test_text_appears_in_the_pieces_that_python_writes(engine, small_page):
 # --- split patterns
 
 
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        (r"\s+\S", r"\p{White_Space}+\P{White_Space}"),
-        (r"[^\s\d]", r"[^\p{White_Space}\p{Nd}]"),
-        (r"a++b?+", r"(?=(?<p1>a+))\k<p1>(?=(?<p2>b?))\k<p2>"),
-        (r"(?:ab){1,3}+", r"(?=(?<p1>(?:ab){1,3}))\k<p1>"),
-        (r"(?i:s[k-t]1)|s", "(?:[sSſ][k-tK-T\u212aſ]1)|s"),
-        (r".\/'-[-a\-]", r"[^\n]\/'-[\-a\-]"),
-        (r"(x)\pL\P{Lu}+?$", r"(?:x)\p{L}\P{Lu}+?$"),
-    ],
-)
-def test_patterns_are_translated(pattern: str, expected: str):
-    assert to_javascript(pattern) == expected
-
-
-BAD_PATTERNS = r"\w \b (?i)a (?x:b) [a&&b] [[:alpha:]] \p{Greek} a) (a [a (?i:é) ^a (a)\1 [à-ü]"
-BAD_PATTERNS += " (?>a) \\ [] a**b"
-
-
-@pytest.mark.parametrize("pattern", BAD_PATTERNS.split())
-def test_other_patterns_are_rejected(pattern: str):
-    with pytest.raises(UserError, match="cannot split text as this tokenizer does"):
-        to_javascript(pattern)
+def test_an_unknown_split_pattern_is_rejected():
+    for pattern in (r"\w+|\W", GPT2_PATTERN + "|a"):
+        with pytest.raises(UserError, match="cannot split text as this tokenizer does"):
+            in_page(learned_bpe(pattern))
 
 
 # --- what can be measured
