@@ -13,8 +13,8 @@ If no standard architecture has the model's components, the folder also contains
 and loads with trust_remote_code=True.
 --overwrite replaces an earlier export, or with --from a checkpoint, and nothing else, once the new
 one is complete.
-Folders need `pip install safetensors tokenizers`, the hub `pip install huggingface_hub`, .gguf files
-`pip install gguf`; a page needs nothing.
+Folders need `pip install safetensors tokenizers`, the hub `pip install huggingface_hub`, .gguf
+files `pip install gguf`; a page needs nothing.
 """
 
 import re
