@@ -84,6 +84,7 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, tor
     matrices of the blocks only, AdamW (Loshchilov and Hutter 2019) for the other parameters. Weight
     decay applies to matrices but not to biases and norm gains."""
     matrices_only = OPTIMIZERS[config.optimizer].matrices_only
+    # AdamW is the first of two: checkpoints have the states in this order.
     params: dict[str, list[Tensor]] = {"adamw": [], config.optimizer: []}
     for name, p in model.named_parameters():
         is_hidden = p.dim() == 2 and "blocks." in name
