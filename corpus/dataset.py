@@ -2,7 +2,7 @@
 
 A SourceReader yields batches of chunks; worker processes clean and encode them; the DatasetWriter
 writes the ids in the order in which they were read, so the result does not depend on the number of
-workers. `open_dataset` in load.py reads what is written here.
+workers. `open_dataset` in folder.py reads what is written here.
 """
 
 import functools
