@@ -140,56 +140,45 @@ def weights_to_hf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dic
 
 # Buffers that old versions saved: GPT-2's causal masks, Llama's RoPE frequencies.
 BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(masked_)?bias|model\..*rotary_emb\.inv_freq")
-
-
-def check_tensors(shapes: dict[str, tuple[int, ...]], config: GPTConfig, arch: str) -> None:
-    """Raise UserError unless the tensors with these shapes, by their names, are exactly those of a
-    model. Takes no memory for weights, whatever sizes the settings claim."""
-    expected: list[tuple[str, list[str]]] = []
-    for ours, theirs in tensor_names(config, arch):
-        if missing := [name for name in theirs if name not in shapes]:
-            raise UserError(f"the model to import has no tensor {missing[0]}")
-        expected.append((ours, theirs))
-    known = {name for _, names in expected for name in names} | {"lm_head.weight"}
-    if extra := [name for name in shapes if name not in known and not BUFFERS.fullmatch(name)]:
-        raise UserError(f"the model to import has a tensor that {arch} does not have: {extra[0]}")
-    with torch.device("meta"):
-        state = GPT(config).state_dict()
-    if "lm_head.weight" in shapes and config.tie_weights:
-        expected.append(("head.weight", ["lm_head.weight"]))
-    for ours, theirs in expected:
-        rows, *columns = state[ours].shape
-        sizes = split_sizes(config, ours) if len(theirs) > 1 else [rows]
-        for name, n in zip(theirs, sizes, strict=True):
-            shape = (*columns, n) if is_transposed(ours, arch) else (n, *columns)
-            if shapes[name] != shape:
-                raise UserError(
-                    f"the weights do not match config.json: {name} has shape "
-                    f"{list(shapes[name])} instead of {list(shape)}"
-                )
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def weights_from_hf(tensors: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """Their weights with our names and shapes, in float32. Raises UserError if one is missing, has
-    another shape, or contains other values than finite numbers."""
-    check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, config, arch)
-    state = {}
+    """Their weights with our names and shapes, in float32. Raises UserError if one is missing, not
+    one of the model, of another shape, or contains other values than finite numbers."""
+    names = []
     for ours, theirs in tensor_names(config, arch):
-        for name in theirs:
-            if not tensors[name].is_floating_point() or not tensors[name].isfinite().all():
+        if missing := [name for name in theirs if name not in tensors]:
+            raise UserError(f"the model to import has no tensor {missing[0]}")
+        names.append((ours, theirs))
+    known = {name for _, theirs in names for name in theirs} | {"lm_head.weight"}
+    if extra := [name for name in tensors if name not in known and not BUFFERS.fullmatch(name)]:
+        raise UserError(f"the model to import has a tensor that {arch} does not have: {extra[0]}")
+    with torch.device("meta"):  # takes no memory, whatever sizes the settings claim
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    if "lm_head.weight" in tensors and config.tie_weights:
+        names.append(("head.weight", ["lm_head.weight"]))
+    state = {}
+    for ours, theirs in names:
+        rows, *columns = shapes[ours]
+        sizes = split_sizes(config, ours) if len(theirs) > 1 else [rows]
+        transposed = is_transposed(ours, arch)
+        for name, n in zip(theirs, sizes, strict=True):
+            found, shape = tensors[name], [*columns, n] if transposed else [n, *columns]
+            if list(found.shape) != shape:
+                raise UserError(
+                    f"the weights do not match config.json: {name} has shape "
+                    f"{list(found.shape)} instead of {shape}"
+                )
+            if found.dtype not in FLOATS or not found.isfinite().all():
                 raise UserError(f"{name} contains values that are not finite numbers")
         tensor = torch.cat([tensors[name].float() for name in theirs])
-        state[ours] = (tensor.T if is_transposed(ours, arch) else tensor).contiguous()
-    head = tensors.get("lm_head.weight")
-    if (
-        config.tie_weights
-        and head is not None
-        and not torch.equal(head.float(), state["tok.weight"])
-    ):
+        state[ours] = (tensor.T if transposed else tensor).contiguous()
+    head = state.setdefault("head.weight", state["tok.weight"])
+    if config.tie_weights and not torch.equal(head, state["tok.weight"]):
         raise UserError(
             "tie_word_embeddings is true, but lm_head.weight differs from the embedding"
         )
-    state.setdefault("head.weight", state["tok.weight"])
     return state
 
 

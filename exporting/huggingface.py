@@ -2,13 +2,13 @@
 
 A model is a folder with config.json, generation_config.json, tokenizer.json, tokenizer_config.json,
 model.safetensors and README.md; a model that no standard architecture can represent is exported
-with its code (hf_code.py). The conversions are in hf_model.py and hf_tokenizer.py.
+with its code. The conversions are in hf_model.py and hf_tokenizer.py.
 """
 
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +24,11 @@ from exporting.folders import (
     read_json,
     write_json,
 )
-from exporting.hf_code import code_files
 from exporting.hf_model import (
     CLASSES,
     CUSTOM,
     CUSTOM_CLASS,
     arch_or_custom,
-    check_tensors,
     config_from_hf,
     config_to_hf,
     weights_from_hf,
@@ -41,11 +39,10 @@ from model import GPT
 from sampling.text import end_tokens, last_trained_on_text
 from system.errors import first_line, quote_path
 from system.files import folder_problems, locked_file, save_checkpoint
-from system.settings import UserError, raise_problems
+from system.settings import VERSION, UserError, raise_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 from training.task import sample_from_newline
 
-T = TypeVar("T")
 GPT2_VOCAB_SIZE = 50257
 
 # --- files and the hub
@@ -198,6 +195,28 @@ def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
     return repr(str(folder)) + (TRUST if arch == CUSTOM else "")
 
 
+# file in a folder with code: file here, and an import with what replaces it
+CODE_FILES = {
+    "modeling_tinyllm.py": ("exporting/modeling_tinyllm.py", "from model", "from .model"),
+    "model.py": (
+        "model.py",
+        "from config import GPTConfig",
+        "from transformers import PreTrainedConfig as GPTConfig",
+    ),
+}
+
+
+def code_files() -> dict[str, str]:
+    """The texts of the code files, by file name. They need nothing else of this project."""
+    texts = {}
+    for name, (source, ours, theirs) in CODE_FILES.items():
+        text = (Path(__file__).parent.parent / source).read_text(encoding="utf-8")
+        assert text.count(f"\n{ours}") == 1, source
+        header = f"# {source} of TinyLLM {VERSION} (MIT License); only an import differs.\n"
+        texts[name] = header + text.replace(f"\n{ours}", f"\n{theirs}")
+    return texts
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file."""
     library = import_optional("safetensors.torch")
@@ -313,57 +332,38 @@ def check_checkpoint_target(path: Path, overwrite: bool) -> None:
 
 
 def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """The weights of a folder with our names. Names, types and shapes are compared with the
-    settings before any tensor is read."""
+    """The weights of a folder with our names."""
     files = weight_files(folder)
     names = ["config.json", "tokenizer.json", *(file.name for file in files)]
     check_files(folder, names, f"delete {MARKER} if this is what you want to import")
-    library = import_optional("safetensors")
-    shapes: dict[str, tuple[int, ...]] = {}
-    where: dict[str, str] = {}
-    try:
-        for file in files:
-            with library.safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    tensor = opened.get_slice(name)
-                    if name in where or tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                        raise UserError(f"{file}: {name} occurs twice or is {tensor.get_dtype()}")
-                    where[name], shapes[name] = file.name, tuple(tensor.get_shape())
-        listed = read_json(folder / INDEX)["weight_map"] if files[0].name != WEIGHTS else where
-        if where != listed:
-            raise UserError(f"{folder / INDEX} does not list the tensors of its files")
-        check_tensors(with_prefix(shapes, arch), config, arch)
-        tensors: dict[str, Tensor] = {}
-        for file in files:
-            tensors |= import_optional("safetensors.torch").load_file(file)
-    except (library.SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged: {first_line(error)}") from None
-    return weights_from_hf(with_prefix(tensors, arch), config, arch)
-
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+    library = import_optional("safetensors.torch")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= library.load_file(file)
+        except Exception as error:  # damage raises errors of many types
+            raise UserError(f"{file} is damaged: {first_line(error)}") from None
+    # OpenAI's GPT-2 was saved without its language-model head
+    if arch == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
+        head = "lm_head.weight"
+        tensors = {
+            name if name == head else f"transformer.{name}": x for name, x in tensors.items()
+        }
+    return weights_from_hf(tensors, config, arch)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights: model.safetensors, or those that its index lists."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise UserError(f"{folder} has no {WEIGHTS} (other formats are not supported)")
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if weights.is_file():
+        return [weights]
+    if not index.is_file():
+        raise UserError(f"{folder} has no {weights.name} (other formats are not supported)")
+    weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{folder / INDEX} has no weight_map of names and files")
+        raise UserError(f"{index} has no weight_map of names and files")
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}, which {INDEX} lists")
+            raise UserError(f"{folder} has no {name}, which {index.name} lists")
     return [folder / name for name in sorted(set(names))]
-
-
-def with_prefix(named: dict[str, T], arch: str) -> dict[str, T]:
-    """Tensors by their full names: OpenAI's GPT-2 was saved without its language-model head."""
-    if arch != "gpt2" or any(name.startswith("transformer.") for name in named):
-        return named
-    return {
-        f"transformer.{name}" if name != "lm_head.weight" else name: x for name, x in named.items()
-    }

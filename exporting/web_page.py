@@ -30,7 +30,7 @@ from sampling.text import answers_questions, last_trained_on_text
 from system.device import pick_device
 from system.files import atomic_write, file_problems, locked_file
 from system.settings import UserError, raise_problems
-from tokenizer import Tokenizer
+from tokenizer import BPETokenizer, Tokenizer
 
 PAGE = Path(__file__).parent / "page"
 ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
@@ -171,8 +171,9 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     if unknown := model.config.beyond(IMPLEMENTED):
         raise UserError(f"the program of a web page does not have {', '.join(unknown)}")
     content = tokenizer.to_dict()
-    if "pattern" in content:
-        content["pattern"] = to_javascript(content["pattern"])
+    if isinstance(tokenizer, BPETokenizer):
+        content["pattern"] = to_javascript(tokenizer.pattern)
+        content["ranks"] = {token.decode("latin-1"): i for token, i in tokenizer.ranks.items()}
     config, name, trained_here = model.config, state["corpus"]["name"], state["corpus"]["sha256"]
     if not trained_here:  # imported, perhaps from a folder, whose path may be private
         name = Path(name).name

@@ -254,8 +254,6 @@ def make_shards(folder: Path) -> dict[str, Any]:
         (lambda index: index["weight_map"].update(a=5), "has no weight_map"),
         (lambda index: index["weight_map"].update(a="gone.safetensors"), r"no gone\.safetensors"),
         (lambda index: index["weight_map"].update(a="../../x"), r"has no \.\./\.\./x"),
-        (lambda index: index["weight_map"].update(a="model-0.safetensors"), "does not list"),
-        (lambda index: index["weight_map"].pop("model.norm.weight"), "does not list"),
     ],
 )
 def test_a_wrong_index_is_an_error(tmp_path, exported, change, message):

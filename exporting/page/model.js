@@ -2,6 +2,7 @@
 //
 // The same components in the same order, with the same names. Where model.py handles a batch of
 // texts, (B, T, C), this has one token of one text, (C). The tokens before it are in the KV cache.
+// Each component is a function that returns another one: what PyTorch calls forward.
 //
 // Letters in the shape comments: C channels (n_embd), V vocabulary, H heads, K key/value heads
 // (n_kv_head), D head size, F hidden width of the MLP (n_inner), S positions attended to.
@@ -11,52 +12,38 @@
 // int8 weights stay int8 in memory, because a browser multiplies them nearly as fast as float32.
 "use strict";
 
-// --- norms
-const NORMS = {
-  layernorm(x, weight, bias, eps) {
-    let mean = 0;
-    for (const value of x) mean += value / x.length;
-    let variance = 0;
-    for (const value of x) variance += (value - mean) ** 2 / x.length;
-    const scale = 1 / Math.sqrt(variance + eps);
-    return x.map((value, i) => (value - mean) * scale * weight[i] + (bias ? bias[i] : 0));
-  },
-  rmsnorm(x, weight, bias, eps) {
-    let square = 0;
-    for (const value of x) square += value ** 2 / x.length;
-    const scale = 1 / Math.sqrt(square + eps);
-    return x.map((value, i) => value * scale * weight[i]);
-  },
-};
+const add = (a, b) => a.map((value, i) => value + b[i]);
+const matrixRow = ({ rows, scales }, i) => Float32Array.from(rows[i], (value) => value * scales[i]);
 
-class Norm {
-  constructor(config, weights, name) {
-    this.norm = NORMS[config.norm];
-    this.eps = config.norm_eps;
-    this.weight = weights[`${name}.weight`];
-    this.bias = weights[`${name}.bias`]; // undefined without biases
-  }
+// --- norms: what is subtracted before x is divided by the root of its mean square
+const NORMS = { layernorm: (x) => mean(x, (value) => value), rmsnorm: () => 0 };
 
-  forward(x) {
-    return this.norm(x, this.weight, this.bias, this.eps);
-  }
+function mean(x, f) {
+  let sum = 0;
+  for (const value of x) sum += f(value);
+  return sum / x.length;
+}
+
+function makeNorm(config, weights, name) {
+  const weight = weights[`${name}.weight`];
+  const bias = weights[`${name}.bias`]; // undefined without biases
+  return (x) => {
+    const center = NORMS[config.norm](x);
+    const variance = mean(x, (value) => (value - center) ** 2);
+    const scale = 1 / Math.sqrt(variance + config.norm_eps);
+    return x.map((value, i) => (value - center) * scale * weight[i] + (bias ? bias[i] : 0));
+  };
 }
 
 // --- linear layers: nearly all the time is spent here
-class Linear {
-  constructor(weights, name) {
-    this.weight = weights[`${name}.weight`]; // (n_out, n_in)
-    this.bias = weights[`${name}.bias`]; // (n_out), or undefined
-  }
-
-  forward(x) {
-    const { rows, scales } = this.weight;
+function makeLinear(weights, name) {
+  const { rows, scales } = weights[`${name}.weight`]; // (n_out, n_in)
+  const bias = weights[`${name}.bias`]; // (n_out), or undefined
+  return (x) => {
     const y = new Float32Array(rows.length);
-    for (let i = 0; i < y.length; i++) {
-      y[i] = dot(rows[i], x) * scales[i] + (this.bias ? this.bias[i] : 0);
-    }
+    for (let i = 0; i < y.length; i++) y[i] = dot(rows[i], x) * scales[i] + (bias ? bias[i] : 0);
     return y; // (n_out)
-  }
+  };
 }
 
 // The sum of row[i] * x[i]. Four sums, because each addition waits for the previous one of its sum:
@@ -78,88 +65,41 @@ function dot(row, x) {
 }
 
 // --- MLPs: up-project, activate, down-project
-class MLP {
-  constructor(config, weights, name, activation) {
-    this.fc = new Linear(weights, `${name}.fc`);
-    this.activation = activation;
-    this.proj = new Linear(weights, `${name}.proj`);
-  }
-
-  forward(x) {
-    return this.proj.forward(this.fc.forward(x).map(this.activation)); // (F), then (C)
-  }
-}
-
-class SwiGLU {
-  constructor(config, weights, name) {
-    this.fc = new Linear(weights, `${name}.fc`);
-    this.proj = new Linear(weights, `${name}.proj`);
-    this.size = config.n_inner;
-  }
-
-  forward(x) {
-    const both = this.fc.forward(x); // (2 F)
-    const gate = both.subarray(0, this.size),
-      up = both.subarray(this.size); // (F) both
-    return this.proj.forward(gate.map((value, i) => silu(value) * up[i])); // (C)
-  }
-}
-
 const silu = (x) => x / (1 + Math.exp(-x));
 const gelu = (x) => 0.5 * x * (1 + Math.tanh(Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3)));
 const relu = (x) => Math.max(x, 0);
+const ACTIVATIONS = { gelu, relu, silu, relu2: (x) => relu(x) ** 2, swiglu: silu };
 
-const MLPS = {
-  gelu: (config, weights, name) => new MLP(config, weights, name, (x) => gelu(x)),
-  relu: (config, weights, name) => new MLP(config, weights, name, (x) => relu(x)),
-  silu: (config, weights, name) => new MLP(config, weights, name, (x) => silu(x)),
-  relu2: (config, weights, name) => new MLP(config, weights, name, (x) => relu(x) ** 2),
-  swiglu: (config, weights, name) => new SwiGLU(config, weights, name),
-};
+function makeMLP(config, weights, name) {
+  const fc = makeLinear(weights, `${name}.fc`);
+  const proj = makeLinear(weights, `${name}.proj`);
+  const activation = ACTIVATIONS[config.mlp];
+  return (x) => {
+    const y = fc(x); // (F), or with a gate (2 F)
+    if (config.mlp !== "swiglu") return proj(y.map((value) => activation(value)));
+    const up = y.subarray(config.n_inner); // (F)
+    return proj(up.map((value, i) => activation(y[i]) * value)); // (C)
+  };
+}
 
 // --- positions: each takes a token embedding (C) and its position, and returns it, with a position
 // vector added if it has any, and the rotation of queries and keys, [cos, sin] (D/2 each), or null
-class NoPositions {
-  forward(x) {
-    return [x, null];
-  }
-}
-
-class LearnedPositions {
-  constructor(config, weights) {
-    this.table = weights["pos.table.weight"];
-  }
-
-  forward(x, position) {
-    const vector = matrixRow(this.table, position); // (C)
-    return [x.map((value, i) => value + vector[i]), null];
-  }
-}
-
-class SinusoidalPositions {
-  constructor(config) {
-    this.size = config.n_embd;
-    this.scale = Math.sqrt(config.n_embd);
-  }
-
-  forward(x, position) {
-    const angle = rotationAngles(position, this.size, 10000); // (C/2)
-    const vector = x.map((_, i) => (i % 2 ? Math.cos(angle[i >> 1]) : Math.sin(angle[i >> 1])));
-    return [x.map((value, i) => value * this.scale + vector[i]), null];
-  }
-}
-
-class RotaryPositions {
-  constructor(config) {
-    this.size = config.head_size;
-    this.theta = config.rope_theta;
-  }
-
-  forward(x, position) {
-    const angle = rotationAngles(position, this.size, this.theta); // (D/2)
+const POSITIONS = {
+  none: () => (x) => [x, null],
+  learned: (config, weights) => (x, position) => [
+    add(x, matrixRow(weights["pos.table.weight"], position)),
+    null,
+  ],
+  sinusoidal: (config) => (x, position) => {
+    const angle = rotationAngles(position, config.n_embd, 10000); // (C/2)
+    const wave = (i) => (i % 2 ? Math.cos(angle[i >> 1]) : Math.sin(angle[i >> 1]));
+    return [x.map((value, i) => value * Math.sqrt(config.n_embd) + wave(i)), null];
+  },
+  rope: (config) => (x, position) => {
+    const angle = rotationAngles(position, config.head_size, config.rope_theta); // (D/2)
     return [x, [angle.map((a) => Math.cos(a)), angle.map((a) => Math.sin(a))]];
-  }
-}
+  },
+};
 
 // position / theta^(2i/size) for each pair of channels i, (size/2), rounded to float32 where
 // PyTorch rounds.
@@ -171,22 +111,10 @@ function rotationAngles(position, size, theta) {
 // Rotate the channel pairs (i, i + D/2) of x (D) in place.
 function rotate(x, [cos, sin]) {
   for (let i = 0, half = x.length / 2; i < half; i++) {
-    const a = x[i],
-      b = x[i + half];
+    const [a, b] = [x[i], x[i + half]];
     x[i] = a * cos[i] - b * sin[i];
     x[i + half] = b * cos[i] + a * sin[i];
   }
-}
-
-const POSITIONS = {
-  none: () => new NoPositions(),
-  learned: (config, weights) => new LearnedPositions(config, weights),
-  sinusoidal: (config) => new SinusoidalPositions(config),
-  rope: (config) => new RotaryPositions(config),
-};
-
-function matrixRow({ rows, scales }, i) {
-  return Float32Array.from(rows[i], (value) => value * scales[i]);
 }
 
 // --- attention
@@ -198,10 +126,8 @@ class KVCache {
     this.length = 0;
     const size = config.n_kv_head * config.block_size * config.head_size;
     const tensor = () => new Float32Array(size); // (K, block_size, D)
-    this.layers = Array.from({ length: config.n_layer }, () => ({
-      keys: tensor(),
-      values: tensor(),
-    }));
+    const layer = () => ({ keys: tensor(), values: tensor() });
+    this.layers = Array.from({ length: config.n_layer }, layer);
     // with token shift: what the last token passes to the next one, in each sublayer, (C/2)
     this.shiftState = [];
   }
@@ -214,49 +140,35 @@ class KVCache {
   }
 }
 
-class Attention {
-  constructor(config, weights, layer) {
-    const name = `blocks.${layer}.attn`;
-    this.config = config;
-    this.layer = layer;
-    this.qkv = new Linear(weights, `${name}.qkv`);
-    this.proj = new Linear(weights, `${name}.proj`);
-    this.qNorm = config.qk_norm ? new Norm(config, weights, `${name}.q_norm`) : null;
-    this.kNorm = config.qk_norm ? new Norm(config, weights, `${name}.k_norm`) : null;
-  }
-
-  forward(x, rotation, cache) {
-    const { n_head: H, n_kv_head: K, head_size: D, block_size } = this.config;
-    const { keys, values } = cache.layers[this.layer]; // (K, block_size, D) both
-    const qkv = this.qkv.forward(x); // ((H + 2 K) D)
-    const head = (i) => qkv.slice(i * D, (i + 1) * D); // (D)
+function makeAttention(config, weights, layer) {
+  const { n_head: H, n_kv_head: K, head_size: D, block_size } = config;
+  const name = `blocks.${layer}.attn`;
+  const qkv = makeLinear(weights, `${name}.qkv`);
+  const proj = makeLinear(weights, `${name}.proj`);
+  const same = (x) => x;
+  const qNorm = config.qk_norm ? makeNorm(config, weights, `${name}.q_norm`) : same;
+  const kNorm = config.qk_norm ? makeNorm(config, weights, `${name}.k_norm`) : same;
+  return (x, rotation, cache) => {
+    const { keys, values } = cache.layers[layer]; // (K, block_size, D) both
+    const all = qkv(x); // ((H + 2 K) D)
+    const head = (i, norm = same) => norm(all.slice(i * D, (i + 1) * D)); // (D)
     for (let i = 0; i < K; i++) {
+      const k = head(H + i, kNorm);
+      if (rotation) rotate(k, rotation);
       const place = (i * block_size + cache.length) * D;
-      keys.set(this.prepare(head(H + i), this.kNorm, rotation), place);
+      keys.set(k, place);
       values.set(head(H + K + i), place);
     }
     const y = new Float32Array(H * D);
     for (let h = 0; h < H; h++) {
-      const q = this.prepare(head(h), this.qNorm, rotation); // (D)
-      const shared = Math.floor(h / (H / K)); // the key/value head of this query head
-      const start = shared * block_size * D,
-        end = start + (cache.length + 1) * D;
-      plainAttention(
-        q,
-        keys.subarray(start, end),
-        values.subarray(start, end),
-        y.subarray(h * D, (h + 1) * D),
-      );
+      const q = head(h, qNorm);
+      if (rotation) rotate(q, rotation);
+      const start = Math.floor(h / (H / K)) * block_size * D; // of the shared key/value head
+      const filled = (tensor) => tensor.subarray(start, start + (cache.length + 1) * D); // (S, D)
+      plainAttention(q, filled(keys), filled(values), y.subarray(h * D, (h + 1) * D));
     }
-    return this.proj.forward(y); // (C)
-  }
-
-  // Normalize and rotate a query or a key (D).
-  prepare(x, norm, rotation) {
-    x = norm ? norm.forward(x) : x;
-    if (rotation) rotate(x, rotation);
-    return x;
-  }
+    return proj(y); // (C)
+  };
 }
 
 // Attention as in the formula, softmax(q k^T / sqrt(D)) v, for a query (D), keys and values (S, D).
@@ -277,50 +189,33 @@ function plainAttention(q, keys, values, y) {
 }
 
 function softmax(x) {
-  let highest = -Infinity,
-    sum = 0;
-  for (const value of x) highest = Math.max(highest, value);
+  const highest = x.reduce((a, b) => Math.max(a, b), -Infinity);
   const exponentials = x.map((value) => Math.exp(value - highest));
-  for (const value of exponentials) sum += value;
+  const sum = exponentials.reduce((a, b) => a + b, 0);
   return exponentials.map((value) => value / sum);
 }
 
-// x (C) with its second half replaced by that of the previous token, (C/2).
-function shiftTokens(x, previous) {
-  const shifted = x.slice();
-  shifted.set(previous, x.length / 2);
-  return shifted;
-}
-
-const add = (a, b) => a.map((value, i) => value + b[i]);
-
 // --- the model
-class Block {
-  constructor(config, weights, layer) {
-    const name = `blocks.${layer}`;
-    this.norm1 = new Norm(config, weights, `${name}.norm1`);
-    this.attn = new Attention(config, weights, layer);
-    this.norm2 = new Norm(config, weights, `${name}.norm2`);
-    this.mlp = MLPS[config.mlp](config, weights, `${name}.mlp`);
-    this.layer = layer;
-    this.postNorm = config.post_norm;
-    this.tokenShift = config.token_shift;
-  }
-
-  forward(x, rotation, cache) {
-    x = add(x, this.attn.forward(this.sublayerInput(x, 0, cache), rotation, cache));
-    x = this.postNorm ? this.norm1.forward(x) : x;
-    x = add(x, this.mlp.forward(this.sublayerInput(x, 1, cache)));
-    return this.postNorm ? this.norm2.forward(x) : x;
-  }
-
-  // What attention (sublayer 0) or the MLP (sublayer 1) reads from the residual stream.
-  sublayerInput(x, sublayer, cache) {
-    if (!this.postNorm) x = (sublayer ? this.norm2 : this.norm1).forward(x);
-    if (!this.tokenShift) return x;
-    const last = x.slice(x.length / 2); // (C/2), for the next token
-    return shiftTokens(x, cache.swapShiftState(2 * this.layer + sublayer, last));
-  }
+function makeBlock(config, weights, layer) {
+  const name = `blocks.${layer}`;
+  const norms = [1, 2].map((n) => makeNorm(config, weights, `${name}.norm${n}`));
+  const attention = makeAttention(config, weights, layer);
+  const mlp = makeMLP(config, weights, `${name}.mlp`);
+  return (x, rotation, cache) => {
+    for (const [i, sublayer] of [attention, mlp].entries()) {
+      let input = config.post_norm ? x : norms[i](x);
+      if (config.token_shift) {
+        // its second half is that of the previous token
+        const half = input.length / 2;
+        const previous = cache.swapShiftState(2 * layer + i, input.slice(half)); // (C/2)
+        input = input.slice();
+        input.set(previous, half);
+      }
+      x = add(x, sublayer(input, rotation, cache));
+      if (config.post_norm) x = norms[i](x);
+    }
+    return x;
+  };
 }
 
 class GPT {
@@ -328,18 +223,17 @@ class GPT {
     this.config = config;
     this.tok = weights["tok.weight"]; // (V, C)
     this.pos = POSITIONS[config.pos](config, weights);
-    this.blocks = Array.from({ length: config.n_layer }, (_, i) => new Block(config, weights, i));
-    this.norm = config.post_norm ? null : new Norm(config, weights, "norm");
-    this.head = new Linear(weights, config.tie_weights ? "tok" : "head");
+    this.blocks = Array.from({ length: config.n_layer }, (_, i) => makeBlock(config, weights, i));
+    this.norm = config.post_norm ? (x) => x : makeNorm(config, weights, "norm");
+    this.head = makeLinear(weights, config.tie_weights ? "tok" : "head");
   }
 
   // Append a token to the cache and return the logits (V) of the next one, or nothing if they are
   // not needed: in the prompt, only the last token's are.
   forward(token, cache, needLogits = true) {
-    let [x, rotation] = this.pos.forward(matrixRow(this.tok, token), cache.length); // (C)
-    for (const block of this.blocks) x = block.forward(x, rotation, cache);
+    let [x, rotation] = this.pos(matrixRow(this.tok, token), cache.length); // (C)
+    for (const block of this.blocks) x = block(x, rotation, cache);
     cache.length += 1;
-    if (!needLogits) return undefined;
-    return this.head.forward(this.norm ? this.norm.forward(x) : x); // (V)
+    return needLogits ? this.head(this.norm(x)) : undefined; // (V)
   }
 }

@@ -26,23 +26,13 @@ class CharTokenizer {
 
 // --- byte-pair encoding
 
-// Byte strings are strings of characters U+0000 to U+00FF, which can be keys of a Map.
+// Byte strings are strings of characters U+0000 to U+00FF, as in the page's `ranks`.
 const toByteString = (text) =>
   Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
 
-// GPT-2's character for each byte: printable ones are unchanged, the others U+0100 and following.
-const isPrintable = (b) => (b > 0x20 && b < 0x7f) || (b > 0xa0 && b !== 0xad);
-const BYTES = Array.from({ length: 256 }, (_, b) => b);
-const OTHERS = BYTES.filter((b) => !isPrintable(b));
-const PRINTABLE_TO_BYTE = new Map(
-  BYTES.map((b) => [String.fromCharCode(isPrintable(b) ? b : 0x100 + OTHERS.indexOf(b)), b]),
-);
-const fromPrintable = (text) =>
-  Array.from(text, (char) => String.fromCharCode(PRINTABLE_TO_BYTE.get(char))).join("");
-
 class BPETokenizer {
   constructor({ ranks, specials, pattern }) {
-    this.ranks = new Map(Object.entries(ranks).map(([text, id]) => [fromPrintable(text), id]));
+    this.ranks = new Map(Object.entries(ranks));
     this.specials = new Map(Object.entries(specials));
     this.pattern = new RegExp(pattern, "gu"); // translated to JavaScript's syntax
     this.tokenBytes = new Map([...this.ranks].map(([token, id]) => [id, token]));
