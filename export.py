@@ -13,8 +13,8 @@ If no standard architecture has the model's components, the folder also contains
 and loads with trust_remote_code=True.
 --overwrite replaces an earlier export, or with --from a checkpoint, and nothing else, once the new
 one is complete.
-Folders need `pip install safetensors tokenizers`, the hub `pip install huggingface_hub`, .gguf
-files `pip install gguf`; a page needs nothing.
+Folders need `pip install safetensors tokenizers`, the hub also huggingface_hub, .gguf files `pip
+install gguf`; a page needs nothing.
 """
 
 import re
@@ -64,10 +64,8 @@ class ExportConfig:
             found.append("give a checkpoint and a folder, or --from NAME and a checkpoint")
         if self.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
             found.append(f"--push must be user/name, not {self.push!r}")
-        if self.push and self.source:
-            found.append("--push uploads an exported folder, and --from imports one")
-        if self.push and self.kind:
-            found.append(f"--push uploads an exported folder, not a .{self.kind} file")
+        if self.push and (self.source or self.kind):
+            found.append("--push is for exported folders: leave it out")
         if self.source and self.paths[-1:] and self.paths[-1].lower().endswith((".html", ".gguf")):
             found.append("--from writes a checkpoint: name it NAME.pt")
         if self.precision != "auto" and not self.kind:

@@ -14,8 +14,9 @@ from typing import Any
 
 from corpus.text import file_sha256
 from system.errors import first_line
+from system.files import file_problems
 from system.folders import replacing
-from system.settings import VERSION, UserError
+from system.settings import VERSION, UserError, raise_problems
 
 MARKER = "tinyllm.json"
 
@@ -107,3 +108,14 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield new
         files = {path.name: file_sha256(path) for path in sorted(new.iterdir())}
         write_json(new / MARKER, {"tinyllm": VERSION, "files": files})
+
+
+def check_file(path: Path, mark: bytes, overwrite: bool) -> None:
+    """Raise UserError unless a file can be written: it does not exist, or it may be replaced and is
+    an earlier export, which has this mark at its beginning."""
+    raise_problems(file_problems(path))
+    if os.path.lexists(path):
+        if not path.is_file() or mark not in path.open("rb").read(1000):
+            raise UserError(f"{path} was not written by export.py: choose another path")
+        if not overwrite:
+            raise UserError(f"{path} exists: add --overwrite or choose another path")

@@ -7,8 +7,6 @@ rotates channels. Each tokenizer becomes a byte-level BPE, the kind that llama.c
 
 import dataclasses
 import math
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig
-from exporting.folders import import_optional
+from exporting.folders import check_file, import_optional
 from exporting.hf_model import matching_arch, split_sizes
 from exporting.hf_tokenizer import (
     DIGITS_PATTERN,
@@ -31,8 +29,8 @@ from exporting.huggingface import special_token_ids
 from finetuning import lora
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
-from system.files import atomic_write, file_problems, locked_file
-from system.settings import UserError, raise_problems
+from system.files import atomic_write, locked_file
+from system.settings import UserError
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, prompt_text, to_printable
 
 TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
@@ -267,8 +265,8 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     for Ollama, whose path is returned. Raises UserError if llama.cpp does not have the model's
     components or tokenizer, or if a file exists, unless it is an export and `overwrite` is set."""
     modelfile = target.with_suffix(".Modelfile")
-    files = ((target, MAGIC), (modelfile, FIRST_LINE.encode()))
-    check_files(files, overwrite)
+    for path, mark in ((target, MAGIC), (modelfile, FIRST_LINE.encode())):
+        check_file(path, mark, overwrite)
     import_optional("gguf")
     if lora.is_adapter(checkpoint):
         raise UserError(
@@ -294,7 +292,7 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
         *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
     ]
     with locked_file(target, "an export"):
-        check_files(files, overwrite)  # another process may have written them
+        check_file(target, MAGIC, overwrite)  # another process may have written it
         with atomic_write(target) as file, atomic_write(modelfile) as text_file:
             write_gguf(writer, Path(file.name))
             text_file.write("\n".join([*lines, ""]).encode())
@@ -332,15 +330,3 @@ def write_gguf(writer: Any, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def check_files(files: Iterable[tuple[Path, bytes]], overwrite: bool) -> None:
-    """Raise UserError unless the files can be written: a file does not exist, or it may be replaced
-    and starts as an export does, with these bytes."""
-    for path, start in files:
-        if os.path.lexists(path):
-            if not path.is_file() or path.open("rb").read(len(start)) != start:
-                raise UserError(f"{path} was not written by export.py: choose another path")
-            if not overwrite:
-                raise UserError(f"{path} exists: add --overwrite or choose another path")
-        raise_problems(file_problems(path))

@@ -94,7 +94,12 @@ EMBEDDINGS = ("tok", "pos.table")  # the modules without biases
 def tensor_names(config: GPTConfig, arch: str) -> Iterator[tuple[str, list[str]]]:
     """Our name of each tensor, and their names of the tensors that it concatenates."""
     if arch == CUSTOM:
-        yield from ((name, [f"gpt.{name}"]) for name in parameter_names(config))
+        with torch.device("meta"):  # takes no memory
+            model = GPT(replace(config, n_layer=1))
+        for name, _ in model.named_parameters():  # tied weights once
+            for i in range(config.n_layer if name.startswith("blocks.0.") else 1):
+                ours = name.replace("blocks.0.", f"blocks.{i}.", 1)
+                yield ours, [f"gpt.{ours}"]
         return
     for our_module, their_modules in MODULES[arch].items():
         kinds = ("weight", "bias") if config.bias and our_module not in EMBEDDINGS else ("weight",)
@@ -104,15 +109,6 @@ def tensor_names(config: GPTConfig, arch: str) -> Iterator[tuple[str, list[str]]
                 yield ours, [f"{module}.{kind}".format(i=i) for module in their_modules]
     if not config.tie_weights:
         yield "head.weight", ["lm_head.weight"]
-
-
-def parameter_names(config: GPTConfig) -> Iterator[str]:
-    """The names of a model's parameters, tied weights once, without allocating memory."""
-    with torch.device("meta"):
-        model = GPT(replace(config, n_layer=1))
-    for name, _ in model.named_parameters():
-        for i in range(config.n_layer if name.startswith("blocks.0.") else 1):
-            yield name.replace("blocks.0.", f"blocks.{i}.", 1)
 
 
 def is_transposed(ours: str, arch: str) -> bool:
@@ -146,40 +142,32 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def weights_from_hf(tensors: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
     """Their weights with our names and shapes, in float32. Raises UserError if one is missing, not
     one of the model, of another shape, or contains other values than finite numbers."""
-    names = []
-    for ours, theirs in tensor_names(config, arch):
-        if missing := [name for name in theirs if name not in tensors]:
+    for _, names in tensor_names(config, arch):
+        if missing := [name for name in names if name not in tensors]:
             raise UserError(f"the model to import has no tensor {missing[0]}")
-        names.append((ours, theirs))
-    known = {name for _, theirs in names for name in theirs} | {"lm_head.weight"}
-    if extra := [name for name in tensors if name not in known and not BUFFERS.fullmatch(name)]:
-        raise UserError(f"the model to import has a tensor that {arch} does not have: {extra[0]}")
     with torch.device("meta"):  # takes no memory, whatever sizes the settings claim
-        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    if "lm_head.weight" in tensors and config.tie_weights:
-        names.append(("head.weight", ["lm_head.weight"]))
+        expected = weights_to_hf(GPT(config).state_dict(), config, arch)
+    for name, tensor in tensors.items():
+        if name not in expected and name != "lm_head.weight" and not BUFFERS.fullmatch(name):
+            raise UserError(f"the model to import has a tensor that {arch} does not have: {name}")
+        if name in expected and tensor.shape != expected[name].shape:
+            raise UserError(
+                f"the weights do not match config.json: {name} has shape {list(tensor.shape)} "
+                f"instead of {list(expected[name].shape)}"
+            )
+        if name in expected and not (tensor.dtype in FLOATS and tensor.isfinite().all()):
+            raise UserError(f"{name} contains values that are not finite numbers")
     state = {}
-    for ours, theirs in names:
-        rows, *columns = shapes[ours]
-        sizes = split_sizes(config, ours) if len(theirs) > 1 else [rows]
-        transposed = is_transposed(ours, arch)
-        for name, n in zip(theirs, sizes, strict=True):
-            found, shape = tensors[name], [*columns, n] if transposed else [n, *columns]
-            if list(found.shape) != shape:
-                raise UserError(
-                    f"the weights do not match config.json: {name} has shape "
-                    f"{list(found.shape)} instead of {shape}"
-                )
-            if found.dtype not in FLOATS or not found.isfinite().all():
-                raise UserError(f"{name} contains values that are not finite numbers")
+    for ours, theirs in tensor_names(config, arch):
         tensor = torch.cat([tensors[name].float() for name in theirs])
-        state[ours] = (tensor.T if transposed else tensor).contiguous()
-    head = state.setdefault("head.weight", state["tok.weight"])
-    if config.tie_weights and not torch.equal(head, state["tok.weight"]):
+        state[ours] = (tensor.T if is_transposed(ours, arch) else tensor).contiguous()
+    embedding = state["tok.weight"]
+    head = tensors.get("lm_head.weight", embedding).float()
+    if config.tie_weights and not torch.equal(head, embedding):
         raise UserError(
             "tie_word_embeddings is true, but lm_head.weight differs from the embedding"
         )
-    return state
+    return {"head.weight": embedding} | state
 
 
 # --- config.json

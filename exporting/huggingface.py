@@ -128,17 +128,6 @@ Without this option, `transformers` does not load the model, or asks first.
 """
 
 
-def code_notes(config: GPTConfig) -> str:
-    """The part of a model card about the code in its folder."""
-    values = {f: getattr(config, f) for f in ARCH_FIELDS}
-    names = [f if value is True else value for f, value in values.items() if value]
-    if config.n_kv_head != config.n_head:
-        names.append(f"n_kv_head {config.n_kv_head}")
-    if config.head_size * config.n_head != config.n_embd:
-        names.append(f"head_size {config.head_size}")
-    return CODE_NOTES.format(components=", ".join(names), window=config.block_size)
-
-
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
@@ -168,8 +157,11 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
     if arch == CUSTOM:
-        texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST}
-        texts["notes"] = code_notes(config)
+        values = {f: getattr(config, f) for f in ARCH_FIELDS}
+        names = [f if value is True else value for f, value in values.items() if value]
+        names += [f"{f} {getattr(config, f)}" for f in ("n_kv_head", "head_size")]
+        notes = CODE_NOTES.format(components=", ".join(names), window=config.block_size)
+        texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
     length = min(config.block_size, 200)
     return CARD.format(origin=origin, table=table, sample=sample, length=length, **texts)
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 import utils
-from config import GPTConfig
 from corpus.corpus import Corpus
 from corpus.load import training_corpus
+from exporting.folders import check_file
 from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
 from system.device import pick_device
-from system.files import atomic_write, file_problems, locked_file
-from system.settings import UserError, raise_problems
+from system.files import atomic_write, locked_file
+from system.settings import UserError
 from tokenizer import BPETokenizer, Tokenizer
 
 PAGE = Path(__file__).parent / "page"
@@ -55,29 +55,17 @@ RUN_SETTINGS = (
 )
 
 
-def check_page_target(path: Path, overwrite: bool) -> None:
-    """Raise UserError unless a page can be written: there is no such file, or it may be replaced
-    and is an earlier page."""
-    raise_problems(file_problems(path))
-    if path.exists():
-        with path.open("rb") as file:
-            if GENERATOR not in file.read(1000):
-                raise UserError(f"{path} was not written by export.py: choose another path")
-        if not overwrite:
-            raise UserError(f"{path} exists: add --overwrite or choose another path")
-
-
 def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
     """Write a checkpoint as a web page, with its weights in float16 or int8; `auto`: int8 if the
     measured loss is nearly the same. Raises UserError if the file exists, unless it is a page and
     `overwrite` is set."""
-    check_page_target(target, overwrite)
+    check_file(target, GENERATOR, overwrite)
     model, tokenizer, state = utils.load_checkpoint(checkpoint, pick_device("auto"))
     data = page_data(model, tokenizer, state)
     precision, measured = pick_precision(model, tokenizer, state, precision)
     data["summary"] += f"; weights in {precision}{measured}"
     with locked_file(target, "an export"):
-        check_page_target(target, overwrite)  # another process may have written it
+        check_file(target, GENERATOR, overwrite)  # another process may have written it
         with atomic_write(target) as file:
             for text in page_parts(model, data, precision):
                 file.write(text.encode("ascii"))
@@ -177,8 +165,9 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     config, name, trained_here = model.config, state["corpus"]["name"], state["corpus"]["sha256"]
     if not trained_here:  # imported, perhaps from a folder, whose path may be private
         name = Path(name).name
-    sizes = f"{config.n_layer} layers, {config.n_embd} channels"
-    summary = f"{model.num_params():,} parameters: {sizes}"
+    summary = (
+        f"{model.num_params():,} parameters: {config.n_layer} layers, {config.n_embd} channels"
+    )
     if trained_here:
         summary += f"; {state['step']:,} steps on {name}"
     log = [
@@ -188,6 +177,8 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     losses = [record["val"] for record in log if record["step"] == state["step"]]
     if losses and losses[-1] is not None:
         summary += f"; validation loss {losses[-1]:.4f}"
+    run = state["train_config"]
+    settings = asdict(config) | {name: run[name] for name in RUN_SETTINGS if name in run}
     return {
         "name": name,
         "summary": summary,
@@ -195,7 +186,7 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
         "tokenizer": content,
         "qa": answers_questions(tokenizer) and not last_trained_on_text(state),
         "log": log,
-        "settings": run_settings(config, state["train_config"]),
+        "settings": [(name, str(value)[:100]) for name, value in settings.items()],
     }
 
 
@@ -221,26 +212,17 @@ def finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def run_settings(config: GPTConfig, train_config: dict[str, Any]) -> list[tuple[str, str]]:
-    """The settings of the model and of its training, as text."""
-    run = [(name, train_config[name]) for name in RUN_SETTINGS if name in train_config]
-    shown = [*asdict(config).items(), *run]
-    words = {True: "yes", False: "no", "": "-", None: "-"}
-    return [
-        (name, words[value] if value in ("", None) or isinstance(value, bool) else str(value)[:100])
-        for name, value in shown
-    ]
-
-
 def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str]:
     """The text of the page, in parts. Each placeholder of page.html is replaced once, so that no
     data is taken for one."""
     style, script = read_source("page.css"), read_source("page.js")
+    title = html.escape(f"{data['name']}: a language model")
+    content = json.dumps(data, allow_nan=False)  # in which < occurs only in strings
     parts = {
         "POLICY": content_policy(f"\n{script}", style),
-        "TITLE": ascii_html(f"{data['name']}: a language model"),
+        "TITLE": title.encode("ascii", "xmlcharrefreplace").decode(),
         "STYLE": style,
-        "DATA": script_json(data),
+        "DATA": content.replace("<", "\\u003c"),  # so that no text can end the element
         "ENGINE": "".join(
             f'<script type="text/plain" class="engine" data-file="{name}">\n'
             f"{read_source(name)}</script>\n"
@@ -280,13 +262,3 @@ def content_policy(script: str, style: str) -> str:
         f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; worker-src blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def script_json(data: Any) -> str:
-    """JSON for a script element, which no text in it can end: in JSON, < occurs only in strings."""
-    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-
-
-def ascii_html(text: str) -> str:
-    """Text as ASCII for HTML; characters that HTML does not allow become U+FFFD."""
-    return html.escape(text).encode("ascii", "xmlcharrefreplace").decode()

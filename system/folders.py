@@ -1,4 +1,4 @@
-"""Folders: whether they can be written to, locks, atomic replacement, the newest run."""
+"""Replace a folder by a new one, completely or not at all."""
 
 import contextlib
 import ctypes
@@ -10,8 +10,6 @@ from pathlib import Path
 
 from system.files import locked
 from system.settings import UserError
-
-# --- replacing a folder by a new one
 
 
 @contextlib.contextmanager
@@ -28,7 +26,7 @@ def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Pa
     `restore_folder` returns it.
     """
     target = Path(os.path.realpath(folder))  # a link stays a link
-    work = work_folder(target)
+    work = target.parent / f".{target.name}.part"
     new, old = work / "new", work / "old"
     missing = [parent for parent in target.parents if not os.path.lexists(parent)]
     try:
@@ -59,15 +57,10 @@ def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Pa
                 parent.rmdir()
 
 
-def work_folder(folder: Path) -> Path:
-    """The folder in which another one is made."""
-    return folder.parent / f".{folder.name}.part"
-
-
 def restore_folder(folder: Path) -> None:
     """Return the folder that an interrupted replacement has moved away."""
     target = Path(os.path.realpath(folder))
-    old = work_folder(target) / "old"
+    old = target.parent / f".{target.name}.part" / "old"
     if old.exists() and not target.exists():
         old.rename(target)
 
@@ -93,6 +86,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# --- runs

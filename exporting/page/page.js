@@ -3,10 +3,11 @@
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const element = (name, className, text) => {
-  const created = document.createElement(name);
-  if (className) created.className = className;
-  if (text !== undefined) created.textContent = text;
+const SVG = "http://www.w3.org/2000/svg";
+const element = (name, attributes = {}, text = "", namespace = document.body.namespaceURI) => {
+  const created = document.createElementNS(namespace, name);
+  for (const [key, value] of Object.entries(attributes)) created.setAttribute(key, value);
+  created.textContent = text;
   return created;
 };
 const data = JSON.parse($("data").textContent);
@@ -97,7 +98,7 @@ function speed() {
 
 function showStep(step) {
   if (step.prompt !== undefined) {
-    $("output").append(element("span", "prompt", step.prompt));
+    $("output").append(element("span", { class: "prompt" }, step.prompt));
     const { unknown, n_tokens: n } = step;
     const size = data.config.block_size;
     const seen = Math.max(size >> 1, 1);
@@ -110,7 +111,8 @@ function showStep(step) {
   }
   // A token may end inside a character: then the text comes with a later token.
   if (step.text) {
-    const span = element("span", step.text.includes("\n") ? "token newline" : "token", step.text);
+    const kind = step.text.includes("\n") ? "token newline" : "token";
+    const span = element("span", { class: kind }, step.text);
     span.tokens = run.pending;
     span.style.setProperty("--p", step.token ? step.token.probability : 0);
     $("output").append(span);
@@ -120,19 +122,25 @@ function showStep(step) {
 
 // --- the alternatives of a token
 const VISIBLE_SPACES = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5" };
-const label = (text) => text.replace(/[ \n\t]/g, (space) => VISIBLE_SPACES[space]);
 
 function showAlternatives(span) {
   hideAlternatives();
   span.classList.add("shown");
   const box = $("alternatives");
   for (const token of span.tokens) {
-    const { alternatives } = token;
-    const listed = alternatives.some(({ id }) => id === token.id)
-      ? alternatives
-      : [...alternatives, token];
+    const others = token.alternatives.filter(({ id }) => id !== token.id);
+    const listed = others.length < token.alternatives.length ? token.alternatives : [...others, token];
     if (box.childElementCount) box.append(element("hr"));
-    for (const other of listed) box.append(alternativeRow(other, other.id === token.id));
+    for (const { id, label, probability } of listed) {
+      const row = element("div", { class: id === token.id ? "chosen" : "" });
+      const bar = element("span", { class: "bar" });
+      bar.append(element("span"));
+      bar.firstChild.style.setProperty("--p", probability);
+      const name = label.replace(/[ \n\t]/g, (space) => VISIBLE_SPACES[space]);
+      const percentage = element("span", {}, `${(100 * probability).toFixed(1)}%`);
+      row.append(element("span", { class: "label" }, name), bar, percentage);
+      box.append(row);
+    }
   }
   box.hidden = false;
   const place = span.getClientRects()[0];
@@ -144,20 +152,6 @@ function showAlternatives(span) {
   box.style.top = `${top + window.scrollY}px`;
 }
 
-function alternativeRow({ label: text, probability }, chosen) {
-  const row = element("div", chosen ? "chosen" : "");
-  const bar = element("span", "bar");
-  const filled = element("span");
-  filled.style.setProperty("--p", probability);
-  bar.append(filled);
-  row.append(
-    element("span", "label", label(text)),
-    bar,
-    element("span", "", `${(100 * probability).toFixed(1)}%`),
-  );
-  return row;
-}
-
 function hideAlternatives() {
   $("alternatives").hidden = true;
   $("alternatives").replaceChildren();
@@ -165,13 +159,6 @@ function hideAlternatives() {
 }
 
 // --- the run: loss curve and settings
-const svg = (name, attributes, text) => {
-  const created = document.createElementNS("http://www.w3.org/2000/svg", name);
-  for (const [key, value] of Object.entries(attributes)) created.setAttribute(key, value);
-  if (text !== undefined) created.textContent = text;
-  return created;
-};
-
 // About n round numbers that divide a range: 1, 2 or 5 times a power of ten apart.
 function ticks(low, high, n) {
   const power = 10 ** Math.floor(Math.log10((high - low) / n));
@@ -183,47 +170,39 @@ function ticks(low, high, n) {
 }
 
 function drawCurve() {
-  const [width, height, left, right, bottom] = [$("curve").clientWidth, 240, 40, 72, 36];
-  const lines = ["train", "val"].map((name) => [
-    name,
-    data.log.filter((record) => record[name] !== null),
-  ]);
-  const losses = lines.flatMap(([name, records]) => records.map((record) => record[name]));
-  const highStep = Math.max(...data.log.map((record) => record.step), 1);
-  const low = Math.min(...losses),
-    high = Math.max(...losses, low + 1e-3);
+  const [width, height, left, right, top, bottom] = [$("curve").clientWidth, 240, 40, 72, 28, 36];
+  const curves = ["train", "val"]
+    .map((name) => ({ name, records: data.log.filter((record) => record[name] !== null) }))
+    .filter(({ records }) => records.length);
+  const losses = curves.flatMap(({ name, records }) => records.map((record) => record[name]));
+  const low = Math.min(...losses);
+  const high = Math.max(...losses, low + 1e-3);
+  const highStep = Math.max(...data.log.map(({ step }) => step), 1);
   const x = (step) => left + (step / highStep) * (width - left - right);
-  const top = 28; // below the label of the axis
   const y = (loss) => top + ((high - loss) / (high - low)) * (height - top - bottom);
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
-  picture.append(svg("title", {}, "Loss in nats per token during training"));
+  const picture = element("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" }, "", SVG);
+  const draw = (name, attributes, text) => picture.append(element(name, attributes, text, SVG));
+  draw("title", {}, "Loss in nats per token during training");
   for (const loss of ticks(low, high, 5)) {
-    picture.append(
-      svg("line", { class: "grid", x1: left, x2: width - right, y1: y(loss), y2: y(loss) }),
-    );
-    picture.append(svg("text", { x: left - 8, y: y(loss) + 4, "text-anchor": "end" }, loss));
+    draw("line", { class: "grid", x1: left, x2: width - right, y1: y(loss), y2: y(loss) });
+    draw("text", { x: left - 8, y: y(loss) + 4, "text-anchor": "end" }, loss);
   }
   for (const step of ticks(0, highStep, width < 500 ? 3 : 6)) {
-    picture.append(
-      svg("text", { x: x(step), y: height - bottom + 18, "text-anchor": "middle" }, step),
-    );
+    draw("text", { x: x(step), y: height - bottom + 18, "text-anchor": "middle" }, step);
   }
-  const middle = left + (width - left - right) / 2;
-  picture.append(svg("text", { x: middle, y: height - 2, "text-anchor": "middle" }, "step"));
-  picture.append(svg("text", { x: 0, y: 12 }, "loss (nats per token)"));
-  const labels = [];
-  for (const [name, records] of lines.filter(([, records]) => records.length)) {
+  draw("text", { x: x(highStep / 2), y: height - 2, "text-anchor": "middle" }, "step");
+  draw("text", { x: 0, y: 12 }, "loss (nats per token)");
+  for (const curve of curves) {
+    const { name, records } = curve;
     const points = records.map((record) => `${x(record.step)},${y(record[name])}`).join(" ");
-    picture.append(svg("polyline", { class: name, points }));
-    const last = records.at(-1);
-    labels.push({ name, loss: last[name], y: y(last[name]) + 4 });
+    draw("polyline", { class: name, points });
+    curve.last = records.at(-1)[name];
   }
-  labels.sort((a, b) => a.y - b.y);
-  if (labels.length === 2) labels[1].y = Math.max(labels[1].y, labels[0].y + 14); // no overlap
-  for (const { name, loss, y } of labels) {
-    picture.append(
-      svg("text", { class: name, x: width - right + 8, y }, `${name} ${loss.toFixed(2)}`),
-    );
+  curves.sort((a, b) => b.last - a.last);
+  let place = -Infinity;
+  for (const { name, last } of curves) {
+    place = Math.max(y(last) + 4, place + 14); // no overlap
+    draw("text", { class: name, x: width - right + 8, y: place }, `${name} ${last.toFixed(2)}`);
   }
   $("curve").replaceChildren(picture);
 }
@@ -234,7 +213,7 @@ function showRun() {
   $("prompt").placeholder = data.qa ? "Ask the model a question" : "Text that the model continues";
   for (const [name, value] of data.settings) {
     const row = element("tr");
-    row.append(element("td", "", name), element("td", "", value));
+    row.append(element("td", {}, name), element("td", {}, value));
     $("settings").append(row);
   }
   $("training").hidden = false;
