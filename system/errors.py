@@ -59,7 +59,8 @@ def error_reason(error: Exception) -> str:
         return str(error).replace("\n", " ")
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}"
-    words = ("out of memory", "DefaultCPUAllocator")  # in PyTorch's errors, on a GPU and on a CPU
+    # in PyTorch's errors: on a GPU, on a CPU, and for sizes that no machine has
+    words = ("out of memory", "DefaultCPUAllocator", "size calculation overflowed")
     if isinstance(error, MemoryError) or any(text in str(error) for text in words):
         return "not enough memory: use a smaller model, batch, window or number of samples"
     return ""

@@ -50,6 +50,7 @@ def start(code: str, stdout: object = subprocess.PIPE, **options: object) -> sub
             "not enough memory",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[3]"), "not enough memory"),
     ],
 )
 def test_errors_that_a_user_can_correct_are_one_line(capsys, error: Exception, line: str):
