@@ -26,7 +26,6 @@ from exporting.hf_tokenizer import (
     merges_of,
 )
 from exporting.huggingface import special_token_ids
-from finetuning import lora
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
 from system.files import atomic_write, locked_file
@@ -155,7 +154,6 @@ PRE_TOKENIZERS = {
     LLAMA3_PATTERN: "llama-bpe",
     QWEN_PATTERN: "qwen2",
 }
-IGNORES_MERGES = ("llama-bpe",)
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 
 
@@ -165,7 +163,7 @@ def bpe_rules(tokenizer: BPETokenizer) -> tuple[str, list[str]]:
     pre = PRE_TOKENIZERS.get(tokenizer.pattern)
     merges = list(merges_of(tokenizer))
     unmerged = len({left + right for left, right in merges}) < len(tokenizer.ranks) - 256
-    if pre is None or (pre not in IGNORES_MERGES and unmerged):
+    if pre is None or (pre != "llama-bpe" and unmerged):
         raise UserError(
             "llama.cpp has no tokenizer that splits text as this one does (train a model that can "
             "be exported with --tokenizer bpe, char or gpt2)"
@@ -250,15 +248,6 @@ def with_end_token(weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
 
 # --- files
 
-# The sampling of generate.py, where Ollama has other defaults
-PARAMETERS = {
-    "temperature": SampleConfig.temperature,
-    "top_k": SampleConfig.top_k,
-    "top_p": SampleConfig.top_p,
-    "min_p": SampleConfig.min_p,
-    "repeat_penalty": SampleConfig.repetition_penalty,
-}
-
 
 def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> Path:
     """Write the model of a checkpoint as a GGUF file, and beside it a Modelfile
@@ -268,11 +257,6 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     for path, mark in ((target, MAGIC), (modelfile, FIRST_LINE.encode())):
         check_file(path, mark, overwrite)
     import_optional("gguf")
-    if lora.is_adapter(checkpoint):
-        raise UserError(
-            f"{checkpoint} is an adapter: merge it first (python finetune.py BASE --merge "
-            f"{checkpoint}) and export the result"
-        )
     model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
     # The prompts of a conversation are those of explore.py chat.
     asks = answers_questions(tokenizer) and not last_trained_on_text(state)
@@ -284,7 +268,10 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
         f"{{{{ m['content'] + {end!r} }}}}"
         f"{{% else %}}{{{{ {before!r} + m['content'] + {after!r} }}}}{{% endif %}}{{% endfor %}}"
     )
-    parameters = PARAMETERS | {"num_ctx": model.config.block_size}
+    # The sampling of generate.py, where Ollama has other defaults
+    parameters = {name: getattr(SampleConfig, name) for name in ("temperature", "top_k", "top_p")}
+    parameters |= {"min_p": SampleConfig.min_p, "repeat_penalty": SampleConfig.repetition_penalty}
+    parameters |= {"num_ctx": model.config.block_size}
     lines = [
         f"{FIRST_LINE}ollama create NAME -f {modelfile.name}, then ollama run NAME",
         f"FROM ./{target.name}",

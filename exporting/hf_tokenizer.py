@@ -191,17 +191,6 @@ def split_rule(pattern: str) -> dict[str, Any]:
     return {"type": "Split", "pattern": regex, "behavior": "Isolated", "invert": False}
 
 
-def byte_level(use_regex: bool) -> dict[str, Any]:
-    """The pre-tokenizer of GPT-2, which also splits by its pattern if use_regex is set."""
-    settings = {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-    return {"type": "ByteLevel", **settings}
-
-
-def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
-    """A pre-tokenizer of several."""
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
 def bpe_from_hf(
     parts: dict[str, Any], vocab: dict[str, int], specials: dict[str, int]
 ) -> BPETokenizer:
@@ -212,13 +201,14 @@ def bpe_from_hf(
     require(model, "end_of_word_suffix", (None, ""), "model.")
     require(model, "byte_fallback", (False,), "model.")
     require(parts["decoder"] or {"type": None}, "type", ("ByteLevel",), "decoder.")
-    digits = {"type": "Digits", "individual_digits": True}  # SmolLM's
-    patterns = [(split_rule(pattern), pattern) for pattern in sorted(KNOWN_PATTERNS)]
-    pipelines = [(sequence(rule, byte_level(False)), pattern) for rule, pattern in patterns]
-    pipelines += [(byte_level(True), GPT2_PATTERN)]
-    pipelines += [(sequence(digits, byte_level(True)), DIGITS_PATTERN)]
-    require(parts, "pre_tokenizer", tuple(pipeline for pipeline, _ in pipelines))
-    pattern = next(p for pipeline, p in pipelines if pipeline == parts["pre_tokenizer"])
+    own = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = {p: [split_rule(p), own | {"use_regex": False}] for p in sorted(KNOWN_PATTERNS)}
+    known = [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps.items()]
+    known += [(GPT2_PATTERN, own)]  # which has the pattern itself
+    known += [(DIGITS_PATTERN, {"type": "Sequence", "pretokenizers": [digits, own]})]  # SmolLM's
+    require(parts, "pre_tokenizer", tuple(part for _, part in known))
+    pattern = next(pattern for pattern, part in known if part == parts["pre_tokenizer"])
     texts = [text for text in vocab if text not in specials]
     for text in texts:
         if not text or not PRINTABLE_TO_BYTE.keys() >= set(text):

@@ -165,9 +165,8 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     config, name, trained_here = model.config, state["corpus"]["name"], state["corpus"]["sha256"]
     if not trained_here:  # imported, perhaps from a folder, whose path may be private
         name = Path(name).name
-    summary = (
-        f"{model.num_params():,} parameters: {config.n_layer} layers, {config.n_embd} channels"
-    )
+    sizes = f"{config.n_layer} layers, {config.n_embd} channels"
+    summary = f"{model.num_params():,} parameters: {sizes}"
     if trained_here:
         summary += f"; {state['step']:,} steps on {name}"
     log = [

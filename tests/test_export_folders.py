@@ -304,7 +304,7 @@ def test_an_import_replaces_only_a_checkpoint(workplace: Path):
     ("words", "message"),
     [
         (["a.pt", "out", "--push=name"], "--push must be user/name, not 'name'"),
-        (["--from=gpt2", "a.pt", "--push=me/name"], "--from imports one"),
+        (["--from=gpt2", "a.pt", "--push=me/name"], "--push is for exported folders"),
     ],
 )
 def test_flags_that_cannot_work_are_rejected(words, message):

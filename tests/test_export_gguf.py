@@ -426,8 +426,8 @@ def test_a_missing_package_is_named(monkeypatch):
     ("words", "message"),
     [
         ("model.pt out --precision=float32", "--precision is for .html and .gguf files"),
-        ("model.pt out.gguf --precision=q4", "precision: invalid choice"),
-        ("model.pt out.gguf --push=a/b", "--push uploads an exported folder, not a .gguf file"),
+        ("model.pt out.gguf --precision=q4", "--precision: invalid choice"),
+        ("model.pt out.gguf --push=a/b", "--push is for exported folders"),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("model.pt no/folder/out.gguf", "there is no folder no/folder"),
         ("missing.pt out.gguf", "missing.pt"),
@@ -440,7 +440,7 @@ def test_wrong_commands(words, message):
 
 def test_adapters_are_merged_first():
     torch.save({"base_sha256": "", "tensors": {}}, "adapter.pt")
-    assert "--merge adapter.pt" in error_of("adapter.pt", "model.gguf")
+    assert "merge it into its base" in error_of("adapter.pt", "model.gguf")
 
 
 # --- llama.cpp itself

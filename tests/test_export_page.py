@@ -488,10 +488,7 @@ def test_a_page_is_replaced_only_if_it_is_one(trained):
         (["{best}", "folder.html"], r"folder\.html is a folder"),
         (["nothing.pt", "page.html"], "there is no checkpoint nothing.pt"),
         (["run/input.txt", "page.html"], "is not a checkpoint"),
-        (
-            ["{best}", "page.html", "--push=a/b"],
-            "--push uploads an exported folder, not a .html file",
-        ),
+        (["{best}", "page.html", "--push=a/b"], "--push is for exported folders"),
         (["{best}", "folder", "--precision=int8"], "--precision is for .html and .gguf files"),
         (["{best}", "page.html", "--precision=int4"], "precision: invalid choice"),
         (["{best}", "page.html", "--precision=float32"], "a web page has weights in float16"),
