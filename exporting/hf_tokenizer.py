@@ -204,6 +204,7 @@ def bpe_from_hf(
     own = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
     steps = {p: [split_rule(p), own | {"use_regex": False}] for p in sorted(KNOWN_PATTERNS)}
+    known: list[tuple[str, dict[str, Any]]]
     known = [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps.items()]
     known += [(GPT2_PATTERN, own)]  # which has the pattern itself
     known += [(DIGITS_PATTERN, {"type": "Sequence", "pretokenizers": [digits, own]})]  # SmolLM's
