@@ -57,16 +57,14 @@ def read_marker(folder: Path) -> dict[str, str]:
     return files
 
 
-def check_files(folder: Path, names: list[str], advice: str) -> None:
+def check_files(folder: Path, names: list[str]) -> None:
     """Raise UserError if an export wrote the folder and one of these files has changed since."""
-    if not (folder / MARKER).exists():
-        return
-    known = read_marker(folder)
+    known = read_marker(folder) if (folder / MARKER).exists() else {}
     for name in names:
         if name in known and file_sha256(folder / name) != known[name]:
             raise UserError(
                 f"{folder / name} was changed or damaged after the export (its sha256 is not the "
-                f"one in {MARKER}): {advice}"
+                f"one in {MARKER}): delete {MARKER} if this is what you want to import"
             )
 
 
@@ -90,14 +88,12 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} exists: add --overwrite or choose another path")
     known = read_marker(folder)
     for path in sorted(folder.iterdir()):
-        written = path.name == MARKER or path.name in known
-        if not written or not path.is_file() or path.is_symlink():
+        plain = path.is_file() and not path.is_symlink()
+        if path.name != MARKER and not (plain and file_sha256(path) == known.get(path.name)):
             raise UserError(
-                f"{folder}/ contains {path.name}, which export.py did not write: move it, or "
-                "choose another path"
+                f"{folder}/ contains {path.name}, which export.py did not write, or which was "
+                "changed since: move it, or choose another path"
             )
-    present = [name for name in known if (folder / name).exists()]
-    check_files(folder, present, "choose another path, or move it")
 
 
 @contextlib.contextmanager

@@ -123,22 +123,19 @@ SIZES = {
     "attention.head_count": "n_head",
     "attention.head_count_kv": "n_kv_head",
 }
-ROTATED_SIZES = {
-    "attention.key_length": "head_size",
-    "attention.value_length": "head_size",
-    "rope.dimension_count": "head_size",
-}
 
 
 def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
     """Write the settings of a model, whose context length is the number of its positions."""
-    for key, ours in (SIZES if arch == "gpt2" else SIZES | ROTATED_SIZES).items():
+    for key, ours in SIZES.items():
         writer.add_uint32(f"{arch}.{key}", getattr(config, ours))
     if arch == "gpt2":
         writer.add_layer_norm_eps(config.norm_eps)
-    else:
-        writer.add_layer_norm_rms_eps(config.norm_eps)
-        writer.add_rope_freq_base(config.rope_theta)
+        return
+    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        writer.add_uint32(f"{arch}.{key}", config.head_size)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
 
 
 # --- tokenizers

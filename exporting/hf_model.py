@@ -13,7 +13,7 @@ from torch import Tensor
 
 from config import ARCH_FIELDS, ARCHS, GPTConfig
 from model import GPT
-from system.settings import UserError, all_problems, from_dict, raise_problems
+from system.settings import UserError, all_problems, raise_problems
 
 # --- architectures
 
@@ -288,29 +288,34 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
     """Our settings for the content of a config.json, and the architecture's name. Raises UserError
     if it asks for something that our architectures do not have."""
     arch = theirs.get("model_type")
-    if arch == CUSTOM:
-        return config_from_custom(theirs), CUSTOM
-    if not isinstance(arch, str) or arch not in ARCHS:
+    if not isinstance(arch, str) or arch not in (*ARCHS, CUSTOM):
         raise UserError(f"model_type {arch!r} is not supported: only {', '.join(ARCHS)} are")
     problems = [
         f"{key} is {theirs[key]!r}, and only {supported[0]!r} is supported"
-        for key, supported in (FIXED[arch] | FIXED_EVERYWHERE).items()
+        for key, supported in (FIXED.get(arch, {}) | FIXED_EVERYWHERE).items()
         if key in theirs and theirs[key] not in supported
     ]
-    settings = dict(ARCHS[arch])
-    for name, ours, default in SIZES[arch]:
+    settings = dict(ARCHS.get(arch, {}))
+    for name, ours, default in SIZES.get(arch, ()):
         value = theirs.get(name, default)
         if value is None and (default is None or name == "num_key_value_heads"):
             continue
         settings[ours] = value
         problems += number_problems(name, value, type(default) if default is not None else int)
-    if arch == "gpt2":
+    if arch == CUSTOM:
+        for f in fields(GPTConfig):
+            if f.name not in theirs:
+                problems.append(f"{f.name} is missing")
+            elif f.type is int:
+                low = f.metadata.get("low", -MAX_SIZE)
+                problems += number_problems(f.name, theirs[f.name], int, low)
+            settings[f.name] = theirs.get(f.name)
+    elif arch == "gpt2":
         for alias, name in GPT2_ALIASES.items():
             if alias in theirs and theirs[alias] != theirs.get(name):
                 problems.append(f"{alias} is another name of {name}, and their values differ")
     else:
-        settings["rope_theta"], found = rope_theta_from_hf(theirs)
-        problems += found
+        settings["rope_theta"] = rope_theta_from_hf(theirs)
     layer_types = theirs.get("layer_types") or []
     if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
         problems.append("layer_types has others than 'full_attention', which is not supported")
@@ -318,28 +323,10 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
     if arch == "gpt2":
         settings.setdefault("n_inner", 4 * settings["n_embd"])
     if settings["n_head"] * settings.get("head_size", 1) > MAX_SIZE:
-        raise UserError("num_attention_heads x head_dim is too large")
-    if not settings.get("head_size") and settings["n_head"] > settings["n_embd"]:
-        raise UserError(f"{settings['n_head']} attention heads in {settings['n_embd']} channels")
+        raise UserError("the number of attention heads x their size is too large")
     config = GPTConfig(**settings)
     raise_problems(all_problems(config))
     return config, arch
-
-
-def config_from_custom(theirs: dict[str, Any]) -> GPTConfig:
-    """Our settings for the config.json of a model that was exported with its code."""
-    problems = [f"{f.name} is missing" for f in fields(GPTConfig) if f.name not in theirs]
-    for f in fields(GPTConfig):
-        if f.type is int and f.name in theirs:
-            problems += number_problems(f.name, theirs[f.name], int, f.metadata.get("low", 0))
-    if theirs.get("quantization_config") is not None:
-        problems.append("quantization_config is not supported")
-    raise_problems(problems)
-    if theirs["n_head"] * theirs["head_size"] > MAX_SIZE:
-        raise UserError("n_head x head_size is too large")
-    config: GPTConfig = from_dict(GPTConfig, theirs)
-    raise_problems(all_problems(config))
-    return config
 
 
 def number_problems(name: str, value: Any, kind: type, low: int = 1) -> list[str]:
@@ -353,21 +340,21 @@ def number_problems(name: str, value: Any, kind: type, low: int = 1) -> list[str
     return [] if valid else [f"{name} must be a number from {low} to {MAX_SIZE}, not {value!r:.50}"]
 
 
-def rope_theta_from_hf(theirs: dict[str, Any]) -> tuple[float, list[str]]:
-    """RoPE's base frequency, and what is not supported: every type but the default one. It is in
+def rope_theta_from_hf(theirs: dict[str, Any]) -> float:
+    """RoPE's base frequency. Raises UserError for every type but the default one. It is in
     rope_parameters since transformers 5; before, rope_theta and rope_scaling were separate."""
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        return 0.0, [f"rope_parameters must be an object, not {rope!r:.50}"]
+        raise UserError(f"rope_parameters must be an object, not {rope!r:.50}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        return 0.0, [f"rope_type is {kind!r}, and only 'default' is supported"]
+        raise UserError(f"rope_type is {kind!r}, and only 'default' is supported")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     problems = [f"{key} in rope_parameters is not supported" for key in rope if key not in known]
     if rope.get("partial_rotary_factor", 1) != 1:
         problems.append("partial_rotary_factor must be 1 in rope_parameters")
     theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-    problems += number_problems("rope_theta", theta, float)
     if theirs.get("rope_theta", theta) != theta:
         problems.append("rope_theta differs from the one in rope_parameters")
-    return (0.0 if problems else float(theta)), problems
+    raise_problems(problems + number_problems("rope_theta", theta, float))
+    return float(theta)

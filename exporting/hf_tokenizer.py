@@ -204,8 +204,8 @@ def bpe_from_hf(
     own = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
     steps = {p: [split_rule(p), own | {"use_regex": False}] for p in sorted(KNOWN_PATTERNS)}
-    known: list[tuple[str, dict[str, Any]]]
-    known = [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps.items()]
+    known: list[tuple[str, Any]] = []
+    known += [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps.items()]
     known += [(GPT2_PATTERN, own)]  # which has the pattern itself
     known += [(DIGITS_PATTERN, {"type": "Sequence", "pretokenizers": [digits, own]})]  # SmolLM's
     require(parts, "pre_tokenizer", tuple(part for _, part in known))
@@ -281,18 +281,15 @@ LINES = r"""
 The quick brown fox jumps over the lazy dog. Hello, world!
 don't I'll we've they're I'd it's I'm DON'T I'LL WE'VE THEY'RE I'D IT'S I'M
 's't're've'm'll'd 'S'T'Re'vE rock 'n' roll ''quoted'' ' ſ 'ſ
-CamelCase snake_case kebab-case UPPER mixedCASE iPhone McDonald XMLHttpRequest
-naïve café résumé Ünïcödé Straße ǅ ﬁ İi ıI Íslenska þæð Türkçe ğış żółć řž Tiếng Việt
+CamelCase snake_case kebab-case UPPER mixedCASE naïve Ünïcödé Straße ǅ ﬁ İi ıI þæð Türkçe żółć Việt
 ελληνικά Ωμέγα Русский текст Українська мова български ქართული Հայերեն Ꮳꮃꭹ
 עברית שלום العربية مرحبا فارسی اردو ﷺ हिन्दी नमस्ते বাংলা தமிழ் తెలుగు ಕನ್ನಡ മലയാളം ਪੰਜਾਬੀ සිංහල
 ไทย สวัสดี ລາວ မြန်မာ ខ្មែរ བོད་སྐད አማርኛ 中文 你好，世界。 日本語のテキスト、カタカナ。 한국어 ﾊﾝ ＦＵＬＬ
-𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝒜 𐍈𐌰 𐤀 𠀀
+𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝒜 𐍈𐌰 𐤀 𠀀 ٣٤٥ १२३ Ⅳ ½ ² ① 1½2
 0 7 42 365 1984 12345 1234567890 12345678901234567890 3.14159 -2.5e-10 1,000,000 0x1F 007 1st 1a2b3c
-٣٤٥ १२३ Ⅳ ½ ² ① 1½2
 a+b=c*(d-e)/f%g !?.,;:"#$%&/()=|{[<>]}\^~`@_ -- --- ... … !!!??? //// “b” €£¥§©®™°±×÷ → ∞ ≠ ∑
 😀 😀😃😄 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪 ❤️ ☃ ♥ word😀word
-def f(x):  return x ** 2  # comment
-<div class="a">text</div> https://example.com/a?b=c&d=%20 a@b.org C:\Windows #hashtag @user
+def f(x):  return x ** 2  # <div class="a">text</div> https://example.com/a?b=c&d=%20 C:\Windows
 <|endoftext|> <|im_start|>user<|im_end|> <s></s> [CLS] <PAD><UNK><BOS><EOS> <think></think> <|
 pneumonoultramicroscopicsilicovolcanoconiosis Donaudampfschifffahrtsgesellschaftskapitän
 """

@@ -17,7 +17,6 @@ import utils
 from config import ARCH_FIELDS, ARCHS, GPTConfig
 from corpus.encodings import from_tiktoken
 from exporting.folders import (
-    MARKER,
     check_files,
     import_optional,
     new_folder,
@@ -324,17 +323,25 @@ def check_checkpoint_target(path: Path, overwrite: bool) -> None:
 
 
 def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """The weights of a folder with our names."""
-    files = weight_files(folder)
-    names = ["config.json", "tokenizer.json", *(file.name for file in files)]
-    check_files(folder, names, f"delete {MARKER} if this is what you want to import")
+    """The weights of a folder with our names: of model.safetensors, or of the files that its index
+    lists."""
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / names[0]).is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{index} has no weight_map of names and files")
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name} (other formats are not supported)")
+    check_files(folder, ["config.json", "tokenizer.json", *names])
     library = import_optional("safetensors.torch")
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for name in sorted(set(names)):
         try:
-            tensors |= library.load_file(file)
+            tensors |= library.load_file(folder / name)
         except Exception as error:  # damage raises errors of many types
-            raise UserError(f"{file} is damaged: {first_line(error)}") from None
+            raise UserError(f"{folder / name} is damaged: {first_line(error)}") from None
     # OpenAI's GPT-2 was saved without its language-model head
     if arch == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
         head = "lm_head.weight"
@@ -342,20 +349,3 @@ def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor
             name if name == head else f"transformer.{name}": x for name, x in tensors.items()
         }
     return weights_from_hf(tensors, config, arch)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights: model.safetensors, or those that its index lists."""
-    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if weights.is_file():
-        return [weights]
-    if not index.is_file():
-        raise UserError(f"{folder} has no {weights.name} (other formats are not supported)")
-    weight_map = read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{index} has no weight_map of names and files")
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}, which {index.name} lists")
-    return [folder / name for name in sorted(set(names))]

@@ -217,8 +217,16 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
     style, script = read_source("page.css"), read_source("page.js")
     title = html.escape(f"{data['name']}: a language model")
     content = json.dumps(data, allow_nan=False)  # in which < occurs only in strings
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in (f"\n{script}", style)
+    ]
+    # Only this script, this style and a worker that the script makes can run, and nothing can be
+    # fetched.
+    policy = f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; "
+    policy += "worker-src blob:; base-uri 'none'; form-action 'none'"
     parts = {
-        "POLICY": content_policy(f"\n{script}", style),
+        "POLICY": policy,
         "TITLE": title.encode("ascii", "xmlcharrefreplace").decode(),
         "STYLE": style,
         "DATA": content.replace("<", "\\u003c"),  # so that no text can end the element
@@ -248,16 +256,3 @@ def weight_elements(model: GPT, precision: str) -> Iterator[str]:
 def read_source(name: str) -> str:
     """A file of exporting/page/."""
     return (PAGE / name).read_text(encoding="utf-8")
-
-
-def content_policy(script: str, style: str) -> str:
-    """The content security policy: only this script, this style and a worker that the script makes
-    can run, and nothing can be fetched."""
-    hashes = [
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        for text in (script, style)
-    ]
-    return (
-        f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; worker-src blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )

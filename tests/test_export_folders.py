@@ -85,7 +85,7 @@ def make_foreign(folder: Path, kind: str) -> None:
         ("photo", "out/ contains photo.jpg, which export.py did not write"),
         ("hidden", r"out/ contains \.notes, which"),
         ("folder", "out/ contains photos, which"),
-        ("edited", "out/b.txt was changed or damaged after the export"),
+        ("edited", "out/ contains b.txt, which .* changed since"),
         ("link", "out/ contains b.txt, which"),
         ("marker", f"out/{MARKER} is damaged"),
         ("broken marker", f"out/{MARKER} is not valid JSON"),

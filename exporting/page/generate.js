@@ -77,10 +77,8 @@ function* generate(model, prompt, settings, ends) {
 const END_OF_TEXT = "<|endoftext|>";
 const START_TOKENS = ["<BOS>", END_OF_TEXT]; // the first that the tokenizer has starts a text
 
-const endTokens = (tokenizer) =>
-  [END_OF_TEXT, "<EOS>"]
-    .filter((text) => tokenizer.specials.has(text))
-    .map((text) => tokenizer.specials.get(text));
+const endTokens = ({ specials }) =>
+  [END_OF_TEXT, "<EOS>"].filter((text) => specials.has(text)).map((text) => specials.get(text));
 
 // What Python's str.strip removes.
 const BLANK =
@@ -95,9 +93,7 @@ function encodePrompt(tokenizer, text, qa) {
   // Half of a surrogate pair, which can be pasted, is no character: it becomes U+FFFD.
   text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(new TextEncoder().encode(text));
   const unknown = tokenizer.unknown(text);
-  text = Array.from(text)
-    .filter((char) => !unknown.includes(char))
-    .join("");
+  text = [...text].filter((char) => !unknown.includes(char)).join("");
   if (qa && strip(text)) text = `Question: ${strip(text)}\nAnswer:`;
   else if (qa) text = "";
   if (!text && !tokenizer.specials.size && !tokenizer.unknown("\n").length) text = "\n";
@@ -112,10 +108,7 @@ function encodePrompt(tokenizer, text, qa) {
 // The text of a prompt, without the token that starts an empty one.
 function decodePrompt(tokenizer, prompt) {
   const hidden = START_TOKENS.map((token) => tokenizer.specials.get(token));
-  return decode(
-    tokenizer,
-    prompt.filter((id) => !hidden.includes(id)),
-  );
+  return decode(tokenizer, prompt.filter((id) => !hidden.includes(id)));
 }
 
 // Turns tokens into text as they come: complete characters only, because a token may end inside
@@ -186,8 +179,7 @@ function describeToken(tokenizer, { id, logits, sorted }) {
     label: decode(tokenizer, [id]),
     probability: Math.exp(logits[id] - sorted[0]) / total,
   });
-  const ids = Array.from(sorted.slice(0, N_ALTERNATIVES), (_, rank) =>
-    idOfRank(logits, sorted, rank),
-  );
+  const ranks = [...sorted.slice(0, N_ALTERNATIVES).keys()];
+  const ids = ranks.map((rank) => idOfRank(logits, sorted, rank));
   return { ...describe(id), alternatives: ids.map(describe) };
 }

@@ -222,13 +222,10 @@ function showRun() {
 }
 
 // --- events
-function showValue({ target: { id, value } }) {
-  $(`${id}-value`).textContent = Number(value).toFixed(2);
-}
-
 for (const id of ["temperature", "top_p"]) {
+  const showValue = () => ($(`${id}-value`).textContent = Number($(id).value).toFixed(2));
   $(id).addEventListener("input", showValue);
-  showValue({ target: $(id) });
+  showValue();
 }
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();

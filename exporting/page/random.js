@@ -54,22 +54,18 @@ class PCG64 {
     this.state = mask(this.state * 0x2360ed051fc65da44385df649fccf645n + this.increment, 128);
   }
 
-  next32() {
-    if (this.half !== null) {
-      const value = this.half;
-      this.half = null;
-      return value;
-    }
-    this.step();
-    const xored = mask((this.state >> 64n) ^ this.state, 64);
-    const rotation = this.state >> 122n;
-    const value = mask((xored >> rotation) | (xored << (64n - rotation)), 64);
-    this.half = Number(value >> 32n);
-    return Number(value & 0xffffffffn);
-  }
-
-  // A float32 in [0, 1).
+  // A float32 in [0, 1). Each 64-bit number makes two, the first from its lower half.
   random() {
-    return (this.next32() >>> 8) / 2 ** 24;
+    let value = this.half;
+    this.half = null;
+    if (value === null) {
+      this.step();
+      const xored = mask((this.state >> 64n) ^ this.state, 64);
+      const rotation = this.state >> 122n;
+      const bits = mask((xored >> rotation) | (xored << (64n - rotation)), 64);
+      this.half = Number(bits >> 32n);
+      value = Number(bits & 0xffffffffn);
+    }
+    return (value >>> 8) / 2 ** 24;
   }
 }
