@@ -20,18 +20,17 @@ from exporting.folders import MARKER
 from exporting.hf_model import (
     CLASSES,
     MODULES,
-    config_from_hf,
     config_to_hf,
     matching_arch,
     weights_from_hf,
     weights_to_hf,
 )
-from exporting.hf_tokenizer import merges_of, tokenizer_from_hf, tokenizer_to_hf
+from exporting.hf_tokenizer import merges_of
 from model import GPT, KVCache
 from sampling.text import encode_prompt
 from system.files import save_checkpoint
 from system.settings import UserError
-from tokenizer import QA_SPECIALS, CharTokenizer
+from tokenizer import CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -198,15 +197,6 @@ def test_importing_an_exported_model_restores_it(workplace):
     assert generate.main(["back/again.pt", "--max_tokens=5"]) == 0
 
 
-def test_characters_with_special_tokens_are_exported(workplace):
-    tokenizer = CharTokenizer.train(["abc ,\n"], QA_SPECIALS)
-    Path("tokenizer.json").write_text(json.dumps(tokenizer_to_hf(tokenizer)))
-    words = transformers.PreTrainedTokenizerFast(tokenizer_file="tokenizer.json")
-    assert words("a cb?").input_ids == tokenizer.encode("a cb?").tolist()
-    back = tokenizer_from_hf(json.loads(Path("tokenizer.json").read_text()))
-    assert back.to_dict() == tokenizer.to_dict()
-
-
 def test_the_merges_of_a_tokenizer_are_those_it_learned():
     counts = count_pieces([make_text()])
     tokenizer = train_bpe(counts, 400)
@@ -247,27 +237,6 @@ def test_components_that_match_no_architecture_are_named():
     model = make_model(pos="sinusoidal", mlp="relu2", norm="layernorm", bias=True, qk_norm=False)
     with pytest.raises(UserError, match="gpt2 is nearest, but mlp is relu2 and not gelu, pos is"):
         matching_arch(model.config)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"model_type": "bert"},
-            f"model_type 'bert' is not supported: only {', '.join(ARCHS)} are",
-        ),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
-        (
-            {"attention_bias": True, "hidden_act": "gelu"},
-            "hidden_act is 'gelu'.*attention_bias is True",
-        ),
-    ],
-)
-def test_models_with_other_components_are_rejected(change, message):
-    theirs = config_to_hf(config_of("llama", SIZES[0], True), "llama", {})
-    theirs.pop("rope_parameters")
-    with pytest.raises(UserError, match=message):
-        config_from_hf(theirs | change)
 
 
 def test_a_failed_download_is_a_user_error(workplace, monkeypatch):
@@ -322,25 +291,37 @@ def test_push_uploads_the_folder(workplace, monkeypatch):
     assert Path("out/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("words", [[], ["a.pt"], ["--from", "gpt2"], ["a.pt", "b", "c"]])
-def test_a_wrong_number_of_paths_is_an_error(words):
-    with pytest.raises(UserError, match="give a checkpoint and a folder"):
-        export.main(words)
-
-
-def test_an_existing_folder_is_not_replaced(workplace):
-    path = make_checkpoint("char", "llama")
-    assert export.main([str(path), "out"]) == 0
-    with pytest.raises(UserError, match="out exists: add --overwrite"):
-        export.main([str(path), "out"])
-
-
-def test_only_an_exported_folder_is_replaced(workplace: Path):
-    (workplace / "photos").mkdir()
-    (workplace / "photos" / "a.jpg").write_text("a photo")
-    for target in ("photos", "."):
-        with pytest.raises(
-            UserError, match=r"was not written by export\.py|working or home folder"
-        ):
-            export.main(["a.pt", target, "--overwrite"])
-    assert (workplace / "photos" / "a.jpg").read_text() == "a photo"
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *(
+            (words, "give a checkpoint and a folder")
+            for words in ("", "a.pt", "--from gpt2", "a b c")
+        ),
+        ("a.pt out --push=name", "--push must be user/name, not 'name'"),
+        ("--from=gpt2 a.pt --push=me/name", "--push is for exported folders"),
+        ("a.pt page.html --push=a/b", "--push is for exported folders"),
+        ("a.pt model.gguf --push=a/b", "--push is for exported folders"),
+        ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
+        ("a.pt out --precision=float32", "--precision is for .html and .gguf files"),
+        ("a.pt page.html --precision=int4", "--precision: invalid choice"),
+        ("a.pt page.html --precision=float32", "a web page has weights in float16 or int8"),
+        ("a.pt no/folder/page.html", "there is no folder no/folder"),
+        ("a.pt no/folder/model.gguf", "there is no folder no/folder"),
+        ("a.pt folder.html", "folder.html is a folder"),
+        *((f"a.pt {name}", "there is no checkpoint a.pt") for name in ("out", "a.html", "a.gguf")),
+        ("text.pt page.html", "text.pt is not a checkpoint"),
+        ("adapter.pt page.html", "merge it into its base"),
+        ("adapter.pt model.gguf", "merge it into its base"),
+    ],
+)
+def test_mistakes_are_errors_before_anything_is_written(tmp_path, monkeypatch, words, message):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    Path("folder.html").mkdir()
+    Path("text.pt").write_text("a text")
+    torch.save({"base_sha256": "0"}, "adapter.pt")
+    files = set(Path().rglob("*"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        export.main(words.split())
+    assert set(Path().rglob("*")) == files

@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_model
+from exports import save_model
 from torch import Tensor
 
 import export
 import generate
 import utils
-from config import ARCHS, PRESETS, SampleConfig, TrainConfig
+from config import ARCHS, PRESETS, SampleConfig
 from exporting.folders import MARKER
 from finetuning.lora import LoRAConfig, add_lora, save_adapter, trained_names
 from model import GPT
 from sampling.quantize import lower_precision
-from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
 
@@ -59,21 +59,10 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del sys.modules[name]
 
 
-def save_model(path: Path, **components: Any) -> GPT:
+def save(path: str, **components: Any) -> GPT:
     """A checkpoint of a small model with random weights."""
     model = make_model(vocab_size=CHARS.vocab_size, block_size=WINDOW, **components)
-    state = {
-        "gpt_config": asdict(model.config),
-        "train_config": asdict(TrainConfig()),
-        "tokenizer": CHARS.to_dict(),
-        "corpus": {"name": "text", "bytes": 0, "sha256": ""},
-        "model": model.state_dict(),
-        "optimizers": [],
-        "scaler": {},
-        "step": 0,
-        "log": [],
-    }
-    save_checkpoint(path, state)
+    save_model(path, model, CHARS)
     return model
 
 
@@ -89,7 +78,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, code_cache: None) -> Path:
     folder = tmp_path_factory.mktemp("shared")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        save_model(Path("model.pt"), **FAST)
+        save("model.pt", **FAST)
         assert export.main(["model.pt", "out"]) == 0
     return folder
 
@@ -120,7 +109,7 @@ def batch(*texts: str) -> Tensor:
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_logits_and_text_are_those_of_the_checkpoint(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    ours = save_model(Path("model.pt"), **COMPONENTS[name])
+    ours = save("model.pt", **COMPONENTS[name])
     assert export.main(["model.pt", "out"]) == 0
     assert "from_pretrained('out', trust_remote_code=True)" in capsys.readouterr().out
     theirs = load("out")

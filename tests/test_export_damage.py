@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_text
+from exports import save_model
 
 import utils
-from config import ARCHS, GPTConfig, TrainConfig
+from config import ARCHS, GPTConfig
 from corpus.bpe import count_pieces, train_bpe
 from exporting.folders import MARKER
 from exporting.huggingface import export_hf, import_hf
 from model import GPT
-from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer, Tokenizer
 
@@ -31,18 +31,7 @@ def make_folder(folder: Path, arch: str, tokenizer: Tokenizer) -> Path:
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_inner": 8, "block_size": 8}
     config = GPTConfig(**(ARCHS[arch] | sizes | {"vocab_size": tokenizer.vocab_size}))
     torch.manual_seed(0)
-    state = {
-        "gpt_config": vars(config),
-        "train_config": vars(TrainConfig()),
-        "tokenizer": tokenizer.to_dict(),
-        "corpus": {"name": "text", "bytes": 0, "sha256": ""},
-        "model": GPT(config).state_dict(),
-        "optimizers": [],
-        "scaler": {},
-        "step": 0,
-        "log": [],
-    }
-    save_checkpoint(folder.parent / "model.pt", state)
+    save_model(folder.parent / "model.pt", GPT(config), tokenizer)
     export_hf(folder.parent / "model.pt", folder)
     return folder
 

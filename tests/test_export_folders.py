@@ -48,12 +48,6 @@ def test_an_export_is_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_export_is_not_replaced_without_being_asked(tmp_path):
-    write_export(tmp_path / "out")
-    with pytest.raises(UserError, match="out exists: add --overwrite"):
-        write_export(tmp_path / "out", "new")
-
-
 def make_foreign(folder: Path, kind: str) -> None:
     """A folder that is not, or not only, an export."""
     if kind == "no marker":
@@ -103,12 +97,6 @@ def test_other_folders_are_not_replaced(tmp_path, kind, message):
 def test_an_empty_folder_is_free(tmp_path):
     (tmp_path / "out").mkdir()
     assert (write_export(tmp_path / "out") / "a.txt").exists()
-
-
-def test_overwrite_is_not_advised_where_it_is_refused(tmp_path):
-    make_foreign(tmp_path / "out", "no marker")
-    with pytest.raises(UserError, match=r"was not written by export\.py .*: choose another path"):
-        write_export(tmp_path / "out")
 
 
 def test_a_file_added_during_the_export_is_kept(tmp_path):
@@ -298,15 +286,3 @@ def test_an_import_replaces_only_a_checkpoint(workplace: Path):
     assert utils.read_checkpoint(path)["step"] == 0
     with pytest.raises(UserError, match=r"cannot write to the folder notes\.pt: Not a directory"):
         export.main(["--from", "out", "notes.pt/a.pt"])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["a.pt", "out", "--push=name"], "--push must be user/name, not 'name'"),
-        (["--from=gpt2", "a.pt", "--push=me/name"], "--push is for exported folders"),
-    ],
-)
-def test_flags_that_cannot_work_are_rejected(words, message):
-    with pytest.raises(UserError, match=message):
-        export.main(words)

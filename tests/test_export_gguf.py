@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_text
+from exports import save_model
 
 import export
-from config import ARCHS, SampleConfig, TrainConfig
+from config import ARCHS, SampleConfig
 from corpus.bpe import count_pieces, train_bpe
 from experiments.baselines import llama_cpp_command
 from exporting.hf_tokenizer import DIGITS_PATTERN, LLAMA3_PATTERN, PROBES
 from generate import generate
 from model import GPT, rotate
-from system.files import locked_file, save_checkpoint
+from system.files import locked_file
 from system.settings import UserError
 from tokenizer import PRINTABLE_TO_BYTE, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
 
@@ -38,27 +39,11 @@ GROUPED = SIZES | {"n_kv_head": 2}  # heads of 8 channels
 INTERLEAVED = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
-def save(model: GPT, tokenizer: Tokenizer, path: str = "model.pt", **more: Any) -> Path:
-    state: dict[str, Any] = {
-        "gpt_config": vars(model.config),
-        "train_config": vars(TrainConfig()),
-        "tokenizer": tokenizer.to_dict(),
-        "corpus": {"name": "text", "bytes": 0, "sha256": ""},
-        "model": model.state_dict(),
-        "optimizers": [],
-        "scaler": {},
-        "step": 0,
-        "log": [],
-    }
-    save_checkpoint(Path(path), state | more)
-    return Path(path)
-
-
 def exported(
     model: GPT, tokenizer: Tokenizer, *flags: str, **more: Any
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The metadata and tensors of the file that model.pt is exported to."""
-    save(model, tokenizer, **more)
+    save_model("model.pt", model, tokenizer, **more)
     assert export.main(["model.pt", "model.gguf", "--overwrite", *flags]) == 0
     reader = gguf.GGUFReader("model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -363,7 +348,9 @@ def error_of(*words: str) -> str:
 
 
 def test_components_that_llama_cpp_lacks_are_named():
-    save(make_model(vocab_size=CHARS.vocab_size, token_shift=True, mlp="relu2"), CHARS)
+    save_model(
+        "model.pt", make_model(vocab_size=CHARS.vocab_size, token_shift=True, mlp="relu2"), CHARS
+    )
     message = error_of("model.pt", "model.gguf")
     assert "token_shift is True" in message and "python train.py --arch qwen3" in message
 
@@ -371,7 +358,7 @@ def test_components_that_llama_cpp_lacks_are_named():
 @pytest.mark.parametrize("pattern", [r"\w+|\W", r"[\s\S]"])
 def test_a_tokenizer_that_llama_cpp_lacks_is_rejected(pattern):
     tokenizer = BPETokenizer(TOKENIZERS["bpe"].ranks, TOKENIZERS["bpe"].specials, pattern)
-    save(model_of("llama", tokenizer), tokenizer)
+    save_model("model.pt", model_of("llama", tokenizer), tokenizer)
     assert "--tokenizer bpe, char or gpt2" in error_of("model.pt", "model.gguf")
 
 
@@ -379,21 +366,21 @@ def test_tokens_that_merges_do_not_make_are_rejected():
     bpe = TOKENIZERS["bpe"]
     ranks = bpe.ranks | {b"qzx": 330}  # tiktoken finds it as a piece; neither qz nor zx is a token
     tokenizer = BPETokenizer(ranks, bpe.specials, bpe.pattern)
-    save(model_of("llama", tokenizer), tokenizer)
+    save_model("model.pt", model_of("llama", tokenizer), tokenizer)
     assert "no tokenizer that splits" in error_of("model.pt", "model.gguf")
 
 
 def test_numbers_too_large_for_the_type():
     model = model_of("llama", CHARS)
     model.blocks[1].mlp.proj.weight.data[0, 0] = 1e5
-    save(model, CHARS)
+    save_model("model.pt", model, CHARS)
     message = error_of("model.pt", "model.gguf")
     assert "blk.1.ffn_down.weight" in message and "--precision float32" in message
     assert export.main(["model.pt", "model.gguf", "--precision=float32"]) == 0
 
 
 def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
-    save(model_of("llama", CHARS), CHARS)
+    save_model("model.pt", model_of("llama", CHARS), CHARS)
     Path("model.gguf").write_text("my text")
     for flags in ([], ["--overwrite"]):
         error = error_of("model.pt", "model.gguf", *flags)
@@ -417,30 +404,9 @@ def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    save(model_of("llama", CHARS), CHARS)
+    save_model("model.pt", model_of("llama", CHARS), CHARS)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert error_of("model.pt", "model.gguf") == "this needs gguf: pip install gguf"
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("model.pt out --precision=float32", "--precision is for .html and .gguf files"),
-        ("model.pt out.gguf --precision=q4", "--precision: invalid choice"),
-        ("model.pt out.gguf --push=a/b", "--push is for exported folders"),
-        ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
-        ("model.pt no/folder/out.gguf", "there is no folder no/folder"),
-        ("missing.pt out.gguf", "missing.pt"),
-    ],
-)
-def test_wrong_commands(words, message):
-    save(model_of("llama", CHARS), CHARS)
-    assert message in error_of(*words.split())
-
-
-def test_adapters_are_merged_first():
-    torch.save({"base_sha256": "", "tensors": {}}, "adapter.pt")
-    assert "merge it into its base" in error_of("adapter.pt", "model.gguf")
 
 
 # --- llama.cpp itself
