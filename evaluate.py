@@ -37,6 +37,7 @@ from system.device import device_problems, pick_device
 from system.errors import run
 from system.settings import UserError, from_dict, setting
 from training.setup import pick_precision
+from training.task import losses
 from utils import autocast, newest_checkpoint
 
 COLUMNS = ("checkpoint", "parameters", "split", "tokens", "loss", "ppl", "bpb", "top-1", "tok/s")
@@ -74,7 +75,7 @@ def evaluate_split(
     per second. With doc_mask, tokens attend only within their own document. Windows begin every
     `stride` tokens, 1 to block_size, which is the default; see the top of this file.
     """
-    device, block_size = next(model.parameters()).device, model.config.block_size
+    block_size = model.config.block_size
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     if len(ids) < 2:
         raise UserError(f"the {config.split} split has {len(ids)} tokens: use a longer text")
@@ -85,19 +86,15 @@ def evaluate_split(
     total_loss = 0.0
     n_correct = n_tokens = 0
     start_time = time.perf_counter()
-    batches = range(0, len(starts), config.batch_size)
-    for first in tqdm(batches, label, unit="batch", leave=False, disable=None):
-        batch_starts = starts[first : first + config.batch_size]
-        x, y = utils.windows(ids, batch_starts, block_size)  # (B, T) both
-        y[torch.from_numpy(batch_starts > 0), :overlap] = -100  # scored in an earlier window
-        x, y = x.to(device), y.to(device)
-        docs = corpus.document_numbers(x) if doc_mask else None
-        with autocast(device, config.precision):
-            logits, loss = model(x, y, docs)  # (B, T, V), ()
-        n_scored = int((y != -100).sum())  # the last window extends past the end of the split
-        total_loss += loss.item() * n_scored
-        n_correct += int((logits.argmax(dim=-1) == y).sum())
-        n_tokens += n_scored
+    batches = losses(model, corpus, ids, starts, config.batch_size, doc_mask, overlap)
+    n_batches = math.ceil(len(starts) / config.batch_size)
+    with autocast(model.tok.weight.device, config.precision):
+        for loss, n_scored, logits, y in tqdm(
+            batches, label, n_batches, unit="batch", leave=False, disable=None
+        ):
+            total_loss += loss * n_scored
+            n_correct += int((logits.argmax(dim=-1) == y).sum())
+            n_tokens += n_scored
     seconds = time.perf_counter() - start_time
     return {
         "tokens": n_tokens,

@@ -118,9 +118,6 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2) / bytes_per_token
 
 
-# --- device and precision
-
-
 # --- checkpoints
 
 CHECKPOINT_TYPES = {
@@ -203,9 +200,12 @@ def load_checkpoint(
     with matching_contents(path):
         config = GPTConfig(**state["gpt_config"])  # raises TypeError for an unknown setting
         raise_problems(all_problems(config))
-        if count_params(config)[0] > sum(weight.numel() for weight in state["model"].values()):
+        n_weights = sum(weight.numel() for weight in state["model"].values())
+    # Not within matching_contents: an error of GPT for valid settings is a bug, not damage.
+    model = GPT(config) if count_params(config)[0] <= n_weights else None
+    with matching_contents(path):
+        if model is None:
             raise ValueError("fewer weights than its settings say")
-        model = GPT(config)
         model.load_state_dict(state["model"])
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise ValueError("weights that are not finite numbers")

@@ -31,6 +31,7 @@ from system.device import pick_device
 from system.files import atomic_write, locked_file
 from system.settings import UserError
 from tokenizer import BPETokenizer, Tokenizer
+from training.task import losses
 
 PAGE = Path(__file__).parent / "page"
 ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
@@ -136,17 +137,12 @@ def pick_precision(
 @torch.no_grad()
 def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
     """The loss of a model on evenly spaced windows of the validation split, in nats per token."""
-    device, block_size = model.tok.weight.device, model.config.block_size
-    n_windows = math.ceil(EVAL_TOKENS / block_size)
-    starts = utils.even_starts(len(corpus.val_ids), block_size, n_windows)
+    n_windows = math.ceil(EVAL_TOKENS / model.config.block_size)
+    starts = utils.even_starts(len(corpus.val_ids), model.config.block_size, n_windows)
     total, n_tokens = 0.0, 0
-    for i in range(len(starts)):  # one at a time: a large vocabulary has large logits
-        x, y = utils.windows(corpus.val_ids, starts[i : i + 1], block_size)  # (1, T) both
-        x, y = x.to(device), y.to(device)
-        _, loss = model(x, y, corpus.document_numbers(x) if doc_mask else None)
-        n_scored = int((y != -100).sum())
-        total += float(loss) * n_scored
-        n_tokens += n_scored
+    # one window at a time: a large vocabulary has large logits
+    for loss, n_scored, _, _ in losses(model, corpus, corpus.val_ids, starts, 1, doc_mask):
+        total, n_tokens = total + loss * n_scored, n_tokens + n_scored
     return total / n_tokens
 
 

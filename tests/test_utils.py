@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_model
 
+import model
 import utils
 from model import GPT
 from system.device import device_problems, pick_device
@@ -250,6 +251,13 @@ def test_contents_that_do_not_match_are_rejected(workplace: Path, change: dict):
     save_checkpoint(Path("bad.pt"), make_state(make_model()) | change)
     with pytest.raises(UserError, match=r"invalid checkpoint bad\.pt: its contents do not match"):
         utils.load_checkpoint(Path("bad.pt"), torch.device("cpu"))
+
+
+def test_a_component_without_an_entry_is_not_reported_as_a_damaged_file(workplace, monkeypatch):
+    save_checkpoint(Path("good.pt"), make_state(make_model()))
+    monkeypatch.delitem(model.NORMS, "rmsnorm")  # a bug: a choice of --norm that no table has
+    with pytest.raises(KeyError, match="rmsnorm"):
+        utils.load_checkpoint(Path("good.pt"))
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch):

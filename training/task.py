@@ -1,6 +1,7 @@
 """What a Trainer trains: the Task protocol, and pretraining on a corpus."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -135,17 +136,37 @@ class Pretraining:
         starts = np.pad(starts, (0, -len(starts) % world_size()), constant_values=len(ids))
         starts = starts[rank() :: world_size()]
         total, count = 0.0, 0
-        for i in range(0, len(starts), self.config.batch_size):
-            x, y = windows(ids, starts[i : i + self.config.batch_size], self.block_size)
-            x, y = x.to(self.device), y.to(self.device)
-            loss = model(x, y, self.document_numbers(x))[1]
-            if n := int((y != -100).sum()):
-                total, count = total + loss.item() * n, count + n
+        doc_mask, batch_size = self.config.doc_mask, self.config.batch_size
+        for loss, n, _, _ in losses(model, self.corpus, ids, starts, batch_size, doc_mask):
+            total, count = total + loss * n, count + n
         sums = all_reduce(torch.tensor([total, count], dtype=torch.float64)).tolist()
         return sums[0] / sums[1]
 
     def sample(self, model: GPT) -> str:
         return sample_from_newline(model, self.tokenizer, self.config.sample_tokens)
+
+
+def losses(
+    model: GPT,
+    corpus: Corpus,
+    ids: TokenStream,
+    starts: np.ndarray,
+    batch_size: int,
+    doc_mask: bool,
+    overlap: int = 0,
+) -> Iterator[tuple[float, int, Tensor, Tensor]]:
+    """Yields per batch of the windows at `starts`: the mean loss in nats per token, the number of
+    scored tokens, the logits (B, T, V) and the targets (B, T). Not scored, -100: positions past the
+    end of the stream, and the first `overlap` of each window but the stream's first."""
+    device = next(model.parameters()).device
+    for i in range(0, len(starts), batch_size):
+        batch = starts[i : i + batch_size]
+        x, y = windows(ids, batch, model.config.block_size)  # (B, T) both
+        y[torch.from_numpy(batch > 0), :overlap] = -100
+        x, y = x.to(device), y.to(device)
+        logits, loss = model(x, y, corpus.document_numbers(x) if doc_mask else None)
+        if n_scored := int((y != -100).sum()):  # FSDP's padding has none
+            yield loss.item(), n_scored, logits, y
 
 
 def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int, qa: bool = True) -> str:
