@@ -1,17 +1,15 @@
 """Corpora of several documents, from .jsonl files and texts with separators."""
 
-import codecs
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from corpus.corpus import Corpus, make_tokenizer, utf8_length
-from corpus.text import READ_SIZE, check_is_text, file_info, json_text, not_utf8, note, token_dtype
+from corpus.text import decode_blocks, file_info, json_text, note, read_blocks, token_dtype
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 
@@ -22,38 +20,6 @@ Document = TypeVar("Document")
 
 
 # --- reading
-
-
-def ignore(raw: bytes) -> None:
-    """The default `on_read`."""
-
-
-def iter_text(
-    path: Path, bad_bytes: str = "strict", on_read: Callable[[bytes], None] = ignore
-) -> Iterator[str]:
-    r"""Yield the text of a file piece by piece, with line ends as \n.
-
-    bad_bytes: "strict" raises UserError if the file is not UTF-8, "replace" replaces invalid bytes
-    by U+FFFD. on_read(raw) is called with the bytes of each read. Raises UserError if the file
-    cannot be read, is binary or is UTF-16.
-    """
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")(bad_bytes)
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    n_read = 0
-    try:
-        with open(path, "rb") as file:
-            while raw := file.read(READ_SIZE):
-                on_read(raw)
-                check_is_text(raw, path, n_read)
-                n_read += len(raw)
-                yield decoder.decode(raw)
-            yield decoder.decode(b"", final=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        # error.object also holds the incomplete character at the end of the previous read.
-        position = n_read - len(error.object) + error.start
-        raise not_utf8(path, position, error.object[error.start]) from None
 
 
 def split_stream(
@@ -132,18 +98,18 @@ def iter_documents(
     text_field: str = "text",
     separator: str = "",
     bad_bytes: str = "strict",
-    on_read: Callable[[bytes], None] = ignore,
     chunk_size: int | None = None,
+    blocks: Iterable[bytes] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """Yield the documents of a file: the text_field of each line of a .jsonl file, see
     `jsonl_texts`; otherwise the text between separators, which is the full text if separator is "".
 
     Yields (text, ends): `ends` tells whether the text is the end of its document. It is always True
     if chunk_size is None; otherwise documents of more than chunk_size characters come in several
-    chunks. bad_bytes, on_read: see `iter_text`. Raises UserError, with the position, if the file
-    cannot be read.
+    chunks. bad_bytes: see `decode_blocks`. blocks: the file's bytes, if the caller reads them.
+    Raises UserError, with the position, if the file is invalid.
     """
-    stream = iter_text(path, bad_bytes, on_read)
+    stream = decode_blocks(blocks or read_blocks(path), path, bad_bytes)
     if path.suffix.lower() != ".jsonl":
         yield from split_stream(stream, separator, chunk_size)
         return

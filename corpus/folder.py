@@ -20,7 +20,7 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 from corpus.corpus import Corpus
 from corpus.documents import note_shared
-from corpus.text import READ_SIZE, file_sha256
+from corpus.text import file_sha256, read_blocks
 from system.errors import first_line
 from system.files import atomic_write
 from system.settings import UserError
@@ -95,11 +95,10 @@ def hash_ids(paths: list[Path], dtype: np.dtype) -> tuple[str, int]:
     with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, leave=False,
               disable=None if large else True) as bar:  # fmt: skip
         for path in paths:
-            with open(path, "rb") as file:
-                while raw := file.read(READ_SIZE):
-                    digest.update(raw)
-                    highest = max(highest, int(np.frombuffer(raw, dtype).max()))
-                    bar.update(len(raw))
+            for raw in read_blocks(path):
+                digest.update(raw)
+                highest = max(highest, int(np.frombuffer(raw, dtype).max()))
+                bar.update(len(raw))
     return digest.hexdigest(), highest
 
 

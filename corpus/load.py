@@ -17,7 +17,7 @@ from corpus.text import (
     file_sha256,
     known_name,
     note_end_of_text,
-    read_bytes,
+    read_blocks,
     token_dtype,
 )
 from system.settings import UserError
@@ -30,7 +30,7 @@ def load_text(
     path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, hold_out: bool = True
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a text file."""
-    raw = read_bytes(path)
+    raw = b"".join(read_blocks(path))
     sha256 = hashlib.sha256(raw).hexdigest()
     info = {"name": known_name(path, sha256), "bytes": len(raw), "sha256": sha256}
     text = decode_text(raw, path)
@@ -70,11 +70,11 @@ def find_corpus(data: str) -> Path:
         path = fetch(data)["all"]
     if not path.exists():
         raise UserError(
-            f"there is no {path}: give --data a file, a folder made by prepare.py, or one of "
+            f"there is no {path}: give a file, a folder made by prepare.py, or one of "
             f"{', '.join(DATASETS)}"
         )
     if not path.is_file() and not path.is_dir():
-        raise UserError(f"{path} is a device or a pipe: give --data a file or a folder")
+        raise UserError(f"{path} is a device or a pipe: give a file or a folder")
     return path
 
 

@@ -66,12 +66,10 @@ def read_records(path: Path) -> list[Record]:
     """The records of a .json file. Raises UserError, which gives the position of each invalid
     record."""
     try:
-        records = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        records = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is not JSON in UTF-8 ({error}): it must be one list, "
+            f"{path} is not JSON ({error}): it must be one list, "
             '[{"question": "...", "answer": "..."}, ...], not one record per line'
         ) from None
     if not isinstance(records, list) or not records:

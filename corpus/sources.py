@@ -12,7 +12,14 @@ from tqdm import tqdm
 from corpus.clean import CHUNK_SIZE, Chunk
 from corpus.documents import SPLIT_SEED, hash_to_unit, is_validation, iter_documents
 from corpus.download import DATASETS, fetch
-from corpus.text import note_end_of_text, replace_surrogates
+from corpus.load import find_corpus
+from corpus.text import (
+    UTF16_MARKS,
+    check_is_text,
+    note_end_of_text,
+    read_blocks,
+    replace_surrogates,
+)
 from system.settings import UserError
 
 BATCH_SIZE = 1 << 20  # characters that a worker process receives at once
@@ -28,15 +35,15 @@ class Source:
     split: str = ""  # train or val, for all its documents; "": each document is assigned to one
 
 
+def file_start(path: Path) -> bytes:
+    """The first bytes of a file. Raises UserError if it cannot be read."""
+    return next(read_blocks(path), b"")[:SNIFF_SIZE]
+
+
 def is_binary(path: Path) -> bool:
-    """Whether the start of a file is not text. Raises UserError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(SNIFF_SIZE)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    is_utf16 = start.startswith((b"\xff\xfe", b"\xfe\xff"))  # has its own message, in iter_text
-    return b"\0" in start and not is_utf16
+    """Whether a file is not text. UTF-16 text is, which `check_is_text` rejects by its name."""
+    start = file_start(path)
+    return b"\0" in start and not start.startswith(UTF16_MARKS)
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -59,23 +66,14 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     not exist or is not text."""
     sources: list[Source] = []
     for name in names:
-        path = Path(name)
-        if name in DATASETS and not path.exists():
-            files = fetch(name)
-            sources += [
-                Source(file, "" if split == "all" else split) for split, file in files.items()
-            ]
-        elif path.is_dir():
-            sources += map(Source, text_files(path))
-        elif path.is_file():
-            sources.append(Source(path))
-        elif path.exists():
-            raise UserError(f"{name} is a device or a pipe: give files or folders")
-        else:
-            raise UserError(f"there is no {name}: give files, folders, or {', '.join(DATASETS)}")
+        if name in DATASETS and not Path(name).exists():
+            for split, file in fetch(name).items():
+                sources.append(Source(file, "" if split == "all" else split))
+            continue
+        path = find_corpus(name)
+        sources += map(Source, text_files(path) if path.is_dir() else [path])
     for source in sources:
-        if is_binary(source.path):
-            raise UserError(f"{source.path} is a binary file or UTF-16 text: save it as UTF-8 text")
+        check_is_text(file_start(source.path), source.path)
     return sources
 
 
@@ -121,10 +119,13 @@ class SourceReader:
             total=self.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
             for source in self.sources:
-                first = True
-                for text, last in self.read_file(source.path, bar):
-                    if not self.separator and source.path.suffix.lower() != ".jsonl":
-                        note_end_of_text(source.path, text)
+                path, first = source.path, True
+                blocks = self.read(path, bar)
+                for text, last in iter_documents(
+                    path, self.text_field, self.separator, self.bad_bytes, CHUNK_SIZE, blocks
+                ):
+                    if not self.separator and path.suffix.lower() != ".jsonl":
+                        note_end_of_text(path, text)
                     complete = first and last
                     text = text.strip("\n") if self.separator and complete else text
                     is_val = is_validation(number, self.val_share, self.seed)
@@ -135,18 +136,13 @@ class SourceReader:
                     number += last and not blank
                     first = last
 
-    def read_file(self, path: Path, bar: tqdm) -> Iterator[tuple[str, bool]]:
-        """Yield the documents of a file as `iter_documents` does, then add it to files_read."""
+    def read(self, path: Path, bar: tqdm) -> Iterator[bytes]:
+        """Yield the bytes of a file, then add it to files_read."""
         digest, n_bytes = hashlib.sha256(), 0
-
-        def on_read(raw: bytes) -> None:
-            nonlocal n_bytes
+        for raw in read_blocks(path):
             digest.update(raw)
             n_bytes += len(raw)
             bar.update(len(raw))
-
-        yield from iter_documents(
-            path, self.text_field, self.separator, self.bad_bytes, on_read, CHUNK_SIZE
-        )
+            yield raw
         file = {"path": replace_surrogates(str(path)), "bytes": n_bytes}
         self.files_read.append(file | {"sha256": digest.hexdigest()})

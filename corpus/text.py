@@ -1,9 +1,12 @@
 """Reading the text of files, their hashes, and what corpora of all kinds share."""
 
+import codecs
 import functools
 import hashlib
+import io
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,12 @@ def note(text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The contents of a file. Raises UserError if it cannot be read."""
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, READ_SIZE at a time. Raises UserError if it cannot be read."""
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            while raw := file.read(READ_SIZE):
+                yield raw
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
@@ -45,36 +50,43 @@ def check_is_text(raw: bytes, path: Path, start: int = 0) -> None:
         )
 
 
-def not_utf8(path: Path, position: int, byte: int) -> UserError:
-    """The error for a byte that is not UTF-8."""
-    return UserError(
-        f"{path} is not UTF-8 text (byte {position} is 0x{byte:02x}): save it as UTF-8 (or, to "
-        "train on it, make a data set with `prepare.py --bad_bytes replace`)"
-    )
+def decode_blocks(blocks: Iterable[bytes], path: Path, bad_bytes: str = "strict") -> Iterator[str]:
+    r"""Yield the text of a file, given its bytes as a stream, with line ends as \n.
+
+    bad_bytes: "strict" raises UserError if the file is not UTF-8, "replace" replaces invalid bytes
+    by U+FFFD. Raises UserError if the file is binary or UTF-16.
+    """
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")(bad_bytes)
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    n_read = 0
+    try:
+        for raw in blocks:
+            check_is_text(raw, path, n_read)
+            n_read += len(raw)
+            yield decoder.decode(raw)
+        yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        # error.object also holds the incomplete character at the end of the previous block.
+        position = n_read - len(error.object) + error.start
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {position} is 0x{error.object[error.start]:02x}): "
+            "save it as UTF-8 (or, to train on it, make a data set with `prepare.py --bad_bytes "
+            "replace`)"
+        ) from None
 
 
 def decode_text(raw: bytes, path: Path) -> str:
     r"""The text of a file from its bytes, with line ends as \n. Raises UserError if it is empty or
     not UTF-8 text."""
-    check_is_text(raw, path)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        position = len(raw) - len(error.object) + error.start  # a byte order mark is left out
-        raise not_utf8(path, position, error.object[error.start]) from None
+    text = "".join(decode_blocks([raw], path))
     if not text:
         raise UserError(f"{path} is empty")
-    return unix_lines(text)
+    return text
 
 
 def read_text(path: Path) -> str:
     r"""The text of a file, with line ends as \n. Raises UserError if it is empty or not UTF-8."""
-    return decode_text(read_bytes(path), path)
-
-
-def unix_lines(text: str) -> str:
-    r"""The text with line ends as \n."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return decode_text(b"".join(read_blocks(path)), path)
 
 
 def replace_surrogates(text: str) -> str:
@@ -83,8 +95,9 @@ def replace_surrogates(text: str) -> str:
 
 
 def json_text(text: str) -> str:
-    """A text from JSON as it would be read from a file: without lone surrogates."""
-    return unix_lines(replace_surrogates(text))
+    r"""A text from JSON as it would be read from a file: with line ends as \n, without lone
+    surrogates."""
+    return replace_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def file_sha256(*paths: Path) -> str:
@@ -92,12 +105,8 @@ def file_sha256(*paths: Path) -> str:
     cannot be read."""
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            with open(path, "rb") as file:
-                while raw := file.read(READ_SIZE):
-                    digest.update(raw)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        for raw in read_blocks(path):
+            digest.update(raw)
     return digest.hexdigest()
 
 

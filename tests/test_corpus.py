@@ -154,7 +154,7 @@ def test_a_corpus_shorter_than_a_window_is_rejected():
 def test_devices_and_pipes_are_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in ("/dev/zero", str(tmp_path / "pipe")):
-        with pytest.raises(UserError, match="is a device or a pipe: give --data a file"):
+        with pytest.raises(UserError, match="is a device or a pipe: give a file or a folder"):
             load.load_corpus(path, "char", 0)
 
 
@@ -265,7 +265,7 @@ def test_splitting_does_not_depend_on_the_size_of_reads(text: str, size: int):
 
 
 def test_characters_and_line_ends_across_reads_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "READ_SIZE", 5)
+    monkeypatch.setattr(text_module, "READ_SIZE", 5)
     (tmp_path / "text.txt").write_bytes("日本語\r\nnaïve".encode())
     assert read(tmp_path / "text.txt") == [("日本語\nnaïve", True)]
 
@@ -281,7 +281,7 @@ def test_characters_and_line_ends_across_reads_are_decoded(tmp_path, monkeypatch
 def test_files_that_are_not_text_are_rejected_with_the_position(
     tmp_path, monkeypatch, content, message
 ):
-    monkeypatch.setattr(documents, "READ_SIZE", 4)
+    monkeypatch.setattr(text_module, "READ_SIZE", 4)
     (tmp_path / "text.txt").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read(tmp_path / "text.txt")
