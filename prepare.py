@@ -30,11 +30,11 @@ from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
 from corpus.documents import note_shared
-from corpus.folder import foreign_files, open_dataset, write_manifest
+from corpus.folder import is_dataset_file, open_dataset, write_manifest
 from model import GPT
 from system.command_line import parse_args
 from system.errors import run
-from system.folders import replacing
+from system.folders import check_replaceable, replacing
 from system.settings import UserError, setting
 
 # Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
@@ -144,17 +144,10 @@ def usage_problems(
 
 def check_folder(folder: Path, config: DatasetConfig) -> None:
     """Raise UserError if the data set must not be written to the folder."""
-    if not folder.exists():
-        return
-    if not (folder / "manifest.json").is_file():
-        raise UserError(f"{folder} exists and is not a data set: give another --name")
-    if not config.overwrite:
-        raise UserError(f"{folder}/ exists: --overwrite it, or give another --name")
-    if names := foreign_files(folder):
-        raise UserError(f"{folder}/{names[0]} was not written by prepare.py: move it elsewhere")
+    check_replaceable(folder, "prepare.py", "manifest.json", config.overwrite, is_dataset_file)
     for source in config.sources:
         path = Path(os.path.realpath(source))  # resolve() raises RuntimeError for a loop
-        if folder.resolve() in (path, *path.parents):
+        if Path(os.path.realpath(folder)) in (path, *path.parents):
             raise UserError(f"{folder}/ is a source itself: give another --name")
 
 

@@ -102,9 +102,9 @@ def hash_ids(paths: list[Path], dtype: np.dtype) -> tuple[str, int]:
     return digest.hexdigest(), highest
 
 
-def foreign_files(folder: Path) -> list[str]:
-    """The names in a folder that are not those of a data set's files."""
-    return sorted(path.name for path in folder.iterdir() if not re.fullmatch(FILES, path.name))
+def is_dataset_file(path: Path) -> bool:
+    """Whether a file has a name that prepare.py gives."""
+    return re.fullmatch(FILES, path.name) is not None
 
 
 # --- token ids on disk

@@ -1,7 +1,6 @@
 """The folders that an export writes, which replace only another export.
 
-The last file of an export, MARKER, lists the others with their hashes. A folder is replaced only if
-it has that file, and no file that is not listed.
+The last file of an export, MARKER, lists the others with their hashes.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from typing import Any
 from corpus.text import file_sha256
 from system.errors import first_line
 from system.files import file_problems
-from system.folders import replacing
+from system.folders import check_replaceable, replacing
 from system.settings import VERSION, UserError, raise_problems
 
 MARKER = "tinyllm.json"
@@ -68,32 +67,14 @@ def check_files(folder: Path, names: list[str]) -> None:
             )
 
 
+def is_exported(path: Path) -> bool:
+    """Whether an export wrote this file, and nothing has changed it since."""
+    return path.name == MARKER or file_sha256(path) == read_marker(path.parent).get(path.name)
+
+
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise UserError unless a folder can be written: it does not exist or is empty, or it may be
-    replaced and contains nothing but an export."""
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: choose another path")
-    real, here, home = (Path(os.path.realpath(p)) for p in (folder, ".", os.path.expanduser("~")))
-    if real in (here, home, *here.parents, *home.parents):
-        raise UserError(f"{folder} contains your working or home folder: choose another path")
-    if not any(folder.iterdir()):
-        return
-    if not (folder / MARKER).is_file():
-        raise UserError(
-            f"{folder}/ was not written by export.py (no {MARKER}): choose another path"
-        )
-    if not overwrite:
-        raise UserError(f"{folder} exists: add --overwrite or choose another path")
-    known = read_marker(folder)
-    for path in sorted(folder.iterdir()):
-        plain = path.is_file() and not path.is_symlink()
-        if path.name != MARKER and not (plain and file_sha256(path) == known.get(path.name)):
-            raise UserError(
-                f"{folder}/ contains {path.name}, which export.py did not write, or which was "
-                "changed since: move it, or choose another path"
-            )
+    """Raise UserError unless an export can be written to a folder."""
+    check_replaceable(folder, "export.py", MARKER, overwrite, is_exported)
 
 
 @contextlib.contextmanager
@@ -112,6 +93,6 @@ def check_file(path: Path, mark: bytes, overwrite: bool) -> None:
     raise_problems(file_problems(path))
     if os.path.lexists(path):
         if not path.is_file() or mark not in path.open("rb").read(1000):
-            raise UserError(f"{path} was not written by export.py: choose another path")
+            raise UserError(f"{path} was not written by export.py: choose another name")
         if not overwrite:
-            raise UserError(f"{path} exists: add --overwrite or choose another path")
+            raise UserError(f"{path} exists: add --overwrite or choose another name")

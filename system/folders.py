@@ -1,4 +1,4 @@
-"""Replace a folder by a new one, completely or not at all."""
+"""Replace a folder by a new one, completely or not at all, and only what the program wrote."""
 
 import contextlib
 import ctypes
@@ -12,14 +12,42 @@ from system.files import locked
 from system.settings import UserError
 
 
+def check_replaceable(
+    folder: Path, program: str, marker: str, overwrite: bool, is_own: Callable[[Path], bool]
+) -> None:
+    """Raise UserError unless a folder can be written: it does not exist or is empty, or it may be
+    replaced and contains only files of the program: one called `marker`, and is_own for each."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: choose another name")
+    real, here, home = (Path(os.path.realpath(p)) for p in (folder, ".", os.path.expanduser("~")))
+    if real in (here, home, *here.parents, *home.parents):
+        raise UserError(f"{folder} contains your working or home folder: choose another name")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / marker).is_file():
+        raise UserError(
+            f"{folder}/ was not written by {program} (no {marker}): choose another name"
+        )
+    if not overwrite:
+        raise UserError(f"{folder} exists: add --overwrite or choose another name")
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or not path.is_file() or not is_own(path):
+            raise UserError(
+                f"{folder}/ contains {path.name}, which {program} did not write, or which was "
+                "changed since: move it, or choose another name"
+            )
+
+
 @contextlib.contextmanager
 def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Path]:
     """A new folder to write files to. At the end it becomes `folder`; after an error it is deleted,
     and an old `folder` is unchanged. Until then it is in .NAME.part, beside `folder`.
 
-    check() is called at the start and at the end, and raises UserError if `folder` must not be
-    replaced. `what` names this process to another one that wants to replace the same folder. Raises
-    UserError if files cannot be written.
+    check() is called at the start and at the end: it raises UserError if `folder` must not be
+    replaced, see `check_replaceable`. `what` names this process to another one that wants to
+    replace the same folder. Raises UserError if files cannot be written.
 
     Where folders can be exchanged (Linux, macOS), a process killed at any moment leaves the old
     folder or the new one. Elsewhere the old one can remain in .NAME.part, from which

@@ -266,7 +266,7 @@ def test_an_existing_data_set_is_overwritten_only_if_requested(workplace):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
     before = Path("data/set/manifest.json").read_bytes()
-    with pytest.raises(UserError, match=r"data/set/ exists: --overwrite it"):
+    with pytest.raises(UserError, match="data/set exists: add --overwrite"):
         make("stories.jsonl")
     with pytest.raises(UserError, match="no text remains to learn"):
         make("stories.jsonl", "--overwrite", "--min_chars=99999")
@@ -280,7 +280,7 @@ def test_only_a_data_set_is_ever_replaced(workplace, overwrite):
     (workplace / "data" / "letters").mkdir()
     (workplace / "data" / "letters" / "a.txt").write_text("dear " * 100)
     flags = ["--vocab_size=300", *overwrite]
-    with pytest.raises(UserError, match="exists and is not a data set"):
+    with pytest.raises(UserError, match="data/letters/ was not written by prepare"):
         prepare.main(["data/letters", *flags])
     for source in (".", "data"):  # named after the folder: data/NAME does not exist
         assert prepare.main([source, *flags]) == 0
@@ -348,7 +348,7 @@ def test_files_of_others_are_never_deleted(workplace):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
     Path("data/set/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt was not written by prepare\.py: move it"):
+    with pytest.raises(UserError, match=r"contains notes\.txt, which prepare\.py did not"):
         make("stories.jsonl", "--overwrite")
     assert Path("data/set/notes.txt").read_text() == "mine"
     Path("data/set/notes.txt").unlink()
@@ -368,7 +368,7 @@ def test_a_file_added_while_a_data_set_is_made_is_kept(workplace, monkeypatch):
         return make_dataset(*args)
 
     monkeypatch.setattr(prepare, "make_dataset", make_and_add)
-    with pytest.raises(UserError, match=r"notes\.txt was not written by prepare\.py"):
+    with pytest.raises(UserError, match=r"contains notes\.txt, which prepare\.py did not"):
         make("stories.jsonl", "--overwrite")
     assert Path("data/set/notes.txt").read_text() == "mine"
     folder.open_dataset(Path("data/set"))
