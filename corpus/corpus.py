@@ -63,15 +63,13 @@ def make_tokenizer(
     train_texts, val_texts = texts
     if kind == "char":
         return tokenizers.CharTokenizer.train(train_texts + val_texts, specials)
+    from corpus import bpe  # only for byte pairs
+
     if kind in ENCODINGS:
-        from corpus.encodings import from_tiktoken  # only for these tokenizers
-
-        return from_tiktoken(kind)
-    from corpus.bpe import count_pieces, train_bpe  # only for --tokenizer bpe
-
-    counts = count_pieces(train_texts)
+        return bpe.from_tiktoken(kind)
+    counts = bpe.count_pieces(train_texts)
     first_specials = [text for text in specials if text != END_OF_TEXT]  # train_bpe adds that one
-    return train_bpe(counts, bpe_vocab_size, first_specials)
+    return bpe.train_bpe(counts, bpe_vocab_size, first_specials)
 
 
 def utf8_length(texts: list[str]) -> int:

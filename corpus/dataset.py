@@ -11,32 +11,28 @@ import json
 import os
 import platform
 import re
-from array import array
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import tiktoken
 
 import tokenizer as tokenizers
 from config import ENCODINGS, TOKENIZERS
-from corpus.bpe import count_pieces, train_bpe
+from corpus.bpe import count_pieces, from_tiktoken, train_bpe
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.download import DATASETS
-from corpus.encodings import from_tiktoken
-from corpus.folder import map_token_files, token_files
-from corpus.sources import SourceReader, find_sources
+from corpus.folder import DatasetWriter, EncodedChunk, token_files
+from corpus.sources import SourceReader, find_sources, parallel_map
 from corpus.text import file_sha256, token_dtype
-from corpus.workers import parallel_map
 from system.settings import UserError, setting
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import matching_contents, read_checkpoint
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
-SHARD_SIZE = 1 << 28  # tokens per file
-DECODE_SIZE = 1 << 20  # tokens decoded at once
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
 
 
@@ -78,8 +74,6 @@ class DatasetConfig:
                 f"tokenizer must be one of {', '.join(TOKENIZERS)} or a checkpoint, "
                 f"not {self.tokenizer!r}"
             )
-        if len(self.name.encode("utf-8", "replace")) > 200:
-            found.append("name is too long: give a --name of at most 200 bytes")
         return found + [
             f"{source} contains question/answer records: use it with train.py directly"
             for source in self.sources
@@ -90,29 +84,17 @@ class DatasetConfig:
 # --- the tokenizer
 
 
-def cleaned_texts(cleaning: CleanConfig, batch: list[Chunk]) -> list[str]:
-    """The cleaned texts of the chunks that are not removed."""
+def characters(texts: Iterable[str]) -> set[str]:
+    """The characters in texts."""
+    return set().union(*texts)
+
+
+def find_in_batch(
+    find: Callable[[Iterable[str]], Iterable[str]], cleaning: CleanConfig, batch: list[Chunk]
+) -> Iterable[str]:
+    """What `find` finds in the cleaned texts of a batch."""
     texts = (clean(chunk, cleaning, new_stats()) for chunk in batch)
-    return [text for text in texts if text is not None]
-
-
-def batch_chars(cleaning: CleanConfig, batch: list[Chunk]) -> set[str]:
-    """The characters in the cleaned text of a batch."""
-    return set().union(*cleaned_texts(cleaning, batch))
-
-
-def batch_pieces(cleaning: CleanConfig, batch: list[Chunk]) -> Counter[str]:
-    """How often each BPE piece occurs in the cleaned text of a batch."""
-    return count_pieces(cleaned_texts(cleaning, batch))
-
-
-def require_text(found: set[str] | Counter[str]) -> None:
-    """Raise UserError if there is nothing to learn a vocabulary from."""
-    if not found:
-        raise UserError(
-            "no text remains to learn the vocabulary from: the sources are empty, cleaning removed "
-            "all, or all documents are in the validation split (then try another --seed)"
-        )
+    return find(text for text in texts if text is not None)
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
@@ -138,39 +120,27 @@ def learn_tokenizer(
         return from_tiktoken(config.tokenizer)
     if config.tokenizer not in TOKENIZERS:
         return checkpoint_tokenizer(Path(config.tokenizer))
-    if config.tokenizer == "char":
-        batches = reader.batches("learning the vocabulary")
-        chars: set[str] = set()
-        for found in parallel_map(functools.partial(batch_chars, cleaning), batches, workers):
-            chars |= found
-        require_text(chars)
-        return tokenizers.CharTokenizer(sorted(chars), (END_OF_TEXT,))
-    share = SAMPLE_SIZE / max(reader.n_bytes, 1)
-    train_batches = (
-        [chunk for chunk in batch if chunk.split == "train"]
+    bpe = config.tokenizer == "bpe"
+    share = SAMPLE_SIZE / max(reader.n_bytes, 1) if bpe else 1.0
+    batches = (
+        [chunk for chunk in batch if chunk.split == "train" or not bpe]
         for batch in reader.batches("learning the vocabulary", share)
     )
+    find = functools.partial(find_in_batch, count_pieces if bpe else characters, cleaning)
     counts: Counter[str] = Counter()
-    for pieces in parallel_map(functools.partial(batch_pieces, cleaning), train_batches, workers):
-        counts.update(pieces)
-    require_text(counts)
-    return train_bpe(counts, config.bpe_vocab_size)
+    for found in parallel_map(find, batches, workers):
+        counts.update(found)
+    if not counts:
+        raise UserError(
+            "no text remains to learn the vocabulary from: the sources are empty, cleaning removed "
+            "all, or all documents are in the validation split (then try another --seed)"
+        )
+    if bpe:
+        return train_bpe(counts, config.bpe_vocab_size)
+    return tokenizers.CharTokenizer(sorted(counts), (END_OF_TEXT,))
 
 
-# --- tokens to files
-
-
-@dataclass
-class EncodedChunk:
-    """A cleaned chunk as token ids, with the statistics that are recorded."""
-
-    ids: np.ndarray  # (tokens,)
-    first: bool  # starts its document
-    split: str  # train or val
-    n_chars: int
-    n_bytes: int  # in UTF-8
-    digest: bytes | None  # of a complete document: equal for duplicates
-    example: str  # its first characters
+# --- text to tokens
 
 
 @functools.lru_cache(maxsize=1)
@@ -196,118 +166,15 @@ def encode_batch(
             EncodedChunk(
                 ids=tokenizer.encode(text).astype(dtype),
                 first=chunk.first,
+                complete=chunk.complete,
                 split=chunk.split,
                 n_chars=len(text),
                 n_bytes=len(raw),
-                digest=hashlib.blake2b(raw, digest_size=16).digest() if chunk.complete else None,
+                digest=hashlib.blake2b(raw, digest_size=16).digest(),
                 example=text[:60],
             )
         )
     return encoded, removed
-
-
-class DatasetWriter:
-    """Writes the token files of both splits, and counts what they contain."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
-        self.folder, self.tokenizer = folder, tokenizer
-        self.separator = tokenizer.specials[END_OF_TEXT]
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.files: dict[str, BinaryIO] = {}  # the last file of each split
-        self.train_docs = array("q")  # where each document starts in the training ids
-        # Of the text of each document, 8 bytes: to find validation documents in the training split
-        self.digests = {"train": array("q"), "val": array("q")}
-        self.last_digest = 0  # where that of the last training document is; a long one has none
-        keys = ("documents", "tokens", "characters", "bytes")
-        self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
-        for split in self.counts:
-            self.open_file(split, f"{split}.bin")
-
-    def open_file(self, split: str, name: str) -> None:
-        """Start the next file of a split."""
-        if split in self.files:
-            self.close(split)
-        self.files[split] = open(self.folder / name, "wb")  # noqa: SIM115 (`close` closes it)
-
-    def close(self, split: str) -> None:
-        """Close the last file of a split."""
-        self.files[split].close()
-
-    def write(self, chunk: EncodedChunk) -> None:
-        """Append a chunk to its split; the first chunk of a document follows a separator."""
-        counts, ids = self.counts[chunk.split], chunk.ids
-        if chunk.first:
-            ids = np.concatenate([np.array([self.separator], dtype=self.dtype), ids])
-            if chunk.split == "train":
-                self.train_docs.append(counts["tokens"])
-                self.last_digest = len(self.digests["train"])
-            counts["documents"] += 1
-        if chunk.digest:
-            self.digests[chunk.split].frombytes(chunk.digest[:8])
-        self.append(chunk.split, ids)
-        counts["characters"] += chunk.n_chars
-        counts["bytes"] += chunk.n_bytes
-
-    def append(self, split: str, ids: np.ndarray) -> None:
-        """Append ids to a split, starting another file whenever one is full."""
-        counts = self.counts[split]
-        while len(ids):
-            shard, n_written = divmod(counts["tokens"], SHARD_SIZE)
-            if shard and not n_written:
-                self.open_file(split, f"{split}_{shard:05d}.bin")
-            fitting, ids = ids[: SHARD_SIZE - n_written], ids[SHARD_SIZE - n_written :]
-            self.files[split].write(fitting.tobytes())
-            counts["tokens"] += len(fitting)
-
-    def finish(self) -> None:
-        """Close the files, after making sure that the validation split is not empty."""
-        self.close("train")
-        if not self.counts["val"]["tokens"] and self.counts["train"]["tokens"]:
-            self.move_to_validation()
-        self.close("val")
-        np.save(self.folder / "train_docs.npy", np.array(self.train_docs, dtype=np.int64))
-
-    def move_to_validation(self) -> None:
-        """Move the last document to the validation split. If there is only one document, move its
-        last tenth: only then is a document divided between the splits."""
-        train, val = self.counts["train"], self.counts["val"]
-        ids = map_token_files(token_files(self.folder, "train"), self.dtype)
-        n_documents = int(train["documents"] > 1)
-        start = self.train_docs.pop() if n_documents else len(ids) * 9 // 10
-        moved = {"documents": n_documents, "characters": 0, "bytes": 0}
-        for position in range(start, len(ids), DECODE_SIZE):
-            tail = ids[position : position + DECODE_SIZE]
-            self.append("val", tail)
-            raw = self.tokenizer.decode_bytes(tail[tail != self.separator].tolist())
-            moved["bytes"] += len(raw)
-            # A character may be divided between tokens: count the bytes that start one.
-            moved["characters"] += sum(byte & 0xC0 != 0x80 for byte in raw)
-        del ids, tail  # Windows cannot truncate a file that is mapped
-        self.truncate_train(start)
-        for key, count in moved.items():
-            train[key] -= count
-            val[key] += count
-        if n_documents:
-            self.digests["val"].extend(self.digests["train"][self.last_digest :])
-            del self.digests["train"][self.last_digest :]
-            print(f"few documents: the last one ({val['tokens']:,} tokens) is for validation")
-        else:
-            print("the corpus is one document: its last tenth is for validation")
-
-    def n_shared(self) -> int:
-        """The number of validation documents that are training documents too."""
-        train, val = (np.array(self.digests[split]) for split in ("train", "val"))
-        return int(np.isin(val, train).sum())
-
-    def truncate_train(self, n_tokens: int) -> None:
-        """Keep only the first n_tokens of the training files."""
-        for shard, path in enumerate(token_files(self.folder, "train")):
-            n_kept = min(max(n_tokens - shard * SHARD_SIZE, 0), SHARD_SIZE)
-            if n_kept:
-                os.truncate(path, n_kept * self.dtype.itemsize)
-            else:
-                path.unlink()
-        self.counts["train"]["tokens"] = n_tokens
 
 
 def write_tokens(
@@ -322,10 +189,10 @@ def write_tokens(
         for step, stats in batch_removed.items():
             removed[step].merge(stats)
         for chunk in encoded:
-            if cleaning.dedup and chunk.digest in digests:
-                removed["duplicates"].add(1, chunk.example)
-                continue
-            if cleaning.dedup and chunk.digest:
+            if cleaning.dedup and chunk.complete:
+                if chunk.digest in digests:
+                    removed["duplicates"].add(1, chunk.example)
+                    continue
                 digests.add(chunk.digest)
             writer.write(chunk)
     writer.finish()
@@ -333,12 +200,6 @@ def write_tokens(
 
 
 # --- the data set
-
-
-def document_separator(config: DatasetConfig) -> str:
-    """The text between documents, "" if a file is one document."""
-    default = END_OF_TEXT if "tinystories" in config.sources else ""
-    return config.separator.replace("\\n", "\n") or default
 
 
 def make_dataset(
@@ -353,10 +214,11 @@ def make_dataset(
     workers: number of processes; 0: one per core. settings: recorded in the manifest. Raises
     UserError if a source is invalid or no text remains.
     """
+    separator = END_OF_TEXT if "tinystories" in config.sources else ""
     reader = SourceReader(
         sources=find_sources(config.sources),
         text_field=config.text_field,
-        separator=document_separator(config),
+        separator=config.separator.replace("\\n", "\n") or separator,
         bad_bytes="strict" if cleaning.bad_bytes == "stop" else "replace",
         val_share=config.val_share,
         seed=config.seed,

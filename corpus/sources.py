@@ -1,11 +1,19 @@
 """The source files of a data set, read as a stream of documents, each assigned to a split."""
 
 import hashlib
+import multiprocessing
+import os
 import re
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -21,6 +29,8 @@ from corpus.text import (
     replace_surrogates,
 )
 from system.settings import UserError
+
+Result = TypeVar("Result")
 
 BATCH_SIZE = 1 << 20  # characters that a worker process receives at once
 CHUNK_COST = 100  # characters added to the size of each chunk, to limit the chunks per batch
@@ -146,3 +156,47 @@ class SourceReader:
             yield raw
         file = {"path": replace_surrogates(str(path)), "bytes": n_bytes}
         self.files_read.append(file | {"sha256": digest.hexdigest()})
+
+
+# --- several processes
+
+
+def init_worker() -> None:
+    """Let only the parent process handle Ctrl-C, and exit when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def parallel_map(
+    function: Callable[[list[Chunk]], Result], batches: Iterable[list[Chunk]], workers: int
+) -> Iterator[Result]:
+    """Yield function(batch) of each batch, in order, computed in several processes. Only as many
+    batches are read ahead as keep them busy. Raises UserError if a process is killed."""
+    if workers < 2:
+        yield from map(function, batches)
+        return
+    if sys.platform == "win32":
+        workers = min(workers, 61)  # ProcessPoolExecutor raises ValueError for more
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=init_worker)
+    try:
+        pending: deque[Future[Result]] = deque()
+        for batch in batches:
+            pending.append(pool.submit(function, batch))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps because memory ran out: try --workers 1"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from corpus.encodings import from_tiktoken
+from corpus.bpe import from_tiktoken
 from corpus.load import is_dataset
 from experiments.comparison import Row, add_differences, margin, mean
 from experiments.study import (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import utils
 from config import ARCH_FIELDS, ARCHS, GPTConfig
-from corpus.encodings import from_tiktoken
+from corpus.bpe import from_tiktoken
 from exporting.folders import (
     check_files,
     import_optional,

@@ -17,7 +17,7 @@ import finetune
 import prepare
 import train
 from config import SampleConfig
-from corpus import documents, download, encodings, folder, load, records
+from corpus import bpe, documents, download, folder, load, records
 from corpus import text as text_module
 from corpus.corpus import Corpus, check_length
 from corpus.text import known_name
@@ -72,7 +72,7 @@ def test_each_document_is_in_one_split_and_starts_with_end_of_text(tmp_path, kin
 def test_an_encoding_of_tiktoken_is_used_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(make_text())
     tokenizer = CharTokenizer.train([make_text()])
-    monkeypatch.setattr(encodings, "from_tiktoken", {"cl100k_base": tokenizer}.__getitem__)
+    monkeypatch.setattr(bpe, "from_tiktoken", {"cl100k_base": tokenizer}.__getitem__)
     assert load.load_corpus(str(tmp_path / "text.txt"), "cl100k_base")[0] is tokenizer
 
 

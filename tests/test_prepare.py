@@ -245,7 +245,7 @@ def write_invalid_files(workplace: Path) -> None:
         (["/dev/zero"], "/dev/zero is a device or a pipe"),
         (["mixed/a.txt", "--tokenizer=no.pt"], "must be one of char, .* or a checkpoint, not 'no"),
         (["mixed/a.txt", "--tokenizer=empty.txt"], r"empty\.txt is not a checkpoint"),
-        (["mixed/a.txt", "--name=" + "x" * 300], "name is too long"),
+        (["mixed/a.txt", "--name=" + "x" * 300], "could not be written: File name too long"),
     ],
 )
 def test_invalid_input_is_one_error_and_leaves_nothing(workplace, words, message):
@@ -512,7 +512,7 @@ def test_notes_name_lines_without_text_and_the_flag_for_separators(workplace, ca
 SLOW = """
 import time, prepare
 from system.errors import run
-from corpus.dataset import DatasetWriter
+from corpus.folder import DatasetWriter
 write = DatasetWriter.write
 DatasetWriter.write = lambda self, chunk: (write(self, chunk), time.sleep(1))
 run(prepare.main)
@@ -633,7 +633,7 @@ def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch, on
         lines = [json.dumps({"text": "".join(json.loads(line)["text"] for line in lines)})]
     Path("stories.jsonl").write_text("".join(lines))
     one = make("stories.jsonl", "--tokenizer=char", name="one")
-    monkeypatch.setattr(dataset, "SHARD_SIZE", 100)
+    monkeypatch.setattr(folder, "SHARD_SIZE", 100)
     many = make("stories.jsonl", "--tokenizer=char", name="many")
     assert many["splits"] == one["splits"] and many["sha256"] == one["sha256"]
     n_tokens = one["splits"]["train"]["tokens"]
@@ -688,7 +688,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 @pytest.mark.parametrize("hashed", [True, False])
 def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hashed):
-    monkeypatch.setattr(dataset, "SHARD_SIZE", 300)
+    monkeypatch.setattr(folder, "SHARD_SIZE", 300)
     write_jsonl(workplace / "stories.jsonl")
     manifest = make("stories.jsonl")
     if not hashed:  # as earlier versions wrote it: damages are found, if not all

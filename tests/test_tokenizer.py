@@ -1,4 +1,4 @@
-"""Text to ids and back: characters, byte pairs, tiktoken's encodings."""
+"""Text to ids and back: characters, byte pairs, tiktoken's bpe."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import tokenizer as tokenizers
 from config import ENCODINGS
-from corpus import encodings
+from corpus import bpe
 from corpus.bpe import count_pieces, learn_merges, merge_pair, train_bpe
 from system.settings import UserError
 from tokenizer import (
@@ -366,7 +366,7 @@ def test_of_several_special_tokens_the_longest_counts():
 @pytest.fixture(scope="module")
 def gpt2() -> BPETokenizer:
     try:
-        return encodings.from_tiktoken("gpt2", seconds=5)
+        return bpe.from_tiktoken("gpt2", seconds=5)
     except UserError as error:
         pytest.skip(str(error))
 
@@ -384,22 +384,22 @@ def test_gpt2_survives_its_dict_and_equals_tiktoken(gpt2: BPETokenizer):
 
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_a_silent_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, name: str):
-    monkeypatch.setattr(encodings.tiktoken, "get_encoding", lambda name: time.sleep(60))
+    monkeypatch.setattr(bpe.tiktoken, "get_encoding", lambda name: time.sleep(60))
     began = time.perf_counter()
     with pytest.raises(UserError, match=f"encoding {name} could not be downloaded .not complete a"):
-        encodings.from_tiktoken(name, seconds=0.1)
+        bpe.from_tiktoken(name, seconds=0.1)
     assert time.perf_counter() - began < 30
 
 
 def test_a_slow_download_is_announced(monkeypatch: pytest.MonkeyPatch, capsys):
-    monkeypatch.setattr(encodings, "NOTE_AFTER", 0.01)
+    monkeypatch.setattr(bpe, "NOTE_AFTER", 0.01)
 
     def slow(name: str) -> tiktoken.Encoding:
         time.sleep(0.2)
         return BPE.encoding
 
-    monkeypatch.setattr(encodings.tiktoken, "get_encoding", slow)
-    assert encodings.from_tiktoken("cl100k_base").vocab_size == BPE.vocab_size
+    monkeypatch.setattr(bpe.tiktoken, "get_encoding", slow)
+    assert bpe.from_tiktoken("cl100k_base").vocab_size == BPE.vocab_size
     expected = "note: loading the encoding cl100k_base; its first use downloads up to 4 MB\n"
     assert capsys.readouterr().err == expected
 
@@ -408,21 +408,21 @@ def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
     def refuse(name: str) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(encodings.tiktoken, "get_encoding", refuse)
+    monkeypatch.setattr(bpe.tiktoken, "get_encoding", refuse)
     with pytest.raises(UserError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
-        encodings.from_tiktoken("gpt2")
+        bpe.from_tiktoken("gpt2")
 
 
 def test_a_downloaded_encoding_keeps_its_special_tokens(monkeypatch: pytest.MonkeyPatch):
     ranks = {bytes([b]): b for b in range(256)}
     theirs = tiktoken.Encoding("x", pat_str=r"\S+|\s+", mergeable_ranks=ranks,
                                special_tokens={"<|endoftext|>": 300})  # fmt: skip
-    monkeypatch.setattr(encodings.tiktoken, "get_encoding", lambda name: theirs)
-    ours = encodings.from_tiktoken("cl100k_base")
+    monkeypatch.setattr(bpe.tiktoken, "get_encoding", lambda name: theirs)
+    ours = bpe.from_tiktoken("cl100k_base")
     assert ours.specials == {"<|endoftext|>": 300} and ours.vocab_size == 301
     assert ours.pattern == r"\S+|\s+" and ours.encode("a b").tolist() == [97, 32, 98]
     for name in ("gpt2", "r50k_base"):  # equal to an imported GPT-2's
-        assert encodings.from_tiktoken(name).pattern == GPT2_PATTERN
+        assert bpe.from_tiktoken(name).pattern == GPT2_PATTERN
 
 
 @given(st.text("abc", max_size=20), st.text("abc", min_size=2, max_size=2))

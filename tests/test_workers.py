@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from corpus import workers
+from corpus import sources
 from system.settings import UserError
 
 
@@ -25,36 +25,36 @@ def test_batches_are_mapped_in_order_and_few_are_read_ahead(monkeypatch: pytest.
             read.append(i)
             yield [i]
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
-    results = workers.parallel_map(lambda batch: batch[0] ** 2, batches(), 2)
+    monkeypatch.setattr(sources, "ProcessPoolExecutor", pool)
+    results = sources.parallel_map(lambda batch: batch[0] ** 2, batches(), 2)
     assert next(results) == 0 and len(read) == 5  # four more than the first keep two busy
     assert list(results) == [i**2 for i in range(1, 20)]
-    assert settings["workers"] == 2 and settings["initializer"] is workers.init_worker
+    assert settings["workers"] == 2 and settings["initializer"] is sources.init_worker
     assert settings["mp_context"].get_start_method() == "spawn"
 
 
 def test_one_process_needs_no_pool(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", None)
-    assert list(workers.parallel_map(len, [[], []], 1)) == [0, 0]
+    monkeypatch.setattr(sources, "ProcessPoolExecutor", None)
+    assert list(sources.parallel_map(len, [[], []], 1)) == [0, 0]
 
 
 @pytest.mark.parametrize(("platform", "expected"), [("win32", 61), ("linux", 96)])
 def test_windows_has_at_most_61_processes(monkeypatch: pytest.MonkeyPatch, platform, expected):
     asked = []
     monkeypatch.setattr(
-        workers, "ProcessPoolExecutor", lambda n, **_: asked.append(n) or ThreadPoolExecutor(1)
+        sources, "ProcessPoolExecutor", lambda n, **_: asked.append(n) or ThreadPoolExecutor(1)
     )
-    monkeypatch.setattr(workers.sys, "platform", platform)
-    assert list(workers.parallel_map(len, [[]], 96)) == [0] and asked == [expected]
+    monkeypatch.setattr(sources.sys, "platform", platform)
+    assert list(sources.parallel_map(len, [[]], 96)) == [0] and asked == [expected]
 
 
 def test_a_killed_worker_is_one_error(monkeypatch: pytest.MonkeyPatch):
     def die(batch: list[Any]) -> None:
         raise BrokenProcessPool
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
+    monkeypatch.setattr(sources, "ProcessPoolExecutor", lambda n, **_: ThreadPoolExecutor(n))
     with pytest.raises(UserError, match=r"a worker process was killed.*--workers 1"):
-        list(workers.parallel_map(die, [[], []], 2))
+        list(sources.parallel_map(die, [[], []], 2))
 
 
 def test_a_worker_ignores_ctrl_c_and_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch):
@@ -69,9 +69,9 @@ def test_a_worker_ignores_ctrl_c_and_ends_with_its_parent(monkeypatch: pytest.Mo
         statuses.append((status, joined.is_set()))
         ended.set()
 
-    monkeypatch.setattr(workers.multiprocessing, "parent_process", Parent)
-    monkeypatch.setattr(workers.os, "_exit", fake_exit)
-    monkeypatch.setattr(workers.signal, "signal", handlers.__setitem__)
-    workers.init_worker()
+    monkeypatch.setattr(sources.multiprocessing, "parent_process", Parent)
+    monkeypatch.setattr(sources.os, "_exit", fake_exit)
+    monkeypatch.setattr(sources.signal, "signal", handlers.__setitem__)
+    sources.init_worker()
     assert ended.wait(10) and statuses == [(1, True)]
     assert handlers == {signal.SIGINT: signal.SIG_IGN}
