@@ -30,7 +30,7 @@ from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import DatasetConfig, make_dataset
 from corpus.documents import note_shared
-from corpus.folder import is_dataset_file, open_dataset, write_manifest
+from corpus.folder import is_dataset_file, open_dataset
 from model import GPT
 from system.command_line import parse_args
 from system.errors import run
@@ -73,15 +73,6 @@ def summary(manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def suggest_block_size(length: int) -> int:
-    """The smallest power of two, from 64 to 1024, that is at least the length of a document.
-
-    >>> [suggest_block_size(n) for n in (10, 128, 129, 9999)]
-    [64, 128, 256, 1024]
-    """
-    return min(max(64, 1 << (length - 1).bit_length()), 1024)
-
-
 def statistics(folder: Path) -> str:
     """The lengths of the documents in a data set, the window that suits them, and how many tokens
     per parameter each preset has, as text."""
@@ -90,7 +81,8 @@ def statistics(folder: Path) -> str:
     n_tokens = len(corpus.train_ids)
     lengths = np.diff(np.append(corpus.train_docs, n_tokens))
     median, percentile_95 = (int(np.percentile(lengths, p)) for p in (50, 95))
-    block_size = suggest_block_size(percentile_95)
+    # The smallest power of two, from 64 to 1024, that is at least the 95th percentile
+    block_size = min(max(64, 1 << (percentile_95 - 1).bit_length()), 1024)
     fitting = (lengths <= block_size).mean()
     packed = " (short ones are packed: see train.py's --doc_mask)" if median < block_size else ""
     return "\n".join(
@@ -164,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to clean up
     with replacing(folder, "prepare.py", lambda: check_folder(folder, config)) as new:
         manifest = make_dataset(new, config, cleaning, options.workers, settings)
-        write_manifest(new, manifest)
     print(summary(manifest))
     note_shared(manifest["shared_documents"], manifest["splits"]["val"]["documents"])
     if options.stats:

@@ -95,13 +95,12 @@ class Chunk:
 
 def drop_lines(text: str, patterns: list[str], removed: RemovalStats) -> str:
     """The text without the lines in which one of the patterns is found."""
-    lines = text.split("\n")
-    matches = [any(re.search(pattern, line) for pattern in patterns) for line in lines]
-    if not any(matches):
-        return text
-    dropped = [line for line, match in zip(lines, matches, strict=True) if match]
+    kept, dropped = [], []
+    for line in text.split("\n"):
+        matches = any(re.search(pattern, line) for pattern in patterns)
+        (dropped if matches else kept).append(line)
     removed.add(len(dropped), *dropped[:2])
-    return "\n".join(line for line, match in zip(lines, matches, strict=True) if not match)
+    return "\n".join(kept)
 
 
 def drop_whitespace(text: str, complete: bool, removed: RemovalStats) -> str:

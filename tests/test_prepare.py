@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from corpus import dataset, folder, load, sources
 from corpus import text as text_module
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
 from corpus.sources import Source, SourceReader
-from system import folders
 from system.settings import UserError
 from tokenizer import END_OF_TEXT
 
@@ -65,15 +65,6 @@ def test_each_document_is_in_one_split(workplace, tokenizer):
     for split in ("train", "val"):
         size = os.path.getsize(f"data/set/{split}.bin")
         assert size == splits[split]["tokens"] * dtype.itemsize
-
-
-def test_train_and_prepare_select_the_same_validation_documents(workplace):
-    path = write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    tokenizer, corpus = load.load_corpus(str(path), "bpe", 300)
-    prepared, _ = folder.open_dataset(Path("data/set"))
-    assert prepared.to_dict() == tokenizer.to_dict()
-    assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1:] == texts("val")
 
 
 def test_the_manifest_records_the_sources(workplace):
@@ -295,30 +286,12 @@ def test_a_data_set_cannot_be_its_own_source(workplace):
         make("data/set/tokenizer.json.txt", "--overwrite")
 
 
-def test_an_interrupted_replacement_restores_the_old_data_set(workplace, monkeypatch):
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    before = Path("data/set/manifest.json").read_bytes()
-    rename = Path.rename
-
-    def stop(path: Path, target: Path) -> None:
-        if path.name == "new":
-            raise KeyboardInterrupt
-        rename(path, target)
-
-    monkeypatch.setattr(folders, "exchange", lambda a, b: False)  # as on Windows
-    monkeypatch.setattr(Path, "rename", stop)
-    with pytest.raises(KeyboardInterrupt):
-        make("stories.jsonl", "--overwrite", "--dedup")
-    assert Path("data/set/manifest.json").read_bytes() == before
-    assert sorted(os.listdir("data")) == ["input.txt", "set"]
-
-
-def test_blank_documents_do_not_change_the_split(workplace):
+def test_train_and_prepare_select_the_same_validation_documents(workplace):
     path = write_jsonl(workplace / "stories.jsonl", ["", *STORIES[:20], " \n", *STORIES[20:]])
     assert make("stories.jsonl")["removed"]["empty"]["count"] == 2
     tokenizer, corpus = load.load_corpus(str(path), "bpe", 300)
     assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1:] == texts("val")
+    assert tokenizer.to_dict() == folder.open_dataset(Path("data/set"))[0].to_dict()
 
 
 def test_sources_and_flags_come_in_any_order(workplace):
@@ -326,12 +299,6 @@ def test_sources_and_flags_come_in_any_order(workplace):
         (workplace / f"{name}.txt").write_text(f"text of {name} " * 50)
     assert prepare.main(["a.txt", "--name", "set", "b.txt", "--vocab_size=300"]) == 0
     assert len(all_texts()) == 2
-
-
-def test_without_arguments_only_the_sources_are_missing(workplace):
-    with pytest.raises(UserError) as error:
-        prepare.main([])
-    assert str(error.value) == "give files, folders, or the name of a data set (see --help)"
 
 
 def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(workplace):
@@ -358,103 +325,12 @@ def test_files_of_others_are_never_deleted(workplace):
     assert sorted(os.listdir("data")) == ["input.txt", "set", "set.part"]
 
 
-def test_a_file_added_while_a_data_set_is_made_is_kept(workplace, monkeypatch):
+def test_a_data_set_that_an_interrupted_replacement_moved_away_is_found(workplace):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
-    make_dataset = prepare.make_dataset
-
-    def make_and_add(*args):
-        Path("data/set/notes.txt").write_text("mine")
-        return make_dataset(*args)
-
-    monkeypatch.setattr(prepare, "make_dataset", make_and_add)
-    with pytest.raises(UserError, match=r"contains notes\.txt, which prepare\.py did not"):
-        make("stories.jsonl", "--overwrite")
-    assert Path("data/set/notes.txt").read_text() == "mine"
-    folder.open_dataset(Path("data/set"))
-
-
-def test_a_link_to_a_data_set_stays_a_link(workplace):
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    (workplace / "other").mkdir()
-    Path("data/set").rename("other/set")
-    Path("data/set").symlink_to(workplace / "other/set")
-    make("stories.jsonl", "--overwrite", "--dedup")
-    assert Path("data/set").is_symlink() and os.listdir("other") == ["set"]
-    folder.open_dataset(Path("other/set"))
-
-
-def test_what_a_killed_run_left_is_deleted(workplace):
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    shutil.copytree("data/set", "data/.set.part/new")
-    Path("data/.set.part/new/train_00007.bin").write_bytes(b"ids")
-    Path("data/.set.part/lock").touch()
-    make("stories.jsonl", "--overwrite")
-    assert sorted(os.listdir("data")) == ["input.txt", "set"]
-    assert len(list(Path("data/set").iterdir())) == 5
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: what handles it must do nothing."""
-
-
-@pytest.mark.parametrize("atomic", [True, False])
-def test_a_data_set_survives_a_kill_at_any_moment_of_its_replacement(
-    workplace, monkeypatch, atomic
-):
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    old = make("stories.jsonl", name="old")["sha256"]
-    new = make("stories.jsonl", "--seed=5", name="new")["sha256"]
-    assert old != new
-    if not atomic:
-        monkeypatch.setattr(folders, "exchange", lambda a, b: False)
-    for n_calls in range(50):
-        shutil.rmtree("data/set", ignore_errors=True)
-        shutil.copytree("data/old", "data/set")
-        left = [n_calls]
-
-        def or_killed(function, left=left):
-            def call(*args, **kwargs):
-                if not left[0]:
-                    raise Killed
-                left[0] -= 1
-                return function(*args, **kwargs)
-
-            return call
-
-        with monkeypatch.context() as patch:
-            for owner, name in (
-                *((Path, name) for name in ("rename", "mkdir", "unlink", "rmdir")),
-                *((folders, "exchange"), (folders, "sync"), (shutil, "rmtree")),
-            ):
-                patch.setattr(owner, name, or_killed(getattr(owner, name)))
-            try:
-                with folders.replacing(Path("data/set"), "a test", lambda: None) as path:
-                    shutil.copytree("data/new", path, dirs_exist_ok=True)
-                finished = True
-            except Killed:
-                finished = False
-        assert Path("data/set").exists() or not atomic or sys.platform == "win32"
-        corpus = folder.open_dataset(load.find_corpus("data/set"))[1]
-        assert corpus.info["sha256"] in ([new] if finished else [old, new])
-        make("stories.jsonl", "--overwrite")
-        assert sorted(os.listdir("data")) == ["input.txt", "new", "old", "set"]
-        if finished:
-            break
-    assert finished and n_calls > 5
-
-
-def test_two_runs_do_not_write_the_same_data_set(workplace):
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    with folders.locked(Path("data/set"), "a test", Path("data/.set.part")):
-        with pytest.raises(UserError, match=r"data/set is in use by a test, process \d+"):
-            make("stories.jsonl", "--overwrite")
-        make("stories.jsonl", name="other")
-    make("stories.jsonl", "--overwrite")
+    Path("data/.set.part").mkdir()
+    Path("data/set").rename("data/.set.part/old")
+    folder.open_dataset(load.find_corpus("data/set"))
 
 
 def test_a_source_that_changes_while_it_is_read_is_an_error(workplace, monkeypatch):
@@ -479,9 +355,10 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
     assert shared == sum(text in splits[0] for text in splits[1]) > 0
     message = f"{shared} of {len(splits[1])} validation documents also occur in the training split"
     assert capsys.readouterr().err.count(message) == 1
-    text_module.note.cache_clear()  # as in another process
-    load.load_corpus(str(path), "bpe", 300)
-    assert capsys.readouterr().err.count(message) == 1
+    for data in (str(path), "data/set"):
+        text_module.note.cache_clear()  # as in another process
+        load.load_corpus(data, "bpe", 300)
+        assert capsys.readouterr().err.count(message) == 1
     assert make("stories.jsonl", "--dedup", "--overwrite")["shared_documents"] == 0
     assert "also occur" not in capsys.readouterr().err
     # the only validation document is moved there at the end
@@ -489,21 +366,18 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
     assert make("two.jsonl", "--tokenizer=char", name="two")["shared_documents"] == 1
 
 
-def test_a_long_document_moved_to_validation_has_no_digest(workplace, monkeypatch):
+@pytest.mark.parametrize(("last", "shared"), [("a long one " * 20, 1), ("other " * 20, 0)])
+def test_a_long_document_in_both_splits_is_counted(workplace, monkeypatch, last, shared):
     monkeypatch.setattr(sources, "CHUNK_SIZE", 50)
-    write_jsonl(workplace / "a.jsonl", ["a", "a", "a long one " * 20])
-    assert make("a.jsonl", "--tokenizer=char", "--val_share=1e-9")["shared_documents"] == 0
+    write_jsonl(workplace / "a.jsonl", ["a long one " * 20, "a", last])
+    manifest = make("a.jsonl", "--tokenizer=char", "--val_share=1e-9")  # the last one is moved
+    assert manifest["shared_documents"] == shared
 
 
-def test_notes_name_lines_without_text_and_the_flag_for_separators(workplace, capsys):
-    lines = [json.dumps({"text": text}) for text in [*STORIES, None, None]]
-    (workplace / "a.jsonl").write_text("\n".join(lines))
-    make("a.jsonl")
-    assert sorted(all_texts()) == sorted(STORIES)
-    assert capsys.readouterr().err.count("a.jsonl: skipped 2 lines without text in field") == 1
+def test_a_text_with_end_of_text_has_a_hint_on_separators(workplace, capsys):
     (workplace / "b.txt").write_text(END_OF_TEXT.join(STORIES))
     hint = f"b.txt contains {END_OF_TEXT}, read as ordinary text: with --separator '{END_OF_TEXT}'"
-    make("b.txt", name="b")
+    make("b.txt")
     assert capsys.readouterr().err.count(hint) == 1
     make("b.txt", f"--separator={END_OF_TEXT}", name="c")
     assert "--separator" not in capsys.readouterr().err
@@ -590,6 +464,10 @@ def test_statistics_equal_those_calculated_by_hand(workplace, capsys):
     assert shown == pytest.approx(total / laptop, rel=0.05)
     assert prepare.main(["--name=set", "--stats"]) == 0
     assert "95th percentile 942" in capsys.readouterr().out
+    for length, window in ((10, 64), (127, 128), (128, 256)):  # with its separator, 11 and so on
+        write_jsonl(workplace / "b.jsonl", ["b" * length] * 5)
+        make("b.jsonl", "--tokenizer=char", "--stats", "--overwrite")
+        assert f"--block_size {window} fits 100%" in capsys.readouterr().out
 
 
 def test_a_model_trains_on_a_data_set_and_resumes(workplace, capsys):
@@ -709,13 +587,30 @@ def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hash
     assert n_errors > (250 if hashed else 200)
 
 
-def test_a_changed_number_in_the_manifest_is_an_error(workplace):
+def edit_manifest(edit: Callable[[dict], object]) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        manifest = json.loads(path.read_text())
+        edit(manifest)
+        path.write_text(json.dumps(manifest))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("train.bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "the token ids"),
+        ("train.bin", Path.unlink, "No such file"),
+        ("manifest.json", edit_manifest(lambda m: m["splits"]["val"].update(bytes=9)), "checksum"),
+        ("manifest.json", edit_manifest(lambda m: m.pop("checksum")), "no 'checksum'"),
+    ],
+)
+def test_a_damaged_data_set_is_an_error(workplace, file, change, message):
     write_jsonl(workplace / "stories.jsonl")
-    n_bytes = make("stories.jsonl")["splits"]["val"]["bytes"]
-    path = Path("data/set/manifest.json")
-    path.write_text(path.read_text().replace(f'"bytes": {n_bytes}', f'"bytes": {n_bytes + 1}'))
-    with pytest.raises(UserError, match=r"manifest\.json does not have its checksum"):
-        folder.open_dataset(Path("data/set"))
+    make("stories.jsonl")
+    change(Path("data/set", file))
+    with pytest.raises(UserError, match=rf"data/set/ is not .*, or is damaged \(.*{message}"):
+        train.main([*TINY_RUN, "--data=data/set"])
 
 
 def test_ids_beyond_the_vocabulary_are_an_error(workplace):
@@ -762,18 +657,6 @@ def test_a_large_data_set_is_verified_once_and_after_each_change(workplace, monk
     make("stories.jsonl", "--overwrite")  # a damaged set can be replaced
 
 
-def test_a_damaged_data_set_is_an_error(workplace):
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    with open("data/set/train.bin", "ab") as file:
-        file.write(b"\0\0")
-    with pytest.raises(UserError, match=r"data/set/ is not a data set .*, or is damaged"):
-        train.main([*TINY_RUN, "--data=data/set"])
-    os.remove("data/set/train.bin")
-    with pytest.raises(UserError, match=r"data/set/ is not a data set .*, or is damaged"):
-        train.main([*TINY_RUN, "--data=data/set"])
-
-
 def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, monkeypatch):
     for name in ("one.txt", "texts/two.txt", "data/train.txt", "data/valid.txt"):
         (workplace / name).parent.mkdir(exist_ok=True)
@@ -787,13 +670,3 @@ def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, m
     ]  # fmt: skip
     monkeypatch.setattr(sources, "fetch", lambda name: {"all": Path("one.txt")})
     assert sources.find_sources(["plays"]) == [sources.Source(Path("one.txt"), "")]
-
-
-def test_a_manifest_without_its_checksum_is_damaged_if_it_has_hashes(workplace):
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
-    manifest = json.loads(Path("data/set/manifest.json").read_text())
-    del manifest["checksum"]
-    Path("data/set/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="data/set"):
-        folder.open_dataset(Path("data/set"))
