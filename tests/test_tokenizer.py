@@ -106,18 +106,15 @@ def naive_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes
     return merges
 
 
+letters = st.lists(st.text(alphabet="abé \n", max_size=30), max_size=8)
+words = st.lists(st.sampled_from("the then other there mother loth ether".split()), min_size=50)
+
+
 @settings(max_examples=300)
-@given(st.lists(st.text(alphabet="abé \n", max_size=30), max_size=8), st.integers(1, 60))
+@given(letters | words.map(lambda words: [" ".join(words)]), st.integers(1, 100))
 def test_merges_equal_those_of_counting_everything_anew(texts: list[str], n_merges: int):
     counts = count_pieces(texts)
     assert learn_merges(counts, n_merges) == naive_merges(counts, n_merges)
-
-
-@settings(max_examples=30)
-@given(st.lists(st.sampled_from("the then other there mother loth ether".split()), min_size=50))
-def test_merges_equal_those_of_counting_everything_anew_on_words(words: list[str]):
-    counts = count_pieces([" ".join(words)])
-    assert learn_merges(counts, 100) == naive_merges(counts, 100)
 
 
 def test_merges_of_the_worked_example_of_sennrich_et_al_2016():
@@ -195,11 +192,6 @@ def test_text_that_reads_like_a_special_token_stays_text(text: str):
     assert BPE.decode(ids.tolist()) == text + END_OF_TEXT
 
 
-@pytest.mark.parametrize("text", ["a" * 50_000, " " * 2_000_000, "\n" * 100_000, "é" * 40_000])
-def test_monotonous_texts_are_encoded(text: str):
-    assert BPE.decode(BPE.encode(text).tolist()) == text
-
-
 def test_a_byte_pair_tokenizer_survives_json():
     copy = from_dict(json.loads(json.dumps(BPE.to_dict())))
     assert copy.to_dict() == BPE.to_dict()
@@ -226,24 +218,9 @@ SPECIALS = (END_OF_TEXT, "<s>", "</s>")
 # What texts are made of: words, runs, contractions, marks, and pieces of special tokens
 FRAGMENTS = [
     *("the", "Cat", "I'll", "'RE", "don't", "日本語", "かな。", "。", "e\u0301", "ʰ", "42", "½"),
-    *(
-        "...",
-        "/",
-        "!?",
-        "👍🏽",
-        "_",
-        "'",
-        " ",
-        " ",
-        "  ",
-        "\n",
-        "\n",
-        "\r\n",
-        "\t",
-        "\u00a0",
-        "\u3000",
-    ),
-    *("\x1c", "\x85", "\u200b", "<s>", "<s", "><s>", "</s>", "<", END_OF_TEXT),
+    *("...", "/", "!?", "👍🏽", "_", "'", "\x1c", "\x85", "\u200b"),
+    *(" ", " ", "  ", "\n", "\n", "\r\n", "\t", "\u00a0", "\u3000"),
+    *("<s>", "<s", "><s>", "</s>", "<", END_OF_TEXT),
 ]
 
 
@@ -294,17 +271,11 @@ def test_ids_equal_tiktokens_wherever_a_long_text_is_cut(small_pieces, tokenizer
     assert n_compared > 200
 
 
-def test_tiktokens_pattern_for_gpt2_gives_the_ids_of_the_original_one():
+def test_tiktokens_pattern_for_gpt2_gives_the_pieces_of_the_original_one():
     rng = random.Random(0)
-    original, theirs = WITH_PATTERN[:2]
     for _ in range(600):
         text = random_text(rng, 80)
-        assert original.encode(text).tolist() == theirs.encode(text).tolist(), repr(text)
-
-
-@given(words_and_anything)
-def test_tiktokens_pattern_for_gpt2_gives_the_pieces_of_the_original_one(text: str):
-    assert regex.findall(GPT2_PATTERN, text) == regex.findall(R50K, text)
+        assert regex.findall(GPT2_PATTERN, text) == regex.findall(R50K, text), repr(text)
 
 
 @pytest.mark.parametrize("tokenizer", [*WITH_PATTERN, CHARS])
