@@ -28,9 +28,10 @@ import torch
 
 from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
-from corpus.dataset import DatasetConfig, make_dataset
+from corpus.dataset import make_dataset
 from corpus.documents import note_shared
 from corpus.folder import is_dataset_file, open_dataset
+from corpus.sources import DatasetConfig
 from model import GPT
 from system.command_line import parse_args
 from system.errors import run

@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,61 +23,15 @@ import tokenizer as tokenizers
 from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, from_tiktoken, train_bpe
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
-from corpus.download import DATASETS
 from corpus.folder import DatasetWriter, EncodedChunk, token_files, write_manifest
-from corpus.sources import SourceReader, find_sources, parallel_map
+from corpus.sources import DatasetConfig, SourceReader, parallel_map
 from corpus.text import file_sha256, token_dtype
-from system.settings import UserError, setting
+from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import matching_contents, read_checkpoint
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
-
-
-@dataclass
-class DatasetConfig:
-    """The sources of a data set, and how they are tokenized and split."""
-
-    sources: tuple[str, ...] = setting(
-        (), "files, folders, or " + " | ".join(DATASETS), positional=True
-    )
-    name: str = setting(
-        "",
-        "written to data/NAME; default: the name of the first source",
-        group="data set",
-    )
-    tokenizer: str = setting(
-        "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
-    )
-    bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")
-    text_field: str = setting("text", "field of a .jsonl record that contains the text")
-    separator: str = setting(
-        "", "text between the documents of a text file; \\n for a line end; default: one document"
-    )
-    val_share: float = setting(0.1, "share of documents in the validation split", above=0, below=1)
-    seed: int = setting(1337, "seed of the choice of validation documents", low=0)
-    overwrite: bool = setting(False, "replace the data set of this name")
-
-    def __post_init__(self) -> None:
-        if self.sources and not self.name:
-            self.name = re.sub(r"[^\w.-]", "_", Path(os.path.realpath(self.sources[0])).stem)[:60]
-
-    def problems(self) -> list[str]:
-        """Invalid settings."""
-        found = []
-        if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
-            found.append(f"name {self.name!r} must be a plain name: the data set is data/NAME")
-        if self.tokenizer not in TOKENIZERS and not os.path.isfile(self.tokenizer):
-            found.append(
-                f"tokenizer must be one of {', '.join(TOKENIZERS)} or a checkpoint, "
-                f"not {self.tokenizer!r}"
-            )
-        return found + [
-            f"{source} contains question/answer records: use it with train.py directly"
-            for source in self.sources
-            if source.lower().endswith(".json")
-        ]
 
 
 # --- the tokenizer
@@ -214,15 +167,7 @@ def make_dataset(
     workers: number of processes; 0: one per core. settings: recorded in the manifest. Raises
     UserError if a source is invalid or no text remains.
     """
-    separator = END_OF_TEXT if "tinystories" in config.sources else ""
-    reader = SourceReader(
-        sources=find_sources(config.sources),
-        text_field=config.text_field,
-        separator=config.separator.replace("\\n", "\n") or separator,
-        bad_bytes="strict" if cleaning.bad_bytes == "stop" else "replace",
-        val_share=config.val_share,
-        seed=config.seed,
-    )
+    reader = SourceReader(config, cleaning)
     workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
     tokenizer = learn_tokenizer(config, cleaning, reader, workers)
     text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it

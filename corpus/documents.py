@@ -163,6 +163,16 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
     )
 
 
+def special_id(tokenizer: Tokenizer, text: str) -> int:
+    """The id of a special token. Raises UserError if the tokenizer does not have it."""
+    if text not in tokenizer.specials:
+        raise UserError(
+            f"the tokenizer has no {text} token, which separates documents or records: a new model "
+            "with --tokenizer bpe or char has it"
+        )
+    return tokenizer.specials[text]
+
+
 def build_corpus(
     ids: Sequence[list[np.ndarray]],
     texts: Sequence[list[str]],
@@ -197,13 +207,9 @@ def load_documents(
     documents = read_documents(path, separator)
     texts = split_documents(documents) if hold_out else (documents, documents)
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
-    first_id = tokenizer.specials.get(END_OF_TEXT)
-    if first_id is None:
-        raise UserError(f"the tokenizer has no {END_OF_TEXT} to separate the documents of {path}")
-    ids = [
-        [np.concatenate([[first_id], tokenizer.encode(text)]) for text in split] for split in texts
-    ]
-    return tokenizer, build_corpus(ids, texts, info, first_id, tokenizer.vocab_size, hold_out)
+    first = special_id(tokenizer, END_OF_TEXT)
+    ids = [[np.concatenate([[first], tokenizer.encode(text)]) for text in split] for split in texts]
+    return tokenizer, build_corpus(ids, texts, info, first, tokenizer.vocab_size, hold_out)
 
 
 def note_shared(n_shared: int, n_val: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from corpus.corpus import Corpus, make_tokenizer
-from corpus.documents import build_corpus, split_documents
+from corpus.documents import build_corpus, special_id, split_documents
 from corpus.text import file_info, json_text, note, read_text
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, Tokenizer, prompt_text
@@ -113,15 +113,6 @@ def read_pairs(path: Path) -> list[dict[str, str]]:
 def record_text(record: Record) -> str:
     """A record as text, without <BOS> and <EOS>."""
     return f"{prompt_text(record['question'])} {record['answer'].strip()}"
-
-
-def special_id(tokenizer: Tokenizer, text: str) -> int:
-    """The id of a special token. Raises UserError if the tokenizer does not have it."""
-    if text not in tokenizer.specials:
-        raise UserError(
-            f"the tokenizer has no {text} token: question/answer data needs --tokenizer bpe or char"
-        )
-    return tokenizer.specials[text]
 
 
 def encode_record(tokenizer: Tokenizer, record: Record) -> tuple[np.ndarray, int]:

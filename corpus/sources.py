@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,14 +11,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from corpus.clean import CHUNK_SIZE, Chunk
-from corpus.documents import SPLIT_SEED, hash_to_unit, is_validation, iter_documents
+from config import TOKENIZERS
+from corpus.clean import CHUNK_SIZE, Chunk, CleanConfig
+from corpus.documents import hash_to_unit, is_validation, iter_documents
 from corpus.download import DATASETS, fetch
 from corpus.load import find_corpus
 from corpus.text import (
@@ -27,13 +29,59 @@ from corpus.text import (
     read_blocks,
     replace_surrogates,
 )
-from system.settings import UserError
+from system.settings import UserError, setting
+from tokenizer import END_OF_TEXT
 
 Result = TypeVar("Result")
 
 BATCH_SIZE = 1 << 20  # characters that a worker process receives at once
 CHUNK_COST = 100  # characters added to the size of each chunk, to limit the chunks per batch
 SNIFF_SIZE = 8192  # bytes at the start of a file in which a zero byte shows that it is binary
+
+
+@dataclass
+class DatasetConfig:
+    """The sources of a data set, and how they are tokenized and split."""
+
+    sources: tuple[str, ...] = setting(
+        (), "files, folders, or " + " | ".join(DATASETS), positional=True
+    )
+    name: str = setting(
+        "",
+        "written to data/NAME; default: the name of the first source",
+        group="data set",
+    )
+    tokenizer: str = setting(
+        "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
+    )
+    bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")
+    text_field: str = setting("text", "field of a .jsonl record that contains the text")
+    separator: str = setting(
+        "", "text between the documents of a text file; \\n for a line end; default: one document"
+    )
+    val_share: float = setting(0.1, "share of documents in the validation split", above=0, below=1)
+    seed: int = setting(1337, "seed of the choice of validation documents", low=0)
+    overwrite: bool = setting(False, "replace the data set of this name")
+
+    def __post_init__(self) -> None:
+        if self.sources and not self.name:
+            self.name = re.sub(r"[^\w.-]", "_", Path(os.path.realpath(self.sources[0])).stem)[:60]
+
+    def problems(self) -> list[str]:
+        """Invalid settings."""
+        found = []
+        if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
+            found.append(f"name {self.name!r} must be a plain name: the data set is data/NAME")
+        if self.tokenizer not in TOKENIZERS and not os.path.isfile(self.tokenizer):
+            found.append(
+                f"tokenizer must be one of {', '.join(TOKENIZERS)} or a checkpoint, "
+                f"not {self.tokenizer!r}"
+            )
+        return found + [
+            f"{source} contains question/answer records: use it with train.py directly"
+            for source in self.sources
+            if source.lower().endswith(".json")
+        ]
 
 
 @dataclass
@@ -59,8 +107,7 @@ def text_files(folder: Path) -> list[Path]:
     """The text files in a folder and its subfolders, sorted, without hidden and binary ones (which
     are reported). Raises UserError if there are none."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = {path: path.relative_to(folder).parts for path in files}
-    files = [path for path in files if not any(part.startswith(".") for part in names[path])]
+    files = [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
     binary = {path for path in files if is_binary(path)}
     if binary:
         names = ", ".join(sorted(path.name for path in binary)[:3]) + ", ..." * (len(binary) > 3)
@@ -86,18 +133,17 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     return sources
 
 
-@dataclass
 class SourceReader:
     """Reads the sources as a stream, as often as needed."""
 
-    sources: list[Source]
-    text_field: str = "text"
-    separator: str = ""
-    bad_bytes: str = "strict"
-    val_share: float = 0.1
-    seed: int = SPLIT_SEED
-    # path, bytes and sha256 of each file that was read; complete at the end of the stream
-    files_read: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, config: DatasetConfig, cleaning: CleanConfig):
+        self.config = config
+        self.sources = find_sources(config.sources)
+        separator = END_OF_TEXT if "tinystories" in config.sources else ""
+        self.separator = config.separator.replace("\\n", "\n") or separator
+        self.bad_bytes = "strict" if cleaning.bad_bytes == "stop" else "replace"
+        # path, bytes and sha256 of each file that was read; complete at the end of the stream
+        self.files_read: list[dict[str, Any]] = []
 
     @property
     def n_bytes(self) -> int:
@@ -110,7 +156,7 @@ class SourceReader:
         batch: list[Chunk] = []
         size = 0
         for i, chunk in enumerate(self.chunks(title)):
-            if share < 1 and hash_to_unit(i, self.seed + 1) >= share:
+            if share < 1 and hash_to_unit(i, self.config.seed + 1) >= share:
                 continue
             batch.append(chunk)
             size += len(chunk.text) + CHUNK_COST
@@ -130,14 +176,15 @@ class SourceReader:
             for source in self.sources:
                 path, first = source.path, True
                 blocks = self.read(path, bar)
+                field, separator = self.config.text_field, self.separator
                 for text, last in iter_documents(
-                    path, self.text_field, self.separator, self.bad_bytes, CHUNK_SIZE, blocks
+                    path, field, separator, self.bad_bytes, CHUNK_SIZE, blocks
                 ):
-                    if not self.separator and path.suffix.lower() != ".jsonl":
+                    if not separator and path.suffix.lower() != ".jsonl":
                         note_end_of_text(path, text)
                     complete = first and last
-                    text = text.strip("\n") if self.separator and complete else text
-                    is_val = is_validation(number, self.val_share, self.seed)
+                    text = text.strip("\n") if separator and complete else text
+                    is_val = is_validation(number, self.config.val_share, self.config.seed)
                     yield Chunk(text, first, last, source.split or ("val" if is_val else "train"))
                     # Blank documents are not numbered: load_corpus skips them, and with the same
                     # numbers it selects the same validation documents.

@@ -133,7 +133,7 @@ def test_a_large_text_needs_prepare(tmp_path, monkeypatch):
 def test_documents_need_a_tokenizer_with_a_separator(tmp_path):
     path = write_jsonl(tmp_path / "stories.jsonl")
     tokenizer = CharTokenizer.train(STORIES)
-    with pytest.raises(UserError, match=r"no <.endoftext.> to separate"):
+    with pytest.raises(UserError, match=r"no <.endoftext.> token, which separates"):
         load.load_corpus(str(path), "char", 0, tokenizer)
 
 

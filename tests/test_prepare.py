@@ -25,7 +25,7 @@ import utils
 from corpus import dataset, folder, load, sources
 from corpus import text as text_module
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
-from corpus.sources import Source, SourceReader
+from corpus.sources import DatasetConfig, SourceReader
 from system.settings import UserError
 from tokenizer import END_OF_TEXT
 
@@ -132,7 +132,7 @@ def test_several_processes_write_the_same_data_set_as_one(workplace, monkeypatch
 def test_the_vocabulary_of_a_large_corpus_is_learned_from_a_sample(workplace, monkeypatch):
     write_jsonl(workplace / "stories.jsonl", [f"{i} " + "word " * 20 for i in range(400)])
     monkeypatch.setattr(dataset, "SAMPLE_SIZE", 10_000)
-    reader = SourceReader([Source(workplace / "stories.jsonl")])
+    reader = SourceReader(DatasetConfig(("stories.jsonl",)), CleanConfig())
     n_read = sum(map(len, reader.batches("", 10_000 / reader.n_bytes)))
     assert 20 < n_read < 120  # a fifth of 400 would be 80
     make("stories.jsonl")
@@ -184,7 +184,7 @@ def test_removed_whitespace_is_counted():
     [("my book.v2.txt", "my_book.v2"), ("d\u00e9j\u00e0-vu.txt", "d\u00e9j\u00e0-vu")],
 )
 def test_the_name_of_a_data_set_is_that_of_its_source(source: str, name: str):
-    assert dataset.DatasetConfig(sources=(source,)).name == name
+    assert DatasetConfig(sources=(source,)).name == name
 
 
 def test_the_limits_of_the_length_of_a_document_may_be_equal():
