@@ -177,8 +177,6 @@ def make_dataset(
     removed = write_tokens(writer, cleaning, reader, workers)
     if files_read and files_read != reader.files_read:
         raise UserError("a source changed while it was read: try again")
-    if not writer.counts["train"]["tokens"]:
-        raise UserError("no training text remains: the sources are empty, or cleaning removed all")
     manifest = {
         "name": config.name,
         "sources": reader.files_read,

@@ -229,14 +229,6 @@ class DatasetWriter:
         self.digests = {"train": array("q"), "val": array("q")}
         keys = ("documents", "tokens", "characters", "bytes")
         self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
-        for split in self.counts:
-            self.open_file(split, f"{split}.bin")
-
-    def open_file(self, split: str, name: str) -> None:
-        """Start the next file of a split."""
-        if split in self.files:
-            self.files[split].close()
-        self.files[split] = open(self.folder / name, "wb")  # noqa: SIM115 (`finish` closes it)
 
     def write(self, chunk: EncodedChunk) -> None:
         """Append a chunk to its split; the first chunk of a document follows a separator."""
@@ -256,16 +248,24 @@ class DatasetWriter:
         counts = self.counts[split]
         while len(ids):
             shard, n_written = divmod(counts["tokens"], SHARD_SIZE)
-            if shard and not n_written:
-                self.open_file(split, f"{split}_{shard:05d}.bin")
+            if not n_written:
+                if shard:
+                    self.files[split].close()
+                path = self.folder / (f"{split}_{shard:05d}.bin" if shard else f"{split}.bin")
+                self.files[split] = open(path, "wb")  # noqa: SIM115 (`finish` closes it)
             fitting, ids = ids[: SHARD_SIZE - n_written], ids[SHARD_SIZE - n_written :]
             self.files[split].write(fitting.tobytes())
             counts["tokens"] += len(fitting)
 
     def finish(self) -> None:
-        """Close the files, after making sure that the validation split is not empty."""
+        """Close the files, after making sure that the validation split is not empty. Raises
+        UserError if there is no training text."""
+        if not self.counts["train"]["tokens"]:
+            raise UserError(
+                "no training text remains: the sources are empty, or cleaning removed all"
+            )
         self.files["train"].close()
-        if not self.counts["val"]["tokens"] and self.counts["train"]["tokens"]:
+        if not self.counts["val"]["tokens"]:
             self.move_to_validation()
         self.files["val"].close()
         np.save(self.folder / "train_docs.npy", np.array(self.train_docs, dtype=np.int64))
