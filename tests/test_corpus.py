@@ -75,18 +75,6 @@ def test_an_encoding_of_tiktoken_is_used_by_its_name(tmp_path, monkeypatch):
     assert load.load_corpus(str(tmp_path / "text.txt"), "cl100k_base")[0] is tokenizer
 
 
-@pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_records_become_a_corpus_between_bos_and_eos(tmp_path, kind):
-    records = [
-        {"question": f"What is {i}?", "answer": f"One more than {i - 1}."} for i in range(30)
-    ]
-    (tmp_path / "qa.json").write_text(json.dumps(records))
-    tokenizer, corpus = load.load_corpus(str(tmp_path / "qa.json"), kind, 300)
-    text = tokenizer.decode(corpus.train_ids.tolist())
-    assert text.startswith("<BOS>Question: What is 0?\nAnswer: One more than -1.<EOS><BOS>")
-    assert corpus.separator == 2 and tokenizer.specials["<PAD>"] == 0
-
-
 def test_the_validation_share_is_close_to_the_requested_one():
     selected = sum(documents.is_validation(i, 0.1) for i in range(10_000))
     assert abs(selected - 1000) < 4 * 30  # four standard deviations of a binomial
@@ -360,7 +348,7 @@ def test_without_holding_out_both_splits_are_everything(workplace, capsys):
         for ids in (corpus.train_ids, corpus.val_ids):
             assert tokenizer.decode(ids.tolist()) == expected
         assert corpus.train_bytes == corpus.val_bytes
-    assert corpus.info["documents"] == 2
+    assert corpus.info["documents"] == 2 and corpus.separator == tokenizer.specials["<BOS>"]
     assert capsys.readouterr().err == ""  # validation documents are training documents on purpose
 
 
@@ -450,10 +438,6 @@ def test_a_long_line_is_searched_once(tmp_path, monkeypatch):
 
         def __radd__(self, other: str) -> "Text":
             return Text(str(other) + str(self))
-
-        def split(self, separator: str) -> list[str]:
-            Text.n_searched += len(self)
-            return str(self).split(separator)
 
         def find(self, text: str, start: int = 0) -> int:
             Text.n_searched += len(self) - start

@@ -34,17 +34,12 @@ def files_below(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_marker_lists_the_files_with_their_hashes(tmp_path):
+def test_an_export_lists_its_files_with_their_hashes_and_is_replaced(tmp_path):
     folder = write_export(tmp_path / "out")
-    sha256 = hashlib.sha256(b"old").hexdigest()
-    files = json.loads((folder / MARKER).read_text())["files"]
-    assert files == {"a.txt": sha256, "b.txt": sha256}
-
-
-def test_an_export_is_replaced(tmp_path):
-    write_export(tmp_path / "out")
-    write_export(tmp_path / "out", "new", overwrite=True)
-    assert (tmp_path / "out/a.txt").read_text() == (tmp_path / "out/b.txt").read_text() == "new"
+    write_export(folder, "new", overwrite=True)
+    assert (folder / "a.txt").read_text() == (folder / "b.txt").read_text() == "new"
+    sha256 = hashlib.sha256(b"new").hexdigest()
+    assert json.loads((folder / MARKER).read_text())["files"] == {"a.txt": sha256, "b.txt": sha256}
     assert os.listdir(tmp_path) == ["out"]
 
 
