@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
@@ -58,20 +59,11 @@ def test_a_killed_worker_is_one_error(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_worker_ignores_ctrl_c_and_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch):
-    class Parent:
-        def join(self) -> None:
-            joined.set()
-
-    joined, ended = threading.Event(), threading.Event()
-    statuses, handlers = [], {}
-
-    def fake_exit(status: int) -> None:
-        statuses.append((status, joined.is_set()))
-        ended.set()
-
-    monkeypatch.setattr(sources.multiprocessing, "parent_process", Parent)
-    monkeypatch.setattr(sources.os, "_exit", fake_exit)
+    ended, calls, handlers = threading.Event(), Mock(), {}
+    calls.exit.side_effect = lambda status: ended.set()
+    monkeypatch.setattr(sources.multiprocessing, "parent_process", lambda: calls.parent)
+    monkeypatch.setattr(sources.os, "_exit", calls.exit)
     monkeypatch.setattr(sources.signal, "signal", handlers.__setitem__)
     sources.init_worker()
-    assert ended.wait(10) and statuses == [(1, True)]
+    assert ended.wait(10) and calls.mock_calls == [call.parent.join(), call.exit(1)]
     assert handlers == {signal.SIGINT: signal.SIG_IGN}
