@@ -111,28 +111,20 @@ def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
             n_params = GPT(gpt_config).num_params()
         ratios[name] = n_tokens / n_params
         lines.append(f"    {name:8}{n_params / 1e6:8.2f} M parameters{ratios[name]:10.2f}")
-    large_enough = [name for name in ratios if ratios[name] >= TOKENS_PER_PARAMETER]
+    large_enough = {name: ratio for name, ratio in ratios.items() if ratio >= TOKENS_PER_PARAMETER}
     if large_enough:
-        largest = min(large_enough, key=lambda name: ratios[name])
-        return [*lines, f"{largest} is the largest preset that this corpus is large enough for"]
-    smallest = max(ratios, key=lambda name: ratios[name])
-    return [
-        *lines,
-        f"little text: even {smallest} will see it many times; watch the validation loss, and try "
-        "--weight_decay 1",
-    ]
+        largest = min(large_enough, key=ratios.__getitem__)
+        advice = f"{largest} is the largest preset that this corpus is large enough for"
+    else:
+        smallest = max(ratios, key=ratios.__getitem__)
+        advice = (
+            f"little text: even {smallest} will see it many times; watch the validation loss, and "
+            "try --weight_decay 1"
+        )
+    return [*lines, advice]
 
 
 # --- main
-
-
-def usage_problems(
-    config: DatasetConfig, cleaning: CleanConfig, options: PrepareConfig
-) -> list[str]:
-    """Sources are required, unless --stats and --name are given."""
-    if config.sources or (options.stats and config.name):
-        return []
-    return ["give files, folders, or the name of a data set (see --help)"]
 
 
 def check_folder(folder: Path, config: DatasetConfig) -> None:
@@ -146,11 +138,12 @@ def check_folder(folder: Path, config: DatasetConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    config, cleaning, options = configs = parse_args(
-        (DatasetConfig, CleanConfig, PrepareConfig), argv, __doc__, check=usage_problems
-    )
+    configs = parse_args((DatasetConfig, CleanConfig, PrepareConfig), argv, __doc__)
+    config, cleaning, options = configs
     folder = Path("data", config.name)
     if not config.sources:
+        if not (options.stats and config.name):
+            raise UserError("give files, folders, or the name of a data set (see --help)")
         print(statistics(folder))
         return 0
     settings = {name: value for c in configs for name, value in asdict(c).items()}

@@ -95,12 +95,11 @@ class Chunk:
 
 def drop_lines(text: str, patterns: list[str], removed: RemovalStats) -> str:
     """The text without the lines in which one of the patterns is found."""
-    kept, dropped = [], []
-    for line in text.split("\n"):
-        matches = any(re.search(pattern, line) for pattern in patterns)
-        (dropped if matches else kept).append(line)
+    lines = text.split("\n")
+    dropped = [line for line in lines if any(re.search(pattern, line) for pattern in patterns)]
     removed.add(len(dropped), *dropped[:2])
-    return "\n".join(kept)
+    unwanted = set(dropped)
+    return "\n".join(line for line in lines if line not in unwanted)
 
 
 def drop_whitespace(text: str, complete: bool, removed: RemovalStats) -> str:

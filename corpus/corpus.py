@@ -53,10 +53,7 @@ def check_length(corpus: Corpus, block_size: int) -> None:
 
 
 def make_tokenizer(
-    kind: str,
-    bpe_vocab_size: int,
-    texts: Sequence[list[str]],
-    specials: tuple[str, ...] = (),
+    kind: str, bpe_vocab_size: int, texts: Sequence[list[str]], specials: tuple[str, ...] = ()
 ) -> Tokenizer:
     """A tokenizer for the texts of both splits: all their characters (char), byte pairs learned
     from the training split (bpe), or one of tiktoken's encodings."""

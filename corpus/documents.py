@@ -51,40 +51,34 @@ def split_stream(
     yield buffer, True
 
 
-def read_line(line: str, place: str) -> dict[str, str]:
-    """The fields with text in a line of a .jsonl file. Raises UserError, which begins with `place`,
-    if the line is not JSON."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: invalid JSON ({error})") from None
-    fields = record.items() if isinstance(record, dict) else ()
-    return {name: json_text(text) for name, text in fields if isinstance(text, str)}
-
-
 def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[str]:
     """Yield the texts in the lines of a .jsonl file. Lines without text in the field are skipped,
     and their number is printed. Raises UserError if none of the first MAX_WITHOUT_TEXT lines, or
     of all, has text, and if a line is not JSON."""
     n_texts = n_skipped = first = 0
-    names = ""
+    names: list[str] = []  # of the fields with text in the first line that is skipped
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        fields = read_line(line, f"{path}, line {number}")
-        if text_field in fields:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: invalid JSON ({error})") from None
+        fields = record if isinstance(record, dict) else {}
+        if isinstance(fields.get(text_field), str):
             n_texts += 1
-            yield fields[text_field]
+            yield json_text(fields[text_field])
             continue
         n_skipped += 1
         if n_skipped == 1:
-            first, names = number, ", ".join(fields) or "none"
+            first, names = number, [name for name in fields if isinstance(fields[name], str)]
         if not n_texts and n_skipped == MAX_WITHOUT_TEXT:
             break
     if n_skipped and not n_texts:
         raise UserError(
-            f"{path}, line {first}: no text in field {text_field!r} (fields with text: {names}): "
-            f"name another field with `python prepare.py {path} --text_field NAME`"
+            f"{path}, line {first}: no text in field {text_field!r} (fields with text: "
+            f"{', '.join(names) or 'none'}): name another field with `python prepare.py {path} "
+            "--text_field NAME`"
         )
     if n_skipped:
         note(
@@ -177,12 +171,11 @@ def build_corpus(
     ids: Sequence[list[np.ndarray]],
     texts: Sequence[list[str]],
     info: dict[str, Any],
-    separator: int,
     vocab_size: int,
     hold_out: bool,
 ) -> Corpus:
     """The corpus of encoded documents. ids and texts: the documents of the training and of the
-    validation split, as ids (T,) and as text."""
+    validation split, as ids (T,), which start with the same special token, and as text."""
     dtype = token_dtype(vocab_size)
     train_ids, val_ids = (np.concatenate(split).astype(dtype) for split in ids)
     if hold_out:
@@ -191,7 +184,9 @@ def build_corpus(
     train_docs = np.cumsum([0] + [len(document) for document in ids[0][:-1]])
     info = info | {"documents": len(ids[0]) + hold_out * len(ids[1])}
     train_bytes, val_bytes = map(utf8_length, texts)
-    return Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
+    return Corpus(
+        train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator=int(train_ids[0])
+    )
 
 
 def load_documents(
@@ -209,7 +204,7 @@ def load_documents(
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
     first = special_id(tokenizer, END_OF_TEXT)
     ids = [[np.concatenate([[first], tokenizer.encode(text)]) for text in split] for split in texts]
-    return tokenizer, build_corpus(ids, texts, info, first, tokenizer.vocab_size, hold_out)
+    return tokenizer, build_corpus(ids, texts, info, tokenizer.vocab_size, hold_out)
 
 
 def note_shared(n_shared: int, n_val: int) -> None:

@@ -65,14 +65,12 @@ def read_records(path: Path) -> list[Record]:
         ) from None
     if not isinstance(records, list) or not records:
         raise UserError(f"{path} must be a list of records, each with a question and an answer")
-    raise_invalid(
-        path,
-        [
-            f"record {number}: {problem}"
-            for number, record in enumerate(records, 1)
-            for problem in text_problems(record, RECORD_KEYS)
-        ],
-    )
+    problems = [
+        f"record {number}: {problem}"
+        for number, record in enumerate(records, 1)
+        for problem in text_problems(record, RECORD_KEYS)
+    ]
+    raise_invalid(path, problems)
     return [record | {key: json_text(record[key]) for key in RECORD_KEYS} for record in records]
 
 
@@ -155,6 +153,4 @@ def load_records(
     texts = [[record_text(record) for record in split] for split in splits]
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, QA_SPECIALS)
     ids = [[encode_record(tokenizer, record)[0] for record in split] for split in splits]
-    return tokenizer, build_corpus(
-        ids, texts, info, tokenizer.specials["<BOS>"], tokenizer.vocab_size, hold_out
-    )
+    return tokenizer, build_corpus(ids, texts, info, tokenizer.vocab_size, hold_out)
