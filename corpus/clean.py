@@ -1,7 +1,7 @@
 """Cleaning the documents of a data set: what prepare.py can remove, and how much it removed."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from system.settings import setting
 
@@ -141,3 +141,12 @@ def clean(chunk: Chunk, config: CleanConfig, removed: dict[str, RemovalStats]) -
         removed["length"].add(int(chunk.first), text)
         return None
     return text
+
+
+def clean_batch(
+    batch: list[Chunk], config: CleanConfig, removed: dict[str, RemovalStats]
+) -> list[Chunk]:
+    """The chunks that are not removed, with their cleaned text; see `clean`."""
+    texts = [clean(chunk, config, removed) for chunk in batch]
+    pairs = zip(batch, texts, strict=True)
+    return [replace(chunk, text=text) for chunk, text in pairs if text is not None]

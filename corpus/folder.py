@@ -10,12 +10,9 @@ import contextlib
 import hashlib
 import json
 import mmap
-import os
 import re
-from array import array
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -23,14 +20,12 @@ from tqdm import tqdm
 import tokenizer as tokenizers
 from corpus.corpus import Corpus
 from corpus.documents import note_shared
-from corpus.text import file_sha256, read_blocks, token_dtype
+from corpus.text import file_sha256, read_blocks
 from system.errors import first_line
 from system.files import atomic_write
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 
-SHARD_SIZE = 1 << 28  # tokens per file
-DECODE_SIZE = 1 << 20  # tokens decoded at once
 VERIFY_ALWAYS = 1 << 30  # bytes
 HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files
 VERIFIED = ".verified.json"
@@ -197,117 +192,3 @@ def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Toke
         )
     corpus = Corpus(train_ids, val_ids, info, train_bytes, val_bytes, train_docs, separator)
     return own_tokenizer, corpus
-
-
-# --- writing
-
-
-@dataclass
-class EncodedChunk:
-    """A cleaned chunk as token ids, with the statistics that are recorded."""
-
-    ids: np.ndarray  # (tokens,)
-    first: bool  # starts its document
-    complete: bool  # is all of it
-    split: str  # train or val
-    n_chars: int
-    n_bytes: int  # in UTF-8
-    digest: bytes  # of the text: equal for duplicates
-    example: str  # its first characters
-
-
-class DatasetWriter:
-    """Writes the token files of both splits, and counts what they contain."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
-        self.folder, self.tokenizer = folder, tokenizer
-        self.separator = tokenizer.specials[END_OF_TEXT]
-        self.dtype = token_dtype(tokenizer.vocab_size)
-        self.files: dict[str, BinaryIO] = {}  # the last file of each split
-        self.train_docs = array("q")  # where each document starts in the training ids
-        # 8 bytes per document: to find validation documents in the training split
-        self.digests = {"train": array("q"), "val": array("q")}
-        keys = ("documents", "tokens", "characters", "bytes")
-        self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
-
-    def write(self, chunk: EncodedChunk) -> None:
-        """Append a chunk to its split; the first chunk of a document follows a separator."""
-        counts, ids = self.counts[chunk.split], chunk.ids
-        if chunk.first:
-            ids = np.concatenate([np.array([self.separator], dtype=self.dtype), ids])
-            if chunk.split == "train":
-                self.train_docs.append(counts["tokens"])
-            self.digests[chunk.split].frombytes(chunk.digest[:8])
-            counts["documents"] += 1
-        self.append(chunk.split, ids)
-        counts["characters"] += chunk.n_chars
-        counts["bytes"] += chunk.n_bytes
-
-    def append(self, split: str, ids: np.ndarray) -> None:
-        """Append ids to a split, starting another file whenever one is full."""
-        counts = self.counts[split]
-        while len(ids):
-            shard, n_written = divmod(counts["tokens"], SHARD_SIZE)
-            if not n_written:
-                if shard:
-                    self.files[split].close()
-                path = self.folder / (f"{split}_{shard:05d}.bin" if shard else f"{split}.bin")
-                self.files[split] = open(path, "wb")  # noqa: SIM115 (`finish` closes it)
-            fitting, ids = ids[: SHARD_SIZE - n_written], ids[SHARD_SIZE - n_written :]
-            self.files[split].write(fitting.tobytes())
-            counts["tokens"] += len(fitting)
-
-    def finish(self) -> None:
-        """Close the files, after making sure that the validation split is not empty. Raises
-        UserError if there is no training text."""
-        if not self.counts["train"]["tokens"]:
-            raise UserError(
-                "no training text remains: the sources are empty, or cleaning removed all"
-            )
-        self.files["train"].close()
-        if not self.counts["val"]["tokens"]:
-            self.move_to_validation()
-        self.files["val"].close()
-        np.save(self.folder / "train_docs.npy", np.array(self.train_docs, dtype=np.int64))
-
-    def move_to_validation(self) -> None:
-        """Move the last document to the validation split. If there is only one document, move its
-        last tenth: only then is a document divided between the splits."""
-        train, val = self.counts["train"], self.counts["val"]
-        ids = map_token_files(token_files(self.folder, "train"), self.dtype)
-        n_documents = int(train["documents"] > 1)
-        start = self.train_docs.pop() if n_documents else len(ids) * 9 // 10
-        moved = {"documents": n_documents, "characters": 0, "bytes": 0}
-        for position in range(start, len(ids), DECODE_SIZE):
-            tail = ids[position : position + DECODE_SIZE]
-            self.append("val", tail)
-            raw = self.tokenizer.decode_bytes(tail[tail != self.separator].tolist())
-            moved["bytes"] += len(raw)
-            # A character may be divided between tokens: count the bytes that start one.
-            moved["characters"] += sum(byte & 0xC0 != 0x80 for byte in raw)
-        del ids, tail  # Windows cannot truncate a file that is mapped
-        self.truncate_train(start)
-        for key, count in moved.items():
-            train[key] -= count
-            val[key] += count
-        if n_documents:
-            self.digests["val"].append(self.digests["train"].pop())
-            print(f"few documents: the last one ({val['tokens']:,} tokens) is for validation")
-        else:
-            print("the corpus is one document: its last tenth is for validation")
-
-    def n_shared(self) -> int:
-        """The number of validation documents that are training documents too; long ones count if
-        their first chunks are equal."""
-        train, val = (np.array(self.digests[split]) for split in ("train", "val"))
-        return int(np.isin(val, train).sum())
-
-    def truncate_train(self, n_tokens: int) -> None:
-        """Keep only the first n_tokens of the training files."""
-        for shard, path in enumerate(token_files(self.folder, "train")):
-            n_kept = min(max(n_tokens - shard * SHARD_SIZE, 0), SHARD_SIZE)
-            if n_kept:
-                os.truncate(path, n_kept * self.dtype.itemsize)
-            else:
-                path.unlink()
-        self.counts["train"]["tokens"] = n_tokens

@@ -384,9 +384,9 @@ def test_a_text_with_end_of_text_has_a_hint_on_separators(workplace, capsys):
 SLOW = """
 import time, prepare
 from system.errors import run
-from corpus.folder import DatasetWriter
+from corpus.dataset import DatasetWriter
 write = DatasetWriter.write
-DatasetWriter.write = lambda self, chunk: (write(self, chunk), time.sleep(1))
+DatasetWriter.write = lambda *args: (write(*args), time.sleep(1))
 run(prepare.main)
 """
 
@@ -507,7 +507,7 @@ def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch, on
         lines = [json.dumps({"text": "".join(json.loads(line)["text"] for line in lines)})]
     Path("stories.jsonl").write_text("".join(lines))
     one = make("stories.jsonl", "--tokenizer=char", name="one")
-    monkeypatch.setattr(folder, "SHARD_SIZE", 100)
+    monkeypatch.setattr(dataset, "SHARD_SIZE", 100)
     many = make("stories.jsonl", "--tokenizer=char", name="many")
     assert many["splits"] == one["splits"] and many["sha256"] == one["sha256"]
     n_tokens = one["splits"]["train"]["tokens"]
@@ -560,7 +560,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 @pytest.mark.parametrize("hashed", [True, False])
 def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hashed):
-    monkeypatch.setattr(folder, "SHARD_SIZE", 300)
+    monkeypatch.setattr(dataset, "SHARD_SIZE", 300)
     write_jsonl(workplace / "stories.jsonl")
     manifest = make("stories.jsonl")
     if not hashed:  # as earlier versions wrote it: damages are found, if not all
