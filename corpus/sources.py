@@ -1,4 +1,5 @@
-"""The source files of a data set, read as a stream of documents, each assigned to a split."""
+"""The source files of a data set, read as a stream of documents, each assigned to a split, and work
+on batches of them, divided among processes."""
 
 import hashlib
 import multiprocessing
@@ -47,9 +48,7 @@ class DatasetConfig:
         (), "files, folders, or " + " | ".join(DATASETS), positional=True
     )
     name: str = setting(
-        "",
-        "written to data/NAME; default: the name of the first source",
-        group="data set",
+        "", "written to data/NAME; default: the name of the first source", group="data set"
     )
     tokenizer: str = setting(
         "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
@@ -98,7 +97,7 @@ def file_start(path: Path) -> bytes:
 
 
 def is_binary(path: Path) -> bool:
-    """Whether a file is not text. UTF-16 text is, which `check_is_text` rejects by its name."""
+    """Whether a file is not text, except UTF-16, which `check_is_text` rejects as such."""
     start = file_start(path)
     return b"\0" in start and not start.startswith(UTF16_MARKS)
 
