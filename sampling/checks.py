@@ -14,7 +14,6 @@ NOT_WITH_BEAMS = (
     *("num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
     *("stream", "cache", "compile"),
 )
-MAX_PROMPT_FILE = 64 << 20  # bytes; a model sees only a few thousand tokens at the end
 
 
 def sampling_problems(config: SampleConfig) -> list[str]:
@@ -29,10 +28,6 @@ def sampling_problems(config: SampleConfig) -> list[str]:
         found.append("--compile needs the cache: leave out --no-cache")
     if config.stream and not config.beams and (config.num_samples > 1 or config.output_file):
         found.append("--stream writes to the terminal: no --num_samples, --output_file")
-    if config.prompt_file:
-        path = Path(config.prompt_file)
-        if path.is_file() and path.stat().st_size > MAX_PROMPT_FILE:
-            found.append(f"--prompt_file {path} is larger than {MAX_PROMPT_FILE >> 20} MiB")
     if config.output_file:
         from sampling.output import output_problems  # only with --output_file
 

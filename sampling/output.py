@@ -40,11 +40,7 @@ def output_problems(path: Path, prompt_file: str) -> list[str]:
     """Why text cannot be written to a file: it would replace a checkpoint or the prompt, or be a
     file that cannot be written."""
     problems = file_problems(path)
-    if not problems and (zipfile.is_zipfile(path) or is_same(path, prompt_file)):
+    is_prompt = prompt_file and path.resolve() == Path(prompt_file).resolve()
+    if not problems and (is_prompt or zipfile.is_zipfile(path)):
         problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
     return [f"--output_file: {problem}" for problem in problems]
-
-
-def is_same(path: Path, name: str) -> bool:
-    """Whether a path and a name, which may be empty, are the same existing file."""
-    return bool(name) and path.exists() and Path(name).exists() and path.samefile(name)

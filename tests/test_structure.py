@@ -35,7 +35,7 @@ OPTIONAL = {
     "corpus.load.find_corpus": "corpus.download system.folders",
     "corpus.load.load_corpus": "corpus.documents corpus.folder corpus.records",
     "generate.generate": "sampling.compiled",
-    "generate.load_for_sampling": "corpus.text sampling.quantize system.compiler",
+    "generate.load_for_sampling": "corpus.text sampling.quantize",
     "generate.main": "sampling.output",
     "generate.sample_text": "sampling.beam_search",
     "sampling.checks.sampling_problems": "sampling.output",
@@ -45,7 +45,6 @@ OPTIONAL = {
     "training.muon.update": "training.fsdp",
     "training.run_log.__init__": "training.writers",
     "training.run_log.begin": "training.deadline",
-    "training.setup.pick_compile": "system.compiler",
     "training.setup.resolve_train": "training.plan training.resume",
 }
 
