@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from conftest import make_model
 
 import model
 import utils
+from corpus.bpe import train_bpe
 from model import GPT
 from system.device import device_problems, pick_device
 from system.files import atomic_write, save_checkpoint
@@ -245,6 +247,8 @@ def test_damaged_and_foreign_files_are_rejected(workplace: Path):
         {"model": {"a": 1}},
         {"tokenizer": {"kind": "other"}},
         {"tokenizer": []},
+        {"tokenizer": CharTokenizer.train(["abcdefghij"]).to_dict()},  # 10 tokens, not 11
+        {"tokenizer": train_bpe(Counter({"a": 1}), 257).to_dict()},
     ],
 )
 def test_contents_that_do_not_match_are_rejected(workplace: Path, change: dict):
