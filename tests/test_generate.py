@@ -132,12 +132,13 @@ def test_cached_generation_matches_uncached(settings: dict, block_size: int, n_p
         assert torch.allclose(one.logits, other.logits, atol=1e-4)
 
 
-def test_a_cache_that_is_full_raises():
+def test_a_window_or_a_cache_that_is_full_raises():
     model = make_model()
     cache = KVCache(model.config, 1)
     model(torch.zeros(1, 12, dtype=torch.long), cache=cache)
-    with pytest.raises(ValueError, match="13 tokens do not fit the window of 12"):
-        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+    for n_tokens, full in ((1, cache), (13, None)):
+        with pytest.raises(ValueError, match="13 tokens do not fit the window of 12"):
+            model(torch.zeros(1, n_tokens, dtype=torch.long), cache=full)
 
 
 @pytest.mark.parametrize("settings", COMPONENTS)
