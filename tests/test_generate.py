@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import COMPONENTS, TINY_RUN, make_model, to_transformers
+from exports import save_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -33,7 +34,6 @@ from sampling.compiled import StaticCache
 from sampling.quantize import Int8Linear, lower_precision
 from sampling.text import TextWriter, decode_prompt, encode_prompt
 from system.command_line import parse_args
-from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, BPETokenizer, CharTokenizer
 from training.task import sample_from_newline
@@ -551,22 +551,6 @@ def test_a_stop_string_in_the_prompt_stops_nothing_and_empty_ones_are_none():
 # --- the command line
 
 
-def save_model(model: nn.Module, tokenizer: CharTokenizer, **contents: Any) -> None:
-    """Write model.pt, a checkpoint of step 20 without a log, unless the contents differ."""
-    state = {
-        "gpt_config": asdict(model.config),
-        "train_config": {},
-        "tokenizer": tokenizer.to_dict(),
-        "corpus": {"name": "text", "sha256": "0"},
-        "model": model.state_dict(),
-        "optimizers": [],
-        "scaler": {},
-        "step": 20,
-        "log": [],
-    }
-    save_checkpoint(Path("model.pt"), state | contents)
-
-
 def test_the_newest_checkpoint_is_sampled_by_default(trained, capsys):
     flags = ["--prompt=the ", "--seed=5"]
     assert generate.main(["--max_new_tokens=20", *flags]) == 0
@@ -631,7 +615,7 @@ def test_backslash_n_is_a_newline_in_a_prompt_and_in_stop_strings(typed: str, te
 
 def test_a_prompt_file_and_settings_in_python_are_taken_literally(workplace):
     tokenizer = CharTokenizer.train(["\\n\nab"])
-    save_model(make_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    save_model("model.pt", make_model(vocab_size=tokenizer.vocab_size), tokenizer)
     Path("prompt.txt").write_text(r"a\nb")
     config = SampleConfig("model.pt", prompt_file="prompt.txt")
     generate.load_for_sampling(config)
@@ -661,14 +645,14 @@ def test_one_line_names_the_checkpoint_its_loss_and_the_seed_that_was_drawn(trai
 
 def test_the_loss_of_a_checkpoint_is_that_of_its_own_step(workplace, capsys):
     log = [{"step": 10, "val": 3.0}, {"step": 20, "val": 2.0}, {"step": 30, "val": 1.0}]
-    imported = {"step": 0, "corpus": {"name": "gpt2", "sha256": ""}}
+    own = {"step": 20, "corpus": {"name": "text", "sha256": "0"}}
     for contents, line in (
-        ({"log": log}, "model.pt: step 20, validation loss 2.0000"),
-        ({"log": log, "step": 25}, "model.pt: step 25"),
-        ({}, "model.pt: step 20"),
-        (imported, "model.pt: an imported model"),
+        (own | {"log": log}, "model.pt: step 20, validation loss 2.0000"),
+        (own | {"log": log, "step": 25}, "model.pt: step 25"),
+        (own, "model.pt: step 20"),
+        ({}, "model.pt: an imported model"),
     ):
-        save_model(make_model(), CharTokenizer.train(["abcdefghij\n"]), **contents)
+        save_model("model.pt", make_model(), CharTokenizer.train(["abcdefghij\n"]), **contents)
         generate.main(["model.pt", "--max_tokens=3", "--seed=1"])
         assert capsys.readouterr().err == line + "\n"
 
@@ -724,7 +708,7 @@ def test_a_model_trained_on_questions_answers_the_prompt(workplace, capsys):
 
 def test_a_blank_question_is_an_error_that_says_how_to_ask(workplace, capsys):
     tokenizer = CharTokenizer.train(["abcdefg"], QA_SPECIALS)
-    save_model(make_model(), tokenizer)
+    save_model("model.pt", make_model(), tokenizer)
     for prompt in ([], ["--prompt="], ["--prompt= \\n"]):
         with pytest.raises(UserError) as error:
             generate.main(["model.pt", *prompt])
@@ -750,7 +734,7 @@ def test_a_question_model_is_asked_questions_until_it_is_trained_on_text(
     workplace, capsys, contents: dict, asked: bool
 ):
     tokenizer = CharTokenizer.train(["Question: Answer\n"], QA_SPECIALS)
-    save_model(make_model(vocab_size=tokenizer.vocab_size), tokenizer, **contents)
+    save_model("model.pt", make_model(vocab_size=tokenizer.vocab_size), tokenizer, **contents)
     generate.main(["model.pt", "--prompt=no", "--max_tokens=3", "--output_file=out.txt"])
     assert ("Question: no\nAnswer:" in Path("out.txt").read_text()) == asked
     assert ("--no-qa" in Path("out.txt").read_text()) != asked

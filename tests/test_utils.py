@@ -12,28 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from exports import save_model
 
 import model
 import utils
 from corpus.bpe import train_bpe
-from model import GPT
 from system.device import device_problems, pick_device
 from system.files import atomic_write, save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from utils import autocast, newest_checkpoint
 
-
-def make_state(model: GPT) -> dict:
-    """The contents of a checkpoint."""
-    empty = {"train_config": {}, "optimizers": [], "scaler": {}, "log": []}
-    return empty | {
-        "gpt_config": vars(model.config),
-        "tokenizer": CharTokenizer.train(["abcdefghijk"]).to_dict(),
-        "corpus": {"name": "test", "sha256": ""},
-        "model": model.state_dict(),
-        "step": 7,
-    }
+TOKENIZER = CharTokenizer.train(["abcdefghijk"])
 
 
 # --- batches
@@ -137,7 +127,7 @@ def test_auto_selects_the_fastest_device(monkeypatch):
 
 def test_a_checkpoint_restores_model_and_tokenizer(tmp_path: Path):
     model = make_model()
-    save_checkpoint(tmp_path / "a.pt", make_state(model))
+    save_model(tmp_path / "a.pt", model, TOKENIZER, step=7)
     copy, tokenizer, state = utils.load_checkpoint(tmp_path / "a.pt", torch.device("cpu"))
     idx = torch.randint(11, (2, 12))
     assert torch.equal(copy(idx)[0], model(idx)[0])
@@ -152,7 +142,7 @@ class Evil:
 
 
 def test_a_checkpoint_that_would_run_code_is_rejected(workplace: Path):
-    torch.save(make_state(make_model()) | {"log": Evil()}, "evil.pt")
+    torch.save(save_model("evil.pt", make_model(), TOKENIZER) | {"log": Evil()}, "evil.pt")
     Path("evil.pickle").write_bytes(pickle.dumps(Evil()))
     for name, reason in (("evil.pt", "it contains code"), ("evil.pickle", "is not a checkpoint")):
         with pytest.raises(UserError, match=reason):
@@ -161,7 +151,7 @@ def test_a_checkpoint_that_would_run_code_is_rejected(workplace: Path):
 
 
 def test_damaged_and_foreign_files_are_rejected(workplace: Path):
-    save_checkpoint(Path("good.pt"), make_state(make_model()))
+    save_model("good.pt", make_model(), TOKENIZER)
     content = Path("good.pt").read_bytes()
     for size in (0, 1, 100, len(content) // 2, len(content) - 1):
         Path("cut.pt").write_bytes(content[:size])
@@ -202,13 +192,14 @@ SIZES = ("n_layer", "n_embd", "block_size", "n_inner", "vocab_size")
     ],
 )
 def test_contents_that_do_not_match_are_rejected(workplace: Path, change: dict):
-    save_checkpoint(Path("bad.pt"), make_state(make_model()) | change)
+    state = save_model("good.pt", make_model(), TOKENIZER)
+    save_checkpoint(Path("bad.pt"), state | change)
     with pytest.raises(UserError, match=r"invalid checkpoint bad\.pt: its contents do not match"):
         utils.load_checkpoint(Path("bad.pt"), torch.device("cpu"))
 
 
 def test_a_component_without_an_entry_is_not_reported_as_a_damaged_file(workplace, monkeypatch):
-    save_checkpoint(Path("good.pt"), make_state(make_model()))
+    save_model("good.pt", make_model(), TOKENIZER)
     monkeypatch.delitem(model.NORMS, "rmsnorm")  # a bug: a choice of --norm that no table has
     with pytest.raises(KeyError, match="rmsnorm"):
         utils.load_checkpoint(Path("good.pt"))
@@ -217,7 +208,7 @@ def test_a_component_without_an_entry_is_not_reported_as_a_damaged_file(workplac
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch, function: str):
     path = tmp_path / "latest.pt"
-    save_checkpoint(path, make_state(make_model()))
+    save_model(path, make_model(), TOKENIZER)
     before = path.read_bytes()
 
     def full(*args: object) -> None:
@@ -225,7 +216,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch, funct
 
     monkeypatch.setattr(os, function, full)
     with pytest.raises(UserError, match=r"No space left on device.*previous file is unchanged"):
-        save_checkpoint(path, make_state(make_model(seed=1)))
+        save_model(path, make_model(seed=1), TOKENIZER)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["latest.pt"]
 
@@ -364,7 +355,7 @@ def test_a_product_has_the_precision_that_is_asked_for():
 
 
 def test_an_incomplete_checkpoint_is_rejected(tmp_path: Path):
-    state = make_state(make_model())
+    state = save_model(tmp_path / "a.pt", make_model(), TOKENIZER)
     for key in sorted(state):
         save_checkpoint(tmp_path / "a.pt", {k: v for k, v in state.items() if k != key})
         with pytest.raises(UserError, match=rf"a\.pt is not a checkpoint .*: no '{key}'"):
