@@ -1,5 +1,6 @@
 """Checks before text is generated: settings that exclude each other, files, memory."""
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -29,9 +30,14 @@ def sampling_problems(config: SampleConfig) -> list[str]:
     if config.stream and not config.beams and (config.num_samples > 1 or config.output_file):
         found.append("--stream writes to the terminal: no --num_samples, --output_file")
     if config.output_file:
-        from sampling.output import output_problems  # only with --output_file
+        from system.files import file_problems  # only with --output_file
 
-        found += output_problems(Path(config.output_file), config.prompt_file)
+        path = Path(config.output_file)
+        problems = file_problems(path)
+        is_prompt = config.prompt_file and path.resolve() == Path(config.prompt_file).resolve()
+        if not problems and (is_prompt or zipfile.is_zipfile(path)):
+            problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
+        found += [f"--output_file: {problem}" for problem in problems]
     return found
 
 

@@ -38,7 +38,7 @@ OPTIONAL = {
     "generate.load_for_sampling": "corpus.text sampling.quantize",
     "generate.main": "sampling.output",
     "generate.sample_text": "sampling.beam_search",
-    "sampling.checks.sampling_problems": "sampling.output",
+    "sampling.checks.sampling_problems": "system.files",
     "tokenizer.encode_segments": "system.segments",
     "train.main": "training.checks training.plan",
     "training.distributed.make_replica": "training.fsdp",

@@ -98,6 +98,7 @@ def test_documents_shorter_together_than_a_window_are_each_read():
     x, y = utils.get_batch(np.arange(7), 8, 70, seed=1, number=0, docs=np.array([0, 3]))
     assert abs((x[:, 0] == 0).sum() - 30) <= 2 and set(x[:, 0].tolist()) == {0, 3}  # 3/7 of 70
     first = x[:, 0] == 0
+    assert x[first][0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0]  # 0 is past the end
     assert y[first][0].tolist() == [1, 2, 3, 4, 5, 6, -100, -100]
 
 
