@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import COMPONENTS, TINY_RUN, make_model, to_transformers
 from exports import save_model
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -423,6 +423,7 @@ def before_stop(text: str, stops: list[str]) -> str:
     return text[: min(seen.find(s) for s in stops if s in seen)]
 
 
+@example("dabc", ["c", "bc"])
 @given(st.text(alphabet="abcd ", max_size=30), st.lists(st.text("abc", min_size=1), max_size=3))
 def test_a_text_ends_before_its_first_stop_string(text: str, stops: list[str]):
     ids = [*WORDS.encode(text).tolist(), 0]

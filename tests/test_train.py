@@ -472,6 +472,20 @@ def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
     assert all(torch.isfinite(tensor).all() for tensor in final_state()["model"].values())
 
 
+def test_losses_are_checked_every_log_every_steps_and_before_evaluations(workplace, monkeypatch):
+    """More often would make a GPU wait."""
+    checked, check_finite = [], Trainer.check_finite
+
+    def record(trainer: Trainer) -> None:
+        if trainer.unchecked:
+            checked.append(trainer.step)
+        check_finite(trainer)
+
+    monkeypatch.setattr(Trainer, "check_finite", record)
+    train.main([*TINY_RUN, "--log_every=4", "--eval_every=10", "--max_steps=20"])
+    assert checked == [4, 8, 10, 12, 16, 20]
+
+
 def test_all_problems_are_reported_together_and_nothing_is_written(workplace):
     with pytest.raises(UserError) as error:
         train.main("--device=cuda:99 --n_embd=30 --n_head=4 --lr_min=1".split())
