@@ -248,6 +248,13 @@ def test_an_extended_run_warns_that_its_rate_rises_again(trained: Path, capsys):
     assert line in capsys.readouterr().out
 
 
+def test_a_rate_that_rises_by_more_than_half_is_a_warning(capsys):
+    saved = asdict(TrainConfig(lr_max=1.0, warmup_steps=0))
+    for rate, warns in ((1.4, False), (1.6, True)):
+        train.warn_if_rate_jumps(0, TrainConfig(lr_max=rate, warmup_steps=0), saved)
+        assert ("warning" in capsys.readouterr().out) == warns
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_restarted_process_resumes_or_starts_over(trained: Path, monkeypatch, saved: bool):
     if not saved:
