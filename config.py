@@ -277,6 +277,3 @@ def train_settings(flags: dict[str, Any], device_type: str) -> tuple[GPTConfig, 
     if "n_embd" in flags and "n_head" not in flags:
         values["n_head"] = 0  # the preset's heads belong to the preset's width
     return from_dict(GPTConfig, values), from_dict(TrainConfig, values)
-
-
-# --- validation

@@ -32,7 +32,7 @@ from sampling.text import (
     model_prompt,
 )
 from system.command_line import parse_args
-from system.device import pick_device
+from system.device import compiler_problem, pick_device
 from system.errors import run
 from system.settings import UserError
 from tokenizer import Tokenizer
@@ -252,11 +252,8 @@ def load_for_sampling(
         from sampling.quantize import lower_precision  # only with --precision
 
         lower_precision(model, config.precision)
-    if config.compile:
-        from system.compiler import compiler_problem  # only with --compile
-
-        if problem := compiler_problem(device):
-            raise UserError(f"--compile does not work here ({problem}): leave it out")
+    if config.compile and (problem := compiler_problem(device)):
+        raise UserError(f"--compile does not work here ({problem}): leave it out")
     line = checkpoint_line(config.checkpoint, state)
     if config.seed is None and config.temperature and not config.beams:
         config.seed = draw_seed()

@@ -96,7 +96,8 @@ class CharTokenizer(Encoder):
         if unknown := self.unknown(text):
             names = ", ".join(map(repr, unknown[:10])) + ", ..." * (len(unknown) > 10)
             raise UserError(f"not among the tokenizer's {len(self.chars)} characters: {names}")
-        points = code_points(text)
+        # UTF-32 is the Unicode code points: this needs no Python loop
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         ids = np.searchsorted(self.points, points)
         if "<UNK>" in self.specials:
             known = np.isin(points, self.points)
@@ -118,11 +119,6 @@ class CharTokenizer(Encoder):
     def to_dict(self) -> dict[str, Any]:
         """The tokenizer as plain data."""
         return {"kind": "char", "chars": self.chars, "specials": list(self.specials)}
-
-
-def code_points(text: str) -> np.ndarray:
-    """The Unicode code points of a text, (len(text),) uint32, without a Python loop."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
 # --- byte-pair encoding

@@ -29,16 +29,14 @@ def beam_search(
     scores = torch.zeros(1, device=prompt.device)
     cache = KVCache(model.config, 1, device=prompt.device)
     finished: list[tuple[float, list[int]]] = []
-    begin, refill = 0, True  # the window begins at this token; whether to fill the cache again
+    begin = 0  # the window begins at this token
     for step in range(1, n_new + 1):
         if text.size(1) - begin > size:
-            begin, refill = text.size(1) - max(size // 2, 1), True
-        if refill:
+            begin = text.size(1) - max(size // 2, 1)
             cache.clear()
-        new = text[:, begin:] if refill else text[:, -1:]
+        new = text[:, begin + cache.length :]
         logits = model(new, cache=cache)[0][:, -1].float()  # (B, V)
         check_finite(logits)
-        refill = False
         totals = scores[:, None] + logits.log_softmax(dim=-1)  # (B, V)
         # With E end tokens, at most E B of the best (1 + E) B candidates end: B can continue.
         n_candidates = (1 + len(ends)) * beams

@@ -1,5 +1,6 @@
 """Checks before text is generated: settings that exclude each other, files, memory."""
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ NOT_WITH_BEAMS = (
     *("num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
     *("stream", "cache", "compile"),
 )
-MAX_PROMPT_FILE = 64 << 20  # bytes; a model sees only a few thousand tokens at the end
 
 
 def sampling_problems(config: SampleConfig) -> list[str]:
@@ -29,14 +29,15 @@ def sampling_problems(config: SampleConfig) -> list[str]:
         found.append("--compile needs the cache: leave out --no-cache")
     if config.stream and not config.beams and (config.num_samples > 1 or config.output_file):
         found.append("--stream writes to the terminal: no --num_samples, --output_file")
-    if config.prompt_file:
-        path = Path(config.prompt_file)
-        if path.is_file() and path.stat().st_size > MAX_PROMPT_FILE:
-            found.append(f"--prompt_file {path} is larger than {MAX_PROMPT_FILE >> 20} MiB")
     if config.output_file:
-        from sampling.output import output_problems  # only with --output_file
+        from system.files import file_problems  # only with --output_file
 
-        found += output_problems(Path(config.output_file), config.prompt_file)
+        path = Path(config.output_file)
+        problems = file_problems(path)
+        is_prompt = config.prompt_file and path.resolve() == Path(config.prompt_file).resolve()
+        if not problems and (is_prompt or zipfile.is_zipfile(path)):
+            problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
+        found += [f"--output_file: {problem}" for problem in problems]
     return found
 
 

@@ -1,12 +1,11 @@
 """Writing generated text, so that it is never lost: to a file, or to any terminal."""
 
 import shlex
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from config import SampleConfig
-from system.files import atomic_write, file_problems
+from system.files import atomic_write
 from system.settings import UserError, escape
 
 
@@ -34,17 +33,3 @@ def header(config: SampleConfig, state: dict[str, Any], command: str = "python g
             quoted = shlex.quote(text).replace("\n", "'$'\\n''")  # one line, also in a shell
             command += f" --{name}={quoted}"
     return f"# model trained on {state['corpus']['name']}, step {state['step']}\n# {command}\n\n"
-
-
-def output_problems(path: Path, prompt_file: str) -> list[str]:
-    """Why text cannot be written to a file: it would replace a checkpoint or the prompt, or be a
-    file that cannot be written."""
-    problems = file_problems(path)
-    if not problems and (zipfile.is_zipfile(path) or is_same(path, prompt_file)):
-        problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
-    return [f"--output_file: {problem}" for problem in problems]
-
-
-def is_same(path: Path, name: str) -> bool:
-    """Whether a path and a name, which may be empty, are the same existing file."""
-    return bool(name) and path.exists() and Path(name).exists() and path.samefile(name)

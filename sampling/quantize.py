@@ -51,8 +51,6 @@ class Int8Linear(nn.Module):
 def lower_precision(model: nn.Module, precision: str) -> None:
     """Convert the model's parameters in place. With int8, the weights of linear layers become
     int8 and the other parameters bfloat16. RoPE's angles stay in float32."""
-    if precision == "float32":
-        return
     if precision == "int8":
         for parent in list(model.modules()):
             for name, module in parent.named_children():

@@ -1,29 +1,28 @@
-"""Devices: which there are, their memory, and the precision of matrix products."""
+"""Devices: which there are, their memory, and whether bfloat16 and torch.compile work there."""
 
+import logging
 import os
 
 import torch
 
+from system.errors import first_line
 from system.settings import UserError
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError if it does
     not exist."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    gpus = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    available = [*(kind for kind, gpu in gpus.items() if gpu.is_available()), "cpu"]
     if name == "auto":
-        return torch.device(next(kind for kind in available if available[kind]))
+        return torch.device(available[0])
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"unknown device {name!r}: use cpu, cuda, cuda:1 or mps") from None
     missing_gpu = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    if not available.get(device.type) or missing_gpu:
-        have = ", ".join(kind for kind in available if available[kind])
+    if device.type not in available or missing_gpu:
+        have = ", ".join(available)
         raise UserError(f"no device {name!r} on this machine (it has {have}): use --device auto")
     return device
 
@@ -61,3 +60,19 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether a device (of GPUs, the current one) computes in bfloat16. NVIDIA GPUs before Ampere
     (T4, V100, RTX 20) only emulate it, slowly."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def compiler_problem(device: torch.device) -> str:
+    """Why torch.compile does not work here; empty if a small function can be compiled. On a CPU, it
+    needs a C++ compiler."""
+    # On a machine with CUDA but without a GPU, PyTorch logs this even if it compiles for the CPU.
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.addFilter(lambda record: not record.msg.startswith("No CUDA runtime is found"))
+    if device.type == "cpu":
+        # Saves nine seconds of testing which instructions the C++ compiler supports.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # any error means that compiling does not work here
+        return first_line(error)
+    return ""

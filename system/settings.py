@@ -36,8 +36,6 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 
 
 FLOAT32 = (1.2e-38, 3.4e38)  # its smallest and largest positive numbers
-
-
 LIMITS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "low": ("at least", operator.ge),
     "high": ("at most", operator.le),

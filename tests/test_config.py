@@ -7,7 +7,6 @@ import pytest
 from config import ARCH_FIELDS, ARCHS, PRESETS, GPTConfig, SampleConfig, TrainConfig, train_settings
 from finetuning.lora import LoRAConfig
 from system.command_line import HINTS, SYNONYMS, parse_args
-from system.errors import run
 from system.settings import UserError, all_problems, setting
 
 
@@ -32,51 +31,32 @@ def test_flags_may_have_hyphens_underscores_and_equals_signs():
 
 
 @pytest.mark.parametrize(
-    ("alias", "name", "value"),
+    ("name", "aliases", "value"),
     [
-        ("d_model", "n_embd", 320),
-        ("n_layers", "n_layer", 3),
-        ("n_heads", "n_head", 4),
-        ("d_ff", "n_inner", 300),
-        ("context_length", "block_size", 300),
-        ("max_iters", "max_steps", 300),
-        ("warmup", "warmup_steps", 300),
-        ("learning_rate", "lr_max", 3),
-        # nanoGPT
-        ("gradient_accumulation_steps", "grad_accum", 4),
-        ("eval_interval", "eval_every", 4),
-        ("log_interval", "log_every", 4),
-        ("warmup_iters", "warmup_steps", 4),
-        ("min_lr", "lr_min", 1e-4),
-        ("dtype", "precision", "float16"),
-        # Hugging Face and LLaMA-Factory
-        ("hidden_size", "n_embd", 320),
-        ("num_hidden_layers", "n_layer", 3),
-        ("num_attention_heads", "n_head", 4),
-        ("per_device_train_batch_size", "batch_size", 3),
-        ("max_grad_norm", "grad_clip", 3),
-        ("eval_steps", "eval_every", 4),
-        ("lr_scheduler_type", "schedule", "linear"),
-        ("output_dir", "out_dir", "x"),
-        ("cutoff_len", "block_size", 300),
-        # tutorials
-        ("lr", "lr_max", 3),
-        ("max_lr", "lr_max", 3),
-        ("grad_accumulation_steps", "grad_accum", 4),
-        ("log_every", "log_every", 4),
-        ("seq_len", "block_size", 300),
-        ("context_len", "block_size", 300),
-        ("max_norm", "grad_clip", 3),
-        ("steps", "max_steps", 300),
-        ("vocab_size", "bpe_vocab_size", 300),
+        ("n_embd", "d_model hidden_size", 320),
+        ("n_layer", "n_layers num_hidden_layers", 3),
+        ("n_head", "n_heads num_attention_heads", 4),
+        ("n_inner", "d_ff", 300),
+        ("block_size", "context_length context_len seq_len cutoff_len", 300),
+        ("max_steps", "max_iters steps", 300),
+        ("warmup_steps", "warmup warmup_iters", 4),
+        ("lr_max", "learning_rate lr max_lr", 3),
+        ("lr_min", "min_lr", 1e-4),
+        ("schedule", "lr_scheduler_type", "linear"),
+        ("batch_size", "per_device_train_batch_size", 3),
+        ("grad_accum", "gradient_accumulation_steps grad_accumulation_steps", 4),
+        ("grad_clip", "max_grad_norm max_norm", 3),
+        ("eval_every", "eval_interval eval_steps", 4),
+        ("log_every", "log_interval", 4),
+        ("precision", "dtype", "float16"),
+        ("out_dir", "output_dir", "x"),
+        ("bpe_vocab_size", "vocab_size", 300),
     ],
 )
-def test_names_from_other_code_bases_are_accepted(alias: str, name: str, value: int):
-    gpt, config = read(f"--{alias}={value}")
-    assert (vars(gpt) | vars(config))[name] == value
-
-
-def test_the_length_of_a_sample_has_another_name_too():
+def test_names_from_other_code_bases_are_accepted(name: str, aliases: str, value: object):
+    for alias in aliases.split():
+        gpt, config = read(f"--{alias}={value}")
+        assert (vars(gpt) | vars(config))[name] == value
     assert parse_args(SampleConfig, ["--max-tokens=7"], "").max_new_tokens == 7
 
 
@@ -86,19 +66,9 @@ def test_values_may_begin_with_a_hyphen():
     assert "lr_max must be above 0, not -0.001" in problems_of("--lr_max=-1e-3")
 
 
-def test_positional_arguments_need_no_flag():
+def test_the_text_to_train_on_and_the_checkpoint_need_no_flag():
+    assert read("my.txt --seed 3")[1].data == read("--seed 3 --data my.txt")[1].data == "my.txt"
     assert parse_args(SampleConfig, ["a.pt", "--top_k", "3"], "").checkpoint == "a.pt"
-    assert parse_args(SampleConfig, ["--checkpoint", "a.pt"], "").checkpoint == "a.pt"
-
-
-def test_a_default_model_can_be_built_from_its_config():
-    config = GPTConfig()
-    assert (config.vocab_size, config.n_head, config.n_kv_head, config.head_size) == (
-        50257,
-        6,
-        6,
-        64,
-    )
 
 
 def test_a_flag_wins_over_arch_over_preset_over_default():
@@ -125,20 +95,16 @@ def test_the_machine_chooses_the_preset(device: str, preset: str):
     assert config.preset == preset and gpt.n_layer == PRESETS[preset]["n_layer"]
 
 
-@pytest.mark.parametrize(
-    ("preset", "sizes"),
-    [
-        # layers, heads, channels, window
-        ("tiny", (2, 2, 128, 128)),
-        ("small", (4, 4, 256, 256)),
-        ("medium", (6, 6, 384, 256)),
-        ("large", (8, 8, 512, 512)),
-        ("gpt2", (12, 12, 768, 1024)),
-    ],
-)
-def test_presets_have_the_sizes_their_names_promise(preset: str, sizes: tuple):
-    gpt, _ = read(f"--preset {preset}")
-    assert (gpt.n_layer, gpt.n_head, gpt.n_embd, gpt.block_size) == sizes
+def test_presets_have_the_sizes_their_names_promise():
+    for preset, sizes in {  # layers, heads, channels, window
+        "tiny": (2, 2, 128, 128),
+        "small": (4, 4, 256, 256),
+        "medium": (6, 6, 384, 256),
+        "large": (8, 8, 512, 512),
+        "gpt2": (12, 12, 768, 1024),
+    }.items():
+        gpt, _ = read(f"--preset {preset}")
+        assert (gpt.n_layer, gpt.n_head, gpt.n_embd, gpt.block_size) == sizes
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *ARCHS])
@@ -167,33 +133,20 @@ def test_the_rate_and_decay_of_sgd_are_not_those_of_adamw():
     assert read("--optimizer adamw")[1].lr_max == PRESETS["laptop"]["lr_max"]
 
 
-def test_defaults_follow_what_is_given():
-    config = read("--lr-max 1e-4 --max_steps 50")[1]
-    assert config.warmup_steps == 5
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("--n_embd 100 --n_head 3", "n_embd 100 is not divisible by n_head 3"),
-        ("--n_embd 9 --n_head 3", "rope needs an even head size, not 3"),
-        ("--pos sinusoidal --n_embd 9", "sinusoidal positions need an even n_embd"),
-        ("--token_shift --n_embd 9", "token_shift needs an even n_embd, not 9"),
         ("--lr_min 1 --lr_max 0.1", "lr_min 1 is above lr_max 0.1"),
-        ("--warmup 100 --max_steps 50", "warmup_steps 100 is above max_steps 50"),
         ("--dropout 1", "dropout must be below 1, not 1.0"),
-        ("--lr_max nan", "lr_max must be a finite number that float32 can represent, not nan"),
         ("--lr_max 0", "lr_max must be above 0"),
         ("--lr_max 3e38", "lr_max must be at most"),
         ("--mlp tanh", "argument --mlp: invalid choice: 'tanh'"),
-        ("--preset huge", "argument --preset: invalid choice: 'huge'"),
         ("--n_layers x", "argument --n_layer/--n_layers: invalid int value: 'x'"),
-        ("--n_layer 2.5", "invalid int value: '2.5'"),
         ("--n_layer", "expected one argument"),
         ("--n_layer --resume", "expected one argument"),
         ("--resume=yes", "argument --resume/--no-resume: invalid boolean value: 'yes'"),
         ("a.txt b.txt", "unrecognized arguments: b.txt"),
-        ("--tag a/b", "tag 'a/b' must be a plain name"),
         ("--resume --overwrite", "give one of them"),
     ],
 )
@@ -257,22 +210,6 @@ def test_switches_are_turned_on_and_off_as_in_other_code_bases(line: str, value:
 def test_learned_positions_have_a_switch(value: str, pos: str):
     assert read(f"--use_learned_pos_emb{value} --n_embd=32")[0].pos == pos
     assert read(f"--use-learned-pos-emb{value}")[0].pos == pos
-
-
-def test_the_text_to_train_on_needs_no_flag():
-    assert read("my.txt --seed 3")[1].data == "my.txt"
-    assert read("--seed 3 my.txt")[1].data == "my.txt"
-    assert read("--seed 3")[1].data == "shakespeare"
-
-
-def test_a_users_mistake_is_one_line_on_stderr_and_status_2(capsys):
-    def main() -> int:
-        raise UserError("that was wrong: do this")
-
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: that was wrong: do this\n"
 
 
 def help_of(line: str, capsys: pytest.CaptureFixture) -> dict[str, str]:
@@ -373,7 +310,6 @@ def test_words_without_a_flag_are_taken_in_order():
         ("--rate 0", "rate must be above 0, not 0.0"),
         ("--rate 1", "rate must be below 1, not 1.0"),
         ("--rate inf", "rate must be a finite number that float32 can represent, not inf"),
-        ("--rate=-inf", "rate must be a finite number that float32 can represent, not -inf"),
         ("--limit 0", ""),
         ("--limit=-1", "limit must be at least 0, not -1.0"),
         ("--mode c", ""),
@@ -423,6 +359,7 @@ def test_a_model_setting_that_is_not_known_is_beyond_an_export():
     ("settings", "expected"),
     [
         # n_head, n_kv_head, head_size, n_inner, norm_eps
+        ({}, (6, 6, 64, 1024, 1e-6)),
         ({"n_embd": 768, "mlp": "gelu", "norm": "layernorm"}, (12, 12, 64, 3072, 1e-5)),  # GPT-2
         ({"n_embd": 768}, (12, 12, 64, 2048, 1e-6)),  # 8/3 * 768 = 2048
         ({"n_embd": 4096, "n_head": 32, "n_kv_head": 8}, (32, 8, 128, 10944, 1e-6)),  # 342 * 32
@@ -492,27 +429,3 @@ def test_a_presets_architecture_gives_way_to_a_flag():
     assert (gpt.norm, gpt.pos, gpt.bias, gpt.n_layer) == ("rmsnorm", "rope", False, 3)
     assert (config.arch, config.lr_min) == ("llama", 1e-4)  # nanoGPT's final rate
     assert read("--preset auto --n_head 4", "cuda")[0].n_head == 4
-
-
-@pytest.mark.parametrize(
-    ("error", "rank", "status", "message"),
-    [
-        (UserError("wrong"), None, 2, "error: wrong\n"),
-        (UserError("wrong"), "0", 2, "error: wrong\n"),
-        (UserError("wrong"), "3", 2, "error in process 3: wrong\n"),
-        (KeyboardInterrupt(), None, 130, ""),
-    ],
-)
-def test_the_exit_status_of_a_script(monkeypatch, capsys, error, rank, status, message):
-    def main() -> int:
-        raise error
-
-    monkeypatch.delenv("RANK", raising=False)
-    if rank:
-        monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as stop:
-        run(main)
-    assert stop.value.code == status and capsys.readouterr().err == message
-    with pytest.raises(SystemExit) as stop:
-        run(lambda: 7)
-    assert stop.value.code == 7

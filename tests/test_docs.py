@@ -126,20 +126,6 @@ def test_commands_are_found():
     assert sum(len(commands(page)) for page in PAGES.values()) > 60
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "python train.py --lr-max 1e-4 --warmup 50 --tag lr_conservative",
-        "python train.py --batch_size 32 --max_iters 5000 --d_model 512 --n_layers 8",
-    ],
-)
-def test_settings_from_other_code_bases_work(workplace: Path, line: str):
-    words = shlex.split(line)[2:]
-    tiny = [w for w in TINY_RUN if not w.startswith("--max_steps")]
-    wanted = ["--max_steps=60"] if "--warmup" in words else ["--max_steps=20"]
-    assert train.main([*words, *tiny, *wanted]) == 0
-
-
 def test_the_test_command_is_what_ci_runs():
     assert ("python -m pytest", False) in commands(README)
     assert "\npython -m pytest\n" in (ROOT / ".ci" / "run").read_text()

@@ -13,7 +13,7 @@ from torch.utils import cpp_extension
 
 from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
 from corpus.corpus import Corpus
-from system.compiler import compiler_problem
+from system.device import compiler_problem
 from system.settings import UserError
 from training import setup, task
 from training.setup import memory_estimate, pick_compile, pick_precision, preset_table

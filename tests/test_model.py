@@ -345,11 +345,6 @@ def test_tied_weights_are_one_tensor():
     assert untied.num_params() - tied.num_params() == 11 * 16
 
 
-def test_a_window_longer_than_block_size_is_refused():
-    with pytest.raises(ValueError, match="13 tokens do not fit the window of 12"):
-        make_model()(torch.zeros(1, 13, dtype=torch.long))
-
-
 def test_dropout_acts_in_training_only():
     model = make_model(dropout=0.5)
     idx = torch.randint(11, (1, 12))
@@ -388,6 +383,9 @@ def test_packed_documents_do_not_see_each_other(settings: dict):
     docs = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]])
     idx = torch.randint(11, (1, 8))
     logits, _ = model(idx, docs=docs)
+    maps: list[torch.Tensor] = []
+    assert torch.allclose(model(idx, docs=docs, maps=maps)[0], logits, atol=1e-4)
+    assert maps[0][0, 0, 7].tolist() == [0] * 7 + [1]
     other = idx.clone()
     other[0, :3] = (other[0, :3] + 1) % 11
     changed, _ = model(other, docs=docs)
@@ -404,14 +402,6 @@ def test_a_packed_document_is_scored_as_if_it_stood_alone(pos: str):
     assert torch.allclose(packed, alone, atol=1e-5)
 
 
-def test_the_fused_and_the_plain_attention_agree_under_a_document_mask():
-    model, docs = make_model(), torch.tensor([[0, 0, 1, 1, 1, 2]])
-    idx = torch.randint(11, (1, 6))
-    maps: list[torch.Tensor] = []
-    assert torch.allclose(model(idx, docs=docs)[0], model(idx, docs=docs, maps=maps)[0], atol=1e-5)
-    assert maps[0][0, 0, 5].tolist() == [0, 0, 0, 0, 0, 1]
-
-
 @pytest.mark.parametrize(("field", "mapping"), [("norm", NORMS), ("mlp", MLPS), ("pos", POSITIONS)])
 def test_the_choices_of_a_setting_are_the_components_there_are(field: str, mapping: dict):
     assert set(GPTConfig.__dataclass_fields__[field].metadata["choices"]) == set(mapping)
@@ -419,11 +409,11 @@ def test_the_choices_of_a_setting_are_the_components_there_are(field: str, mappi
 
 @pytest.mark.parametrize("settings", COMPONENTS)
 def test_recomputed_activations_change_no_gradient(settings: dict):
-    model, x = make_model(**settings), torch.randint(11, (2, 8))
-    model.train()
+    model, x = make_model(**settings, dropout=0.5).train(), torch.randint(11, (2, 8))
     gradients = []
     for model.grad_checkpoint in (False, True):
         model.zero_grad()
+        torch.manual_seed(0)  # the same dropout
         model(x, x)[1].backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) > 5
@@ -443,14 +433,3 @@ def test_activations_are_recomputed_in_training_only(grad_checkpoint: bool, trai
     assert len(calls) == 2
     loss.backward()
     assert len(calls) == (4 if grad_checkpoint and training else 2)
-
-
-def test_recomputed_activations_have_the_same_dropout():
-    model, x = make_model(dropout=0.5).train(), torch.randint(11, (2, 8))
-    gradients = []
-    for model.grad_checkpoint in (False, True):
-        model.zero_grad()
-        torch.manual_seed(0)
-        model(x, x)[1].backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -13,7 +13,7 @@ import torch
 from system import device as system_device
 from system import folders
 from system.device import check_memory
-from system.errors import run
+from system.errors import accept_any_text, run
 from system.files import atomic_write, file_problems, folder_problems, locked
 from system.folders import replacing, restore_folder
 from system.settings import UserError
@@ -38,6 +38,17 @@ def start(code: str, stdout: object = subprocess.PIPE, **options: object) -> sub
 # --- errors
 
 
+def status_of(error: BaseException) -> int | None:
+    """The exit status of a script in which this error is raised."""
+
+    def main() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as exit:
+        run(main)
+    return exit.value.code
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -54,22 +65,22 @@ def start(code: str, stdout: object = subprocess.PIPE, **options: object) -> sub
     ],
 )
 def test_errors_that_a_user_can_correct_are_one_line(capsys, error: Exception, line: str):
-    def main() -> int:
-        raise error
-
-    with pytest.raises(SystemExit) as exit:
-        run(main)
+    assert status_of(error) == 2
     out, err = capsys.readouterr()
-    assert exit.value.code == 2 and out == ""
+    assert out == ""
     assert err.startswith(f"error: {line}") and err.count("\n") == 1
 
 
 def test_a_defect_of_the_program_keeps_its_traceback():
-    def main() -> int:
-        raise RuntimeError("shapes do not match")
-
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        run(main)
+        status_of(RuntimeError("shapes do not match"))
+
+
+@pytest.mark.parametrize(("rank", "place"), [("0", ""), ("3", " in process 3")])
+def test_an_error_names_the_process_of_torchrun(monkeypatch, capsys, rank: str, place: str):
+    monkeypatch.setenv("RANK", rank)
+    assert status_of(UserError("wrong")) == 2
+    assert capsys.readouterr().err == f"error{place}: wrong\n"
 
 
 def test_a_reader_that_ends_early_is_no_error():
@@ -116,9 +127,17 @@ def test_what_a_closed_pipe_does_not_take_is_dropped(monkeypatch, closed: bool, 
 
 @pytest.mark.parametrize("code", [0, 3, None])
 def test_the_status_of_a_script_that_exits_is_kept(code: int | None):
-    with pytest.raises(SystemExit) as exit:
-        run(lambda: sys.exit(code))
-    assert exit.value.code == code
+    assert status_of(SystemExit(code)) == code
+
+
+def test_ctrl_c_ends_a_script_without_an_error(capsys):
+    assert status_of(KeyboardInterrupt()) == 130 and capsys.readouterr().err == ""
+
+
+def test_invalid_input_is_read_with_replacement_characters(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8"))
+    accept_any_text()
+    assert input() == "a\ufffdb"
 
 
 # --- folders

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -132,9 +131,9 @@ def test_sgd_moves_by_gradients_that_it_remembers():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-def test_every_optimizer_resumes_bit_for_bit(workplace, optimizer: str, precision: str):
-    flags = [*TINY_RUN, f"--optimizer={optimizer}", f"--precision={precision}", "--dropout=0.2"]
+@pytest.mark.parametrize("flag", ["--precision=float32", "--precision=float16", "--grow_windows"])
+def test_every_optimizer_resumes_bit_for_bit(workplace, optimizer: str, flag: str):
+    flags = [*TINY_RUN, f"--optimizer={optimizer}", flag, "--dropout=0.2"]
     assert train.main([*flags, "--save_every=10"]) == 0
     whole = final_state()
     assert whole["log"][-1]["val"] < whole["log"][0]["val"] - 0.1  # it learns
@@ -316,19 +315,8 @@ def test_evaluation_covers_the_split_and_keeps_the_mode():
     assert metrics["ppl"] == pytest.approx(math.exp(total / 49), rel=1e-5)
     assert "train" not in metrics and trainer.model.training
     trainer.model.eval()
-    assert set(trainer.evaluate()) == {"train", "val", "ppl", "bpb"}
+    assert trainer.evaluate().keys() >= {"train", "val", "ppl", "bpb"}
     assert not trainer.model.training
-
-
-def test_float16_goes_on_after_an_overflow():
-    trainer = make_trainer(precision="float16", warmup_steps=0)
-    assert trainer.scaler.is_enabled()
-    trainer.scaler.scale(torch.zeros(()))  # it sets itself up at its first use
-    trainer.scaler.update(2.0**40)  # overflows
-    before = [p.clone() for p in trainer.model.parameters()]
-    assert not math.isfinite(trainer.train_step()["grad_norm"])
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
-    assert trainer.scaler.get_scale() < 2.0**40
 
 
 # --- other tasks
@@ -390,7 +378,7 @@ def test_a_task_defines_its_batches_loss_metrics_and_checkpoints(tmp_path, capsy
     assert (record["train"], record["val"], record["margin"]) == (1.25, 1.5, 0.25)
     assert not {"ppl", "bpb"} & record.keys() and record["tokens_per_second"] is None
     out = capsys.readouterr().out
-    assert "step 2 | train 1.2500 | val 1.5000 | margin 0.250 | lr" in out
+    assert re.search(r"step 2 \| train 1\.2500 \| val 1\.5000 \|.* margin 0\.250 ", out)
     assert "validation loss 1.7500 (margin 0.2500) over the whole split" in out
     assert (tmp_path / "samples.txt").read_text() == "".join(
         f"--- step {step}\na sample\n\n" for step in ("0, before training", 2)
@@ -429,17 +417,11 @@ def test_a_run_leaves_its_files(workplace, capsys):
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "samples.txt").read_text().count("--- step") == 5
     out = capsys.readouterr().out
-    line = r"step 20 \| train \d\.\d{4} \| val \d\.\d{4} \| ppl \d+\.\d\d \| bpb \d\.\d{3} \| "
-    line += r"lr \d\.\d\de[+-]\d\d"
-    assert re.search(line + r" \| grad \d+\.\d\d \| \d+\.\dk tok/s \| \d+\.\d ms/step", out)
+    (line,) = re.findall(r"step 20 \| .*", out)
+    for part in (r"train \d\.\d{4}", r"val \d\.\d{4}", r"lr \d\.\d\de[+-]\d\d", r"\dk tok/s"):
+        assert re.search(part, line), part
     assert f"ln({start['vocab_size']}) = {math.log(start['vocab_size']):.4f}" in out
     assert "verdict: " in out
-
-
-def test_training_learns(workplace):
-    train.main([*TINY_RUN, "--max_steps=200", "--eval_every=100", "--lr_max=1e-2"])
-    log = final_state()["log"]
-    assert log[-1]["val"] < 0.6 * log[0]["val"]
 
 
 def test_one_batch_can_be_overfitted(workplace, capsys):
@@ -467,27 +449,6 @@ def test_a_run_is_never_overwritten_silently(workplace):
     assert train.main([*TINY_RUN, "--tag=other"]) == 0
     assert train.main([*TINY_RUN, "--overwrite", "--max_steps=5"]) == 0
     assert final_state()["step"] == 5
-
-
-def test_a_finished_run_can_be_prolonged(workplace):
-    train.main(TINY_RUN)
-    assert train.main(["--resume", "--device=cpu", "--max_steps=30"]) == 0
-    assert [record["step"] for record in final_state()["log"]] == [0, 5, 10, 15, 20, 25, 30]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--n_layer=3"], "n_layer is 1 in the run to resume"),
-        (["--seed=5", "--arch=gpt2"], "seed is 1337.*arch is ''"),
-        (["--tag=nothing"], "no checkpoint checkpoints/nothing/latest.pt"),
-        (["--overwrite"], "give one of them"),
-    ],
-)
-def test_resuming_refuses_what_does_not_fit(workplace, flags, message):
-    train.main(TINY_RUN)
-    with pytest.raises(UserError, match=message):
-        train.main(["--resume", "--device=cpu", *flags])
 
 
 def test_resuming_on_another_text_is_refused(workplace):
@@ -581,25 +542,6 @@ def test_a_run_shortened_to_the_step_where_it_stopped_is_evaluated_there(workpla
     assert torch.load("checkpoints/best.pt", weights_only=True)["step"] == 7
 
 
-def test_killed_while_a_checkpoint_is_written_leaves_a_whole_one(workplace, monkeypatch):
-    """The process dies between any two calls of a save: what stands at latest.pt must load."""
-
-    class Killed(BaseException):
-        pass
-
-    def kill(*args: object) -> None:
-        raise Killed
-
-    train.main([*TINY_RUN, "--max_steps=5"])
-    for function in ("fsync", "replace"):
-        monkeypatch.setattr(os, function, kill)
-        with pytest.raises(Killed):
-            train.main(["--resume", "--device=cpu", "--max_steps=10"])
-        monkeypatch.undo()
-        monkeypatch.chdir(workplace)
-        assert final_state()["step"] == 5
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_a_gpu_run_learns_and_resumes(workplace, precision):
@@ -624,20 +566,6 @@ def test_two_runs_of_one_seed_are_equal(workplace):
     assert not torch.equal(one["tok.weight"], three["tok.weight"])
 
 
-def test_no_full_disk_is_silent(workplace, monkeypatch):
-    train.main([*TINY_RUN, "--max_steps=5"])
-
-    def full(path: object) -> object:
-        raise OSError(28, os.strerror(28))
-
-    monkeypatch.setattr(os, "replace", lambda *_: full(None))
-    with pytest.raises(UserError, match="No space left"):
-        train.main(["--resume", "--device=cpu", "--max_steps=10"])
-    monkeypatch.undo()
-    monkeypatch.chdir(workplace)
-    assert final_state()["step"] == 5
-
-
 # --- tokenizers and documents
 
 
@@ -660,16 +588,11 @@ def test_a_text_with_fewer_pairs_than_asked_for_resumes_with_the_same_flags(work
     assert train.main(["--resume", "--max_steps=25", *flags]) == 0
 
 
-def test_the_vocabulary_of_the_model_is_not_a_flag(workplace):
-    with pytest.raises(UserError, match="at least 257, not 99"):
-        train.main([*TINY_RUN, "--tokenizer=bpe", "--vocab_size=99"])
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--vocab_size=300"], "vocab_size is for --tokenizer bpe"),
-        (["--tokenizer=words"], "invalid choice: 'words'"),
+        (["--tokenizer=bpe", "--vocab_size=99"], "at least 257, not 99"),
         (["--doc_mask"], "is one document: --doc_mask is for several documents"),
     ],
 )
@@ -689,13 +612,6 @@ def test_a_document_mask_reaches_the_model():
     trainer.train_step()
     trainer.evaluate()
     assert seen[0].max() > 1 and len(seen) > 2 and None not in seen
-
-
-@pytest.mark.parametrize("flag", ["--optimizer=adamw", "--weight_decay=0.5"])
-def test_settings_of_the_optimizer_cannot_change_on_resume(workplace, flag):
-    train.main([*TINY_RUN, "--optimizer=muon"])
-    with pytest.raises(UserError, match="in the run to resume"):
-        train.main(["--resume", "--device=cpu", flag])
 
 
 # --- what the log, the checkpoints and the random numbers refer to
@@ -875,12 +791,3 @@ def test_windows_grow_from_a_quarter_to_the_whole_and_batches_keep_their_tokens(
     assert [int(trainer.task.get_batch(step, 0)[1]) for step in (0, 10, 19)] == [16, 16, 16]
     shortest = make_trainer(make_model(block_size=1), grow_windows=True, max_steps=20)
     assert shortest.task.get_batch(0, 0)[0][0].shape == (4, 1)  # nothing to divide
-
-
-def test_a_run_with_growing_windows_resumes_bit_for_bit(workplace):
-    flags = [*TINY_RUN, "--grow_windows"]
-    assert train.main([*flags, "--save_every=10"]) == 0
-    whole = final_state()
-    Path("checkpoints/ckpt_00010.pt").rename("checkpoints/latest.pt")
-    assert train.main(["--resume", "--device=cpu"]) == 0
-    assert_same_run(final_state(), whole)

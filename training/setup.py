@@ -23,7 +23,13 @@ from config import (
 from corpus.corpus import Corpus, check_length
 from corpus.load import is_dataset, load_corpus
 from model import GPT
-from system.device import check_memory, device_problems, has_bfloat16, pick_device
+from system.device import (
+    check_memory,
+    compiler_problem,
+    device_problems,
+    has_bfloat16,
+    pick_device,
+)
 from system.files import folder_problems
 from system.settings import UserError, raise_problems
 from tokenizer import Tokenizer
@@ -230,8 +236,6 @@ def pick_compile(wanted: bool | None, device: torch.device) -> bool:
     requested and does not work."""
     if wanted is False or (wanted is None and device.type == "mps"):
         return False
-    from system.compiler import compiler_problem  # only to compile
-
     problem = compiler_problem(device)
     if problem and wanted:
         raise UserError(f"--compile does not work here ({problem}): give --no-compile")
