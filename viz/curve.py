@@ -7,7 +7,7 @@ import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from system.files import atomic_write
 from viz.verdict import verdict
@@ -57,7 +57,7 @@ def training_steps(file: Path) -> list[Record]:
     return [step for step in steps if all(is_number(step.get(name)) for name in numbers)]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value from a log can be drawn."""
     kind = isinstance(value, (int, float)) and not isinstance(value, bool)
     return kind and abs(value) <= MAX_NUMBER

@@ -1,7 +1,7 @@
 """Reading the logs of runs, which may be damaged, for plots.py."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def read_log(file: Path) -> tuple[list[Any], str]:
     return values, note
 
 
-def check_records(what: str, records: list[Record], names: Sequence[str]) -> None:
+def check_records(what: str, records: list[Record], names: Iterable[str]) -> None:
     """Raise an error unless each record has these numbers, and their steps increase."""
     for i, record in enumerate(records, 1):
         check_numbers(f"{what} {i}", record, names)
@@ -71,7 +71,7 @@ def check_records(what: str, records: list[Record], names: Sequence[str]) -> Non
 
 
 def check_numbers(
-    what: str, record: Record, names: Sequence[str], low: float = -MAX_NUMBER
+    what: str, record: Record, names: Iterable[str], low: float = -MAX_NUMBER
 ) -> None:
     """Raise an error unless these values of a record can be drawn and are at least `low`."""
     for name in names:
