@@ -232,9 +232,9 @@ def test_the_precision_applies_to_the_model(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give chat, probs or sweep"),
-        (["checkpoints/best.pt"], "give chat, probs or sweep .*'checkpoints/best.pt'"),
-        (["--temperature=-1"], "give chat, probs or sweep.*temperature must be at least 0"),
+        ([], "action must be one of chat, probs, sweep, not ''"),
+        (["checkpoints/best.pt"], "one of chat, probs, sweep, not 'checkpoints/best.pt'"),
+        (["--temperature=-1"], "action must be .*temperature must be at least 0"),
         (["chat", "--num_samples=2", "--output_file=a.txt"], "--num_samples, --output_file"),
         (["chat", "--prompt=the"], "chat does not use --prompt"),
         (["probs", "--beams=2", "--settings=top_k=3"], "probs does not use --settings, --beams"),
@@ -244,9 +244,9 @@ def test_the_precision_applies_to_the_model(trained, monkeypatch):
         (["sweep", "--settings=top_k=-1 top_p=0.5,1"], "--settings: top_k must be at least 0"),
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
         (["sweep", "--output_file=data"], "data is a folder"),
-        (["sweep", "--settings="], "--settings: give at least one"),
+        (["sweep", "--settings="], "--settings: '' is not NAME="),
         (["sweep", "--temperature=0.7"], "--temperature is among the --settings to compare"),
-        (["sweep", "--settings=top_k=1 top_k=2"], "--settings: top_k is given twice"),
+        (["sweep", "--settings=top_k=1 top_k=2"], "'top_k=2' is not NAME=.* each once"),
         (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),
     ],
 )
