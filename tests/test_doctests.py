@@ -24,7 +24,6 @@ import pytest
         "train",
         "training.run_log",
         "explore",
-        "viz.internals",
     ],
 )
 def test_docstring_examples(name: str):

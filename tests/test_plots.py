@@ -260,8 +260,9 @@ def test_bars_are_the_softmax_at_each_temperature():
         (["--output_file=no/a.png"], "there is no folder no"),
         (["--picture=positions"], r"positions\.png is a folder"),
         (["a", "b", "--picture=positions"], "takes one checkpoint, not 2"),
-        (["--picture=attention", "--heads=first"], "--heads must be a list of numbers.*'first'"),
-        (["--layers=-1", "--temperatures=inf"], "--layers must be.*--temperatures must be"),
+        (["--picture=attention", "--heads=first"], "must be lists of numbers: .*'first'"),
+        (["--layers=-1"], "must be finite and at least 0"),
+        (["--temperatures=inf", "--output_file=a.jpg"], r"\.svg.*must be finite and at least 0"),
     ],
 )
 def test_invalid_settings_are_reported_together(workplace, flags, message):
