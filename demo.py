@@ -172,10 +172,8 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
                     stop = gr.Button("Stop")
             with gr.Column():
                 frame = {"show_label": True, "container": True, "padding": True}
-                label = "Next token (bar: sampling probability, |: the model's own)"
-                bars = gr.HTML(label=label, **frame)
-                label = "Text (the bluer a token, the higher its probability)"
-                text = gr.HTML(label=label, **frame)
+                bars = gr.HTML(label="Next token (line: the model's own probability)", **frame)
+                text = gr.HTML(label="Text (the bluer a token, the more probable)", **frame)
         with gr.Tab("Training") as training_tab:
             curve = gr.Plot(show_label=False)
         logits = gr.State()

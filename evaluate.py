@@ -83,9 +83,8 @@ def evaluate_split(
     batches = losses(model, corpus, ids, starts, config.batch_size, doc_mask, overlap)
     n_batches = math.ceil(len(starts) / config.batch_size)
     with autocast(model.tok.weight.device, config.precision):
-        for loss, n_scored, logits, y in tqdm(
-            batches, label, n_batches, unit="batch", leave=False, disable=None
-        ):
+        bar = tqdm(batches, label, n_batches, unit="batch", leave=False, disable=None)
+        for loss, n_scored, logits, y in bar:
             total_loss += loss * n_scored
             n_correct += int((logits.argmax(dim=-1) == y).sum())
             n_tokens += n_scored
@@ -171,9 +170,7 @@ def main(argv: list[str] | None = None) -> int:
             size = from_dict(GPTConfig, state["gpt_config"]).block_size
             too_long = (config.stride or 0) > size
         if too_long:
-            raise UserError(
-                f"stride must be at most {size}, the window of {path}, not {config.stride}"
-            )
+            raise UserError(f"--stride must be at most {size}, the window of {path}")
     config.precision, _ = pick_precision(config.precision, device)
     rows: list[dict[str, str]] = []
     try:

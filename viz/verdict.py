@@ -53,7 +53,6 @@ class Curve:
     """The features of a run's evaluations that the rules of the verdict use."""
 
     def __init__(self, log: list[dict[str, Any]], settings: dict[str, Any]):
-        self.log, self.settings = log, settings
         self.steps = [record["step"] for record in log]
         self.val = [record["val"] for record in log]
         # Losses of the training split, if all evaluations have one.
@@ -66,11 +65,10 @@ class Curve:
         rates = [record.get("lr") or 0.0 for record in log]
         self.decayed = rates[-1] < DECAYED * max(rates)
         self.active = [i for i, rate in enumerate(rates) if rate >= DECAYED * max(rates)]
-        evaluations = len(log) - 1 - self.best  # since the best
         self.weight_decay = settings.get("weight_decay", 0.0)
         self.patience = settings.get("patience") or 0
-        self.out_of_patience = 0 < self.patience <= evaluations
-        self.out_of_patience &= self.steps[-1] < settings.get("max_steps", math.inf)
+        early = self.steps[-1] < settings.get("max_steps", math.inf)
+        self.out_of_patience = early and 0 < self.patience <= len(log) - 1 - self.best
 
     def rises(self, losses: list[float], end: float, factor: float, share: float) -> bool:
         """Whether a loss at the end is clearly above the lowest one before."""
@@ -116,6 +114,9 @@ def tail_fall(curve: Curve) -> float:
     return -statistics.median(slopes or [0]) * span / statistics.median(y for _, y in points)
 
 
+# --- the rules: the words of the verdict, or None if the rule does not apply
+
+
 def diverging(curve: Curve) -> str | None:
     """The training loss rises; without one, the validation loss jumps above that of a guess."""
     fitted, limit = curve.fitted, max(curve.uniform, curve.fitted[0])
@@ -128,12 +129,11 @@ def diverging(curve: Curve) -> str | None:
         )
     since = curve.steps[fitted.index(min(fitted))]
     words = f"diverging since step {since}: lower --lr_max or raise --warmup_steps"
-    return words if rose and len(curve.log) > 1 else None
+    return words if rose and len(curve.steps) > 1 else None
 
 
 def too_short(curve: Curve) -> str | None:
-    """Too few evaluations or steps for a trend."""
-    if curve.steps[-1] >= MIN_STEPS and len(curve.log) >= MIN_EVALUATIONS:
+    if curve.steps[-1] >= MIN_STEPS and len(curve.steps) >= MIN_EVALUATIONS:
         return None
     if curve.out_of_patience:
         return "too short to judge: raise --patience"
@@ -146,7 +146,6 @@ def too_short(curve: Curve) -> str | None:
 
 
 def solved(curve: Curve) -> str | None:
-    """The validation text is predicted almost perfectly."""
     if curve.val[-1] > SOLVED * curve.uniform:
         return None
     return (
@@ -156,7 +155,6 @@ def solved(curve: Curve) -> str | None:
 
 
 def overfitting(curve: Curve) -> str | None:
-    """The validation loss rises from its best step on, and the training loss falls."""
     rose = curve.rises(curve.val, end_level(curve.val), OVERFITTED, VISIBLE)
     if not rose or (curve.train and curve.train[-1] > curve.train[curve.best]):
         return None
@@ -174,7 +172,6 @@ def overfitting(curve: Curve) -> str | None:
 
 
 def not_moving(curve: Curve) -> str | None:
-    """Nothing was learned beyond the first evaluation or a uniform guess."""
     best = curve.val[curve.best]
     if curve.pretrained and best * OVERFITTED > curve.val[0]:
         return f"not moving from its first loss, {curve.val[0]:.2f}: try another --lr_max"
@@ -187,7 +184,6 @@ def not_moving(curve: Curve) -> str | None:
 
 
 def stuck(curve: Curve) -> str | None:
-    """Little was learned although the learning rate has decayed: it was too high or too low."""
     level = curve.val[curve.best]
     high = level > STUCK * curve.uniform and curve.decayed and not curve.pretrained
     if not high or tail_fall(curve) > 3 * PLATEAU:
@@ -196,7 +192,6 @@ def stuck(curve: Curve) -> str | None:
 
 
 def plateaued(curve: Curve) -> str | None:
-    """The curve was flat before the learning rate had decayed."""
     if len(curve.active) <= MIN_EVALUATIONS or tail_fall(curve) >= PLATEAU:
         return None
     level = curve.val[curve.best]
@@ -212,7 +207,6 @@ def plateaued(curve: Curve) -> str | None:
 
 
 def healthy(curve: Curve) -> str:
-    """No rule found a problem."""
     advice = "more steps or a larger model may improve it further"
     gap = curve.val[-1] - curve.train[-1] if curve.train else 0
     if gap > LARGE_GAP * curve.val[-1]:
