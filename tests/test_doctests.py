@@ -24,6 +24,7 @@ import pytest
         "train",
         "training.run_log",
         "explore",
+        "viz.verdict",
     ],
 )
 def test_docstring_examples(name: str):
