@@ -68,13 +68,9 @@ def test_bars_show_the_distribution_that_is_sampled_from(settings, expected):
     ("change", "message"),
     [
         ({"prompt": None}, "prompt must be of type str"),
-        ({"temperature": -1}, "temperature must be at least 0"),
         ({"temperature": float("nan")}, "temperature must be a finite number"),
-        ({"temperature": None}, "temperature must be of type float"),
         ({"top_k": 2.5}, "top_k must be of type int"),
-        ({"top_p": 0}, "top_p must be above 0"),
         ({"seed": -3}, "seed must be at least 0"),
-        ({"seed": "x"}, "seed must be of type int"),
     ],
 )
 def test_invalid_inputs_are_user_errors(change: dict, message: str):
@@ -86,9 +82,8 @@ def test_invalid_inputs_are_user_errors(change: dict, message: str):
         demo.sample_config(tuple((values | change).values()), qa=False)
 
 
-def test_the_name_of_a_corpus_is_not_html(workplace):
+def test_the_name_of_a_corpus_is_not_html(trained):
     gradio = pytest.importorskip("gradio")
-    train.main([*TINY_RUN, "--max_steps=1"])
     path = Path("checkpoints/best.pt")
     state = torch.load(path, weights_only=True)
     state["corpus"]["name"] = "<img src=x onerror=alert(1)> ![](https://example.com/x.png)"
@@ -122,15 +117,14 @@ def test_without_gradio_the_error_says_what_to_install(monkeypatch):
         demo.main(["best.pt"])
 
 
-def test_the_page_is_served_to_this_machine_only(workplace, monkeypatch):
+def test_the_page_is_served_to_this_machine_only(trained, monkeypatch):
     gradio = pytest.importorskip("gradio")
-    train.main([*TINY_RUN, "--max_steps=1"])
     launched: list[dict] = []
     monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **settings: launched.append(settings))
     assert demo.main(["--port=7999"]) == demo.main(["--share"]) == 0
-    assert [a["server_name"] for a in launched] == ["127.0.0.1"] * 2
-    assert [a["server_port"] for a in launched] == [7999, 7860]
-    assert [a["share"] for a in launched] == [False, True]
+    names = ("server_name", "server_port", "share")
+    addresses = [tuple(settings[name] for name in names) for settings in launched]
+    assert addresses == [("127.0.0.1", 7999, False), ("127.0.0.1", 7860, True)]
 
 
 @pytest.fixture

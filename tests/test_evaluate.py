@@ -25,15 +25,9 @@ def random_corpus(n_val: int, **settings: object) -> Corpus:
     return Corpus(ids[:300], ids[300:], {"name": "random"}, 300, n_val, **settings)
 
 
-def evaluate_val(
-    model: GPT,
-    corpus: Corpus,
-    doc_mask: bool = False,
-    stride: int | None = None,
-    batch_size: int = 16,
-) -> dict:
+def evaluate_val(model: GPT, corpus: Corpus, batch_size: int = 16, **settings: object) -> dict:
     config = EvaluateConfig(precision="float32", batch_size=batch_size)
-    return evaluate.evaluate_split(model, corpus, config, doc_mask, stride)
+    return evaluate.evaluate_split(model, corpus, config, **{"doc_mask": False} | settings)
 
 
 def check_contexts(model: GPT, corpus: Corpus, first: Callable[[int], int], **settings) -> None:

@@ -210,7 +210,6 @@ def test_the_verdict_is_right(name: str):
 
 
 def test_every_rule_decides_a_case():
-    assert len(CASES) >= 30
     assert len({start.split()[0] for _, start, *_ in CASES.values()}) == len(RULES)
 
 
