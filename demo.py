@@ -69,12 +69,6 @@ class DemoConfig:
 # --- what the page shows, as HTML
 
 
-def tinted_token(text: str, probability: float) -> str:
-    """A token on a blue background, the more opaque the more probable the token was."""
-    color = f"rgba(86, 180, 233, {probability:.3f})"
-    return f'<span style="background:{color}" title="{probability:.3f}">{html.escape(text)}</span>'
-
-
 def probability_bars(tokenizer: Tokenizer, logits: Tensor, config: SampleConfig) -> str:
     """A bar chart of the most likely next tokens, for logits (1, V): the bar is the probability
     that the settings give the token, the line the model's own (temperature 1)."""
@@ -113,7 +107,9 @@ def stream_html(
         if i < n_new:
             token = int(step.ids)
             probability = step.logits.float().softmax(dim=-1)[0, token].item()
-            page += tinted_token(writer.add(token), probability)
+            style = f"background:rgba(86, 180, 233, {probability:.3f})"
+            shown = html.escape(writer.add(token))
+            page += f'<span style="{style}" title="{probability:.3f}">{shown}</span>'
     page += f"{html.escape(writer.finish())}</div>"
     yield page, probability_bars(tokenizer, step.logits, config), step.logits
 

@@ -68,7 +68,6 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Talk with a model until an empty line or Ctrl-D. A model fine-tuned on questions gets each
     line as a question, any other model continues the line. The conversation stays in the context
     until /new."""
-    ask = config.qa and answers_questions(tokenizer)
     print("an empty line ends the chat, /new starts a new one")
     context: list[int] = []
     while line := read_user_line():
@@ -85,7 +84,7 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         print()
         unknown = tokenizer.unknown(reply)  # a special token is text now, such as <PAD>
         context += tokenizer.encode("".join(c for c in reply if c not in unknown)).tolist()
-        if ask:
+        if config.qa and answers_questions(tokenizer):
             context.append(tokenizer.specials["<EOS>"])
 
 

@@ -82,11 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(name) for name in config.inputs]
     if config.picture == "runs":
         paths = paths or [newest_checkpoint(Path("checkpoints")).parent]
-        runs = [read_run(path) for path in paths]
-        for loaded in runs:
-            if loaded.note:
-                print(f"note: {loaded.note}")
-        figure = plot_runs(runs, config.x)
+        figure = plot_runs([read_run(path) for path in paths], config.x)
     else:
         path = paths[0] if paths else newest_checkpoint(Path("checkpoints"))
         figure = plot_internals(path, config.picture, config.text, **config.numbers())

@@ -36,7 +36,6 @@ class Run:
     name: str
     settings: dict[str, Any]  # of the model and the run; "corpus" describes the data
     log: list[Record]  # of evaluations: step, train, val, lr, grad_norm, seconds
-    note: str = ""  # what is missing of it
     steps: list[Record] = field(default_factory=list)  # step, loss, lr, grad_norm, seconds
     final: Record = field(default_factory=dict)  # of a finished run: its best step, val, verdict
 

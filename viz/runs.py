@@ -19,11 +19,11 @@ def read_run(path: Path) -> Run:
     may be cut off. A checkpoint does not contain the training steps. Raises UserError if there is
     no valid log or no evaluation in it."""
     if path.suffix == ".pt":
-        state, note = read_checkpoint(path), ""
+        state = read_checkpoint(path)
         settings = state["gpt_config"] | state["train_config"] | {"corpus": state["corpus"]}
         lines = [settings, *state["log"]]
     else:
-        lines, note = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
+        lines = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
     try:
         settings, *records = lines
         final = records.pop()["final"] if records and "final" in records[-1] else {}
@@ -43,12 +43,11 @@ def read_run(path: Path) -> Run:
             check_numbers(f"training step {i}", record, ("step", "loss", "lr", "seconds"))
     except (LookupError, TypeError, ValueError) as error:  # values of any kind
         raise UserError(f"{path} cannot be plotted, it is damaged: {first_line(error)}") from None
-    return Run(str(path), settings, log, note, steps, final)
+    return Run(str(path), settings, log, steps, final)
 
 
-def read_log(file: Path) -> tuple[list[Any], str]:
-    """The lines of a log.jsonl, and a note if the last one was cut off."""
-    note = ""
+def read_log(file: Path) -> list[Any]:
+    """The lines of a log.jsonl. If the last one was cut off, it is left out, with a note."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.split("\n") if line]
@@ -56,12 +55,10 @@ def read_log(file: Path) -> tuple[list[Any], str]:
         try:
             values += map(json.loads, lines[-1:])
         except ValueError:
-            note = f"{file}: the last line is cut off and left out"
+            print(f"note: {file}: the last line is cut off and left out")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file.parent} is not the folder of a run: {error}") from None
-    if not values:
-        raise UserError(f"{file} cannot be plotted: it is empty or damaged")
-    return values, note
+    return values
 
 
 def check_numbers(
