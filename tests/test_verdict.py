@@ -196,6 +196,7 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     "tiny losses": case(
         same([4.17, 0.5, 0.002, 0.0021, 0.0023]), "solved", "almost 0", "diverg|overfit"
     ),
+    "zero, then one high evaluation": case(curve([4.17, 0, 0, 0, 0, 0.5]), "plateaued"),
     "zero": case(same([4.17, 0.5, 0.0, 0.0]), "solved"),
 }
 
