@@ -7,12 +7,10 @@ Needs `pip install gradio`. The page is served to this machine only, unless --sh
 """
 
 import html
-import importlib.util
-import io
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +33,16 @@ from sampling.text import (
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
 from system.errors import run
-from system.settings import UserError, all_problems, convert, from_dict, raise_problems, setting
+from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 from utils import load_checkpoint, newest_checkpoint
 from viz.curve import plot_runs
 from viz.internals import token_labels
 from viz.runs import read_run
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # optional, and slow to import
     import gradio as gr
+    from matplotlib.figure import Figure
 
 N_BARS = 12  # tokens in the bar chart
 MAX_TOKENS = 1000  # per text: the page is sent again at each update
@@ -70,12 +69,6 @@ class DemoConfig:
 # --- what the page shows, as HTML
 
 
-def tinted_token(text: str, probability: float) -> str:
-    """A token on a blue background, the more opaque the more probable the token was."""
-    color = f"rgba(86, 180, 233, {probability:.3f})"
-    return f'<span style="background:{color}" title="{probability:.3f}">{html.escape(text)}</span>'
-
-
 def probability_bars(tokenizer: Tokenizer, logits: Tensor, config: SampleConfig) -> str:
     """A bar chart of the most likely next tokens, for logits (1, V): the bar is the probability
     that the settings give the token, the line the model's own (temperature 1)."""
@@ -98,143 +91,87 @@ def probability_bars(tokenizer: Tokenizer, logits: Tensor, config: SampleConfig)
 
 def stream_html(
     model: GPT, tokenizer: Tokenizer, config: SampleConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields the text so far and the logits (1, V) of the token after it: once for the prompt, then
-    per sampled token. The tint of a token is its probability at temperature 1."""
-    prompt = encode_prompt(tokenizer, config.prompt, config.qa).to(next(model.parameters()).device)
-    text = f"<b>{html.escape(decode_prompt(tokenizer, prompt))}</b>"
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Yields the text so far, the bars of the token after it, and the logits (1, V) of that token:
+    for the prompt, at most every REFRESH_SECONDS while text is generated, and at the end. The tint
+    of a token is its probability at temperature 1."""
+    prompt = encode_prompt(tokenizer, config.prompt, config.qa).to(model.tok.weight.device)
+    page = f'<div style="{TEXT_STYLE}"><b>{html.escape(decode_prompt(tokenizer, prompt))}</b>'
     writer = TextWriter(tokenizer)
-    n_new = config.max_new_tokens
-    config = replace(config, max_new_tokens=n_new + 1)  # one more, for the logits after the text
-    for i, step in enumerate(generate(model, prompt, config, end_tokens(tokenizer))):
-        yield text, step.logits
+    last_time, n_new = 0.0, config.max_new_tokens
+    longer = replace(config, max_new_tokens=n_new + 1)  # for the logits after the text
+    for i, step in enumerate(generate(model, prompt, longer, end_tokens(tokenizer))):
+        if time.perf_counter() - last_time > REFRESH_SECONDS:
+            yield f"{page}</div>", probability_bars(tokenizer, step.logits, config), step.logits
+            last_time = time.perf_counter()
         if i < n_new:
             token = int(step.ids)
             probability = step.logits.float().softmax(dim=-1)[0, token].item()
-            text += tinted_token(writer.add(token), probability)
-    yield text + html.escape(writer.finish()), step.logits
-
-
-def loss_curve_svg(checkpoint: Path) -> str:
-    """The loss curve of the run that a checkpoint belongs to, or why there is none."""
-    folder = checkpoint.parent
-    try:
-        figure = plot_runs([read_run(folder if (folder / "log.jsonl").exists() else checkpoint)])
-    except UserError as error:  # there is no log
-        return html.escape(str(error))
-    file = io.StringIO()
-    figure.savefig(file, format="svg")
-    return file.getvalue().partition("?>")[2]  # without the XML declaration
+            style = f"background:rgba(86, 180, 233, {probability:.3f})"
+            shown = html.escape(writer.add(token))
+            page += f'<span style="{style}" title="{probability:.3f}">{shown}</span>'
+    page += f"{html.escape(writer.finish())}</div>"
+    yield page, probability_bars(tokenizer, step.logits, config), step.logits
 
 
 # --- the page
 
 
-def sample_config(values: tuple[Any, ...]) -> SampleConfig:
+def sample_config(values: tuple[Any, ...], qa: bool) -> SampleConfig:
     """The settings for the values of the page's inputs, which a request can set to anything. Raises
     UserError if they are invalid."""
-    given = dict(zip(SETTINGS, values, strict=True))
-    found = []
-    for field in fields(SampleConfig):
-        if field.name in given:
-            try:
-                given[field.name] = convert(field, str(given[field.name]))
-            except ValueError as error:
-                found.append(str(error))
-    config = from_dict(SampleConfig, given)
-    raise_problems(found or all_problems(config))
-    if config.max_new_tokens > MAX_TOKENS:
-        raise UserError(f"at most {MAX_TOKENS} tokens")
+    config = from_dict(SampleConfig, dict(zip(SETTINGS, values, strict=True)) | {"qa": qa})
+    raise_problems(all_problems(config))
     return config
-
-
-def output_values(
-    tokenizer: Tokenizer, text: str, logits: Tensor, config: SampleConfig
-) -> tuple[str, str, Tensor]:
-    """The values of the page's outputs: text, bar chart, logits."""
-    bars = probability_bars(tokenizer, logits, config)
-    return f'<div style="{TEXT_STYLE}">{text}</div>', bars, logits
-
-
-def stream_outputs(
-    model: GPT, tokenizer: Tokenizer, config: SampleConfig
-) -> Iterator[tuple[str, str, Tensor]]:
-    """Yields the values of the outputs while text is generated, at most every REFRESH_SECONDS, and
-    at the end."""
-    last_time = 0.0
-    for text, logits in stream_html(model, tokenizer, config):
-        if time.perf_counter() - last_time > REFRESH_SECONDS:
-            yield output_values(tokenizer, text, logits, config)
-            last_time = time.perf_counter()
-    yield output_values(tokenizer, text, logits, config)
-
-
-def create_inputs(vocab_size: int, qa: bool) -> list["gr.components.Component"]:
-    """Inputs for SETTINGS, placed in the enclosing gradio layout; qa: for questions."""
-    import gradio as gr  # optional package
-
-    prompt, label = ("Who are you?", "Question") if qa else ("ROMEO:", "Prompt")
-    return [
-        gr.Textbox(prompt, label=label, lines=2),
-        gr.Slider(0, 2, 0.8, step=0.05, label="Temperature"),
-        gr.Slider(0, vocab_size, 0, step=1, label="Top-k (0: all)"),
-        gr.Slider(0.05, 1, 1, step=0.05, label="Top-p"),
-        gr.Slider(0, 9999, 1337, step=1, label="Seed"),
-        gr.Slider(1, MAX_TOKENS, 300, step=1, label="Tokens"),
-    ]
 
 
 def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
     """The page of a checkpoint, not yet served."""
-    import gradio as gr  # optional package
+    import gradio as gr
 
     model, tokenizer, state = load_checkpoint(checkpoint, device)
     qa = answers_questions(tokenizer) and not last_trained_on_text(state)
     print(checkpoint_line(checkpoint, state), file=sys.stderr)
 
-    def stream(values: tuple[Any, ...]) -> Iterator[tuple[str, str, Tensor]]:
-        try:
-            config = replace(sample_config(values), qa=qa)
-            yield from stream_outputs(model, tokenizer, config)
-        except UserError as error:
-            raise gr.Error(html.escape(str(error))) from None
-
     def generate_text(*values: Any) -> Iterator[tuple[str, str, Tensor]]:
-        if qa and not str(values[0]).strip():
+        if qa and not values[0].strip():
             raise gr.Error("Ask a question")
-        yield from stream(values)
+        yield from stream_html(model, tokenizer, sample_config(values, qa))
 
     def show_prompt(*values: Any) -> tuple[str, str, Tensor]:
-        return next(stream(values))
+        return next(stream_html(model, tokenizer, sample_config(values, qa)))
 
-    def update_bars(logits: Tensor | None, *values: Any) -> str:
-        if logits is None:  # nothing was generated yet
-            return ""
-        try:
-            return probability_bars(tokenizer, logits, sample_config(values))
-        except UserError as error:
-            raise gr.Error(html.escape(str(error))) from None
+    def update_bars(logits: Tensor, *values: Any) -> str:
+        return probability_bars(tokenizer, logits, sample_config(values, qa))
+
+    def draw_curve() -> "Figure":
+        log = checkpoint.with_name("log.jsonl")
+        return plot_runs([read_run(log if log.exists() else checkpoint)])
 
     with gr.Blocks(title="TinyLLM", analytics_enabled=False) as page:
         size = f"{model.num_params() / 1e6:.2f} M parameters"
         corpus = html.escape(str(state["corpus"]["name"]))  # a checkpoint from a stranger
         gr.HTML(f"<b>{html.escape(str(checkpoint))}</b>: {size}, trained on {corpus}")
+        example, label = ("Who are you?", "Question") if qa else ("ROMEO:", "Prompt")
         with gr.Tab("Text"), gr.Row():
             with gr.Column():
-                inputs = create_inputs(model.config.vocab_size, qa)
+                inputs = [  # for SETTINGS
+                    gr.Textbox(example, label=label, lines=2),
+                    gr.Slider(0, 2, 0.8, step=0.05, label="Temperature"),
+                    gr.Slider(0, model.config.vocab_size, 0, step=1, label="Top-k (0: all)"),
+                    gr.Slider(0.05, 1, 1, step=0.05, label="Top-p"),
+                    gr.Slider(0, 9999, 1337, step=1, label="Seed"),
+                    gr.Slider(1, MAX_TOKENS, 300, step=1, label="Tokens"),
+                ]
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary")
                     stop = gr.Button("Stop")
             with gr.Column():
                 frame = {"show_label": True, "container": True, "padding": True}
-                bars = gr.HTML(
-                    label="Next token (bar: sampling probability, |: the model's own)", **frame
-                )
-                text = gr.HTML(
-                    label="Text (the bluer a token, the higher its probability)", **frame
-                )
+                bars = gr.HTML(label="Next token (line: the model's own probability)", **frame)
+                text = gr.HTML(label="Text (the bluer a token, the more probable)", **frame)
         with gr.Tab("Training") as training_tab:
-            curve = gr.HTML()
+            curve = gr.Plot(show_label=False)
         logits = gr.State()
         outputs = [text, bars, logits]
         quiet = {"show_progress": "hidden"}
@@ -245,7 +182,7 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
         stop.click(None, cancels=[generation])
         for slider in (temperature, top_k, top_p):
             slider.input(update_bars, [logits, *inputs], bars, trigger_mode="always_last", **quiet)
-        training_tab.select(lambda: loss_curve_svg(checkpoint), outputs=curve)
+        training_tab.select(draw_curve, outputs=curve)
     return page
 
 
@@ -253,14 +190,14 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_args(
         DemoConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("the web demo needs Gradio: pip install gradio")
     checkpoint = Path(config.checkpoint or newest_checkpoint(Path("checkpoints")))
-    page = build_page(checkpoint, pick_device(config.device))
     try:
-        page.launch(
-            server_name="127.0.0.1", server_port=config.port, share=config.share, footer_links=[]
-        )
+        page = build_page(checkpoint, pick_device(config.device))
+    except ModuleNotFoundError:
+        raise UserError("the web demo needs Gradio: pip install gradio") from None
+    address = {"server_name": "127.0.0.1", "server_port": config.port, "share": config.share}
+    try:
+        page.launch(**address, footer_links=[], show_error=True)
     except OSError as error:
         raise UserError(f"port {config.port} is in use: choose another --port") from error
     return 0

@@ -37,10 +37,8 @@ from system.device import device_problems, pick_device
 from system.errors import run
 from system.settings import UserError, from_dict, setting
 from training.setup import pick_precision
-from training.task import losses
+from training.task import MAX_EXP, losses
 from utils import autocast, newest_checkpoint
-
-COLUMNS = ("checkpoint", "parameters", "split", "tokens", "loss", "ppl", "bpb", "top-1", "tok/s")
 
 
 @dataclass
@@ -63,11 +61,7 @@ class EvaluateConfig:
 
 @torch.no_grad()
 def evaluate_split(
-    model: GPT,
-    corpus: Corpus,
-    config: EvaluateConfig,
-    doc_mask: bool,
-    stride: int | None = None,
+    model: GPT, corpus: Corpus, config: EvaluateConfig, doc_mask: bool, stride: int | None = None
 ) -> dict[str, Any]:
     """Evaluate a model on every token of a split but the first. Raises UserError if there is none.
 
@@ -89,9 +83,8 @@ def evaluate_split(
     batches = losses(model, corpus, ids, starts, config.batch_size, doc_mask, overlap)
     n_batches = math.ceil(len(starts) / config.batch_size)
     with autocast(model.tok.weight.device, config.precision):
-        for loss, n_scored, logits, y in tqdm(
-            batches, label, n_batches, unit="batch", leave=False, disable=None
-        ):
+        bar = tqdm(batches, label, n_batches, unit="batch", leave=False, disable=None)
+        for loss, n_scored, logits, y in bar:
             total_loss += loss * n_scored
             n_correct += int((logits.argmax(dim=-1) == y).sum())
             n_tokens += n_scored
@@ -104,34 +97,29 @@ def evaluate_split(
     }
 
 
-def window_size(path: Path) -> int:
-    """The block_size of a checkpoint. Raises UserError if it is missing or damaged."""
-    state = utils.read_checkpoint(path)
-    with utils.matching_contents(path):
-        return int(from_dict(GPTConfig, state["gpt_config"]).block_size)
-
-
-def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
-    """The row of a checkpoint in the table. Raises UserError if its corpus is missing or has
-    changed since the training."""
+def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device) -> dict[str, str]:
+    """The row of a checkpoint in the table, by column. Raises UserError if its corpus is missing or
+    has changed since the training."""
     model, tokenizer, state = utils.load_checkpoint(path, device)
-    train_config = state["train_config"]
-    data = config.data or train_config.get("data", "")
+    own = {} if config.data else state["train_config"]  # settings of its own corpus
+    data = config.data or own.get("data")
     if not data:
         raise UserError(f"{path} does not name its corpus: choose one with --data")
-    if last_objective(state) == "dpo" and not config.data:
+    objective = "" if config.data else last_objective(state)
+    if objective == "dpo":
         raise UserError(f"{path} was trained on pairs of answers: choose a text with --data")
-    if last_objective(state) == "qa" and not config.data:
+    if objective == "qa":
         print(f"note: {path} was trained on answers only; this loss includes the questions")
-    separator = config.separator or ("" if config.data else train_config.get("separator", ""))
-    hold_out = bool(config.data or train_config.get("hold_out", True))
     tokenizer, corpus = load_corpus(
-        data, tokenizer=tokenizer, separator=separator, hold_out=hold_out
+        data,
+        tokenizer=tokenizer,
+        separator=config.separator or own.get("separator", ""),
+        hold_out=own.get("hold_out", True),
     )
     if not config.data and corpus.info["sha256"] != state["corpus"].get("sha256"):
         raise UserError(f"{data} is not what {path} was trained on: choose a corpus with --data")
-    doc_mask = bool(train_config.get("doc_mask"))
-    row = evaluate_split(model, corpus, config, doc_mask)
+    doc_mask = bool(state["train_config"].get("doc_mask"))
+    result = evaluate_split(model, corpus, config, doc_mask)
 
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     n_bytes = corpus.val_bytes if config.split == "val" else corpus.train_bytes
@@ -139,33 +127,28 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     # The bytes of unknown characters cannot be predicted.
     has_bpb = n_bytes and (unknown is None or not (ids[:] == unknown).any())
     bytes_per_token = n_bytes / len(ids) if has_bpb else math.nan
-    row["bpb"] = utils.bits_per_byte(row["loss"], bytes_per_token)
+    loss = result["loss"]
+    row = {
+        "checkpoint": str(path),
+        "parameters": f"{model.num_params() / 1e6:.2f} M",
+        "split": config.split,
+        "tokens": f"{result['tokens']:,}",
+        "loss": f"{loss:.4f}",
+        "ppl": f"{math.inf if loss > MAX_EXP else math.exp(loss):.2f}",
+        "bpb": f"{utils.bits_per_byte(loss, bytes_per_token):.4f}",
+        "top-1": f"{result['top1']:.1%}",
+        "tok/s": f"{result['tokens_per_second']:,.0f}",
+    }
     if config.stride is not None:
         loss = evaluate_split(model, corpus, config, doc_mask, config.stride)["loss"]
-        row |= {"stride_loss": loss, "stride_bpb": utils.bits_per_byte(loss, bytes_per_token)}
-    return {"checkpoint": str(path), "parameters": model.num_params(), "split": config.split} | row
+        row[f"loss, stride {config.stride}"] = f"{loss:.4f}"
+        row[f"bpb, stride {config.stride}"] = f"{utils.bits_per_byte(loss, bytes_per_token):.4f}"
+    return row
 
 
-def format_table(rows: list[dict[str, Any]], stride: int | None = None) -> str:
+def format_table(rows: list[dict[str, str]]) -> str:
     """The rows as text, in aligned columns with a header."""
-    lines: list[tuple[str, ...]] = [COLUMNS]
-    if stride is not None:
-        lines = [(*COLUMNS, f"loss, stride {stride}", f"bpb, stride {stride}")]
-    for row in rows:
-        lines.append(
-            (
-                row["checkpoint"],
-                f"{row['parameters'] / 1e6:.2f} M",
-                row["split"],
-                f"{row['tokens']:,}",
-                f"{row['loss']:.4f}",
-                f"{math.inf if row['loss'] > 700 else math.exp(row['loss']):.2f}",
-                f"{row['bpb']:.4f}",
-                f"{row['top1']:.1%}",
-                f"{row['tokens_per_second']:,.0f}",
-                *(f"{row[key]:.4f}" for key in ("stride_loss", "stride_bpb") if key in row),
-            )
-        )
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = []
     for first, *others in lines:
@@ -181,18 +164,21 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(name) for name in config.checkpoints]
     paths = paths or [newest_checkpoint(Path("checkpoints"))]
     device = pick_device(config.device)
-    # report damaged checkpoints, and strides that would skip tokens, before anything slow starts
-    size, name = min((window_size(path), str(path)) for path in paths)
-    if config.stride is not None and config.stride > size:
-        raise UserError(f"stride must be at most {size}, the window of {name}, not {config.stride}")
+    for path in paths:  # damaged ones, and strides that would skip tokens: before anything slow
+        state = utils.read_checkpoint(path)
+        with utils.matching_contents(path):
+            size = from_dict(GPTConfig, state["gpt_config"]).block_size
+            too_long = (config.stride or 0) > size
+        if too_long:
+            raise UserError(f"--stride must be at most {size}, the window of {path}")
     config.precision, _ = pick_precision(config.precision, device)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, str]] = []
     try:
         for path in paths:
             rows.append(evaluate_checkpoint(path, config, device))
     finally:  # print the finished rows even after an error
         if rows:
-            print(format_table(rows, config.stride))
+            print(format_table(rows))
     return 0
 
 

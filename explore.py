@@ -14,12 +14,12 @@ import itertools
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import SampleConfig
@@ -57,15 +57,8 @@ N_SHOWN = 5  # probabilities per step of probs
 class ExploreConfig:
     """What to do."""
 
-    action: str = setting("", "the first argument: chat, probs or sweep", positional=True)
+    action: str = setting("", "chat, probs or sweep", choices=tuple(UNUSED_FLAGS), positional=True)
     settings: str = setting("temperature=0.5,0.8,1.1", "sweep: the values to compare")
-
-    def problems(self) -> list[str]:
-        """A missing or unknown action."""
-        if self.action in UNUSED_FLAGS:
-            return []
-        given = f", not {self.action!r}" if self.action else ""
-        return [f"give chat, probs or sweep as the first argument{given}"]
 
 
 # --- chat
@@ -75,7 +68,6 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
     """Talk with a model until an empty line or Ctrl-D. A model fine-tuned on questions gets each
     line as a question, any other model continues the line. The conversation stays in the context
     until /new."""
-    ask = config.qa and answers_questions(tokenizer)
     print("an empty line ends the chat, /new starts a new one")
     context: list[int] = []
     while line := read_user_line():
@@ -92,7 +84,7 @@ def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
         print()
         unknown = tokenizer.unknown(reply)  # a special token is text now, such as <PAD>
         context += tokenizer.encode("".join(c for c in reply if c not in unknown)).tolist()
-        if ask:
+        if config.qa and answers_questions(tokenizer):
             context.append(tokenizer.specials["<EOS>"])
 
 
@@ -125,28 +117,20 @@ def token_probabilities(model: GPT, tokenizer: Tokenizer, config: SampleConfig) 
 
 
 def parse_sweep(text: str) -> list[dict[str, Any]]:
-    """All combinations of the settings of a sweep. Raises UserError if the text is invalid.
+    """All combinations of the settings of a sweep. Raises ValueError if the text is invalid.
 
     >>> parse_sweep("temperature=0.5,1 top_k=20")
     [{'temperature': 0.5, 'top_k': 20}, {'temperature': 1.0, 'top_k': 20}]
     """
-    known = {f.name: f for f in fields(SampleConfig) if f.name in SWEPT}
     lists: dict[str, list[Any]] = {}
-    for word in text.split():
-        name, equals, values = word.partition("=")
+    for word in text.split() or [""]:
+        name, _, values = word.partition("=")
         name = name.replace("-", "_")
-        if name not in known or not equals:
-            raise UserError(
-                f"--settings: {word!r} is not NAME=A,B,... with one of {', '.join(SWEPT)}"
-            )
-        if name in lists:
-            raise UserError(f"--settings: {name} is given twice")
-        try:
-            lists[name] = [convert(known[name], value) for value in values.split(",")]
-        except ValueError as error:
-            raise UserError(f"--settings: {error}") from None
-    if not lists:
-        raise UserError(f"--settings: give at least one of {', '.join(SWEPT)}")
+        if name not in SWEPT or name in lists:
+            names = ", ".join(SWEPT)
+            raise ValueError(f"{word!r} is not NAME=A,B,... with one of {names}, each once")
+        field = SampleConfig.__dataclass_fields__[name]
+        lists[name] = [convert(field, value) for value in values.split(",")]
     return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
@@ -167,16 +151,16 @@ def sample_with_statistics(
     writers = [TextWriter(tokenizer, config.stop.split("|")) for _ in ids]
     texts = [decode_prompt(tokenizer, prompt)] * len(ids)
     steps = generate(model, prompt, config, end_tokens(tokenizer))
-    total = config.max_new_tokens
-    for step in tqdm(steps, total=total, unit="token", leave=False, disable=None):
+    bar = tqdm(steps, total=config.max_new_tokens, unit="token", leave=False, disable=None)
+    for step in bar:
         probs, _ = adjust_logits(step.logits, **sampling_settings(config))
         entropy = -torch.xlogy(probs, probs).sum(dim=-1)  # (B,)
-        log_prob = token_log_probs(step.model_logits, step.ids)  # (B,)
+        losses = F.cross_entropy(step.model_logits, step.ids, reduction="none", ignore_index=-1)
         for i, token in enumerate(step.ids.tolist()):
             if not writers[i].done:
                 ids[i].append(token)
                 entropies.append(entropy[i].item())
-                log_probs.append(log_prob[i].item())
+                log_probs.append(-losses[i].item())
                 texts[i] += writers[i].add(token)
         if all(writer.done for writer in writers):
             break
@@ -186,12 +170,6 @@ def sample_with_statistics(
         "distinct-2": distinct_ngrams(ids, 2),
         "log-probability": sum(log_probs) / len(log_probs),
     }
-
-
-def token_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
-    """The log-probability of one token per row, (B,): logits (B, V), ids (B,). Where ids is -1, the
-    result has no meaning."""
-    return logits.float().log_softmax(dim=-1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
 
 
 def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
@@ -205,28 +183,23 @@ def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
 
 
 def run_sweep(
-    model: GPT,
-    tokenizer: Tokenizer,
-    config: SampleConfig,
-    combinations: list[dict[str, Any]],
-    first_lines: str,
-) -> str:
-    """Sample with each combination of settings. Writes the samples as one Markdown table below
-    `first_lines`, and returns the table of their statistics as text."""
-    path = Path(config.output_file or SWEEP_FILE)
-    lines = ["settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"]
+    model: GPT, tokenizer: Tokenizer, config: SampleConfig, sweep: str, first_lines: str
+) -> Iterator[str]:
+    """Sample with each combination of settings. Yields the lines of a table of their statistics,
+    and writes the samples as one Markdown table below `first_lines`."""
+    yield "settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"
     rows = ["| settings | sample |", "|---|---|"]
-    for values in combinations:
+    for values in parse_sweep(sweep):
         name = " ".join(f"{key}={value:g}" for key, value in values.items())
-        settings = replace(config, **values)
-        samples, found = sample_with_statistics(model, tokenizer, settings)
-        lines.append(
+        samples, found = sample_with_statistics(model, tokenizer, replace(config, **values))
+        yield (
             f"{name:40}{found['entropy']:7.3f}{found['distinct-1']:12.3f}"
             f"{found['distinct-2']:12.3f}{found['log-probability']:17.3f}"
         )
         rows += [f"| {name} | {table_cell(sample)} |" for sample in samples]
+    path = Path(config.output_file or SWEEP_FILE)
     write_text(path, first_lines + "\n".join(rows) + "\n")
-    return "\n".join([*lines, f"samples: {path}"])
+    yield f"samples: {path}"
 
 
 def table_cell(text: str) -> str:
@@ -253,15 +226,15 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
             found += file_problems(Path(SWEEP_FILE))
         try:
             combinations = parse_sweep(explore.settings)
-            for values in combinations:
-                found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]
-            replaced = [name for name in combinations[0] if given[name] != defaults[name]]
-            found += [
-                f"--{name} is among the --settings to compare ({explore.settings}): leave it out"
-                for name in replaced
-            ]
-        except UserError as error:
-            found.append(str(error))
+        except ValueError as error:
+            return [*found, f"--settings: {error}"]
+        for values in combinations:
+            found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]
+        found += [
+            f"--{name} is among the --settings to compare ({explore.settings}): leave it out"
+            for name in combinations[0]
+            if given[name] != defaults[name]
+        ]
     return list(dict.fromkeys(found))  # several combinations share a bad value
 
 
@@ -273,14 +246,14 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, state = load_for_sampling(config, chat=explore.action == "chat")
     if explore.action == "chat":
         chat(model, tokenizer, config)
-    elif explore.action == "probs":
-        for line in token_probabilities(model, tokenizer, config):
-            print(line, flush=True)
-    else:
+        return 0
+    lines = token_probabilities(model, tokenizer, config)
+    if explore.action == "sweep":
         command = f"python explore.py sweep --settings={shlex.quote(explore.settings)}"
         first_lines = header(config, state, command)
-        combinations = parse_sweep(explore.settings)
-        print(run_sweep(model, tokenizer, config, combinations, first_lines))
+        lines = run_sweep(model, tokenizer, config, explore.settings, first_lines)
+    for line in lines:
+        print(line, flush=True)
     return 0
 
 

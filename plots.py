@@ -10,16 +10,18 @@
 The extension of --output_file, .png or .svg, selects the format.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from system.command_line import parse_args
 from system.errors import run
 from system.files import file_problems
-from system.settings import UserError, setting
+from system.settings import setting
 from utils import newest_checkpoint
 from viz.curve import X_LABELS, plot_runs, save_figure
-from viz.internals import parse_numbers, plot_internals
+from viz.internals import plot_internals
 from viz.runs import MAX_RUNS, read_run
 
 PICTURES = ("runs", "attention", "positions", "embeddings", "temperatures")
@@ -56,12 +58,22 @@ class PlotConfig:
             found.append(f"at most {MAX_RUNS} runs fit in a picture, not {len(self.inputs)}")
         if self.picture != "runs" and len(self.inputs) > 1:
             found.append(f"--picture {self.picture} takes one checkpoint, not {len(self.inputs)}")
-        for name, kind in (("layers", int), ("heads", int), ("temperatures", float)):
-            try:
-                parse_numbers(getattr(self, name), name, kind)
-            except UserError as error:
-                found.append(str(error))
+        try:
+            self.numbers()
+        except ValueError as error:
+            found.append(f"--layers, --heads and --temperatures must be lists of numbers: {error}")
         return found
+
+    def numbers(self) -> dict[str, list[Any]]:
+        """The layers, heads and temperatures. Raises ValueError if they are not such lists."""
+        kinds = {"layers": int, "heads": int, "temperatures": float}
+        lists = {
+            name: [kind(word) for word in getattr(self, name).split(",") if word]
+            for name, kind in kinds.items()
+        }
+        if not all(0 <= number < math.inf for numbers in lists.values() for number in numbers):
+            raise ValueError("they must be finite and at least 0")
+        return lists
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,23 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(name) for name in config.inputs]
     if config.picture == "runs":
         paths = paths or [newest_checkpoint(Path("checkpoints")).parent]
-        runs = [read_run(path) for path in paths]
-        for loaded in runs:
-            if loaded.note:
-                print(f"note: {loaded.note}")
-        figure = plot_runs(runs, config.x)
+        figure = plot_runs([read_run(path) for path in paths], config.x)
     else:
-        figure = plot_internals(
-            path=paths[0] if paths else newest_checkpoint(Path("checkpoints")),
-            picture=config.picture,
-            text=config.text,
-            layers=parse_numbers(config.layers, "layers", int),
-            heads=parse_numbers(config.heads, "heads", int),
-            temperatures=parse_numbers(config.temperatures, "temperatures", float),
-        )
-    output = config.output
-    save_figure(figure, output)
-    print(f"picture: {output}")
+        path = paths[0] if paths else newest_checkpoint(Path("checkpoints"))
+        figure = plot_internals(path, config.picture, config.text, **config.numbers())
+    save_figure(figure, config.output)
+    print(f"picture: {config.output}")
     return 0
 
 

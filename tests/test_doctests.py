@@ -2,30 +2,20 @@
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tokenizer",
-        "utils",
-        "corpus.documents",
-        "corpus.text",
-        "corpus.folder",
-        "system.settings",
-        "system.errors",
-        "corpus.download",
-        "corpus.bpe",
-        "corpus.clean",
-        "generate",
-        "train",
-        "training.run_log",
-        "explore",
-        "viz.internals",
-    ],
+ROOT = Path(__file__).parent.parent
+FILES = [path.relative_to(ROOT) for pattern in ("*.py", "*/*.py") for path in ROOT.glob(pattern)]
+WITH_EXAMPLES = sorted(
+    ".".join(path.with_suffix("").parts)
+    for path in FILES
+    if path.parts[0] != "tests" and ">>> " in (ROOT / path).read_text(encoding="utf-8")
 )
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_docstring_examples(name: str):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0 and result.failed == 0

@@ -13,12 +13,18 @@ from conftest import make_model
 import explore
 import generate
 from config import SampleConfig
+from model import GPT
 from sampling.quantize import Int8Linear
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer
 from utils import load_checkpoint
 
 TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
+
+
+def question_model() -> tuple[GPT, CharTokenizer]:
+    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
+    return make_model(vocab_size=tokenizer.vocab_size, block_size=200), tokenizer
 
 
 def record_prompts(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> list[torch.Tensor]:
@@ -50,8 +56,7 @@ def test_a_chat_keeps_its_context_until_new(trained, monkeypatch):
 
 
 def test_a_model_with_question_tokens_is_asked_questions(monkeypatch, capsys):
-    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
-    model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
+    model, tokenizer = question_model()
     prompts = record_prompts(monkeypatch, ["Who?", "Who?", ""])
     explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3, seed=1))
     bos, eos = (tokenizer.specials[name] for name in ("<BOS>", "<EOS>"))
@@ -64,8 +69,7 @@ def test_a_model_with_question_tokens_is_asked_questions(monkeypatch, capsys):
 
 
 def test_a_reply_with_special_tokens_keeps_the_chat_going(monkeypatch, capsys):
-    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
-    model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
+    model, tokenizer = question_model()
     model.head.weight.data.zero_()  # all logits are equal: greedy decoding gives <PAD>
     prompts = record_prompts(monkeypatch, ["Who?", "Who?", ""])
     explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3, temperature=0))
@@ -106,19 +110,8 @@ def test_probabilities_are_those_under_the_sampling_settings(trained, capsys):
     assert lines[0].split("from  ")[1] == wanted
 
 
-def test_a_prompt_file_is_the_prompt(trained, capsys):
-    Path("prompt.txt").write_text("the quick ")
-    explore.main(["probs", "--max_tokens=4", "--seed=1", "--prompt=the quick "])
-    wanted = capsys.readouterr().out
-    explore.main(["probs", "--max_tokens=4", "--seed=1", "--prompt_file=prompt.txt"])
-    assert capsys.readouterr().out == wanted
-    explore.main(["probs", "--max_tokens=4", "--seed=1", "--prompt=a lazy dog "])
-    assert capsys.readouterr().out != wanted
-
-
 def test_probabilities_after_a_question_are_those_of_the_answer(monkeypatch, capsys):
-    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
-    model = make_model(vocab_size=tokenizer.vocab_size, block_size=200)
+    model, tokenizer = question_model()
     state = {"corpus": {"name": "qa.json", "sha256": "0"}, "step": 20, "log": []}
     monkeypatch.setattr(generate, "load_checkpoint", lambda path, device: (model, tokenizer, state))
     flags = ["qa.pt", "--max_tokens=1"]
@@ -164,16 +157,19 @@ def test_the_file_of_a_sweep_contains_the_command_that_reproduces_it(trained):
     assert Path("one.md").read_text() == first
 
 
-def test_statistics_are_those_of_the_distributions_that_were_sampled_from():
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_statistics_are_those_of_the_distributions_that_were_sampled_from(penalty: float):
     model = make_model()
     config = SampleConfig(prompt="abc", max_new_tokens=8, num_samples=3, temperature=0.7, seed=1)
+    config.repetition_penalty = penalty
     prompt = torch.from_numpy(TOKENIZER.encode("abc"))
-    steps = generate.generate(model, prompt, config)
+    steps = list(generate.generate(model, prompt, config))
     ids = torch.stack([step.ids for step in steps], dim=1)  # (B, T)
     text = torch.cat([prompt.repeat(3, 1), ids], dim=1)
     logits = model(text[:, :-1])[0][:, len(prompt) - 1 :].detach()  # (B, T, V)
-    sampled_from = torch.distributions.Categorical(logits=logits / 0.7)
-    log_probs = torch.distributions.Categorical(logits=logits).log_prob(ids)
+    log_probs = torch.distributions.Categorical(logits=logits).log_prob(ids)  # without the penalty
+    penalized = torch.stack([step.logits for step in steps], dim=1) if penalty > 1 else logits
+    sampled_from = torch.distributions.Categorical(logits=penalized / 0.7)
     texts, found = explore.sample_with_statistics(model, TOKENIZER, config)
     assert texts == generate.sample_text(model, TOKENIZER, config)
     assert found["entropy"] == pytest.approx(sampled_from.entropy().mean().item(), abs=1e-4)
@@ -194,19 +190,6 @@ def test_statistics_end_with_the_text_at_a_stop_string():
     assert found["distinct-1"] == len({token for ids in samples for token in ids}) / n_tokens
 
 
-def test_the_log_probability_is_that_of_the_model_without_the_penalty():
-    model = make_model()
-    config = SampleConfig(
-        prompt="abc", max_new_tokens=8, temperature=0.7, repetition_penalty=3.0, seed=1
-    )
-    prompt = torch.from_numpy(TOKENIZER.encode("abc"))
-    ids = torch.cat([step.ids for step in generate.generate(model, prompt, config)])
-    logits = model(torch.cat([prompt, ids])[None, :-1])[0][0, 2:]
-    expected = torch.distributions.Categorical(logits=logits).log_prob(ids).mean().item()
-    _, found = explore.sample_with_statistics(model, TOKENIZER, config)
-    assert found["log-probability"] == pytest.approx(expected, abs=1e-4)
-
-
 def test_samples_cannot_break_the_table_of_a_sweep(trained, monkeypatch):
     names = ("entropy", "distinct-1", "distinct-2", "log-probability")
     sample, statistics = "a|b\nc <br> \\| d\re", dict.fromkeys(names, 0.5)
@@ -223,18 +206,15 @@ def test_the_precision_applies_to_the_model(trained, monkeypatch):
     models = []
     monkeypatch.setattr(explore, "chat", lambda model, tokenizer, config: models.append(model))
     explore.main(["chat", "--precision=int8"])
-    explore.main(["chat"])
-    lowered, plain = models
-    assert isinstance(lowered.blocks[0].attn.qkv, Int8Linear)
-    assert isinstance(plain.blocks[0].attn.qkv, torch.nn.Linear)
+    assert isinstance(models[0].blocks[0].attn.qkv, Int8Linear)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give chat, probs or sweep"),
-        (["checkpoints/best.pt"], "give chat, probs or sweep .*'checkpoints/best.pt'"),
-        (["--temperature=-1"], "give chat, probs or sweep.*temperature must be at least 0"),
+        ([], "action must be one of chat, probs, sweep, not ''"),
+        (["checkpoints/best.pt"], "one of chat, probs, sweep, not 'checkpoints/best.pt'"),
+        (["--temperature=-1"], "action must be .*temperature must be at least 0"),
         (["chat", "--num_samples=2", "--output_file=a.txt"], "--num_samples, --output_file"),
         (["chat", "--prompt=the"], "chat does not use --prompt"),
         (["probs", "--beams=2", "--settings=top_k=3"], "probs does not use --settings, --beams"),
@@ -244,9 +224,9 @@ def test_the_precision_applies_to_the_model(trained, monkeypatch):
         (["sweep", "--settings=top_k=-1 top_p=0.5,1"], "--settings: top_k must be at least 0"),
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
         (["sweep", "--output_file=data"], "data is a folder"),
-        (["sweep", "--settings="], "--settings: give at least one"),
+        (["sweep", "--settings="], "--settings: '' is not NAME="),
         (["sweep", "--temperature=0.7"], "--temperature is among the --settings to compare"),
-        (["sweep", "--settings=top_k=1 top_k=2"], "--settings: top_k is given twice"),
+        (["sweep", "--settings=top_k=1 top_k=2"], "'top_k=2' is not NAME=.* each once"),
         (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),
     ],
 )

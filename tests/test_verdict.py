@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from viz.verdict import RULES, verdict, zigzag
+from viz.verdict import RULES, verdict
 
 LN65, LN2000, LN50257 = 4.174, 7.601, 10.825
 
@@ -21,6 +21,11 @@ def curve(
     n = len(val)
     log = [{"step": every * i, "val": v, "lr": lr(i / max(n - 1, 1))} for i, v in enumerate(val)]
     return [r | {"train": t} for r, t in zip(log, train, strict=True)] if train else log
+
+
+def same(losses: list[float], every: int = 100) -> list[dict]:
+    """Records of evaluations with the same loss on both splits."""
+    return curve(losses, losses, every)
 
 
 def falling(n: int, start: float = LN65, end: float = 1.4, half_life: float = 0.15) -> list[float]:
@@ -39,287 +44,174 @@ def cosine(progress: float) -> float:
     return 5e-4 * (1 + math.cos(math.pi * progress))
 
 
+def case(
+    log: list[dict], starts: str, has: str = "", lacks: str = "", **settings: float
+) -> tuple[list[dict], str, list[str], list[str], dict]:
+    """A run, and what its verdict starts with, contains and lacks; | separates texts."""
+    texts = ([text for text in words.split("|") if text] for words in (has, lacks))
+    return log, starts, *texts, {"vocab_size": 65, "max_steps": 5000} | settings
+
+
 SLOW = falling(21, end=1.3, half_life=0.3)
 U_SHAPE = [4.17, 2.2, 1.8, 1.7, 1.75, 1.85, 1.95]
 MEMORIZED = [4.17, 2.1, 1.5, 1.2, 0.9, 0.6, 0.4]
 EXPLODED = [4.1, 144.0, 90.0, 40.0, 12.0, 6.0, 5.0, 4.4]
-BOUNCED = [4.17, 2.5, 2.0, 6.0, 1.9, 1.7, 1.55, 1.45]
-PAT = {"patience": 2, "max_steps": 5000}
 DIVERGING = "diverging since step"
 SHORT = "too short to judge"
 OVER = "overfitting since step 300, the best checkpoint"
 HEALTHY = "healthy: best at step"
 STOPPED = "; --patience 2 stopped the run at step"
 
-# name: records, settings, words that start the verdict, words that it contains and does not
-CASES: dict[str, tuple[list[dict], dict, str, tuple[str, ...], tuple[str, ...]]] = {
-    "healthy": (curve(SLOW, SLOW), {}, f"{HEALTHY} 2000", ("more steps",), ("text",)),
-    "stuck at a high rate": (
+# name: records, words that start the verdict, that it contains and does not, settings
+CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
+    "healthy": case(same(SLOW), f"{HEALTHY} 2000", "more steps", "text"),
+    "stuck at a high rate": case(
         curve([4.2, 3.4, 3.45, 3.3, 3.35, 3.4, 3.3, 3.1, 3.0, 2.93], lr=cosine),
-        {},
         "stuck at 2.93",
-        ("lower --lr_max",),
-        ("healthy",),
+        "lower --lr_max",
+        "healthy",
     ),
-    "healthy, slow": (curve([4.17 - 0.1 * i for i in range(10)], lr=cosine), {}, HEALTHY, (), ()),
-    "one high evaluation": (
-        curve([4.17, 2.5, 2.6], [4.17, 2.5, 2.6]),
-        {"patience": 1, "max_steps": 5000},
-        HEALTHY,
-        ("--patience 1 stopped",),
-        ("diverging",),
+    "healthy, slow": case(curve([4.17 - 0.1 * i for i in range(10)], lr=cosine), HEALTHY),
+    "one high evaluation": case(
+        same([4.17, 2.5, 2.6]), HEALTHY, "--patience 1 stopped", "diverging", patience=1
     ),
-    "healthy, few": (curve([4.17, 2.5, 2.1, 1.8]), {}, HEALTHY, (), ("plateau",)),
-    "healthy, noisy": (curve(noisy(SLOW, 0.02), noisy(SLOW, 0.02)), {}, HEALTHY, (), ("jump",)),
-    "healthy, gap": (
-        curve(SLOW, [0.85 * x for x in SLOW]),
-        {},
-        HEALTHY,
-        ("more text",),
-        ("dropout",),
+    "healthy, few": case(curve([4.17, 2.5, 2.1, 1.8]), HEALTHY, lacks="plateau"),
+    "healthy, noisy": case(same(noisy(SLOW, 0.02)), HEALTHY, lacks="jump"),
+    "healthy, gap": case(curve(SLOW, [0.85 * x for x in SLOW]), HEALTHY, "more text", "dropout"),
+    "healthy, BPE 2000": case(curve(falling(9, LN2000, 3.5, 0.3)), HEALTHY, vocab_size=2000),
+    "healthy, GPT-2": case(curve(falling(21, LN50257, 4, 0.3)), HEALTHY, vocab_size=50257),
+    "healthy, resumed with a second schedule": case(
+        curve(SLOW, SLOW, lr=lambda p: cosine(2 * p % 1)), HEALTHY, lacks="jump"
     ),
-    "healthy, BPE 2000": (
-        curve(falling(9, LN2000, 3.5, 0.3)),
-        {"vocab_size": 2000},
-        HEALTHY,
-        (),
-        (),
-    ),
-    "healthy, GPT-2": (
-        curve(falling(21, LN50257, 4, 0.3)),
-        {"vocab_size": 50257},
-        HEALTHY,
-        (),
-        (),
-    ),
-    "healthy, resumed with a second schedule": (
-        curve(SLOW, SLOW, lr=lambda p: cosine(2 * p % 1)),
-        {},
-        HEALTHY,
-        (),
-        ("jump",),
-    ),
-    "a schedule that ended flat": (
+    "a schedule that ended flat": case(
         curve([4.17, 2.6, 2.1, 1.9, 1.75, 1.63, 1.56, 1.54, 1.535, 1.534, 1.534], lr=cosine),
-        {},
         HEALTHY,
-        ("learning rate has decayed", "--max_steps"),
-        ("plateau", "--lr_max"),
+        "learning rate has decayed|--max_steps",
+        "plateau|--lr_max",
     ),
-    "10 steps at 3.27": (curve([4.2, 3.9, 3.27], every=5), {}, SHORT, ("falling",), ("healthy",)),
-    "12 steps that rise": (
-        curve([4.17, 4.2, 4.25], [4.17, 4.1, 4.0], 6),
-        {},
-        SHORT,
-        (),
-        ("overfit",),
+    "10 steps at 3.27": case(curve([4.2, 3.9, 3.27], every=5), SHORT, "falling", "healthy"),
+    "12 steps that rise": case(
+        curve([4.17, 4.2, 4.25], [4.17, 4.1, 4.0], 6), SHORT, lacks="overfit"
     ),
-    "20 steps that are flat": (curve([4.17, 4.0, 4.0, 4.0, 4.0], every=5), {}, SHORT, (), ()),
-    "step 0 only": (curve([4.17], [4.17]), {}, SHORT, ("more steps",), ("falling",)),
-    "quick: 2 evaluations in 120 steps": (
-        curve([4.2, 2.3], [4.2, 2.3], 120),
-        {},
-        f"{SHORT} (still falling, from 4.20 to 2.30)",
-        ("--eval_every",),
-        (),
+    "20 steps that are flat": case(curve([4.17, 4.0, 4.0, 4.0, 4.0], every=5), SHORT),
+    "step 0 only": case(same([4.17]), SHORT, "more steps", "falling"),
+    "quick: 2 evaluations in 120 steps": case(
+        same([4.2, 2.3], 120), f"{SHORT} (still falling, from 4.20 to 2.30)", "--eval_every"
     ),
-    "flat": (
-        curve([4.2, 4.17, 4.17, 4.16]),
-        {},
-        "not moving from ln(V) = 4.17",
-        ("--overfit_batch",),
-        (),
+    "flat": case(curve([4.2, 4.17, 4.17, 4.16]), "not moving from ln(V) = 4.17", "--overfit_batch"),
+    "flat, noisy": case(same(noisy([LN65] * 20, 0.03)), "not moving", lacks="diverg"),
+    "flat, GPT-2": case(
+        curve([10.9, 10.8, 10.75, 10.7]), "not moving from ln(V) = 10.82", vocab_size=50257
     ),
-    "flat, noisy": (
-        curve(noisy([LN65] * 20, 0.03), noisy([LN65] * 20, 0.03)),
-        {},
-        "not moving",
-        (),
-        ("diverg",),
-    ),
-    "flat, GPT-2": (
-        curve([10.9, 10.8, 10.75, 10.7]),
-        {"vocab_size": 50257},
-        "not moving from ln(V) = 10.82",
-        (),
-        (),
-    ),
-    "flat DPO at ln 2": (
+    "flat DPO at ln 2": case(
         curve([0.693, 0.692, 0.693, 0.692], [0.693] * 4),
-        {},
         "not moving from its first loss, 0.69",
-        (),
-        ("ln(V)",),
+        lacks="ln(V)",
     ),
-    "DPO": (curve([0.693, 0.5, 0.4, 0.33], [0.693, 0.5, 0.4, 0.33]), {}, HEALTHY, (), ()),
-    "exploding": (
-        curve(EXPLODED, EXPLODED),
-        {},
-        f"{DIVERGING} 0",
-        ("lower --lr_max",),
-        ("raise --lr_max", "higher"),
+    "DPO": case(same([0.693, 0.5, 0.4, 0.33]), HEALTHY),
+    "exploding": case(same(EXPLODED), f"{DIVERGING} 0", "lower --lr_max", "raise --lr_max|higher"),
+    "exploding, validation only": case(curve(EXPLODED[:4]), DIVERGING, "lower --lr_max"),
+    "exploding after 20 steps": case(same(EXPLODED[:3], 10), DIVERGING),
+    "1e30": case(same([4.2, 3.0, 1e30]), f"{DIVERGING} 100"),
+    "diverged": case(
+        curve([4.17, 2.1, 2.6, 4.0], [4.17, 2.0, 2.5, 3.9]), f"{DIVERGING} 100", "--lr_max"
     ),
-    "exploding, validation only": (curve(EXPLODED[:4]), {}, DIVERGING, ("lower --lr_max",), ()),
-    "exploding after 20 steps": (curve(EXPLODED[:3], EXPLODED[:3], 10), {}, DIVERGING, (), ()),
-    "1e30": (curve([4.2, 3.0, 1e30], [4.2, 3.0, 1e30]), {}, f"{DIVERGING} 100", (), ()),
-    "diverged": (
-        curve([4.17, 2.1, 2.6, 4.0], [4.17, 2.0, 2.5, 3.9]),
-        {},
-        f"{DIVERGING} 100",
-        ("--lr_max",),
-        (),
-    ),
-    "drifting up, both by 7%": (
+    "drifting up, both by 7%": case(
         curve([4.17, 2.0, 2.06, 2.12, 2.14], [4.17, 1.9, 1.96, 2.02, 2.04]),
-        {},
         f"{DIVERGING} 100",
-        (),
-        ("overfit",),
+        lacks="overfit",
     ),
-    "last evaluation jumps": (
-        curve([4.17, 2, 1.8, 1.71, 1.72, 9], [4.17, 2, 1.8, 1.71, 1.72, 9]),
-        {},
-        DIVERGING,
-        (),
-        (),
+    "last evaluation jumps": case(same([4.17, 2, 1.8, 1.71, 1.72, 9]), DIVERGING),
+    "recovered": case(
+        same([4.17, 2.5, 2.0, 6.0, 1.9, 1.7, 1.55, 1.45]), HEALTHY, "jumped to 6 at step 300"
     ),
-    "recovered": (curve(BOUNCED, BOUNCED), {}, HEALTHY, ("jumped to 6 at step 300",), ()),
-    "jumped, then stuck": (
-        curve([4.17, 30, 3.4] + [3.3] * 8, [4.17, 30, 3.4] + [3.3] * 8),
-        {},
-        "plateaued",
-        ("lower",),
-        ("larger model", "higher"),
+    "jumped, then stuck": case(
+        same([4.17, 30, 3.4] + [3.3] * 8), "plateaued", "lower", "larger model|higher"
     ),
-    "overfitted": (
-        curve(U_SHAPE, MEMORIZED),
-        {},
-        OVER,
-        ("more text", "--weight_decay 1,", "--patience 3"),
-        ("dropout",),
+    "overfitted": case(
+        curve(U_SHAPE, MEMORIZED), OVER, "more text|--weight_decay 1,|--patience 3", "dropout"
     ),
-    "overfitted, mild": (
+    "overfitted, mild": case(
         curve([4.17, 2.2, 1.8, 1.7, 1.71, 1.72, 1.73], MEMORIZED),
-        {"weight_decay": 1.0},
         OVER,
-        ("a smaller model",),
-        ("weight_decay",),
+        "a smaller model",
+        "weight_decay",
+        weight_decay=1.0,
     ),
-    "overfitted, strong": (
+    "overfitted, strong": case(
         curve([4.17, 2.2, 1.8, 1.7, 2.5, 4.0, 6.0], [*MEMORIZED[:5], 0.2, 0.02]),
-        {},
         OVER,
-        (),
-        ("diverg",),
+        lacks="diverg",
     ),
-    "overfitted, early": (
-        curve([4.17, 2.5, 2.6, 2.8, 3.0, 3.3], MEMORIZED[:6]),
-        {},
-        "overfitting since step 100",
-        (),
-        (),
+    "overfitted, early": case(
+        curve([4.17, 2.5, 2.6, 2.8, 3.0, 3.3], MEMORIZED[:6]), "overfitting since step 100"
     ),
-    "overfitted, late": (
-        curve([*falling(15), 1.5, 1.55], falling(17, end=1.0)),
-        {},
-        "overfitting since step 1400",
-        (),
-        (),
+    "overfitted, late": case(
+        curve([*falling(15), 1.5, 1.55], falling(17, end=1.0)), "overfitting since step 1400"
     ),
-    "overfitted, noisy": (
+    "overfitted, noisy": case(
         curve(noisy([2 + abs(i - 8) / 10 for i in range(25)], 0.02), falling(25, end=0.5)),
-        {},
         "overfitting since step",
-        (),
-        ("jump",),
+        lacks="jump",
     ),
-    "fine-tuning that only got worse": (
+    "fine-tuning that only got worse": case(
         curve([1.5, 1.6, 1.7, 1.9], [1.4, 1.0, 0.7, 0.4]),
-        {},
         "overfitting from the start",
-        ("lower --lr_max",),
-        ("--patience",),
+        "lower --lr_max",
+        "--patience",
     ),
-    "validation only, rising": (curve(U_SHAPE), {}, OVER, ("no training loss to tell",), ()),
-    "plateaued, early": (
+    "validation only, rising": case(curve(U_SHAPE), OVER, "no training loss to tell"),
+    "plateaued, early": case(
         curve([4.17, 2.1, 2.0, *[2.0] * 12], [4.17, 2.0, *[1.9] * 13]),
-        {},
         "plateaued since about step 200",
-        ("larger model",),
-        ("higher", "raise"),
+        "larger model",
+        "higher|raise",
     ),
-    "plateaued, late": (
-        curve([*falling(10, end=1.5, half_life=0.1), *[1.5] * 12]),
-        {},
-        "plateaued since about step",
-        (),
-        (),
+    "plateaued, late": case(
+        curve([*falling(10, end=1.5, half_life=0.1), *[1.5] * 12]), "plateaued since about step"
     ),
-    "plateaued, noisy": (
+    "plateaued, noisy": case(
         curve(noisy([4.17, 2.5, *[2.0] * 20], 0.03), noisy([4.17, 2.4, *[1.9] * 20], 0.03)),
-        {},
         "plateaued since about step",
-        (),
-        ("overfit", "jump"),
+        lacks="overfit|jump",
     ),
-    "stuck at token frequencies": (
-        curve([4.17, 3.4, *[3.32] * 8], [4.17, 3.4, *[3.32] * 8]),
-        {},
-        "plateaued",
-        ("token frequencies", "lower first"),
-        (),
+    "stuck at token frequencies": case(
+        same([4.17, 3.4, *[3.32] * 8]), "plateaued", "token frequencies|lower first"
     ),
-    "patience, overfitted": (
-        curve(U_SHAPE[:6], MEMORIZED[:6]),
-        PAT,
-        OVER,
-        (STOPPED + " 500",),
-        ("--patience 3",),
+    "patience, overfitted": case(
+        curve(U_SHAPE[:6], MEMORIZED[:6]), OVER, f"{STOPPED} 500", "--patience 3", patience=2
     ),
-    "patience, plateaued": (
-        curve([4.17, 2.1, 2.0, 1.995, 1.995, 1.996]),
-        PAT,
-        "plateaued",
-        (STOPPED + " 500",),
-        (),
+    "patience, plateaued": case(
+        curve([4.17, 2.1, 2.0, 1.995, 1.995, 1.996]), "plateaued", f"{STOPPED} 500", patience=2
     ),
-    "patience, short": (
+    "patience, short": case(
         curve([4.17, 3.0, 2.8, 2.81, 2.82], [4.17, 3.0, 2.8, 2.7, 2.6], 10),
-        PAT,
         SHORT,
-        ("raise --patience", STOPPED),
-        (),
+        f"raise --patience|{STOPPED}",
+        patience=2,
     ),
-    "patience that did not stop the run": (
-        curve(U_SHAPE, MEMORIZED),
-        {"patience": 5, "max_steps": 600},
-        OVER,
-        (),
-        ("--patience",),
+    "patience that did not stop the run": case(
+        curve(U_SHAPE, MEMORIZED), OVER, lacks="--patience", patience=5, max_steps=600
     ),
-    "tiny losses": (
-        curve([4.17, 0.5, 0.002, 0.0021, 0.0023], [4.17, 0.5, 0.002, 0.0021, 0.0023]),
-        {},
-        "solved",
-        ("almost 0",),
-        ("diverg", "overfit"),
+    "tiny losses": case(
+        same([4.17, 0.5, 0.002, 0.0021, 0.0023]), "solved", "almost 0", "diverg|overfit"
     ),
-    "zero": (curve([4.17, 0.5, 0.0, 0.0], [4.17, 0.5, 0.0, 0.0]), {}, "solved", (), ()),
+    "zero, then one high evaluation": case(curve([4.17, 0, 0, 0, 0, 0.5]), "plateaued"),
+    "zero": case(same([4.17, 0.5, 0.0, 0.0]), "solved"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_verdict_is_right(name: str):
-    log, settings, starts, words, absent = CASES[name]
-    said = verdict(log, {"vocab_size": 65} | settings)
+    log, starts, words, absent, settings = CASES[name]
+    said = verdict(log, settings)
     assert said.startswith(starts)
     assert [word for word in words if word not in said] == [], said
     assert [word for word in absent if word in said] == [], said
 
 
 def test_every_rule_decides_a_case():
-    assert len(CASES) >= 30
-    assert len({start.split()[0] for _, _, start, _, _ in CASES.values()}) == len(RULES)
+    assert len({start.split()[0] for _, start, *_ in CASES.values()}) == len(RULES)
 
 
 def test_any_finite_log_has_a_verdict_without_dropout_or_higher_rates():
@@ -331,9 +223,3 @@ def test_any_finite_log_has_a_verdict_without_dropout_or_higher_rates():
         said = verdict(log, {"vocab_size": int(rng.choice([2, 65, 50257]))})
         assert "\n" not in said and "dropout" not in said and "higher --lr" not in said
         assert "nan" not in said and "inf" not in said
-
-
-def test_noise_is_the_zigzag_of_a_curve():
-    assert zigzag([5, 4, 3, 2, 3, 4]) == 0  # turns once
-    assert zigzag([5, 4, 5, 4, 5]) == 1
-    assert zigzag([1]) == zigzag([]) == 0

@@ -1,14 +1,13 @@
 """The curve of a run: losses, learning rate and gradient norm, with a verdict in words."""
 
 import contextlib
-import io
 import itertools
 import json
 import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from system.files import atomic_write
 from viz.verdict import verdict
@@ -37,7 +36,6 @@ class Run:
     name: str
     settings: dict[str, Any]  # of the model and the run; "corpus" describes the data
     log: list[Record]  # of evaluations: step, train, val, lr, grad_norm, seconds
-    note: str = ""  # what is missing of it
     steps: list[Record] = field(default_factory=list)  # step, loss, lr, grad_norm, seconds
     final: Record = field(default_factory=dict)  # of a finished run: its best step, val, verdict
 
@@ -47,30 +45,24 @@ class Run:
         return math.prod(self.settings[k] for k in ("batch_size", "grad_accum", "block_size"))
 
 
-def is_training_step(line: Any) -> bool:
-    """Whether a line of a log is about a training step, and not about an evaluation."""
-    return isinstance(line, dict) and "loss" in line and "val" not in line
-
-
 def training_steps(file: Path) -> list[Record]:
     """The training steps of a log.jsonl that can be read; none if there is no such file."""
-    found = []
+    found, numbers = [], ("step", "loss", "lr", "seconds")
     with contextlib.suppress(FileNotFoundError):
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, RecursionError):
                 found += [json.loads(line)]
-    numbers = ("step", "loss", "lr", "seconds")
-    found = [record for record in found if is_training_step(record)]
-    return [r for r in found if all(is_number(r.get(name)) for name in numbers)]
+    steps = [line for line in found if isinstance(line, dict) and "val" not in line]
+    return [step for step in steps if all(is_number(step.get(name)) for name in numbers)]
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value from a log can be drawn."""
     kind = isinstance(value, (int, float)) and not isinstance(value, bool)
     return kind and abs(value) <= MAX_NUMBER
 
 
-def best_record(log: list[dict[str, Any]]) -> dict[str, Any]:
+def best_record(log: list[Record]) -> Record:
     """The evaluation with the lowest validation loss."""
     return min(log, key=lambda record: record["val"])
 
@@ -96,12 +88,17 @@ def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
         records = sorted(run.steps + run.log, key=lambda record: record["step"])
         rates.plot(*points(run, records, "lr", x), color=color)
         norms.plot(*points(run, records, "grad_norm", x), color=color, linewidth=0.8)
-    set_range(losses, low, high, {math.log(run.settings["vocab_size"]) for run in runs})
+    margin = 0.05 * (high - low) or 0.05
+    losses.set_ylim(low - margin, high + margin)
+    for guess in sorted({math.log(run.settings["vocab_size"]) for run in runs}):
+        if low < guess < high:
+            label = f"uniform guess: {guess:.2f}"
+            losses.axhline(guess, color="gray", linestyle=":", label=label)
     # A name may contain $, which starts a formula otherwise.
     losses.set_title(runs_title(runs), loc="left", fontsize=10, parse_math=False)
     losses.set_ylabel("loss (nats)" if len(runs) == 1 else "loss (nats); training: thin, dashed")
-    for label in losses.legend().get_texts():
-        label.set_parse_math(False)
+    for text in losses.legend().get_texts():
+        text.set_parse_math(False)
     rates.set_ylabel("learning rate")
     rates.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     norms.set(ylabel="gradient norm", xlabel=X_LABELS[x])
@@ -110,20 +107,14 @@ def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
     return figure
 
 
-def drawable(value: Any) -> float:
-    """A number, or NaN, which leaves a gap: step 0 has no gradient norm."""
-    return value if is_number(value) else math.nan
-
-
-def points(
-    run: Run, records: list[Record], name: str, x: str = "step"
-) -> tuple[list[float], list[float]]:
+def points(run: Run, records: list[Record], name: str, x: str) -> tuple[list[float], list[float]]:
     """A metric of these records, at most MAX_POINTS: where they are on the horizontal axis (the
     steps, the million tokens trained on until then, or the minutes), and its values."""
     records = records[:: math.ceil(len(records) / MAX_POINTS) or 1]
     scale = {"step": 1.0, "tokens": run.tokens_per_step / 1e6, "time": 1 / 60}[x]
     xs = [record["seconds" if x == "time" else "step"] * scale for record in records]
-    return xs, [drawable(record.get(name)) for record in records]
+    values = [record.get(name) for record in records]
+    return xs, [v if is_number(v) else math.nan for v in values]  # a gap: step 0 has no grad_norm
 
 
 def plot_losses(axes: "Axes", run: Run, x: str, color: str, highest: float, only_run: bool) -> None:
@@ -155,22 +146,11 @@ def loss_range(runs: list[Run]) -> tuple[float, float]:
         records = run.log + run.steps
         start = START * max(record["step"] for record in records)
         late = [record for record in records if record["step"] > start] or records
-        numbers = (drawable(r.get(name)) for r in late for name in ("val", "train", "loss"))
-        shown += [number for number in numbers if not math.isnan(number)]
+        numbers = [record.get(name) for record in late for name in ("val", "train", "loss")]
+        shown += [number for number in numbers if is_number(number)]
     guess = max(math.log(run.settings["vocab_size"]) for run in runs)
     limit = 1.2 * max(guess, *(run.log[0]["val"] for run in runs))
     return min(shown), min(max(shown), max(limit, min(shown)))
-
-
-def set_range(axes: "Axes", low: float, high: float, guesses: set[float]) -> None:
-    """Limit the vertical axis to these losses; that of a uniform guess, if in between, is a dotted
-    line."""
-    margin = 0.05 * (high - low) or 0.05
-    axes.set_ylim(low - margin, high + margin)
-    for guess in sorted(guesses):
-        if low < guess < high:
-            label = f"uniform guess: {guess:.2f}"
-            axes.axhline(guess, color="gray", linestyle=":", label=label)
 
 
 def runs_title(runs: list[Run]) -> str:
@@ -186,7 +166,5 @@ def runs_title(runs: list[Run]) -> str:
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure as PNG or SVG, according to the extension. Raises UserError if that fails."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix[1:], dpi=100)
     with atomic_write(path) as file:
-        file.write(picture.getvalue())
+        figure.savefig(file, format=path.suffix[1:], dpi=100)

@@ -1,10 +1,9 @@
 """Plots of a trained model: attention weights, position encodings, token embeddings, and the effect
 of temperature on the next token. `python plots.py --picture ...` draws them."""
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,9 @@ from tokenizer import Tokenizer
 from utils import load_checkpoint
 from viz.curve import BLACK, BLUE, GREEN, ORANGE, new_figure
 
-if TYPE_CHECKING:  # viz/runs.py says why matplotlib is not imported here
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Number = TypeVar("Number", int, float)
 
 # Equally readable for color-blind people (Nunez, Anderton and Renslow 2018).
 COLOR_MAP = "cividis"
@@ -40,29 +37,6 @@ TOKEN_GROUPS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "uppercase": (GREEN, lambda text: text[:1].isupper()),
     "other": (BLACK, lambda text: True),
 }
-
-
-def parse_numbers(text: str, flag: str, kind: type[Number]) -> list[Number]:
-    """The numbers of a flag's comma-separated list. Raises UserError if one is not a finite number
-    of at least 0.
-
-    >>> parse_numbers("0,3", "layers", int)
-    [0, 3]
-    """
-    try:
-        numbers = [kind(word) for word in text.split(",") if word]
-        valid = all(0 <= number < math.inf for number in numbers)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"--{flag} must be a list of numbers, for example 0,1, not {text!r}")
-    return numbers
-
-
-def check_indices(flag: str, indices: Sequence[int], count: int) -> None:
-    """Raise UserError if an index is not below the number of layers or heads."""
-    if max(indices) >= count:
-        raise UserError(f"--{flag} must be from 0 to {count - 1}: the model has {count}")
 
 
 def plot_internals(
@@ -90,8 +64,9 @@ def plot_internals(
     if picture == "temperatures":
         return plot_temperatures(model, tokenizer, ids, temperatures or [1.0])
     layers, heads = layers or range(config.n_layer), heads or range(config.n_head)
-    check_indices("layers", layers, config.n_layer)
-    check_indices("heads", heads, config.n_head)
+    for flag, indices, n in (("layers", layers, config.n_layer), ("heads", heads, config.n_head)):
+        if max(indices) >= n:
+            raise UserError(f"--{flag} must be from 0 to {n - 1}: the model has {n}")
     return plot_attention(model, tokenizer, ids, layers, heads)
 
 
@@ -187,12 +162,12 @@ def plot_matrix(axes: "Axes", values: Tensor, title: str, label: str) -> None:
 
 
 @torch.no_grad()
-def plot_embeddings(model: GPT, tokenizer: Tokenizer, most: int = MAX_EMBEDDINGS) -> "Figure":
-    """The first `most` printable tokens at the first two principal components (Pearson 1901) of
-    their normalized embeddings."""
+def plot_embeddings(model: GPT, tokenizer: Tokenizer) -> "Figure":
+    """The first MAX_EMBEDDINGS printable tokens at the first two principal components (Pearson
+    1901) of their normalized embeddings."""
     texts = token_labels(tokenizer, torch.arange(model.config.vocab_size))
     shown = [i for i, text in enumerate(texts) if text.isprintable() and "\ufffd" not in text]
-    shown = shown[:most]
+    shown = shown[:MAX_EMBEDDINGS]
     points, shares = principal_components(F.normalize(model.tok.weight[shown]))
     figure = new_figure(8, 8)
     axes = figure.subplots()
@@ -224,22 +199,18 @@ def principal_components(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def plot_temperatures(
-    model: GPT,
-    tokenizer: Tokenizer,
-    ids: Tensor,
-    temperatures: Sequence[float],
-    most: int = MAX_BARS,
+    model: GPT, tokenizer: Tokenizer, ids: Tensor, temperatures: Sequence[float]
 ) -> "Figure":
-    """The probabilities of the `most` most likely tokens after a text (T,), and the entropy of the
-    distribution over all tokens, at each temperature."""
+    """The probabilities of the MAX_BARS most likely tokens after a text (T,), and the entropy of
+    the distribution over all tokens, at each temperature."""
     logits = model(ids[None])[0][:, -1]  # (1, V)
     figure = new_figure(8, 1.2 + 1.5 * len(temperatures))
     rows = figure.subplots(len(temperatures), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    tokens = adjust_logits(logits)[1][0, :most]
+    tokens = adjust_logits(logits)[1][0, :MAX_BARS]
     for temperature, axes in zip(temperatures, rows, strict=True):
         probs, _ = adjust_logits(logits, temperature)  # (1, V), sorted; (1, 1) at temperature 0
         entropy = -torch.xlogy(probs, probs).sum()
-        heights = F.pad(probs[0], (0, most))[: len(tokens)]
+        heights = F.pad(probs[0], (0, MAX_BARS))[: len(tokens)]
         axes.bar(range(len(tokens)), heights.tolist(), color=BLUE)
         text = f"temperature {temperature:g}: entropy {entropy:.2f} nats"
         axes.text(0.99, 0.85, text, ha="right", va="top", transform=axes.transAxes)

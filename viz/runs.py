@@ -1,107 +1,70 @@
 """Reading the logs of runs, which may be damaged, for plots.py."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from system.errors import first_line
 from system.settings import UserError
 from utils import read_checkpoint
-from viz.curve import MAX_NUMBER, Run, is_number, is_training_step
+from viz.curve import MAX_NUMBER, Record, Run, is_number
 
 MAX_RUNS = 20  # in one picture: more verdicts and names than that do not fit
+SIZES = ("vocab_size", "batch_size", "grad_accum", "block_size", "n_layer", "n_embd")
 
 
 def read_run(path: Path) -> Run:
     """Read a run from its folder, its log.jsonl or one of its checkpoints. The last line of a log
     may be cut off. A checkpoint does not contain the training steps. Raises UserError if there is
     no valid log or no evaluation in it."""
-    note, steps, final = "", [], {}
     if path.suffix == ".pt":
         state = read_checkpoint(path)
-        parts = [state[key] for key in ("gpt_config", "train_config")]
-        if not all(isinstance(part, dict) for part in parts) or not isinstance(state["log"], list):
-            raise UserError(f"{path} cannot be plotted: its settings or log are damaged")
-        settings = parts[0] | parts[1] | {"corpus": state["corpus"]}
-        log = state["log"]
+        settings = state["gpt_config"] | state["train_config"] | {"corpus": state["corpus"]}
+        lines = [settings, *state["log"]]
     else:
-        file = path if path.suffix == ".jsonl" else path / "log.jsonl"
-        (settings, *lines), note = read_log(file)
-        if lines and isinstance(lines[-1], dict) and "final" in lines[-1]:
-            final = lines.pop()["final"]
-        steps = [line for line in lines if is_training_step(line)]
-        log = [line for line in lines if not is_training_step(line)]
-    if not log:
-        raise UserError(f"{path} cannot be plotted: the run has not been evaluated yet")
-    if problems := settings_problems(settings) + evaluation_problems(log) + step_problems(steps):
-        raise UserError(f"{path} cannot be plotted: {'; '.join(problems[:3])}")
-    return Run(str(path), settings, log, note, steps, final)
+        lines = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
+    try:
+        settings, *records = lines
+        final = records.pop()["final"] if records and "final" in records[-1] else {}
+        log = [record for record in records if "val" in record]
+        steps = [record for record in records if "val" not in record]
+        if not log:
+            raise UserError(f"{path} cannot be plotted: the run has not been evaluated yet")
+        check_numbers("the settings", settings, SIZES, low=1)
+        unused = {"max_steps": 0, "patience": 0, "weight_decay": 0}  # missing in older versions
+        check_numbers("the settings", unused | settings, unused)
+        if not isinstance(settings["corpus"]["name"], str):
+            raise ValueError("its corpus has no name")
+        for i, record in enumerate(log, 1):
+            record = {"train": 0.0} | record  # only this may be missing
+            check_numbers(f"evaluation {i}", record, ("step", "train", "val", "lr", "seconds"))
+        for i, record in enumerate(steps, 1):
+            check_numbers(f"training step {i}", record, ("step", "loss", "lr", "seconds"))
+    except (LookupError, TypeError, ValueError) as error:  # values of any kind
+        raise UserError(f"{path} cannot be plotted, it is damaged: {first_line(error)}") from None
+    return Run(str(path), settings, log, steps, final)
 
 
-def read_log(file: Path) -> tuple[list[Any], str]:
-    """The lines of a log.jsonl, and a note if the last one was cut off."""
-    if file.parent.suffix == ".json" and file.parent.is_file():
-        raise UserError(f"{file.parent} has no settings: plot {file.parent.parent}/log.jsonl")
+def read_log(file: Path) -> list[Any]:
+    """The lines of a log.jsonl. If the last one was cut off, it is left out, with a note."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.split("\n") if line]
-        values, note = list(map(json.loads, lines[:-1])), ""
+        values = [json.loads(line) for line in lines[:-1]]
         try:
             values += map(json.loads, lines[-1:])
         except ValueError:
-            note = f"{file}: the last line is cut off and left out"
+            print(f"note: {file}: the last line is cut off and left out")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file.parent} is not the folder of a run: {error}") from None
-    if not values:
-        raise UserError(f"{file} cannot be plotted: it is empty or damaged")
-    return values, note
+    return values
 
 
-def settings_problems(settings: Any) -> list[str]:
-    """The settings that are needed and are not positive integers, or the corpus without a name."""
-    if not isinstance(settings, dict):
-        return ["its first line must contain the settings"]
-    names = ("batch_size", "grad_accum", "block_size", "n_layer", "n_embd", "vocab_size")
-    lows = {name: 2 if name == "vocab_size" else 1 for name in names}
-    found = [
-        f"setting {name} must be an integer of at least {low}, not {settings.get(name)!r:.40}"
-        for name, low in lows.items()
-        if type(settings.get(name)) is not int or not low <= settings[name] <= MAX_NUMBER
-    ]
-    found += [
-        f"setting {name} must be a number, not {settings[name]!r:.40}"
-        for name in ("patience", "max_steps")
-        if name in settings and not is_number(settings[name])
-    ]
-    corpus = settings.get("corpus")
-    if not isinstance(corpus, dict) or not isinstance(corpus.get("name"), str):
-        found.append("setting corpus has no name")
-    return found
-
-
-def evaluation_problems(log: list[Any]) -> list[str]:
-    """The evaluations whose numbers cannot be drawn. Only the training loss may be missing; step 0
-    has no gradient norm, and that of float16 may be infinite."""
-    log = [{"train": 0, **record} if isinstance(record, dict) else record for record in log]
-    return record_problems("evaluation", log, ("step", "train", "val", "lr", "seconds"))
-
-
-def step_problems(steps: list[Any]) -> list[str]:
-    """The training steps whose numbers cannot be drawn."""
-    return record_problems("training step", steps, ("step", "loss", "lr", "seconds"))
-
-
-def record_problems(what: str, records: list[Any], needed: tuple[str, ...]) -> list[str]:
-    """The records that lack one of the needed numbers, or whose steps do not increase."""
-    found, last = [], -1
-    for i, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            found.append(f"{what} {i} is not a record")
-            continue
-        norm = record.get("grad_norm")
-        names = [name for name in needed if not is_number(record.get(name))]
-        names += ["grad_norm"] * (norm is not None and not isinstance(norm, (int, float)))
-        found += [f"{n} of {what} {i} is {record.get(n)!r:.40}, no finite number" for n in names]
-        if not names and (type(record["step"]) is not int or record["step"] <= last):
-            found.append(f"step of {what} {i} is {record['step']}, after {last}")
-        last = record["step"] if not names else last
-    return found
+def check_numbers(
+    what: str, record: Record, names: Iterable[str], low: float = -MAX_NUMBER
+) -> None:
+    """Raise an error unless these values of a record can be drawn and are at least `low`."""
+    for name in names:
+        if not is_number(record[name]) or record[name] < low:
+            raise ValueError(f"{name} of {what} is {record[name]!r:.40}")

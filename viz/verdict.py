@@ -53,7 +53,6 @@ class Curve:
     """The features of a run's evaluations that the rules of the verdict use."""
 
     def __init__(self, log: list[dict[str, Any]], settings: dict[str, Any]):
-        self.log, self.settings = log, settings
         self.steps = [record["step"] for record in log]
         self.val = [record["val"] for record in log]
         # Losses of the training split, if all evaluations have one.
@@ -62,15 +61,15 @@ class Curve:
         self.fitted = self.train or self.val
         self.uniform = math.log(settings["vocab_size"])
         self.pretrained = self.val[0] < PRETRAINED * self.uniform
-        self.best = self.val.index(min(self.val))
+        self.level = min(self.val)  # the lowest loss, at evaluation `best`
+        self.best = self.val.index(self.level)
         rates = [record.get("lr") or 0.0 for record in log]
         self.decayed = rates[-1] < DECAYED * max(rates)
         self.active = [i for i, rate in enumerate(rates) if rate >= DECAYED * max(rates)]
-        evaluations = len(log) - 1 - self.best  # since the best
         self.weight_decay = settings.get("weight_decay", 0.0)
         self.patience = settings.get("patience") or 0
-        self.out_of_patience = 0 < self.patience <= evaluations
-        self.out_of_patience &= self.steps[-1] < settings.get("max_steps", math.inf)
+        early = self.steps[-1] < settings.get("max_steps", math.inf)
+        self.out_of_patience = early and 0 < self.patience <= len(log) - 1 - self.best
 
     def rises(self, losses: list[float], end: float, factor: float, share: float) -> bool:
         """Whether a loss at the end is clearly above the lowest one before."""
@@ -113,27 +112,29 @@ def tail_fall(curve: Curve) -> float:
     points = [(curve.steps[i], curve.val[i]) for i in tail]
     slopes = [(b - a) / (t - s) for (s, a), (t, b) in itertools.combinations(points, 2) if t > s]
     span = points[-1][0] - points[0][0]
-    return -statistics.median(slopes or [0]) * span / statistics.median(y for _, y in points)
+    level = statistics.median(loss for _, loss in points) or 1.0  # 0: nothing is left to fall
+    return -statistics.median(slopes or [0]) * span / level
+
+
+# --- the rules: the words of the verdict, or None if the rule does not apply
 
 
 def diverging(curve: Curve) -> str | None:
     """The training loss rises; without one, the validation loss jumps above that of a guess."""
-    fitted, limit = curve.fitted, max(curve.uniform, curve.fitted[0])
+    fitted = curve.fitted
     if curve.train is None:
-        rose = fitted[-1] > DIVERGED * limit
+        rose = fitted[-1] > DIVERGED * max(curve.uniform, fitted[0])
     else:
-        rose = curve.rises(fitted, fitted[-1], DIVERGED, JUMP) or all(
-            curve.rises(losses, end_level(losses), DRIFTED, VISIBLE)
-            for losses in (fitted, curve.val)
-        )
+        both = (curve.train, curve.val)
+        drifted = all(curve.rises(v, end_level(v), DRIFTED, VISIBLE) for v in both)
+        rose = drifted or curve.rises(fitted, fitted[-1], DIVERGED, JUMP)
     since = curve.steps[fitted.index(min(fitted))]
     words = f"diverging since step {since}: lower --lr_max or raise --warmup_steps"
-    return words if rose and len(curve.log) > 1 else None
+    return words if rose and len(curve.steps) > 1 else None
 
 
 def too_short(curve: Curve) -> str | None:
-    """Too few evaluations or steps for a trend."""
-    if curve.steps[-1] >= MIN_STEPS and len(curve.log) >= MIN_EVALUATIONS:
+    if curve.steps[-1] >= MIN_STEPS and len(curve.steps) >= MIN_EVALUATIONS:
         return None
     if curve.out_of_patience:
         return "too short to judge: raise --patience"
@@ -146,7 +147,6 @@ def too_short(curve: Curve) -> str | None:
 
 
 def solved(curve: Curve) -> str | None:
-    """The validation text is predicted almost perfectly."""
     if curve.val[-1] > SOLVED * curve.uniform:
         return None
     return (
@@ -156,7 +156,6 @@ def solved(curve: Curve) -> str | None:
 
 
 def overfitting(curve: Curve) -> str | None:
-    """The validation loss rises from its best step on, and the training loss falls."""
     rose = curve.rises(curve.val, end_level(curve.val), OVERFITTED, VISIBLE)
     if not rose or (curve.train and curve.train[-1] > curve.train[curve.best]):
         return None
@@ -174,11 +173,9 @@ def overfitting(curve: Curve) -> str | None:
 
 
 def not_moving(curve: Curve) -> str | None:
-    """Nothing was learned beyond the first evaluation or a uniform guess."""
-    best = curve.val[curve.best]
-    if curve.pretrained and best * OVERFITTED > curve.val[0]:
+    if curve.pretrained and curve.level * OVERFITTED > curve.val[0]:
         return f"not moving from its first loss, {curve.val[0]:.2f}: try another --lr_max"
-    if best < UNTRAINED * curve.uniform:
+    if curve.level < UNTRAINED * curve.uniform:
         return None
     where = f"not moving from ln(V) = {curve.uniform:.2f}"
     if curve.spike():
@@ -187,22 +184,18 @@ def not_moving(curve: Curve) -> str | None:
 
 
 def stuck(curve: Curve) -> str | None:
-    """Little was learned although the learning rate has decayed: it was too high or too low."""
-    level = curve.val[curve.best]
-    high = level > STUCK * curve.uniform and curve.decayed and not curve.pretrained
+    high = curve.level > STUCK * curve.uniform and curve.decayed and not curve.pretrained
     if not high or tail_fall(curve) > 3 * PLATEAU:
         return None
-    return f"stuck at {level:.2f}, little better than token frequencies: try a lower --lr_max"
+    return f"stuck at {curve.level:.2f}, little better than token frequencies: try a lower --lr_max"
 
 
 def plateaued(curve: Curve) -> str | None:
-    """The curve was flat before the learning rate had decayed."""
     if len(curve.active) <= MIN_EVALUATIONS or tail_fall(curve) >= PLATEAU:
         return None
-    level = curve.val[curve.best]
-    near = max((1 + PLATEAU) * level, level + NOISE * zigzag(curve.val))
+    near = max((1 + PLATEAU) * curve.level, curve.level + NOISE * zigzag(curve.val))
     since = next(step for step, loss in zip(curve.steps, curve.val, strict=True) if loss <= near)
-    if level > STUCK * curve.uniform and not curve.pretrained:
+    if curve.level > STUCK * curve.uniform and not curve.pretrained:
         advice = "little better than token frequencies: try another --lr_max, lower first"
     elif curve.spike():
         advice = "lower --lr_max, which made the loss jump"
@@ -212,7 +205,6 @@ def plateaued(curve: Curve) -> str | None:
 
 
 def healthy(curve: Curve) -> str:
-    """No rule found a problem."""
     advice = "more steps or a larger model may improve it further"
     gap = curve.val[-1] - curve.train[-1] if curve.train else 0
     if gap > LARGE_GAP * curve.val[-1]:
