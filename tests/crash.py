@@ -140,21 +140,6 @@ def run_command(
 # --- comparison
 
 
-def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
-    """Where two nested values differ in more than times."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in (a.keys() | b.keys()) - NOT_COMPARED:
-            yield from differences(a.get(key), b.get(key), f"{place}[{key!r}]")
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from differences(x, y, f"{place}[{i}]")
-    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.dtype != b.dtype or not torch.equal(a, b):
-            yield place
-    elif a != b:
-        yield f"{place}: {str(a)[:60]!r}, not {str(b)[:60]!r}"
-
-
 def content(path: Path) -> Any:
     """The content of a file, to be compared."""
     if path.suffix == ".pt":
@@ -164,20 +149,35 @@ def content(path: Path) -> Any:
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 
-def compare(folder: Path, expected: Path) -> list[str]:
-    """How the files of a folder differ from the expected ones."""
-    found = []
-    names = {p.name for f in (folder, expected) if f.exists() for p in f.iterdir() if p.is_file()}
-    for name in sorted(names):
-        if not ((folder / name).exists() and (expected / name).exists()):
-            found.append(f"{name} {'is unexpected' if (folder / name).exists() else 'is missing'}")
-            continue
+def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The values in nested dicts and lists except times, each with its place."""
+    if isinstance(value, dict):
+        for key in value.keys() - NOT_COMPARED:
+            yield from leaves(value[key], f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{place}[{i}]")
+    else:
+        is_tensor = isinstance(value, torch.Tensor)
+        yield place, (value.dtype, value.tolist()) if is_tensor else value
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The values in the files of a folder by file and place."""
+    found = {}
+    for path in filter(Path.is_file, folder.glob("*")):
         try:
-            differ = list(differences(content(folder / name), content(expected / name)))
+            found |= {path.name: "a file"} | dict(leaves(content(path), path.name))
         except Exception as error:
-            differ = [f" cannot be read: {error}"]
-        found += [name + text for text in differ[:2]]
+            found[path.name] = f"cannot be read: {error}"
     return found
+
+
+def compare(folder: Path, expected: Path) -> list[str]:
+    """How the files of a folder differ from the expected ones, at most three differences."""
+    ours, theirs = contents(folder), contents(expected)
+    places = [p for p in sorted(ours.keys() | theirs.keys()) if ours.get(p) != theirs.get(p)]
+    return [f"{p}: {str(ours.get(p))[:60]}, not {str(theirs.get(p))[:60]}" for p in places[:3]]
 
 
 # --- trials
@@ -276,8 +276,7 @@ class Trials:
         self.kill(name, argv, folder)
         wrong = [self.differences(name, folder, expected) for expected in ("old", name)]
         if all(wrong):
-            text = f"{wrong[0][:3]} {wrong[1][:3]}"
-            self.report(name, "neither the old nor the new folder", text)
+            self.report(name, "neither the old nor the new folder", str(wrong))
         status, stderr = run_command(name, argv, folder)
         if status:
             self.report(name, f"status {status} when it is run again", stderr)

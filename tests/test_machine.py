@@ -235,23 +235,21 @@ def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch, capsys)
     assert kept == [True]  # only on a CPU
 
 
-def test_a_resumed_run_names_the_source_of_its_precision(capsys):
-    """The checkpoint, not a flag, unless a flag changes it."""
-    state = {"train_config": {"precision": "bfloat16"}}
-    for precision, why in (("bfloat16", "as before"), ("float16", "as requested")):
-        config = TrainConfig(precision=precision, compile=False)
-        setup.setup_machine(config, CPU, state)
-        assert f"{precision} ({why}), eager" in capsys.readouterr().out
-        assert config.precision == precision
-
-
-@pytest.mark.parametrize(("parallel", "precision"), [("ddp", "float16"), ("fsdp", "float32")])
-def test_without_bfloat16_fsdp_trains_in_float32(monkeypatch, capsys, parallel, precision):
-    monkeypatch.setattr(setup, "pick_precision", lambda *args: ("float16", "no bfloat16"))
-    config = TrainConfig(parallel=parallel, compile=False)
-    setup.setup_machine(config, CPU)
-    assert config.precision == precision
-    assert ("loss scaling" in capsys.readouterr().out) == (parallel == "fsdp")
+@pytest.mark.parametrize(
+    ("settings", "picked", "expected"),
+    [
+        ({"precision": "bfloat16"}, "bfloat16", "bfloat16 (as before)"),  # in the checkpoint
+        ({"precision": "float16"}, "float16", "float16 (why)"),
+        ({}, "float16", "float16 (why)"),
+        ({"parallel": "fsdp"}, "float16", "float32 (--parallel fsdp has no loss scaling"),
+    ],
+)
+def test_the_precision_has_a_reason(monkeypatch, capsys, settings, picked, expected):
+    monkeypatch.setattr(setup, "pick_precision", lambda *args: (picked, "why"))
+    config = TrainConfig(compile=False, **settings)
+    setup.setup_machine(config, CPU, {"train_config": {"precision": "bfloat16"}})
+    assert expected in capsys.readouterr().out
+    assert config.precision == expected.split()[0]
 
 
 def test_a_missing_gpu_is_no_news_on_a_cpu(monkeypatch, caplog):
@@ -290,18 +288,13 @@ def test_the_summary_of_a_run(capsys, monkeypatch):
 
 
 def test_the_table_of_presets_in_the_help():
-    lines = preset_table().splitlines()
-    assert lines[0].split() == ["preset", *PRESET_FIELDS]
-    assert lines[1].split() == "laptop 4 4 128 256 9 2400 0.004 0.0 300".split()
-    assert lines[2] == "             and compile False"
-    assert lines[3].split()[0] == "tiny" and lines[4].split()[0] == "small"  # nothing else in tiny
-    arch = next(i for i, line in enumerate(lines) if line.startswith("arch "))
-    assert lines[arch].split() == ["arch", *ARCH_FIELDS]
-    assert (
-        lines[arch + 2].split() == "llama rmsnorm swiglu rope False False False False False".split()
-    )
-    assert len(lines) == arch + 4  # gpt2, llama, qwen3: all their settings are columns
-    assert {len(line) for line in lines if " and " not in line} == {9 + 12 * 9, 9 + 12 * 8}
+    lines = [line.split() for line in preset_table().splitlines()]
+    assert lines[0] == ["preset", *PRESET_FIELDS]
+    assert lines[1] == "laptop 4 4 128 256 9 2400 0.004 0.0 300".split()
+    assert lines[2] == "and compile False".split()
+    assert lines[3][0] == "tiny" and lines[4][0] == "small"  # nothing else in tiny
+    assert lines[-4] == ["arch", *ARCH_FIELDS]  # gpt2, llama, qwen3: all settings are columns
+    assert lines[-2] == "llama rmsnorm swiglu rope False False False False False".split()
 
 
 @pytest.mark.parametrize(

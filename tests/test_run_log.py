@@ -1,4 +1,4 @@
-"""The files of a run, its status lines, and the logs of other tools, read by their own readers."""
+"""The files of a run, its status lines, and what other tools receive."""
 
 import itertools
 import json
@@ -8,6 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -150,34 +152,19 @@ def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
 
 
 def test_patience_counts_the_evaluations_without_improvement(workplace):
-    log = make_log(patience=2)
-    for loss, expected in [(3.0, 0), (2.5, 0), (2.6, 1), (2.4, 0), (2.4, 1), (2.5, 2), (2.45, 3)]:
-        log_validation_losses(log, [loss])
-        assert log.out_of_patience() == (expected >= 2), loss
-    log_validation_losses(log, [2.3])
-    assert not log.out_of_patience()
-
-
-def test_without_patience_a_run_never_stops_early(workplace):
-    log = make_log()
-    log_validation_losses(log, [1.0, *[2.0] * 20])
-    assert not log.out_of_patience()
-
-
-def test_patience_counts_evaluations_from_before_a_resume(workplace):
-    log = make_log(patience=3)
-    log_validation_losses(log, [1.0, 2.0, 2.0])
-    resumed = RunLog(log.config, HEADER, state=checkpoint(log))
-    assert not resumed.out_of_patience()
-    log_validation_losses(resumed, [2.0])
-    assert resumed.out_of_patience()
-
-
-def test_an_evaluation_is_the_best_only_if_its_loss_is_lower_than_all_before(workplace):
-    log = make_log()
-    found = log_validation_losses(log, [3.0, 2.5, 2.6, 2.5, 2.4])
-    assert found == [True, True, False, False, True]
-    assert log.best()["step"] == 4
+    """Also those from before a resume. An equal loss is no improvement."""
+    log, patient = make_log(patience=2), make_log()
+    losses = [3.0, 2.5, 2.6, 2.4, 2.4, 2.5, 2.45, 2.3]
+    improved = [True, True, False, True, False, False, False, True]
+    stops = [False, False, False, False, False, True, True, False]
+    for loss, is_best, stop in zip(losses, improved, stops, strict=True):
+        assert log_validation_losses(log, [loss]) == [is_best]
+        assert log.out_of_patience() == stop, loss
+        log = RunLog(log.config, HEADER, state=checkpoint(log))
+        assert log.out_of_patience() == stop, loss
+    assert log.best()["step"] == 7
+    log_validation_losses(patient, [1.0, *[2.0] * 20])
+    assert not patient.out_of_patience()
 
 
 # --- the files of a run
@@ -269,23 +256,6 @@ def test_only_rank_0_writes_and_all_ranks_decide_alike(workplace, monkeypatch):
 
 
 # --- other tools
-
-
-def test_tensorboard_has_the_numbers_of_the_log_also_after_a_resume(workplace):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    pytest.importorskip("torch.utils.tensorboard")
-    run = workplace / "checkpoints"
-    train.main([*TINY_RUN, "--max_steps=10"])  # without it; what is logged later begins at step 0
-    for flags in (["--max_steps=15", "--tensorboard"], ["--max_steps=20"]):
-        train.main(["--resume", "--device=cpu", *flags])
-        events = reader.EventAccumulator(str(run / "tensorboard")).Reload()
-        records = read_records(run)
-        assert set(events.Tags()["scalars"]) == set().union(*records)
-        for name in events.Tags()["scalars"]:
-            wanted = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]
-            assert [(e.step, e.value) for e in events.Scalars(name)] == wanted
-    train.main([*TINY_RUN, "--overwrite", "--max_steps=5"])
-    assert not (run / "tensorboard").exists()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -383,14 +353,18 @@ def test_training_steps_are_logged_in_between_and_after_a_resume_as_before(workp
     assert [(r["step"], "val" in r) for r in read_records(log.run_dir)] == [
         *((0, True), (4, False), (8, False), (10, True), (12, False), (16, False)),
     ]
-    with open(log.run_dir / "log.jsonl", "a") as file:
-        file.write('{"step": 20, "lo')  # cut off by a kill
+    file = log.run_dir / "log.jsonl"
+    with open(file, "a") as damaged:  # the last line is of a process killed while it wrote
+        damaged.write('{"step": 12, "loss": "x"}\n[7]\n\0\0\n' + "[" * 10_000 + '\n{"step": 13, "')
     resumed = RunLog(log.config, HEADER | {"max_steps": 100}, state=before)
     header, *records = read_lines(log.run_dir)
     assert header == HEADER | {"max_steps": 100}
     assert [r["step"] for r in records] == [0, 4, 8, 10] and records[1] == step_4
     clock.steps(resumed, 11, 12, seconds=0.5)
     assert [r["step"] for r in read_records(log.run_dir)] == [0, 4, 8, 10, 12]
+    file.unlink()  # the evaluations are in the checkpoint
+    RunLog(log.config, HEADER, state=before)
+    assert [r["step"] for r in read_records(log.run_dir)] == [0, 10]
 
 
 def test_a_gradient_that_is_not_finite_is_null_in_the_log(workplace):
@@ -416,59 +390,28 @@ def test_a_run_that_patience_ends_says_so(workplace, capsys, losses, max_steps, 
     assert (words in capsys.readouterr().out.splitlines()) == stopped
 
 
-def test_a_resume_keeps_the_training_steps_that_can_be_read(workplace, monkeypatch):
-    """The evaluations are in the checkpoint, so that they need no file."""
-    log = make_log()
-    log_validation_losses(log, [3.0])
-    Clock(monkeypatch).steps(log, 1, 20, seconds=1.0)
-    state = log.state() | {"step": 17}
-    file = Path("checkpoints/log.jsonl")
-    with open(file, "a") as damaged:  # the last line is of a process killed while it wrote
-        damaged.write('{"step": 12, "loss": "x"}\n[7]\n\0\0\n' + "[" * 10_000 + '\n{"step": 13, "')
-    for expected in ([0, 10], [0]):
-        RunLog(log.config, HEADER, state=state)
-        assert [line["step"] for line in read_lines(file.parent)[1:]] == expected
-        file.unlink()
-
-
 def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workplace, monkeypatch):
-    shown = []
-
-    class Bar:
-        def __init__(self, **settings: object):
-            shown.append(settings)
-
-        set_postfix_str = lambda self, text, refresh: shown.append((text, refresh))  # noqa: E731
-        update = lambda self: shown.append("update")  # noqa: E731
-        write = staticmethod(lambda text: None)
-
-    monkeypatch.setattr(run_log, "tqdm", Bar)
+    bars = mock.Mock()
+    monkeypatch.setattr(run_log, "tqdm", bars)
     clock = Clock(monkeypatch)
     log = RunLog(TrainConfig(max_steps=100, eval_every=50), HEADER)
     clock.steps(log, 7, 7, 1.0)  # without a bar
     log.begin(SimpleNamespace(step=8))
     clock.steps(log, 9, 11, 1.0)
     settings = {"total": 100, "initial": 8, "unit": "step", "leave": False, "disable": None}
-    assert shown == [settings, "update", ("loss 20.0000", False), "update", "update"]
+    show, update = mock.call().set_postfix_str("loss 20.0000", refresh=False), mock.call().update()
+    assert bars.mock_calls == [mock.call(**settings), update, show, update, update]
     monkeypatch.setattr(run_log, "rank", lambda: 1)
     log.begin(SimpleNamespace(step=0))
-    assert shown[-1] == settings | {"initial": 0, "disable": True}
+    bars.assert_called_with(**settings | {"initial": 0, "disable": True})
 
 
 def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace):
-    read = []
-
-    class Number:
-        def __init__(self, step: int):
-            self.step = step
-
-        def item(self) -> float:
-            read.append(self.step)
-            return 1.0
-
+    read: list[int] = []
     log = make_log(eval_every=7, max_steps=24)
     for step in range(3, 25):
-        log.training_step(step, {"loss": Number(step)}, lr=0.0)
+        number: Any = SimpleNamespace(item=lambda step=step: read.append(step) or 1.0)
+        log.training_step(step, {"loss": number}, lr=0.0)
     assert read == [3, 7, 10, 14, 20, 21, 24]
 
 
@@ -561,46 +504,34 @@ def test_a_new_log_makes_its_folders_and_a_checkpoint_may_lack_files(workplace):
     RunLog(log.config, HEADER, state={"step": 0, "log": []})  # of a run without any such file
 
 
-def test_records_reach_a_tool_without_their_empty_values(workplace, monkeypatch):
-    """Weights & Biases, replaced by a list: also the records from before a resume."""
-    received = []
-
-    def init(**settings: object) -> SimpleNamespace:
-        received.append(settings)
-        return SimpleNamespace(log=lambda record, step: received.append((step, record)))
-
+def test_wandb_receives_the_records_without_their_empty_values(workplace, monkeypatch):
+    """Also the records from before a resume."""
+    init = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     log = RunLog(TrainConfig(wandb=True, tag="a"), HEADER)
     log.evaluation(3, {"val": 2.0}, 0.5, "")
     sent = {"step": 3, "val": 2.0, "lr": 0.5, "seconds": log.records[0]["seconds"]}
     settings = {"project": "tinyllm", "name": "a", "dir": log.run_dir, "config": HEADER}
-    assert received == [settings, (3, sent)]
+    assert init.mock_calls == [mock.call(**settings), mock.call().log(sent, step=3)]
+    init.reset_mock()
     RunLog(TrainConfig(wandb=True), HEADER, state=checkpoint(log))
-    assert received[2:] == [settings | {"name": None, "dir": Path("checkpoints")}, (3, sent)]
+    settings |= {"name": None, "dir": Path("checkpoints")}
+    assert init.mock_calls == [mock.call(**settings), mock.call().log(sent, step=3)]
 
 
 def test_tensorboard_is_written_again_from_the_first_record(workplace, monkeypatch):
-    """TensorBoard, replaced by a list."""
-    received: list[tuple] = []
-
-    class SummaryWriter:
-        def __init__(self, folder: Path):
-            assert not folder.exists()
-            received.append(("folder", folder))
-
-        add_text = lambda self, *args: received.append(("text", *args))  # noqa: E731
-        add_scalar = lambda self, *args: received.append(args)  # noqa: E731
-        flush = lambda self: received.append(("flush",))  # noqa: E731
-
-    module = SimpleNamespace(SummaryWriter=SummaryWriter)
+    writer, call = mock.Mock(), mock.call()
+    module = SimpleNamespace(SummaryWriter=writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    run = Path("checkpoints")
-    (run / "tensorboard").mkdir(parents=True)
-    (run / "tensorboard" / "old").touch()
+    folder = Path("checkpoints/tensorboard")
+    folder.mkdir(parents=True)
     record = {"step": 4, "val": 2.0, "ppl": None, "seconds": 1.0}
     RunLog(TrainConfig(tensorboard=True), {"a": 1, "b": "x"}, state={"step": 4, "log": [record]})
-    assert received == [
-        ("folder", run / "tensorboard"),
-        ("text", "settings", "    a: 1\n    b: x"),
-        *(("step", 4, 4), ("val", 2.0, 4), ("seconds", 1.0, 4), ("flush",)),
+    assert not folder.exists()
+    assert writer.mock_calls == [
+        mock.call(folder),
+        call.add_text("settings", "    a: 1\n    b: x"),
+        *(call.add_scalar(*words) for words in (("step", 4, 4), ("val", 2.0, 4))),
+        call.add_scalar("seconds", 1.0, 4),
+        call.flush(),
     ]
