@@ -16,9 +16,8 @@ from tokenizer import Tokenizer
 from training.setup import Data, memory_estimate
 from utils import get_batch
 
-# By a part of their names, the first that applies.
+# By a part of their names, the first that applies; others are embeddings.
 COMPONENTS = {"norm": "norms", "attn": "attention", "mlp": "MLP", "head": "output"}
-COMPONENTS[""] = "embeddings"
 EXAMPLE_CHARS, EXAMPLE_WIDTH = 60, 90
 
 
@@ -28,7 +27,7 @@ def params_by_component(gpt: GPTConfig) -> dict[str, int]:
         model = GPT(replace(gpt, n_layer=1))
     counts = dict.fromkeys(("embeddings", "attention", "MLP", "norms", "output"), 0)
     for name, p in model.named_parameters():
-        component = next(COMPONENTS[part] for part in COMPONENTS if part in name)
+        component = next((COMPONENTS[part] for part in COMPONENTS if part in name), "embeddings")
         counts[component] += p.numel() * (gpt.n_layer if name.startswith("blocks.") else 1)
     return counts
 

@@ -246,11 +246,7 @@ HEADER += "  weight decay  predicted loss"
 
 
 def plan_run(
-    flags: Flags,
-    gpt: GPTConfig,
-    config: TrainConfig,
-    make_trainer: MakeTrainer,
-    started: float,
+    flags: Flags, gpt: GPTConfig, config: TrainConfig, make_trainer: MakeTrainer, started: float
 ) -> tuple[GPTConfig, TrainConfig]:
     """Measure, print the plan, and return the best settings for the time in config.minutes (or for
     the longest of BUDGETS). Raises UserError if the time is too short.

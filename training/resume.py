@@ -12,10 +12,9 @@ from training.distributed import is_restart
 from utils import matching_contents, read_checkpoint
 
 Flags = dict[str, Any]  # given on the command line, by name
-State = dict[str, Any]  # the contents of a checkpoint
 
 
-def resume_pretraining(flags: Flags) -> tuple[Flags, State | None]:
+def resume_pretraining(flags: Flags) -> tuple[Flags, dict[str, Any] | None]:
     """The flags of a pretraining run to resume, with the settings in its checkpoint, and the
     checkpoint. Raises UserError for flags that do not fit it."""
     flags = {"out_dir": "checkpoints", "tag": ""} | flags  # the folder may have been renamed
@@ -32,7 +31,7 @@ def resume_pretraining(flags: Flags) -> tuple[Flags, State | None]:
     return resumed_flags(flags, saved, planned), state
 
 
-def saved_settings(state: State) -> Flags:
+def saved_settings(state: dict[str, Any]) -> Flags:
     """The settings in a checkpoint, those that it lacks with their defaults. Raises UserError if
     they are not valid."""
     gpt = from_dict(GPTConfig, state["gpt_config"])
@@ -41,7 +40,7 @@ def saved_settings(state: State) -> Flags:
     return asdict(gpt) | asdict(config)
 
 
-def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | None]:
+def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, dict[str, Any] | None]:
     """The last checkpoint of a run, if --resume is given or torchrun restarted the process; and the
     flags, in that case with --resume, or --overwrite if nothing was saved."""
     latest = run_dir / "latest.pt"

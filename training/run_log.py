@@ -66,10 +66,9 @@ class RunLog:
         self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
         self.run_dir = Path(config.out_dir, config.tag)
         self.records: list[Record] = state["log"] if state else []  # of the evaluations
-        # of the run, before this process
-        self.seconds_before: float = state.get("seconds", 0.0) if state else 0.0
         now = time.perf_counter()
         self.started = started if config.minutes and started else now
+        self.started -= state.get("seconds", 0.0) if state else 0.0  # before this process
         self.next_plot = now + PLOT_INTERVAL
         # when the timed interval began, and after which step
         self.clock_time, self.clock_step = now, 0
@@ -93,17 +92,14 @@ class RunLog:
 
     def prepare_files(self, state: dict[str, Any] | None) -> None:
         """Delete the files of an earlier run, or cut the samples back to the checkpoint. What a
-        killed process was writing is deleted in any case."""
-        for file in run_files(self.run_dir, ".part"):
+        killed process was writing is deleted in any case, and what TensorBoard will write again."""
+        for file in run_files(self.run_dir, ".part") + ([] if state else run_files(self.run_dir)):
             file.unlink()
-        if state:
-            file, size = self.run_dir / SAMPLES, state.get("files", {}).get(SAMPLES)
-            if size is not None and file.exists() and file.stat().st_size > size:
-                os.truncate(file, size)
-            return
-        for file in run_files(self.run_dir):
-            file.unlink()
-        shutil.rmtree(self.run_dir / "tensorboard", ignore_errors=True)
+        if self.config.tensorboard or not state:
+            shutil.rmtree(self.run_dir / "tensorboard", ignore_errors=True)
+        file, size = self.run_dir / SAMPLES, (state or {}).get("files", {}).get(SAMPLES)
+        if size is not None and file.exists() and file.stat().st_size > size:
+            os.truncate(file, size)
 
     def restore_log(self, step: int) -> list[Record]:
         """Write log.jsonl as it was at a checkpoint, but with the current settings: the evaluations
@@ -197,7 +193,7 @@ class RunLog:
 
     def seconds(self) -> float:
         """The duration of the run until now, without interruptions."""
-        return self.seconds_before + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     def best(self) -> Record:
         """The record with the lowest validation loss."""

@@ -73,10 +73,10 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, F
         from training.plan import plan_flags  # only with --plan or --minutes
 
         flags = plan_flags(flags)
+    device = flags.get("device", "auto")
     if not state:
         raise_problems(tokenizer_problems(flags))
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
-    device = flags.get("device", "auto")
     device_type = "cpu" if device_problems(device) else pick_device(device).type  # reported later
     return *train_settings(flags, device_type), state, given
 
@@ -99,11 +99,8 @@ def check_run(gpt_config: GPTConfig, config: TrainConfig, *others: Any) -> list[
             found.append(f"--{name} needs a package: pip install {name}")
     if config.parallel == "fsdp" and not is_torchrun():
         found.append("--parallel fsdp needs several processes: start them with torchrun")
-    if (
-        config.precision == "bfloat16"
-        and not found
-        and not has_bfloat16(pick_device(config.device))
-    ):
+    bfloat16 = config.precision == "bfloat16"
+    if bfloat16 and not found and not has_bfloat16(pick_device(config.device)):
         found.append("this GPU only emulates bfloat16, slowly: use --precision float16")
     if config.parallel == "fsdp" and config.precision == "float16":
         found.append(f"{NO_FLOAT16}: use --precision bfloat16, or float32")
@@ -146,15 +143,10 @@ class Data(NamedTuple):
 def load_data(gpt_config: GPTConfig, config: TrainConfig, state: State | None) -> Data:
     """The tokenizer and the corpus of a run. Raises UserError if they do not fit the settings or
     the run to resume."""
+    own = tokenizers.from_dict(state["tokenizer"]) if state else None
+    names = (config.data, config.tokenizer, config.bpe_vocab_size)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(
-            config.data,
-            config.tokenizer,
-            config.bpe_vocab_size,
-            tokenizers.from_dict(state["tokenizer"]) if state else None,
-            config.separator,
-            config.hold_out,
-        )
+        tokenizer, corpus = load_corpus(*names, own, config.separator, config.hold_out)
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
