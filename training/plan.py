@@ -57,10 +57,10 @@ def plan_flags(flags: Flags) -> Flags:
     """The flags with the smallest size, until a run is planned. Raises UserError for flags that
     contradict a plan."""
     chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
-    raise_problems(
-        [f"--minutes and --plan choose {chosen}: leave it out"] * bool(chosen)
-        + ["--minutes and --plan are for one process: start them without torchrun"] * is_torchrun()
-    )
+    if chosen:
+        raise UserError(f"--minutes and --plan choose {chosen}: leave it out")
+    if is_torchrun():
+        raise UserError("--minutes and --plan are for one process: start them without torchrun")
     return size_flags(SIZES[0], flags)
 
 

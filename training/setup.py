@@ -26,7 +26,7 @@ from corpus.load import is_dataset, load_corpus
 from model import GPT
 from system.device import check_memory, device_problems, has_bfloat16, pick_device
 from system.files import folder_problems
-from system.settings import UserError, raise_problems
+from system.settings import UserError
 from tokenizer import Tokenizer
 from training.distributed import (
     broadcast_from_rank0,
@@ -75,20 +75,14 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, F
         flags = plan_flags(flags)
     device = flags.get("device", "auto")
     if not state:
-        raise_problems(tokenizer_problems(flags))
+        data, words = flags.get("data", TrainConfig.data), flags.keys()
+        if words & {"tokenizer", "bpe_vocab_size"} and is_dataset(data):
+            raise UserError(f"{data} already has a tokenizer: leave out --tokenizer, --vocab_size")
+        if "bpe_vocab_size" in words and flags.get("tokenizer") != "bpe":
+            raise UserError("--vocab_size is for --tokenizer bpe; others have a fixed size")
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
     device_type = "cpu" if device_problems(device) else pick_device(device).type  # reported later
     return *train_settings(flags, device_type), state, given
-
-
-def tokenizer_problems(flags: Flags) -> list[str]:
-    """Tokenizer flags that have no effect."""
-    data, tokenizer = flags.get("data", TrainConfig.data), flags.get("tokenizer", "char")
-    if is_dataset(data) and flags.keys() & {"tokenizer", "bpe_vocab_size"}:
-        return [f"{data} already has a tokenizer: leave out --tokenizer and --vocab_size"]
-    if "bpe_vocab_size" in flags and tokenizer != "bpe":
-        return ["--vocab_size is for --tokenizer bpe; other vocabularies have a fixed size"]
-    return []
 
 
 def check_run(gpt_config: GPTConfig, config: TrainConfig, *others: Any) -> list[str]:
