@@ -268,14 +268,11 @@ def parse_traceback(text: str) -> tuple[str, str, str]:
     _, found, trace = text.rpartition("Traceback (most recent call last):\n")
     if not found:
         return "", "", ""
-    lines = [line for line in trace.splitlines() if not line.startswith(" ")] or [""]
-    frames = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
-    ours = [f for f in frames if f[0].startswith(str(ROOT)) and f"{ROOT}/tests" not in f[0]]
-    ours = [f for f in ours if f[2] != "run"]
-    place = (
-        f"at {Path(ours[-1][0]).relative_to(ROOT)}:{ours[-1][1]} ({ours[-1][2]})" if ours else ""
-    )
-    return lines[0].partition(":")[0] or "exception", lines[0], place or "at exit"
+    message = next((line for line in trace.splitlines() if not line.startswith(" ")), "")
+    ours = rf'File "{ROOT}/(?!tests/)(.+?)", line (\d+), in (?!run\n)(\S+)'
+    frames = re.findall(ours, trace)
+    place = "at {}:{} ({})".format(*frames[-1]) if frames else "at exit"
+    return message.partition(":")[0] or "exception", message, place
 
 
 def asked_for(path: str, case: Case) -> bool:

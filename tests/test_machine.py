@@ -36,25 +36,23 @@ def test_nothing_is_compiled_if_compiling_does_not_work(monkeypatch, capsys):
     assert pick_compile(None, torch.device("mps")) is False
 
 
-def test_the_memory_estimate_equals_a_count_by_hand(monkeypatch):
+def test_the_memory_of_optimizers_checkpointing_and_shards_by_hand(monkeypatch):
     model = make_model()
     n = model.num_params()
-    run = TrainConfig(batch_size=2, precision="float32")
-    estimate = memory_estimate(model.config, run)
-    assert [estimate[k] for k in ("weights", "gradients", "optimizer")] == [4 * n, 4 * n, 8 * n]
-    assert estimate["batches"] == 24 * 2 * 8
-    # 2 blocks x (20 x 16 + 5 x 64) numbers, and 11 logits twice and their gradient, for 24 tokens
-    assert estimate["activations"] == 24 * (2 * (320 + 320) * 4 + 11 * 12)
-    run.optimizer, run.grad_checkpoint, run.grad_accum = "muon", True, 2
-    run.parallel = "fsdp"
+    run = TrainConfig(batch_size=2, precision="float32", optimizer="muon", grad_accum=2)
+    run.grad_checkpoint, run.parallel = True, "fsdp"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    estimate = memory_estimate(model.config, run)
-    assert [estimate[k] for k in ("weights", "gradients")] == [2 * n, 2 * n]
-    assert estimate["batches"] == 24 * 2 * 8  # each process has one of two micro-batches
-    # two averages for the embedding (11 x 16) and the last norm (16), one for the rest
-    assert estimate["optimizer"] == 2 * (n + 11 * 16 + 16)
-    assert estimate["activations"] == 24 * (2 * 16 * 4 + (320 + 320) * 4 + 11 * 12)
+    assert memory_estimate(model.config, run) == {
+        "weights": 2 * n,
+        "gradients": 2 * n,
+        # two averages for the embedding (11 x 16) and the last norm (16), one for the rest
+        "optimizer": 2 * (n + 11 * 16 + 16),
+        # for 24 tokens, the inputs of 2 blocks, one block of 20 x 16 + 5 x 64 numbers, and 11
+        # logits twice with their gradient
+        "activations": 24 * (2 * 16 * 4 + (320 + 320) * 4 + 11 * 12),
+        "batches": 24 * 2 * 8,  # each process has one of two micro-batches
+    }
     run.optimizer = "sgd"
     assert memory_estimate(model.config, run)["optimizer"] == 2 * n  # one each
     run.parallel = "ddp"  # divides nothing
