@@ -20,7 +20,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,7 +32,7 @@ import torch
 from system.command_line import parse_args
 from system.errors import run
 from system.settings import setting
-from tests.fuzz import fork, run_script, temporary_folder
+from tests.fuzz import fork, redirect, run_script, temporary_folder
 from tests.fuzz_cases import BPE, LLAMA, make_fixtures
 from training.run_log import RunLog
 
@@ -111,9 +110,7 @@ class Killer:
 def run_child(name: str, argv: str, folder: Path, number: int, at: int) -> int:
     """Run a command as its script does. Returns its exit status."""
     os.chdir(folder)
-    for fd, file in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
+    redirect(folder)
     RunLog.plot = lambda self: None  # type: ignore[method-assign]  # slower than everything else
     signal.alarm(LIMIT)
     os.fsync = lambda fd: None  # slow, and without effect on a kill: the pages are the kernel's

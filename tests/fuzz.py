@@ -180,7 +180,7 @@ def run_child(case: Case, base: Path, folder: Path, seed: int) -> int:
     demo.build_page = build_page
     socket.socket.connect = socket.getaddrinfo = no_network  # type: ignore[assignment]
     subprocess.run = subprocess.Popen = no_network  # type: ignore[assignment, misc]
-    redirect(case, folder)
+    redirect(folder, case.stdin, case.stdout)
     set_limits(RARE_SECONDS if case.script in RARE else CPU_SECONDS)
     return run_script(case.script, case.argv)
 
@@ -197,22 +197,20 @@ def set_limits(cpu_seconds: int) -> None:
     signal.alarm(WALL_SECONDS)
 
 
-def redirect(case: Case, folder: Path) -> None:
-    """Set the standard input, output and error of this process."""
-    (folder / "stdin").write_bytes(case.stdin or b"")
-    flags = os.O_WRONLY | os.O_CREAT
-    out = os.open("/dev/full" if case.stdout == "/dev/full" else folder / "stdout", flags)
-    if case.stdout == "closed pipe":
+def redirect(folder: Path, stdin: bytes | None = b"", stdout: str = "file") -> None:
+    """Set the standard input, output and error of this process: to files in a folder, or the
+    output to one of STDOUTS."""
+    (folder / "stdin").write_bytes(stdin or b"")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    out = os.open("/dev/full" if stdout == "/dev/full" else folder / "stdout", flags)
+    if stdout == "closed pipe":
         read_end, out = os.pipe()
         os.close(read_end)
-    for source, target in (
-        (os.open(folder / "stdin", os.O_RDONLY), 0),
-        (out, 1),
-        (os.open(folder / "stderr", flags), 2),
-    ):
+    inputs, errors = os.open(folder / "stdin", os.O_RDONLY), os.open(folder / "stderr", flags)
+    for source, target in ((inputs, 0), (out, 1), (errors, 2)):
         os.dup2(source, target)
-    encoding = "ascii" if case.stdout == "ASCII" else "utf-8"
-    sys.stdin = None if case.stdin is None else os.fdopen(0, encoding="utf-8")  # type: ignore
+    encoding = "ascii" if stdout == "ASCII" else "utf-8"
+    sys.stdin = None if stdin is None else os.fdopen(0, encoding="utf-8")  # type: ignore
     sys.stdout = os.fdopen(1, "w", encoding=encoding)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
 

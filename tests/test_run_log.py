@@ -74,28 +74,17 @@ def files_in(folder: Path) -> set[str]:
 # --- status lines
 
 
-@pytest.mark.parametrize(
-    ("record", "expected"),
-    [
-        (
-            {"step": 10, "val": 1.23456, "lr": 0.001, "grad_norm": 0.5, "seconds": 7.0},
-            "step 10 | val 1.2346 | lr 1.00e-03 | grad 0.50",
-        ),
-        (
-            {"margin": 0.5, "ms_per_step": 2.0, "lr": 0.001, "bpb": 2.0, "step": 1, "ppl": None},
-            "step 1 | bpb 2.000 | margin 0.500 | lr 1.00e-03 | 2.0 ms/step",
-        ),
-    ],
-)
-def test_the_status_line_does_not_depend_on_the_order_of_the_metrics(record, expected):
-    for names in itertools.permutations(record):
-        assert status_line({name: record[name] for name in names}) == expected
-
-
-def test_unknown_metrics_are_shown_in_their_order():
-    assert status_line({"old": 3.14159, "margin": 0.5, "val": 1.0}).endswith(
-        "old 3.142 | margin 0.500"
-    )
+def test_the_status_line_does_not_depend_on_the_order_of_the_metrics():
+    known = {"step": 10, "val": 1.23456, "lr": 0.001, "grad_norm": 0.5, "seconds": 7.0}
+    other = {"margin": 0.5, "ms_per_step": 2.0, "lr": 0.001, "bpb": 2.0, "ppl": None}
+    for record, expected in (
+        (known, "step 10 | val 1.2346 | lr 1.00e-03 | grad 0.50"),
+        (other, "bpb 2.000 | margin 0.500 | lr 1.00e-03 | 2.0 ms/step"),
+    ):
+        for names in itertools.permutations(record):
+            assert status_line({name: record[name] for name in names}) == expected
+    in_order = {"old": 3.14159, "margin": 0.5, "val": 1.0}  # of the unknown ones
+    assert status_line(in_order) == "val 1.0000 | old 3.142 | margin 0.500"
 
 
 def test_further_terms_of_the_loss_reach_the_log_and_the_status_line(workplace, capsys):
