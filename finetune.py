@@ -55,12 +55,7 @@ from training.distributed import (
     local_rank_zero_first,
     rank,
 )
-from training.setup import (
-    check_corpus,
-    check_unchanged,
-    machine_line,
-    setup_machine,
-)
+from training.setup import check_corpus, check_unchanged, setup_machine
 from training.task import CheckpointFormat, PlainFormat, Pretraining, Task
 from utils import read_checkpoint
 
@@ -274,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     device = init_process_group(config.device)
     with local_rank_zero_first():
         data = load_data(settings, config.data, base.tokenizer, config.separator, config.hold_out)
-    why_precision = setup_machine(config, device, state)
+    setup_machine(config, device, state)
     model = new_model(settings, gpt_config, base, data)
     splits = None
     if data.records:
@@ -291,7 +286,6 @@ def main(argv: list[str] | None = None) -> int:
         lora.add_lora(model, adapt, also=EMBEDDINGS if new_tokens else ())
     format = make_format(settings, adapt, model, plain, base, teacher, data)
     task = make_task(settings, config, model, plain, base, teacher, data, splits, format, device)
-    print(machine_line(config, device, why_precision))
     print_summary(settings, config, model, data, splits)
     if config.dry_run:
         print_parameters(model.config)

@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
     gpt_config, config, state, flags = parse_args(classes, argv, doc, resolve_train, check_run)
     device = init_process_group(config.device)
     data = load_data(gpt_config, config, state)
-    why_precision = setup_machine(config, device, state)
+    setup_machine(config, device, state)
     gpt_config = replace(gpt_config, vocab_size=data.tokenizer.vocab_size)
     make_trainer = partial(new_trainer, task_type, data, device)
     if config.plan or (config.minutes and not state):
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
         gpt_config, config = plan_run(flags, gpt_config, config, make_trainer, started)
     if config.plan:
         return 0
-    print_summary(gpt_config, config, data.corpus, device, why_precision)
+    print_summary(gpt_config, config, data.corpus, device)
     if config.dry_run or config.overfit_batch:
         from training.checks import run_check  # only with these flags
 

@@ -9,37 +9,31 @@ saved nothing, until it is finished; then its checkpoints, log and samples must 
 that was never killed, except for times. A killed `prepare` or `export` must leave the old folder or
 the new one, complete. In the end no temporary files may remain.
 
-Each command runs in a fork of this process, which has imported everything.
+Each command runs in a fork of this process, which has imported everything, on the inputs of
+tests/fuzz.py.
 """
 
 import builtins
-import contextlib
-import importlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import sys
-import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-import export
-import finetune
-import prepare
-import train
 from system.command_line import parse_args
 from system.errors import run
 from system.settings import setting
+from tests.fuzz import fork, redirect, run_script, temporary_folder
+from tests.fuzz_cases import BPE, LLAMA, make_fixtures
 from training.run_log import RunLog
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -53,34 +47,27 @@ OPERATIONS = [
 ]
 OPERATIONS += [(builtins, "open")]
 
-RUN = (
-    "--data=data/input.txt --tag=run --device=cpu --no-compile --precision=float32 --batch_size=4 "
-)
-RUN += "--eval_every=5 --save_every=10 --eval_windows=4 --sample_tokens=10 --dropout=0.1"
-SIZES = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --arch=llama --optimizer=muon"
+RUN = "--data=data/input.txt --tag=run --device=cpu --no-compile --precision=float32"
+RUN += " --batch_size=4 --eval_every=5 --save_every=10 --eval_windows=4 --sample_tokens=10"
+SIZES = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --optimizer=muon --dropout=0.1"
 
 
-@dataclass
-class Job:
+class Job(NamedTuple):
     """A command that is killed, and the folder that it writes."""
 
-    main: Callable[[], int | None]
     argv: str
     folder: str = "checkpoints/run"
-    replaces: str = ""  # the arguments that make the folder that it replaces; "": it is resumed
+    replaces: bool = False  # the folder, which exists; otherwise it is resumed
     share: int = 3  # of the trials
 
 
 JOBS = {
-    "train": Job(train.main, f"{RUN} {SIZES} --max_steps=60", share=12),
-    "finetune": Job(finetune.main, f"base.pt {RUN} --lora_rank=2 --max_steps=30"),
+    "train": Job(f"{RUN} {SIZES} --max_steps=60", share=12),
+    "finetune": Job(f"{LLAMA} {RUN} --dropout=0.1 --lora_rank=2 --max_steps=30"),
     "prepare": Job(
-        prepare.main,
-        "data/input.txt --name=set --vocab_size=400 --workers=1 --overwrite",
-        "data/set",
-        replaces="data/input.txt --name=set --tokenizer=char --workers=1",
+        "data/input.txt --name=set --vocab_size=280 --workers=1 --overwrite", "data/set", True
     ),
-    "export": Job(export.main, "base.pt out --overwrite", "out", replaces="other.pt out"),
+    "export": Job(f"{BPE} hf --overwrite", "hf", True),
 }
 
 
@@ -120,41 +107,26 @@ class Killer:
             os.kill(os.getpid(), self.number)
 
 
-def run_child(job: Job, argv: str, folder: Path, number: int, at: int) -> None:
-    """Run a command as its script does. Ends the process."""
+def run_child(name: str, argv: str, folder: Path, number: int, at: int) -> int:
+    """Run a command as its script does. Returns its exit status."""
     os.chdir(folder)
-    for fd, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", closefd=False) for fd in (1, 2))
-    sys.argv = ["", *argv.split()]
+    redirect(folder)
     RunLog.plot = lambda self: None  # type: ignore[method-assign]  # slower than everything else
     signal.alarm(LIMIT)
     os.fsync = lambda fd: None  # slow, and without effect on a kill: the pages are the kernel's
-    killer, status = Killer(number, at), 1
-    try:
-        run(job.main)
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    killer = Killer(number, at)
+    status = run_script(name, argv.split())
     Path(folder, "operations").write_text(str(killer.count))
-    os._exit(status)
+    return status
 
 
 def run_command(
-    job: Job, argv: str, folder: Path, number: int = 0, at: int = 0, delay: float = 0.0
+    name: str, argv: str, folder: Path, number: int = 0, at: int = 0, delay: float = 0.0
 ) -> tuple[int, str]:
     """Run a command in a child process. If `number` is given, send it this signal, at a file
     operation or after a delay. Returns its exit status, negative if a signal ended it, and what it
     wrote to stderr."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run_child(job, argv, folder, number, at)
-        finally:
-            os._exit(99)
+    pid = fork(run_child, name, argv, folder, number, at)
     if delay:
         time.sleep(delay)
         os.kill(pid, number)  # if it has ended, it still has its id
@@ -163,21 +135,6 @@ def run_command(
 
 
 # --- comparison
-
-
-def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
-    """Where two nested values differ in more than times."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in (a.keys() | b.keys()) - NOT_COMPARED:
-            yield from differences(a.get(key), b.get(key), f"{place}[{key!r}]")
-    elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from differences(x, y, f"{place}[{i}]")
-    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.dtype != b.dtype or not torch.equal(a, b):
-            yield place
-    elif a != b:
-        yield f"{place}: {str(a)[:60]!r}, not {str(b)[:60]!r}"
 
 
 def content(path: Path) -> Any:
@@ -189,20 +146,35 @@ def content(path: Path) -> Any:
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 
-def compare(folder: Path, expected: Path) -> list[str]:
-    """How the files of a folder differ from the expected ones."""
-    found = []
-    names = {p.name for f in (folder, expected) if f.exists() for p in f.iterdir() if p.is_file()}
-    for name in sorted(names):
-        if not ((folder / name).exists() and (expected / name).exists()):
-            found.append(f"{name} {'is unexpected' if (folder / name).exists() else 'is missing'}")
-            continue
+def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The values in nested dicts and lists except times, each with its place."""
+    if isinstance(value, dict):
+        for key in value.keys() - NOT_COMPARED:
+            yield from leaves(value[key], f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{place}[{i}]")
+    else:
+        is_tensor = isinstance(value, torch.Tensor)
+        yield place, (value.dtype, value.tolist()) if is_tensor else value
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """The values in the files of a folder by file and place."""
+    found = {}
+    for path in filter(Path.is_file, folder.glob("*")):
         try:
-            differ = list(differences(content(folder / name), content(expected / name)))
+            found |= {path.name: "a file"} | dict(leaves(content(path), path.name))
         except Exception as error:
-            differ = [f" cannot be read: {error}"]
-        found += [name + text for text in differ[:2]]
+            found[path.name] = f"cannot be read: {error}"
     return found
+
+
+def compare(folder: Path, expected: Path) -> list[str]:
+    """How the files of a folder differ from the expected ones, at most three differences."""
+    ours, theirs = contents(folder), contents(expected)
+    places = [p for p in sorted(ours.keys() | theirs.keys()) if ours.get(p) != theirs.get(p)]
+    return [f"{p}: {str(ours.get(p))[:60]}, not {str(theirs.get(p))[:60]}" for p in places[:3]]
 
 
 # --- trials
@@ -222,59 +194,38 @@ class Trials:
 
     def run(self) -> None:
         """All trials."""
-        self.make_inputs(self.top / "common")
+        make_fixtures(self.top / "old")
         names = [self.settings.only] if self.settings.only else list(JOBS)
-        for name in names:
-            self.run_unkilled(name)
+        for name in names:  # what each makes if it is not killed
+            shutil.copytree(self.top / "old", self.top / name)
+            start = time.monotonic()
+            status, stderr = run_command(name, JOBS[name].argv, self.top / name)
+            assert status == 0, stderr
+            self.seconds[name] = time.monotonic() - start
+            self.operations[name] = int((self.top / name / "operations").read_text())
         self.started = time.monotonic()
         while not self.done():
             name = self.rng.choices(names, [JOBS[name].share for name in names])[0]
             folder = self.top / "trial"
-            shutil.copytree(self.top / f"{name}.old", folder)
+            shutil.copytree(self.top / "old", folder)
             finished = (self.replace if JOBS[name].replaces else self.resume)(name, folder)
             if finished:
-                for problem in compare(folder / JOBS[name].folder, self.expected(name, "new")):
+                for problem in self.differences(name, folder):
                     self.report(name, f"at the end, {problem}")
                 left = [p.name for p in folder.rglob("*") if re.search(r"\.(part|old)$", p.name)]
                 if left:
                     self.report(name, f"at the end, there is {', '.join(left)}")
             shutil.rmtree(folder)
 
+    def differences(self, name: str, folder: Path, expected: str = "") -> list[str]:
+        """How what a command has written differs from what it writes if it is not killed, or from
+        what is in another folder."""
+        return compare(*(f / JOBS[name].folder for f in (folder, self.top / (expected or name))))
+
     def done(self) -> bool:
         """Whether there were enough kills, or no time is left."""
         late = time.monotonic() - self.started > 60 * (self.settings.minutes or 1e9)
         return late or self.kills.total() >= self.settings.kills
-
-    def make_inputs(self, folder: Path) -> None:
-        """A text and two small models."""
-        (folder / "data").mkdir(parents=True)
-        words = "the quick brown fox jumps over a lazy dog and then it sleeps".split()
-        lines = (" ".join(words[i * j % 13] for j in range(1, 9)) for i in range(300))
-        (folder / "data/input.txt").write_text("\n".join(lines))
-        for name in ("base", "other"):
-            argv = f"{RUN} {SIZES} --out_dir={name} --seed={len(name)} --max_steps=2"
-            status, stderr = run_command(JOBS["train"], argv, folder)
-            assert status == 0, stderr
-            (folder / name / "run" / "best.pt").rename(folder / f"{name}.pt")
-            shutil.rmtree(folder / name)
-
-    def run_unkilled(self, name: str) -> None:
-        """Make the folder that a command starts from, NAME.old, and what it makes, NAME.new."""
-        job, old, new = JOBS[name], self.top / f"{name}.old", self.top / f"{name}.new"
-        shutil.copytree(self.top / "common", old)
-        if job.replaces:
-            status, stderr = run_command(job, job.replaces, old)
-            assert status == 0, stderr
-        shutil.copytree(old, new)
-        start = time.monotonic()
-        status, stderr = run_command(job, job.argv, new)
-        assert status == 0, stderr
-        self.seconds[name] = time.monotonic() - start
-        self.operations[name] = int((new / "operations").read_text())
-
-    def expected(self, name: str, which: str) -> Path:
-        """The folder that a command replaces ("old") or makes ("new")."""
-        return self.top / f"{name}.{which}" / JOBS[name].folder
 
     def report(self, name: str, problem: str, detail: str = "") -> None:
         """Print and count a problem. Numbers are left out of the count, to group similar ones."""
@@ -289,7 +240,7 @@ class Trials:
         else:
             at = self.rng.randint(1, self.operations[name])
         self.moment = f"{number.name} {f'after {delay:.2f} s' if delay else f'at operation {at}'}"
-        status, stderr = run_command(JOBS[name], argv, folder, number, at, delay)
+        status, stderr = run_command(name, argv, folder, number, at, delay)
         if status:
             self.kills[number.name] += 1
         if "Traceback" in stderr:
@@ -305,7 +256,7 @@ class Trials:
             saved = (folder / job.folder / "latest.pt").exists()
             argv = "--resume --tag=run" if saved else job.argv + " --overwrite" * (life > 0)
             if life and (self.done() or self.rng.random() < 0.2):
-                status, stderr = run_command(job, argv, folder)
+                status, stderr = run_command(name, argv, folder)
             else:
                 status, stderr = self.kill(name, argv, folder), ""
             if status == 0:
@@ -318,16 +269,12 @@ class Trials:
     def replace(self, name: str, folder: Path) -> bool:
         """Kill a command that replaces a folder, which must leave the old or the new one, and run
         it again. Returns whether that succeeds."""
-        job = JOBS[name]
-        self.kill(name, job.argv, folder)
-        wrong = [
-            compare(folder / job.folder, self.expected(name, which)) for which in ("old", "new")
-        ]
+        argv = JOBS[name].argv
+        self.kill(name, argv, folder)
+        wrong = [self.differences(name, folder, expected) for expected in ("old", name)]
         if all(wrong):
-            self.report(
-                name, "neither the old nor the new folder", f"{wrong[0][:3]} {wrong[1][:3]}"
-            )
-        status, stderr = run_command(job, job.argv, folder)
+            self.report(name, "neither the old nor the new folder", str(wrong))
+        status, stderr = run_command(name, argv, folder)
         if status:
             self.report(name, f"status {status} when it is run again", stderr)
         return status == 0
@@ -337,12 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 1 if there was a problem."""
     settings = parse_args(CrashConfig, argv, __doc__ or "")
     torch.set_num_threads(1)
-    for module in ("torch._dynamo", "safetensors.torch"):  # imported here, once
-        importlib.import_module(module)
-    top = Path(tempfile.mkdtemp(prefix="crash"))
-    trials = Trials(settings, top)
-    with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, top, ignore_errors=True)
+    with temporary_folder() as top:
+        trials = Trials(settings, top)
         trials.run()
     minutes = (time.monotonic() - trials.started) / 60
     print("\nproblems by kind:")

@@ -33,9 +33,10 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,6 +83,54 @@ class FuzzConfig:
         return [f"no script {', '.join(unknown)}: use {', '.join(SCRIPTS)}"] if unknown else []
 
 
+# --- child processes
+
+
+@contextlib.contextmanager
+def temporary_folder(keep: bool = False) -> Iterator[Path]:
+    """A folder that other users can read."""
+    top = Path(tempfile.mkdtemp(prefix="fuzz"))
+    top.chmod(0o755)
+    try:
+        yield top
+    finally:
+        os.chdir(ROOT)
+        if not keep:
+            shutil.rmtree(top, ignore_errors=True)
+
+
+def fork(function: Callable[..., int], *args: Any) -> int:
+    """Call a function in a child process, which exits with the status that it returns. Returns the
+    id of the process."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = function(*args)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    return pid
+
+
+def run_script(script: str, argv: list[str]) -> int:
+    """Run a command as its script does. Returns its exit status."""
+    sys.argv = [script, *argv]
+    status: Any = 1
+    try:
+        run(importlib.import_module(script).main)
+    except SystemExit as error:
+        status = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    try:  # as Python does at exit
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    return status
+
+
 # --- running a case
 
 
@@ -93,16 +142,6 @@ def raise_time_limit(*args: object) -> None:
     raise TimeLimit
 
 
-class NoServer:
-    """In place of the demo's page."""
-
-    def __init__(self, loaded: object):
-        pass
-
-    def launch(self, **settings: object) -> None:
-        """Start no server."""
-
-
 def no_network(*args: object, **kwargs: object) -> Any:
     raise OSError("no network in this test")
 
@@ -112,8 +151,14 @@ def others_can_read(file: Path) -> bool:
     return bool(file.stat().st_mode & 0o004) and all(p.stat().st_mode & 0o001 for p in file.parents)
 
 
-def run_child(case: Case, base: Path, folder: Path, seed: int) -> None:
-    """Prepare the folder and run the case. Ends the process."""
+def build_page(checkpoint: Path, device: torch.device) -> Any:
+    """A page of the demo that starts no server."""
+    utils.load_checkpoint(checkpoint, device)
+    return SimpleNamespace(launch=lambda **settings: None)
+
+
+def run_child(case: Case, base: Path, folder: Path, seed: int) -> int:
+    """Prepare the folder and run the case. Returns its exit status."""
     if os.getuid() == 0 and others_can_read(Path(torch.__file__)):  # for imports that come later
         os.setgroups([])
         os.setgid(NOBODY)
@@ -132,25 +177,12 @@ def run_child(case: Case, base: Path, folder: Path, seed: int) -> None:
     Path("../before").write_text(json.dumps(checksums(folder)))
     if rng.random() < 0.9:  # drawing takes longer than everything else
         RunLog.plot = lambda self: None  # type: ignore[method-assign]
-    demo.build_page = lambda checkpoint, device: NoServer(utils.load_checkpoint(checkpoint, device))
+    demo.build_page = build_page
     socket.socket.connect = socket.getaddrinfo = no_network  # type: ignore[assignment]
     subprocess.run = subprocess.Popen = no_network  # type: ignore[assignment, misc]
-    redirect(case, folder)
+    redirect(folder, case.stdin, case.stdout)
     set_limits(RARE_SECONDS if case.script in RARE else CPU_SECONDS)
-    sys.argv = [case.script, *case.argv]
-    status: Any = 1
-    try:
-        run(importlib.import_module(case.script).main)
-    except SystemExit as error:
-        status = error.code or 0
-    except BaseException:
-        traceback.print_exc()
-    try:  # as Python does at exit
-        sys.stdout.flush()
-    except BaseException:
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(status)
+    return run_script(case.script, case.argv)
 
 
 def set_limits(cpu_seconds: int) -> None:
@@ -165,22 +197,20 @@ def set_limits(cpu_seconds: int) -> None:
     signal.alarm(WALL_SECONDS)
 
 
-def redirect(case: Case, folder: Path) -> None:
-    """Set the standard input, output and error of this process."""
-    (folder / "stdin").write_bytes(case.stdin or b"")
-    flags = os.O_WRONLY | os.O_CREAT
-    out = os.open("/dev/full" if case.stdout == "/dev/full" else folder / "stdout", flags)
-    if case.stdout == "closed pipe":
+def redirect(folder: Path, stdin: bytes | None = b"", stdout: str = "file") -> None:
+    """Set the standard input, output and error of this process: to files in a folder, or the
+    output to one of STDOUTS."""
+    (folder / "stdin").write_bytes(stdin or b"")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    out = os.open("/dev/full" if stdout == "/dev/full" else folder / "stdout", flags)
+    if stdout == "closed pipe":
         read_end, out = os.pipe()
         os.close(read_end)
-    for source, target in (
-        (os.open(folder / "stdin", os.O_RDONLY), 0),
-        (out, 1),
-        (os.open(folder / "stderr", flags), 2),
-    ):
+    inputs, errors = os.open(folder / "stdin", os.O_RDONLY), os.open(folder / "stderr", flags)
+    for source, target in ((inputs, 0), (out, 1), (errors, 2)):
         os.dup2(source, target)
-    encoding = "ascii" if case.stdout == "ASCII" else "utf-8"
-    sys.stdin = None if case.stdin is None else os.fdopen(0, encoding="utf-8")  # type: ignore
+    encoding = "ascii" if stdout == "ASCII" else "utf-8"
+    sys.stdin = None if stdin is None else os.fdopen(0, encoding="utf-8")  # type: ignore
     sys.stdout = os.fdopen(1, "w", encoding=encoding)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
 
@@ -196,13 +226,7 @@ def run_case(case: Case, base: Path, folder: Path, seed: int) -> int:
     """Run a case in a child process. Returns its exit status, negative if a signal ended it."""
     folder.mkdir()
     folder.chmod(0o777)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            run_child(case, base, folder, seed)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(99)
+    pid = fork(run_child, case, base, folder, seed)
     _, status = os.waitpid(pid, 0)
     with contextlib.suppress(OSError):  # what it has started
         os.killpg(pid, signal.SIGKILL)
@@ -242,14 +266,11 @@ def parse_traceback(text: str) -> tuple[str, str, str]:
     _, found, trace = text.rpartition("Traceback (most recent call last):\n")
     if not found:
         return "", "", ""
-    lines = [line for line in trace.splitlines() if not line.startswith(" ")] or [""]
-    frames = re.findall(r'File "(.+?)", line (\d+), in (\S+)', trace)
-    ours = [f for f in frames if f[0].startswith(str(ROOT)) and f"{ROOT}/tests" not in f[0]]
-    ours = [f for f in ours if f[2] != "run"]
-    place = (
-        f"at {Path(ours[-1][0]).relative_to(ROOT)}:{ours[-1][1]} ({ours[-1][2]})" if ours else ""
-    )
-    return lines[0].partition(":")[0] or "exception", lines[0], place or "at exit"
+    message = next((line for line in trace.splitlines() if not line.startswith(" ")), "")
+    ours = rf'File "{ROOT}/(?!tests/)(.+?)", line (\d+), in (?!run\n)(\S+)'
+    frames = re.findall(ours, trace)
+    place = "at {}:{} ({})".format(*frames[-1]) if frames else "at exit"
+    return message.partition(":")[0] or "exception", message, place
 
 
 def asked_for(path: str, case: Case) -> bool:
@@ -270,46 +291,34 @@ def asked_for(path: str, case: Case) -> bool:
 # --- main
 
 
-@contextlib.contextmanager
-def temporary_folder(keep: bool) -> Iterator[Path]:
-    """A folder that other users can read."""
-    top = Path(tempfile.mkdtemp(prefix="fuzz"))
-    top.chmod(0o755)
-    try:
-        yield top
-    finally:
-        os.chdir(ROOT)
-        if not keep:
-            shutil.rmtree(top, ignore_errors=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns 1 if a case has failed."""
     settings = parse_args(FuzzConfig, argv, __doc__ or "")
     torch.set_num_threads(1)
     failures: dict[tuple[str, str], list[str]] = {}
     counts: Counter[str] = Counter()
-    with temporary_folder(keep=settings.case >= 0) as top:
+    one_case = settings.case >= 0
+    with temporary_folder(keep=one_case) as top:
         os.environ |= {"HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(top), "HOME": str(top)}
         make_fixtures(top / "base")
         scripts = [name for name in settings.only.split(",") if name] or SCRIPTS
         flags = {script: settings_of(script) for script in scripts}
         gc.freeze()  # a collection in a child would copy all pages
         started = time.monotonic()
-        for number in range(settings.n) if settings.case < 0 else [settings.case]:
+        for number in [settings.case] if one_case else range(settings.n):
             case = make_case(settings.seed, number, scripts, settings.damaged, flags, top / "base")
             folder = top / f"case{number}"
             status = run_case(case, top / "base", folder, settings.seed)
             problem = judge(case, folder, status)
-            counts[case.script] += 1
-            counts[f"damaged, and status {status}" if case.damaged else f"status {status}"] += 1
-            how = f"  [{case.damaged}: {(folder / 'damage').read_text()}]" if case.damaged else ""
-            text = f"case {number} of seed {settings.seed}: {case}{how}"
+            counts.update([case.script, f"status {status}{' of damaged' * bool(case.damaged)}"])
+            text = f"case {number} of seed {settings.seed}: {case}"
+            if case.damaged:
+                text += f"  [{case.damaged}: {(folder / 'damage').read_text()}]"
             if problem:
                 text += f"\n        {ascii(problem[1])[1:-1][:300]}"
                 failures.setdefault((case.script, problem[0]), []).append(text)
                 print(f"{case.script}: {problem[0]}\n    {text}", flush=True)
-            if settings.case >= 0:
+            if one_case:
                 print(f"{text}\nfolder: {folder}\n{(folder / 'stderr').read_text()}")
             else:
                 shutil.rmtree(folder)
@@ -319,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     for (script, kind), texts in sorted(failures.items(), key=lambda item: -len(item[1])):
         print(f"{len(texts):5} {script}: {kind}\n      {texts[0]}")
     print("cases:", ", ".join(f"{name}: {n}" for name, n in sorted(counts.items())))
-    n_failed, n_cases = sum(map(len, failures.values())), sum(counts[name] for name in SCRIPTS)
+    n_failed, n_cases = sum(map(len, failures.values())), counts.total() // 2
     print(f"{n_failed} of {n_cases} cases failed, {time.monotonic() - started:.0f} s")
     return 1 if failures else 0
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
-from system.command_line import parse_args
 from system.settings import UserError, kind_of
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps".split()
@@ -144,12 +144,11 @@ def settings_of(script: str) -> list[Field]:
         raise UserError("")
 
     parsers = [m for m in (module, study) if hasattr(m, "parse_args")]
-    for m in parsers:
-        m.parse_args = parse  # type: ignore[attr-defined]
-    with contextlib.suppress(UserError):
+    with contextlib.ExitStack() as stack:
+        for m in parsers:
+            stack.enter_context(mock.patch.object(m, "parse_args", parse))
+        stack.enter_context(contextlib.suppress(UserError))
         module.main([])
-    for m in parsers:
-        m.parse_args = parse_args  # type: ignore[attr-defined]
     return [f for f in found if f.name not in SKIPPED]
 
 

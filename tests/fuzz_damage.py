@@ -2,6 +2,8 @@
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +16,65 @@ OTHER_FILES = (
     *("checkpoints/char/best.pt", "checkpoints/lora/adapter.pt", "hf/model.safetensors"),
 )
 CONTENTS = (
-    b"",
-    b"x",
-    b"\n\n",
-    b"\r",
-    b"\0" * 9,
-    b"\xff\xfe",
-    b"\xef\xbb\xbf",
-    b"[]",
-    b"{}",
-    b"null",
+    *(b"", b"x", b"\n\n", b"\r", b"\0" * 9, b"\xff\xfe", b"\xef\xbb\xbf", b"[]", b"{}", b"null"),
+    *(b"[" * 9999, b'{"text": 1}', b"<|endoftext|>" * 3),
 )
-CONTENTS += (b"[" * 9999, b'{"text": 1}', b"<|endoftext|>" * 3)
 VALUES: tuple[Any, ...] = (None, True, -1, 0, 1, 7, 2**31, 2**70, 10**9, 1.5, 1e300, float("nan"))
 VALUES += (float("inf"), "", "x", "char", "\ud800", [], {}, [1], ["x"], [[]], {"x": 1})
 
+# The new bytes of a file, from those that it has, and a position in them. None: no file any more.
+BYTES: dict[str, Callable[[bytes, int, random.Random], bytes | None]] = {
+    "cut": lambda raw, at, rng: raw[:at],
+    "flip": lambda raw, at, rng: patched(raw, at, [raw[at] ^ 1 << rng.randrange(8)] if raw else []),
+    "zeros": lambda raw, at, rng: patched(raw, at, bytes(64)),
+    "noise": lambda raw, at, rng: patched(raw, at, rng.randbytes(16)),
+    "append": lambda raw, at, rng: raw + rng.randbytes(rng.choice([1, 3, 100])),
+    "content": lambda raw, at, rng: rng.choice(CONTENTS),
+    "other file": lambda raw, at, rng: Path(rng.choice(OTHER_FILES)).read_bytes(),
+    "remove": lambda raw, at, rng: None,
+    "folder": lambda raw, at, rng: None,
+}
+# The new values of token ids or document starts.
+ARRAYS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "empty": lambda ids: ids[:0],
+    "one value": lambda ids: ids[:1],
+    "largest values": lambda ids: np.full_like(ids, 65535),
+    "reversed": lambda ids: ids[::-1],
+    "two dimensions": lambda ids: ids[None],
+    "no dimension": lambda ids: np.array(3),
+    "fractions": lambda ids: ids / 3,
+    "negative": lambda ids: -1 - ids.astype(np.int64),
+    "text": lambda ids: ids.astype("U5"),
+    "NaN": lambda ids: ids * np.nan,
+}
+
+
+def patched(raw: bytes, at: int, new: Any) -> bytes:
+    """The same number of bytes, with new ones from a position on."""
+    return (raw[:at] + bytes(new) + raw[at + len(new) :])[: len(raw)]
+
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Damage a file: its bytes or, if it contains named values, one of them. Returns how."""
-    if path.suffix in STRUCTURED and rng.random() < 0.7:
-        return STRUCTURED[path.suffix](path, rng)
-    raw = bytearray(path.read_bytes())
+    """Damage a file: its bytes or, if it contains values, one or all of them. Returns how."""
+    if path.suffix in FORMATS and rng.random() < 0.7:
+        load, save = FORMATS[path.suffix]
+        values = load(path)
+        if isinstance(values, np.ndarray):
+            how = rng.choice(list(ARRAYS))
+            values = ARRAYS[how](values)
+        else:
+            how = damage_tree(values, rng)
+        save(values, path)
+        return how
+    raw, how = path.read_bytes(), rng.choice(list(BYTES))
     at = rng.randrange(len(raw) or 1)
-    how = rng.choice(
-        ["cut", "flip", "zeros", "noise", "append", "content", "other", "remove", "folder"]
-    )
-    if how == "cut":
-        del raw[at:]
-    elif how == "flip" and raw:
-        raw[at] ^= 1 << rng.randrange(8)
-    elif how == "zeros":
-        raw[at : at + 64] = bytes(len(raw[at : at + 64]))
-    elif how == "noise":
-        raw[at : at + 16] = rng.randbytes(len(raw[at : at + 16]))
-    elif how == "append":
-        raw += rng.randbytes(rng.choice([1, 3, 100]))
-    elif how == "content":
-        raw = bytearray(rng.choice(CONTENTS))
-        how = f"content {bytes(raw[:12])!r}"
-    elif how == "other":
-        name = rng.choice(OTHER_FILES)
-        raw = bytearray(Path(name).read_bytes())
-        how = f"the content of {name}"
+    new = BYTES[how](raw, at, rng)
     path.unlink()
     if how == "folder":
         path.mkdir()
-    elif how != "remove":
-        path.write_bytes(raw)
-    return f"{how}, byte {at}" if how in ("cut", "flip", "zeros", "noise") else how
-
-
-def damage_value(value: Any, rng: random.Random) -> Any:
-    """Another value, often of another type or shape."""
-    if not isinstance(value, torch.Tensor) or rng.random() < 0.2:
-        return rng.choice(VALUES)
-    types = [value.long(), value.half(), value.double(), value.to(torch.complex64)]
-    shapes = [value[1:] if value.dim() else value[None], value.flatten(), value[None]]
-    return rng.choice([*types, *shapes, value * float("nan"), value * 0 + 2**31])
+    elif new is not None:
+        path.write_bytes(new)
+    return f"{how}, at byte {at}: {(new or b'')[at:][:12]!r}"
 
 
 def damage_tree(tree: Any, rng: random.Random) -> str:
@@ -92,65 +96,39 @@ def damage_tree(tree: Any, rng: random.Random) -> str:
     return f"{how} {place}"
 
 
-def damage_checkpoint(path: Path, rng: random.Random) -> str:
-    state = torch.load(path, weights_only=True)
-    how = damage_tree(state, rng)
-    torch.save(state, path)
-    return how
+def damage_value(value: Any, rng: random.Random) -> Any:
+    """Another value, often of another type or shape."""
+    if not isinstance(value, torch.Tensor) or rng.random() < 0.2:
+        return rng.choice(VALUES)
+    types = [value.long(), value.half(), value.double(), value.to(torch.complex64)]
+    shapes = [value[1:] if value.dim() else value[None], value.flatten(), value[None]]
+    return rng.choice([*types, *shapes, value * float("nan"), value * 0 + 2**31])
 
 
-def damage_json(path: Path, rng: random.Random) -> str:
-    tree = json.loads(path.read_text())
-    how = damage_tree(tree, rng)
-    path.write_text(json.dumps(tree))
-    return how
-
-
-def damage_jsonl(path: Path, rng: random.Random) -> str:
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    how = damage_tree(records, rng)
-    path.write_text("\n".join(map(json.dumps, records)) + "\n")
-    return how
-
-
-def damage_safetensors(path: Path, rng: random.Random) -> str:
-    """Change the header: the length of a JSON object in 8 bytes, and the object."""
+def split_safetensors(path: Path) -> tuple[bytes, bytes]:
+    """The header, a JSON object after its length in 8 bytes, and the rest."""
     raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    how = damage_tree(header, rng)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
-    return how
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return raw[8:end], raw[end:]
 
 
-def damage_array(path: Path, rng: random.Random) -> str:
-    """Change all values, the shape or the type of token ids or document starts."""
-    is_npy = path.suffix == ".npy"
-    ids = np.load(path) if is_npy else np.fromfile(path, np.uint16)
-    how, new = rng.choice(
-        [
-            ("empty", ids[:0]),
-            ("one value", ids[:1]),
-            ("largest values", np.full_like(ids, 65535)),
-            ("reversed", ids[::-1]),
-            ("two dimensions", ids[None]),
-            ("no dimension", np.array(3)),
-            ("fractions", ids / 3),
-            ("negative", -1 - ids.astype(np.int64)),
-            ("text", ids.astype("U5")),
-            ("NaN", ids * np.nan),
-        ]
-    )
-    np.save(path, new) if is_npy else new.tofile(path)
-    return how
+def save_header(header: Any, path: Path) -> None:
+    text, rest = json.dumps(header).encode(), split_safetensors(path)[1]
+    path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
 
 
-STRUCTURED = {
-    ".pt": damage_checkpoint,
-    ".json": damage_json,
-    ".jsonl": damage_jsonl,
-    ".npy": damage_array,
-    ".bin": damage_array,
-    ".safetensors": damage_safetensors,
+# How files with values are read and written.
+FORMATS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], Any]]] = {
+    ".pt": (partial(torch.load, weights_only=True), torch.save),
+    ".json": (
+        lambda path: json.loads(path.read_text()),
+        lambda tree, path: path.write_text(json.dumps(tree)),
+    ),
+    ".jsonl": (
+        lambda path: [json.loads(line) for line in path.read_text().splitlines()],
+        lambda tree, path: path.write_text("\n".join(map(json.dumps, tree)) + "\n"),
+    ),
+    ".safetensors": (lambda path: json.loads(split_safetensors(path)[0]), save_header),
+    ".npy": (np.load, lambda ids, path: np.save(path, ids)),
+    ".bin": (partial(np.fromfile, dtype=np.uint16), np.ndarray.tofile),
 }

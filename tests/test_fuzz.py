@@ -22,16 +22,6 @@ def test_random_commands_and_damaged_files_never_end_in_a_traceback():
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
 
 
-def judged(
-    folder: Path, status: int = 2, stderr: str = "error: no such file\n", stdout: str = "file"
-) -> str | None:
-    """What the fuzzer says about a case with this result."""
-    (folder / "stderr").write_text(stderr)
-    case = fuzz.Case(0, "generate", ["best.pt"], stdout=stdout)
-    problem = fuzz.judge(case, folder, status)
-    return problem[0] if problem else None
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of a case that has a file."""
@@ -42,20 +32,32 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_success_and_an_error_of_one_line_are_correct(folder: Path):
-    assert judged(folder) is None
-    assert judged(folder, status=0, stderr="") is None
-    assert judged(folder, stderr="warning: unknown characters\nerror: no such file\n") is None
+def judged(folder: Path, status: int = 2, stderr: str = "error: no such file\n") -> str | None:
+    """What the fuzzer says about a case with this result."""
+    (folder / "stderr").write_text(stderr)
+    problem = fuzz.judge(fuzz.Case(0, "generate", ["best.pt"]), folder, status)
+    return problem[0] if problem else None
 
 
-def test_the_fuzzer_reports_wrong_ends(folder: Path):
-    place = f'  File "{ROOT}/utils.py", line 7, in read_data\n    x = y\n'
-    traceback = f"Traceback (most recent call last):\n{place}KeyError: 'model'\n"
-    assert judged(folder, status=1, stderr=traceback) == "KeyError at utils.py:7 (read_data)"
-    assert judged(folder, stderr="error: two\nlines\n") == "more than one line"
-    assert judged(folder, stderr="") == "more than one line"
-    assert judged(folder, status=-11, stderr="") == "SIGSEGV "
-    assert judged(folder, status=120, stderr="") == "status 120"
+PLACE = f'  File "{ROOT}/utils.py", line 7, in read_data\n    x = y\n'
+TRACEBACK = f"Traceback (most recent call last):\n{PLACE}KeyError: 'model'\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "stderr", "problem"),
+    [
+        (2, "error: no such file\n", None),
+        (0, "", None),
+        (2, "warning: unknown characters\nerror: no such file\n", None),
+        (1, TRACEBACK, "KeyError at utils.py:7 (read_data)"),
+        (2, "error: two\nlines\n", "more than one line"),
+        (2, "", "more than one line"),
+        (-11, "", "SIGSEGV "),
+        (120, "", "status 120"),
+    ],
+)
+def test_the_fuzzer_reports_wrong_ends(folder: Path, status: int, stderr: str, problem: str):
+    assert judged(folder, status, stderr) == problem
 
 
 def test_the_fuzzer_reports_changed_files(folder: Path):

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import timeit
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,18 +24,6 @@ from training.task import to_gpu_if_small
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"), [(1.0, "float32"), (0.7, "float32"), (0.6, "bfloat16")]
-)
-def test_a_cpu_uses_bfloat16_if_it_is_one_and_a_half_times_as_fast(
-    monkeypatch, seconds: float, expected: str
-):
-    times = {torch.float32: 1.0, torch.bfloat16: seconds}
-    monkeypatch.setattr(setup, "matmul_seconds", times.get)
-    assert pick_precision("auto", CPU)[0] == expected
-    assert pick_precision("float16", CPU) == ("float16", "as requested")
-
-
 def test_nothing_is_compiled_if_compiling_does_not_work(monkeypatch, capsys):
     def fail(function: object) -> None:
         raise RuntimeError("no C++ compiler\nand a long trace")
@@ -46,26 +36,27 @@ def test_nothing_is_compiled_if_compiling_does_not_work(monkeypatch, capsys):
     assert pick_compile(None, torch.device("mps")) is False
 
 
-def test_the_memory_estimate_equals_a_count_by_hand(monkeypatch):
+def test_the_memory_of_optimizers_checkpointing_and_shards_by_hand(monkeypatch):
     model = make_model()
     n = model.num_params()
-    run = TrainConfig(batch_size=2, precision="float32")
-    estimate = memory_estimate(model.config, run)
-    assert [estimate[k] for k in ("weights", "gradients", "optimizer")] == [4 * n, 4 * n, 8 * n]
-    assert estimate["batches"] == 24 * 2 * 8
-    # 2 blocks x (20 x 16 + 5 x 64) numbers, and 11 logits twice and their gradient, for 24 tokens
-    assert estimate["activations"] == 24 * (2 * (320 + 320) * 4 + 11 * 12)
-    run.optimizer, run.grad_checkpoint = "muon", True
-    run.parallel = "fsdp"
+    run = TrainConfig(batch_size=2, precision="float32", optimizer="muon", grad_accum=2)
+    run.grad_checkpoint, run.parallel = True, "fsdp"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    estimate = memory_estimate(model.config, run)
-    assert [estimate[k] for k in ("weights", "gradients")] == [2 * n, 2 * n]
-    # two averages for the embedding (11 x 16) and the last norm (16), one for the rest
-    assert estimate["optimizer"] == 2 * (n + 11 * 16 + 16)
-    assert estimate["activations"] == 24 * (2 * 16 * 4 + (320 + 320) * 4 + 11 * 12)
+    assert memory_estimate(model.config, run) == {
+        "weights": 2 * n,
+        "gradients": 2 * n,
+        # two averages for the embedding (11 x 16) and the last norm (16), one for the rest
+        "optimizer": 2 * (n + 11 * 16 + 16),
+        # for 24 tokens, the inputs of 2 blocks, one block of 20 x 16 + 5 x 64 numbers, and 11
+        # logits twice with their gradient
+        "activations": 24 * (2 * 16 * 4 + (320 + 320) * 4 + 11 * 12),
+        "batches": 24 * 2 * 8,  # each process has one of two micro-batches
+    }
     run.optimizer = "sgd"
     assert memory_estimate(model.config, run)["optimizer"] == 2 * n  # one each
+    run.parallel = "ddp"  # divides nothing
+    assert memory_estimate(model.config, run)["weights"] == 4 * n
 
 
 def test_only_small_streams_are_copied_to_another_device(monkeypatch):
@@ -82,35 +73,24 @@ def test_only_small_streams_are_copied_to_another_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "bf16", "expected"),
-    [
-        ("cuda", True, ("bfloat16", "supported by this GPU")),
-        ("cuda", False, ("float16", "this GPU has no bfloat16")),
-        ("mps", True, ("float32", "the default on this device")),
-    ],
+    ("seconds", "expected", "ratio"),
+    [(3.0, "float32", 1.0), (2.0, "float32", 1.5), (1.95, "bfloat16", 1.5), (1.2, "bfloat16", 2.5)],
 )
-def test_a_gpu_uses_bfloat16_if_it_computes_it_itself(monkeypatch, device, bf16, expected):
-    supported = {True: True, False: bf16}  # every GPU can emulate it, slowly
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: supported[including_emulation],
-    )
-    assert pick_precision("auto", torch.device(device)) == expected
-    assert pick_precision("float32", torch.device(device)) == ("float32", "as requested")
-
-
-def test_the_reason_for_a_cpus_precision_is_the_ratio_of_the_times(monkeypatch):
-    monkeypatch.setattr(setup, "matmul_seconds", {torch.float32: 4.0, torch.bfloat16: 1.6}.get)
-    reason = "bfloat16 matrix products are 2.5 times as fast as float32 here"
-    assert pick_precision("auto", CPU) == ("bfloat16", reason)
-    monkeypatch.setattr(setup, "matmul_seconds", {torch.float32: 3.0, torch.bfloat16: 2.0}.get)
-    assert pick_precision("auto", CPU)[0] == "float32"  # 1.5 times is not more than 1.5 times
+def test_a_cpu_uses_bfloat16_if_it_is_more_than_one_and_a_half_times_as_fast(
+    monkeypatch, seconds, expected, ratio
+):
+    times = {torch.float32: 3.0, torch.bfloat16: seconds}
+    monkeypatch.setattr(setup, "matmul_seconds", times.get)
+    reason = f"bfloat16 matrix products are {ratio} times as fast as float32 here"
+    assert pick_precision("auto", CPU) == (expected, reason)
+    assert pick_precision("float16", CPU) == ("float16", "as requested")
+    assert pick_precision("auto", torch.device("mps")) == ("float32", "the default on this device")
 
 
 def test_a_matrix_product_is_timed_by_the_best_of_eight(monkeypatch):
     ticks = iter([0.0, 5.0, 10.0, 13.0, 20.0, 22.5, 30.0, 34.0, 40, 49, 50, 59, 60, 69, 70, 79])
-    monkeypatch.setattr(setup.time, "perf_counter", lambda: float(next(ticks)))
+    repeat = partial(timeit.repeat, timer=lambda: float(next(ticks)))
+    monkeypatch.setattr(setup, "timeit", SimpleNamespace(repeat=repeat))
     assert setup.matmul_seconds(torch.bfloat16) == 2.5
     assert next(ticks, None) is None  # eight products, two readings each
 
@@ -147,7 +127,8 @@ def test_a_gpu_before_ampere_uses_float16_instead_of_emulated_bfloat16(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert torch.cuda.is_bf16_supported()  # with emulation, all of them
-    assert pick_precision("auto", torch.device("cuda"))[0] == expected
+    reasons = {"bfloat16": "supported by this GPU", "float16": "this GPU has no bfloat16"}
+    assert pick_precision("auto", torch.device("cuda")) == (expected, reasons[expected])
     monkeypatch.setattr(setup, "device_problems", lambda name: [])
     monkeypatch.setattr(setup, "pick_device", torch.device)
     config = TrainConfig(device="cuda", precision="bfloat16", dry_run=True)
@@ -229,38 +210,44 @@ def test_the_memory_of_gpt_2_by_hand():
 # --- the summary of a run
 
 
-def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch):
+def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch, capsys):
     kept = []
     monkeypatch.setattr(setup, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(
         setup, "pick_compile", lambda wanted, device: (wanted, device) == (None, CPU)
     )
-    config = TrainConfig(precision="bfloat16", seed=77)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    config = TrainConfig(precision="bfloat16", seed=77, parallel="fsdp")
     torch.set_float32_matmul_precision("highest")
-    assert setup.setup_machine(config, CPU) == "as requested"
+    setup.setup_machine(config, CPU)
+    words = "bfloat16 (as requested), compiled, so the first step is slow\n"
+    assert capsys.readouterr().out == f"machine: cpu (6 threads), {words}"
     assert torch.initial_seed() == 77 and kept == [True]
     assert (config.precision, config.compile) == ("bfloat16", True)
     assert torch.get_float32_matmul_precision() == "high"
-    setup.setup_machine(TrainConfig(precision="float32"), torch.device("meta"))
+    monkeypatch.setattr(setup, "world_size", lambda: 4)
+    monkeypatch.setattr(setup, "broadcast_from_rank0", lambda function: function())
+    setup.setup_machine(config, torch.device("meta"))
+    words = "bfloat16 (as requested), eager\n"
+    assert capsys.readouterr().out == f"machine: meta in 4 processes, fsdp, {words}"
     assert kept == [True]  # only on a CPU
 
 
-def test_a_resumed_run_names_the_source_of_its_precision():
-    """The checkpoint, not a flag, unless a flag changes it."""
-    state = {"train_config": {"precision": "bfloat16"}}
-    for precision, why in (("bfloat16", "as before"), ("float16", "as requested")):
-        config = TrainConfig(precision=precision, compile=False)
-        assert setup.setup_machine(config, CPU, state) == why
-        assert config.precision == precision
-    assert setup.setup_machine(config, CPU) == "as requested"
-
-
-@pytest.mark.parametrize(("parallel", "precision"), [("ddp", "float16"), ("fsdp", "float32")])
-def test_without_bfloat16_fsdp_trains_in_float32(monkeypatch, parallel, precision):
-    monkeypatch.setattr(setup, "pick_precision", lambda *args: ("float16", "no bfloat16"))
-    config = TrainConfig(parallel=parallel, compile=False)
-    why = setup.setup_machine(config, CPU)
-    assert config.precision == precision and ("loss scaling" in why) == (parallel == "fsdp")
+@pytest.mark.parametrize(
+    ("settings", "picked", "expected"),
+    [
+        ({"precision": "bfloat16"}, "bfloat16", "bfloat16 (as before)"),  # in the checkpoint
+        ({"precision": "float16"}, "float16", "float16 (why)"),
+        ({}, "float16", "float16 (why)"),
+        ({"parallel": "fsdp"}, "float16", "float32 (--parallel fsdp has no loss scaling"),
+    ],
+)
+def test_the_precision_has_a_reason(monkeypatch, capsys, settings, picked, expected):
+    monkeypatch.setattr(setup, "pick_precision", lambda *args: (picked, "why"))
+    config = TrainConfig(compile=False, **settings)
+    setup.setup_machine(config, CPU, {"train_config": {"precision": "bfloat16"}})
+    assert expected in capsys.readouterr().out
+    assert config.precision == expected.split()[0]
 
 
 def test_a_missing_gpu_is_no_news_on_a_cpu(monkeypatch, caplog):
@@ -281,17 +268,14 @@ def test_a_missing_gpu_is_no_news_on_a_cpu(monkeypatch, caplog):
 
 
 def test_the_summary_of_a_run(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(setup, "memory_estimate", lambda *args: {"weights": 2.4e6, "rest": 1.2e9})
     gpt = GPTConfig(vocab_size=8, block_size=5, n_layer=3, n_embd=8, n_head=2)
     config = TrainConfig(preset="tiny", max_steps=70, batch_size=9, grad_accum=4, lr_min=1e-5)
-    config.precision, config.compile = "float32", False
     info = {"name": "a book", "bytes": 1234567}
     corpus = Corpus(np.zeros(4321), np.zeros(1000), info, 9000, 2500)
     monkeypatch.setattr(setup, "count_params", lambda gpt: (12345, 100))
-    setup.print_summary(gpt, config, corpus, CPU, "because")
+    setup.print_summary(gpt, config, corpus, CPU)
     assert capsys.readouterr().out.splitlines() == [
-        "machine: cpu (6 threads), float32 (because), eager",
         "corpus: a book, 1,234,567 bytes; 4,321 training tokens, 1,000 validation tokens, "
         "vocabulary 8, 2.50 bytes per token",
         "model: 3 layers, 2 heads, 8 channels, window 5; rmsnorm, swiglu, rope; 12,345 parameters",
@@ -301,48 +285,22 @@ def test_the_summary_of_a_run(capsys, monkeypatch):
     ]
 
 
-def test_the_machine_in_words(monkeypatch):
-    config = TrainConfig(precision="bfloat16", compile=True, parallel="fsdp")
-    line = setup.machine_line(config, torch.device("cuda", 1), "fast")
-    assert line == "machine: cuda:1, bfloat16 (fast), compiled, so the first step is slow"
-    monkeypatch.setattr(setup, "world_size", lambda: 4)
-    line = setup.machine_line(config, torch.device("cuda", 1), "fast")
-    assert line.startswith("machine: cuda:1 in 4 processes, fsdp, bfloat16 (fast), compiled")
-
-
-@pytest.mark.parametrize(("parallel", "n_shards"), [("ddp", 1), ("fsdp", 4)])
-def test_only_fsdp_divides_the_memory(monkeypatch, parallel: str, n_shards: int):
-    gpt, run = GPTConfig(n_layer=2, n_embd=64), TrainConfig(parallel=parallel, grad_accum=4)
-    one = memory_estimate(gpt, run)
-    monkeypatch.setattr(setup, "world_size", lambda: 4)
-    four = memory_estimate(gpt, run)
-    for name, size in one.items():
-        divided = {"activations": 1, "batches": 4}.get(name, n_shards)
-        assert four[name] == size // divided
-
-
 def test_the_table_of_presets_in_the_help():
-    lines = preset_table().splitlines()
-    assert lines[0].split() == ["preset", *PRESET_FIELDS]
-    assert lines[1].split() == "laptop 4 4 128 256 9 2400 0.004 0.0 300".split()
-    assert lines[2] == "             and compile False"
-    assert lines[3].split()[0] == "tiny" and lines[4].split()[0] == "small"  # nothing else in tiny
-    arch = next(i for i, line in enumerate(lines) if line.startswith("arch "))
-    assert lines[arch].split() == ["arch", *ARCH_FIELDS]
-    assert (
-        lines[arch + 2].split() == "llama rmsnorm swiglu rope False False False False False".split()
-    )
-    assert len(lines) == arch + 4  # gpt2, llama, qwen3: all their settings are columns
-    assert {len(line) for line in lines if " and " not in line} == {9 + 12 * 9, 9 + 12 * 8}
+    lines = [line.split() for line in preset_table().splitlines()]
+    assert lines[0] == ["preset", *PRESET_FIELDS]
+    assert lines[1] == "laptop 4 4 128 256 9 2400 0.004 0.0 300".split()
+    assert lines[2] == "and compile False".split()
+    assert lines[3][0] == "tiny" and lines[4][0] == "small"  # nothing else in tiny
+    assert lines[-4] == ["arch", *ARCH_FIELDS]  # gpt2, llama, qwen3: all settings are columns
+    assert lines[-2] == "llama rmsnorm swiglu rope False False False False False".split()
 
 
-@pytest.mark.parametrize(("name", "preset"), [("cuda", "medium"), ("cpu", "laptop")])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("cuda:1", "medium"), ("cpu", "laptop"), ("abacus", "laptop")]
+)
 def test_the_device_that_is_given_selects_the_preset(monkeypatch, name: str, preset: str):
-    monkeypatch.setattr(setup, "device_problems", lambda name: [])
-    monkeypatch.setattr(setup, "pick_device", lambda name: torch.device(name))
+    """An invalid device is treated as a CPU until it is reported."""
+    problems = {"abacus": ["no such device"]}
+    monkeypatch.setattr(setup, "device_problems", lambda name: problems.get(name, []))
+    monkeypatch.setattr(setup, "pick_device", torch.device)
     assert setup.resolve_train({"device": name})[1].preset == preset
-    assert setup.device_type({"device": "cuda:1"}) == "cuda"
-
-
-def test_an_invalid_device_is_treated_as_a_cpu_until_it_is_reported():
-    assert setup.device_type({"device": "abacus"}) == "cpu"

@@ -3,7 +3,9 @@ depends on the speed of the machine."""
 
 import csv
 import math
+import timeit
 from dataclasses import asdict, astuple, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -335,24 +337,27 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
 
 def test_a_plan_prints_a_line_per_budget_and_writes_nothing(fast, capsys):
     assert train.main([*FAST, "--plan"]) == 0
-    rows = capsys.readouterr().out.splitlines()[3:]
+    rows = capsys.readouterr().out.splitlines()[4:]
     assert [row.split()[0] for row in rows] == ["1", "5", "20", "60", "240"]
     losses = [float(row.split()[-1]) for row in rows]
     assert losses == sorted(losses, reverse=True) and losses[-1] >= 0
     assert not Path("checkpoints").exists()
 
 
-def test_fixed_sizes_are_planned_around(fast, capsys):
-    assert train.main([*FAST, "--plan", "--minutes=1", "--n_layer=3", "--n_embd=48"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if " x " in line]
-    assert len(rows) == 1 and "3 x 48" in rows[0]  # both sizes became the same
+PEAKS = [6e-3 * math.sqrt(128 / width) for width in (16, 32)]  # learning rates of the two sizes
 
 
-def test_a_size_with_a_peak_rate_below_lr_min_is_left_out(fast, capsys):
-    peaks = [6e-3 * math.sqrt(128 / width) for width in (16, 32)]  # of the two sizes
-    assert train.main([*FAST, "--plan", "--minutes=1", f"--lr_min={sum(peaks) / 2}"]) == 0
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        (["--n_layer=3", "--n_embd=48"], "3 x 48"),  # both sizes became the same
+        ([f"--lr_min={sum(PEAKS) / 2}"], "1 x 16"),  # above the learning rate of the other
+    ],
+)
+def test_sizes_are_planned_around_the_flags(fast, capsys, flags, size):
+    assert train.main([*FAST, "--plan", "--minutes=1", *flags]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if " x " in line]
-    assert len(rows) == 1 and "1 x 16" in rows[0]
+    assert len(rows) == 1 and size in rows[0]
 
 
 def test_too_little_time_is_an_error_that_names_the_least(fast):
@@ -379,7 +384,9 @@ def test_contradictions_are_errors(fast, flags, message):
         train.main([*FAST, *flags])
 
 
-def test_several_processes_are_an_error(fast, monkeypatch):
+def test_several_processes_and_fine_tuning_have_no_plan(fast, monkeypatch):
+    with pytest.raises(UserError, match="--minutes"):
+        finetune.main(["some.pt", "--data=data/input.txt", "--minutes=1"])
     monkeypatch.setattr(plan, "is_torchrun", lambda: True)
     with pytest.raises(UserError, match="for one process"):
         train.main([*FAST, "--minutes=1"])
@@ -392,17 +399,13 @@ def test_a_resumed_run_cannot_get_another_plan(fast, capsys):
             train.main(["--resume", "--device=cpu", flag])
 
 
-def test_fine_tuning_has_no_plan(fast):
-    with pytest.raises(UserError, match=r"--minutes is for train\.py"):
-        finetune.main(["some.pt", "--data=data/input.txt", "--minutes=1"])
-
-
 # --- measuring
 
 
 def test_the_time_of_a_step_is_the_mean_over_the_run_without_the_first_steps(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+    timer = partial(timeit.repeat, timer=lambda: now[0])
+    monkeypatch.setattr(plan, "timeit", SimpleNamespace(repeat=timer))
     trainer: Any = SimpleNamespace(config=TrainConfig(max_steps=100), step=0)
 
     def train_step() -> dict[str, torch.Tensor]:

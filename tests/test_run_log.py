@@ -1,17 +1,15 @@
-"""The files of a run, its status lines, and the logs of other tools, read by their own readers."""
+"""The files of a run, its status lines, and what other tools receive."""
 
-import importlib.util
 import itertools
 import json
 import math
 import shutil
-import struct
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ import train
 from config import GPTConfig, TrainConfig
 from system.settings import UserError
 from train import Trainer
-from training import run_log
+from training import run_log, setup
 from training.run_log import RunLog, status_line
 from training.task import Pretraining
 
@@ -77,21 +75,16 @@ def files_in(folder: Path) -> set[str]:
 
 
 def test_the_status_line_does_not_depend_on_the_order_of_the_metrics():
-    record = {"step": 10, "val": 1.23456, "lr": 0.001, "grad_norm": 0.5, "seconds": 7.0}
-    expected = "step 10 | val 1.2346 | lr 1.00e-03 | grad 0.50"
-    for names in itertools.permutations(record):
-        assert status_line({name: record[name] for name in names}) == expected
-
-
-def test_unknown_metrics_are_shown_before_the_learning_rate_in_their_order():
-    record = {"margin": 0.5, "ms_per_step": 2.0, "lr": 0.001, "old": 3.14159, "bpb": 2.0, "step": 1}
-    expected = "step 1 | bpb 2.000 | margin 0.500 | old 3.142 | lr 1.00e-03 | 2.0 ms/step"
-    assert status_line(record) == expected
-
-
-def test_metrics_without_a_value_are_not_shown():
-    record = {"step": 0, "val": 2.0, "margin": None, "lr": 0.0, "grad_norm": None}
-    assert status_line(record) == "step 0 | val 2.0000 | lr 0.00e+00"
+    known = {"step": 10, "val": 1.23456, "lr": 0.001, "grad_norm": 0.5, "seconds": 7.0}
+    other = {"margin": 0.5, "ms_per_step": 2.0, "lr": 0.001, "bpb": 2.0, "ppl": None}
+    for record, expected in (
+        (known, "step 10 | val 1.2346 | lr 1.00e-03 | grad 0.50"),
+        (other, "bpb 2.000 | margin 0.500 | lr 1.00e-03 | 2.0 ms/step"),
+    ):
+        for names in itertools.permutations(record):
+            assert status_line({name: record[name] for name in names}) == expected
+    in_order = {"old": 3.14159, "margin": 0.5, "val": 1.0}  # of the unknown ones
+    assert status_line(in_order) == "val 1.0000 | old 3.142 | margin 0.500"
 
 
 def test_further_terms_of_the_loss_reach_the_log_and_the_status_line(workplace, capsys):
@@ -148,34 +141,19 @@ def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
 
 
 def test_patience_counts_the_evaluations_without_improvement(workplace):
-    log = make_log(patience=2)
-    for loss, expected in [(3.0, 0), (2.5, 0), (2.6, 1), (2.4, 0), (2.4, 1), (2.5, 2), (2.45, 3)]:
-        log_validation_losses(log, [loss])
-        assert log.out_of_patience() == (expected >= 2), loss
-    log_validation_losses(log, [2.3])
-    assert not log.out_of_patience()
-
-
-def test_without_patience_a_run_never_stops_early(workplace):
-    log = make_log()
-    log_validation_losses(log, [1.0, *[2.0] * 20])
-    assert not log.out_of_patience()
-
-
-def test_patience_counts_evaluations_from_before_a_resume(workplace):
-    log = make_log(patience=3)
-    log_validation_losses(log, [1.0, 2.0, 2.0])
-    resumed = RunLog(log.config, HEADER, state=checkpoint(log))
-    assert not resumed.out_of_patience()
-    log_validation_losses(resumed, [2.0])
-    assert resumed.out_of_patience()
-
-
-def test_an_evaluation_is_the_best_only_if_its_loss_is_lower_than_all_before(workplace):
-    log = make_log()
-    found = log_validation_losses(log, [3.0, 2.5, 2.6, 2.5, 2.4])
-    assert found == [True, True, False, False, True]
-    assert log.best()["step"] == 4
+    """Also those from before a resume. An equal loss is no improvement."""
+    log, patient = make_log(patience=2), make_log()
+    losses = [3.0, 2.5, 2.6, 2.4, 2.4, 2.5, 2.45, 2.3]
+    improved = [True, True, False, True, False, False, False, True]
+    stops = [False, False, False, False, False, True, True, False]
+    for loss, is_best, stop in zip(losses, improved, stops, strict=True):
+        assert log_validation_losses(log, [loss]) == [is_best]
+        assert log.out_of_patience() == stop, loss
+        log = RunLog(log.config, HEADER, state=checkpoint(log))
+        assert log.out_of_patience() == stop, loss
+    assert log.best()["step"] == 7
+    log_validation_losses(patient, [1.0, *[2.0] * 20])
+    assert not patient.out_of_patience()
 
 
 # --- the files of a run
@@ -269,74 +247,14 @@ def test_only_rank_0_writes_and_all_ranks_decide_alike(workplace, monkeypatch):
 # --- other tools
 
 
-def test_tensorboard_has_the_numbers_of_the_log_also_after_a_resume(workplace):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    pytest.importorskip("torch.utils.tensorboard")
-    run = workplace / "checkpoints"
-    train.main([*TINY_RUN, "--max_steps=10"])  # without it; what is logged later begins at step 0
-    for flags in (["--max_steps=15", "--tensorboard"], ["--max_steps=20"]):
-        train.main(["--resume", "--device=cpu", *flags])
-        events = reader.EventAccumulator(str(run / "tensorboard")).Reload()
-        records = read_records(run)
-        assert set(events.Tags()["scalars"]) == set().union(*records)
-        for name in events.Tags()["scalars"]:
-            wanted = [(r["step"], pytest.approx(r[name], rel=1e-6)) for r in records if name in r]
-            assert [(e.step, e.value) for e in events.Scalars(name)] == wanted
-    train.main([*TINY_RUN, "--overwrite", "--max_steps=5"])
-    assert not (run / "tensorboard").exists()
-
-
-def test_wandb_has_the_numbers_of_the_log_offline(workplace, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    train.main([*TINY_RUN, "--max_steps=10", "--wandb", "--tag=a"])
-    wandb.finish()
-    run = workplace / "checkpoints" / "a"
-    (file,) = run.glob("wandb/offline-run-*/*.wandb")
-    for _ in range(1000):  # another process writes it, and may not have finished
-        records = [messages.Record.FromString(data) for data in leveldb_records(file.read_bytes())]
-        if records and records[-1].WhichOneof("record_type") == "exit":
-            break
-        time.sleep(0.1)
-    history = []
-    for record in records:
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            names = [(i.key or i.nested_key[0], json.loads(i.value_json)) for i in items]
-            history.append({k: v for k, v in names if not k.startswith("_")})
-    expected: dict[int, dict] = {}  # it merges the records of a step
-    for record in read_records(run):
-        expected[record["step"]] = expected.get(record["step"], {}) | record
-    assert history == list(expected.values()) and {"loss", "val"} <= expected[10].keys()
-
-
-def leveldb_records(data: bytes) -> Iterator[bytes]:
-    """The complete records of a file in LevelDB's log format, which Weights & Biases writes after a
-    header of 7 bytes. It consists of blocks of 32 KiB, and these of fragments, each with a checksum
-    (4 bytes), a length (2) and a kind (1: a full record, 2: its first fragment, 3: a middle one,
-    4: its last)."""
-    position, record = 7, b""
-    while position + 7 <= len(data):
-        left = 2**15 - position % 2**15
-        if left < 7:  # a header does not fit: the rest of the block is empty
-            position += left
-            continue
-        length, kind = struct.unpack_from("<HB", data, position + 4)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4) and position <= len(data):
-            yield record
-            record = b""
-
-
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_missing_package_is_an_error_before_anything_is_written(workplace, monkeypatch, name):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"pip install {name}"):
         train.main([*TINY_RUN, f"--{name}"])
     assert not (workplace / "checkpoints").exists()
+    monkeypatch.setattr(setup, "find_spec", {name: "installed"}.get)
+    assert setup.check_run(GPTConfig(), TrainConfig(device="cpu", **{name: True})) == []
 
 
 # --- numbers by hand, with a clock that the test sets
@@ -394,8 +312,8 @@ def test_a_resumed_log_continues_the_seconds_and_times_only_its_own_steps(workpl
     for step, seconds in ((0, 5.0), (10, 6.0)):
         clock.now += seconds
         log.evaluation(step, {"val": 4.0}, 0.0, "")
-    clock = Clock(monkeypatch, now=5.0)
-    resumed = RunLog(config, HEADER, 64, checkpoint(log))
+    state, clock = checkpoint(log), Clock(monkeypatch, now=5.0)
+    resumed = RunLog(config, HEADER, 64, state)
     assert resumed.records == log.records
     clock.steps(resumed, 11, 11, seconds=30.0)
     clock.steps(resumed, 12, 20, seconds=2.0)
@@ -403,16 +321,6 @@ def test_a_resumed_log_continues_the_seconds_and_times_only_its_own_steps(workpl
     record = resumed.records[-1]
     assert (record["ms_per_step"], record["tokens_per_second"]) == (2000.0, 32.0)
     assert record["seconds"] == 11 + 30 + 9 * 2.0
-
-
-@pytest.mark.parametrize("tokens", [None, 64])
-def test_tokens_per_second_only_if_their_number_is_known(workplace, monkeypatch, tokens):
-    clock = Clock(monkeypatch)
-    log = RunLog(TrainConfig(max_steps=4, eval_every=4), HEADER, tokens)
-    clock.steps(log, 1, 4, seconds=2.0)
-    log.evaluation(4, {"val": 1.0}, 0.0, "")
-    assert log.records[0]["tokens_per_second"] == (32.0 if tokens else None)
-    assert log.records[0]["ms_per_step"] == 2000.0
 
 
 def test_evaluations_are_at_multiples_and_at_the_last_step():
@@ -434,14 +342,18 @@ def test_training_steps_are_logged_in_between_and_after_a_resume_as_before(workp
     assert [(r["step"], "val" in r) for r in read_records(log.run_dir)] == [
         *((0, True), (4, False), (8, False), (10, True), (12, False), (16, False)),
     ]
-    with open(log.run_dir / "log.jsonl", "a") as file:
-        file.write('{"step": 20, "lo')  # cut off by a kill
+    file = log.run_dir / "log.jsonl"
+    with open(file, "a") as damaged:  # the last line is of a process killed while it wrote
+        damaged.write('{"step": 12, "loss": "x"}\n[7]\n\0\0\n' + "[" * 10_000 + '\n{"step": 13, "')
     resumed = RunLog(log.config, HEADER | {"max_steps": 100}, state=before)
     header, *records = read_lines(log.run_dir)
     assert header == HEADER | {"max_steps": 100}
     assert [r["step"] for r in records] == [0, 4, 8, 10] and records[1] == step_4
     clock.steps(resumed, 11, 12, seconds=0.5)
     assert [r["step"] for r in read_records(log.run_dir)] == [0, 4, 8, 10, 12]
+    file.unlink()  # the evaluations are in the checkpoint
+    RunLog(log.config, HEADER, state=before)
+    assert [r["step"] for r in read_records(log.run_dir)] == [0, 10]
 
 
 def test_a_gradient_that_is_not_finite_is_null_in_the_log(workplace):
@@ -450,140 +362,96 @@ def test_a_gradient_that_is_not_finite_is_null_in_the_log(workplace):
     assert read_lines(log.run_dir)[-1]["grad_norm"] is None
 
 
-def test_a_run_that_patience_ends_says_so(workplace, monkeypatch, capsys):
-    for losses, stopped in (([3.0, 2.0, 2.5, 2.5], True), ([3.0, 2.0, 2.5], False)):
-        log = make_log(patience=2)
-        log_validation_losses(log, losses)
-        capsys.readouterr()
-        log.finish({"val": 2.0})
-        words = "stopped at step 3: no improvement in 2 evaluations (--patience 2)"
-        assert (words in capsys.readouterr().out.splitlines()) == stopped
-
-
-@pytest.mark.parametrize("flags", [["--patience=4"], ["--patience=1", "--max_steps=5"]])
-def test_a_run_that_ends_at_max_steps_does_not_blame_patience(
-    workplace, monkeypatch, capsys, flags
-):
-    monkeypatch.setattr(Pretraining, "mean_loss", lambda *_: 3.0)
-    train.main([*TINY_RUN, *flags])
-    assert "no improvement in" not in capsys.readouterr().out
-
-
-def test_a_resume_keeps_the_training_steps_that_can_be_read(workplace, monkeypatch):
-    """The evaluations are in the checkpoint, so that they need no file."""
-    log = make_log()
-    log_validation_losses(log, [3.0])
-    Clock(monkeypatch).steps(log, 1, 20, seconds=1.0)
-    state = log.state() | {"step": 17}
-    file = Path("checkpoints/log.jsonl")
-    with open(file, "a") as damaged:  # the last line is of a process killed while it wrote
-        damaged.write('{"step": 12, "loss": "x"}\n[7]\n\0\0\n' + "[" * 10_000 + '\n{"step": 13, "')
-    for expected in ([0, 10], [0]):
-        RunLog(log.config, HEADER, state=state)
-        assert [line["step"] for line in read_lines(file.parent)[1:]] == expected
-        file.unlink()
+@pytest.mark.parametrize(
+    ("losses", "max_steps", "stopped"),
+    [
+        ([3.0, 2.0, 2.5, 2.5], 9, True),
+        ([3.0, 2.0, 2.5], 9, False),
+        ([3.0, 2.0, 2.5, 2.5], 3, False),  # it ends at max_steps
+    ],
+)
+def test_a_run_that_patience_ends_says_so(workplace, capsys, losses, max_steps, stopped):
+    log = make_log(patience=2, max_steps=max_steps)
+    log_validation_losses(log, losses)
+    capsys.readouterr()
+    log.finish({"val": 2.0})
+    words = "stopped at step 3: no improvement in 2 evaluations (--patience 2)"
+    assert (words in capsys.readouterr().out.splitlines()) == stopped
 
 
 def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workplace, monkeypatch):
-    shown = []
-
-    class Bar:
-        def __init__(self, **settings: object):
-            shown.append(settings)
-
-        set_postfix_str = lambda self, text, refresh: shown.append((text, refresh))  # noqa: E731
-        update = lambda self: shown.append("update")  # noqa: E731
-        write = staticmethod(lambda text: None)
-
-    monkeypatch.setattr(run_log, "tqdm", Bar)
+    bars = mock.Mock()
+    monkeypatch.setattr(run_log, "tqdm", bars)
     clock = Clock(monkeypatch)
     log = RunLog(TrainConfig(max_steps=100, eval_every=50), HEADER)
     clock.steps(log, 7, 7, 1.0)  # without a bar
     log.begin(SimpleNamespace(step=8))
     clock.steps(log, 9, 11, 1.0)
     settings = {"total": 100, "initial": 8, "unit": "step", "leave": False, "disable": None}
-    assert shown == [settings, "update", ("loss 20.0000", False), "update", "update"]
+    show, update = mock.call().set_postfix_str("loss 20.0000", refresh=False), mock.call().update()
+    assert bars.mock_calls == [mock.call(**settings), update, show, update, update]
     monkeypatch.setattr(run_log, "rank", lambda: 1)
     log.begin(SimpleNamespace(step=0))
-    assert shown[-1] == settings | {"initial": 0, "disable": True}
+    bars.assert_called_with(**settings | {"initial": 0, "disable": True})
 
 
 def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace):
-    read = []
-
-    class Number:
-        def __init__(self, step: int):
-            self.step = step
-
-        def item(self) -> float:
-            read.append(self.step)
-            return 1.0
-
+    read: list[int] = []
     log = make_log(eval_every=7, max_steps=24)
     for step in range(3, 25):
-        log.training_step(step, {"loss": Number(step)}, lr=0.0)
+        number: Any = SimpleNamespace(item=lambda step=step: read.append(step) or 1.0)
+        log.training_step(step, {"loss": number}, lr=0.0)
     assert read == [3, 7, 10, 14, 20, 21, 24]
 
 
 def test_the_curve_is_redrawn_every_few_seconds_but_not_at_the_last_step(workplace, monkeypatch):
-    clock = Clock(monkeypatch)
-    log = make_log(max_steps=9)
-    plots = []
-    monkeypatch.setattr(
-        run_log, "save_figure", lambda figure, file: plots.append((clock.now, file))
-    )
+    """And one that takes long to draw is drawn rarely."""
+    clock, plots = Clock(monkeypatch), []
     monkeypatch.setattr(run_log, "plot_runs", lambda runs: None)
-    for step, wait in enumerate([5.0, 0.5, 3.0, 2.0, 3.5, 0, 0, 0, 0]):
+    monkeypatch.setattr(run_log, "save_figure", lambda _, file: plots.append((clock.now, file)))
+    log = make_log(max_steps=9)
+    for step, wait in enumerate([5.0, 0.5, 3.0, 2.0, 3.5, 0, 0, 0, 0, 100.0]):
         clock.now += wait
         log.evaluation(step, {"val": 1.0}, 0.0, "")
-    assert [now for now, _ in plots] == [1005.5, 1014.0]
-    clock.now += 100
-    log.evaluation(9, {"val": 1.0}, 0.0, "")
-    assert len(plots) == 2 and plots[0][1] == Path("checkpoints/loss_curve.png")
+    assert plots == [(now, Path("checkpoints/loss_curve.png")) for now in (1005.5, 1014.0)]
 
-
-def test_a_curve_that_takes_long_to_draw_is_drawn_rarely(workplace, monkeypatch):
-    clock, plots = Clock(monkeypatch), []
-
-    def draw(figure: object, file: Path) -> None:
+    def draw_slowly(figure: object, file: Path) -> None:
         plots.append(clock.now)
         clock.now += 2.0
 
-    monkeypatch.setattr(run_log, "save_figure", draw)
-    monkeypatch.setattr(run_log, "plot_runs", lambda runs: None)
+    monkeypatch.setattr(run_log, "save_figure", draw_slowly)
+    clock.now = 1000.0
     log = make_log()
+    plots.clear()
     for step in range(100):
         clock.now += 1.0
         log.evaluation(step, {"val": 1.0}, 0.0, "")
     assert plots == [1006.0, 1049.0, 1092.0]  # 40 seconds after the end of the last one
 
 
-def test_samples_are_written_whole_and_printed_by_their_first_lines(workplace, capsys):
-    log = make_log()
-    log.write_sample(3, "one\n\ntwo\nthree\n\nfour\nfive é")
-    log.write_sample(4, "")
-    text = (log.run_dir / "samples.txt").read_text(encoding="utf-8")
-    assert text == "--- step 3\none\n\ntwo\nthree\n\nfour\nfive é\n\n"
-    lines = ["sample at step 3:", "  one", "  two", "  three", "  four"]
-    assert capsys.readouterr().out == "".join(f"  {line}\n" for line in lines)
-
-
-def test_long_lines_of_a_sample_are_wrapped_and_the_first_sample_is_untrained(
-    workplace, monkeypatch, capsys
+@pytest.mark.parametrize(
+    ("step", "sample", "title", "printed"),
+    [
+        (3, "one\n\ntwo\nthree\n\nfour\nfive é", "at step 3", ["one", "two", "three", "four"]),
+        (
+            0,
+            "word " * 8 + "word\n" + "x" * 60,
+            "before training",
+            ["word word word word word", "word word word word", "x" * 25, "x" * 25],
+        ),
+    ],
+)
+def test_samples_are_written_whole_and_printed_by_their_first_lines(
+    workplace, monkeypatch, capsys, step, sample, title, printed
 ):
     monkeypatch.setenv("COLUMNS", "30")
     log = make_log()
-    sample = "word " * 8 + "word\n" + "x" * 60
-    log.write_sample(0, sample)
-    assert capsys.readouterr().out.splitlines() == [
-        "  sample before training:",
-        "    word word word word word",
-        "    word word word word",
-        "    " + "x" * 25,
-        "    " + "x" * 25,
-    ]
-    text = (log.run_dir / "samples.txt").read_text()
-    assert text == f"--- step 0, before training\n{sample}\n\n"
+    log.write_sample(step, sample)
+    log.write_sample(4, "")
+    text = (log.run_dir / "samples.txt").read_text(encoding="utf-8")
+    assert text == f"--- step {step}{'' if step else ', before training'}\n{sample}\n\n"
+    lines = [f"  sample {title}:", *(f"    {line}" for line in printed)]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
@@ -599,8 +467,8 @@ def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     log.finish({"val": 1.25, "ppl": 3.5, "bpb": 0.75, "margin": 2.0})
     run = Path("checkpoints/a")
     assert capsys.readouterr().out.splitlines() == [
-        "done in 30 s: best at step 1, validation loss 1.2500 (perplexity 3.50, 0.7500 bits per "
-        "byte, margin 2.0000) over the whole split",
+        "done in 30 s: best at step 1; over the whole validation split: "
+        "val 1.2500 | ppl 3.50 | bpb 0.750 | margin 2.000",
         "verdict: 50257 is fine",
         f"files: {run}/; next: python generate.py {run / 'best.pt'}",
     ]
@@ -613,75 +481,46 @@ def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     assert capsys.readouterr().out == "stopped and saved at step 17; --resume continues from here\n"
 
 
-def test_a_new_log_makes_its_folders_and_a_resumed_one_finds_them(workplace):
+def test_a_new_log_makes_its_folders_and_a_checkpoint_may_lack_files(workplace):
     log = RunLog(TrainConfig(out_dir="a/b", tag="c"), HEADER)
     assert log.run_dir == Path("a/b/c") and log.run_dir.is_dir()
     assert log.state()["log"] == [] and log.state()["files"] == {}
     log.write_sample(0, "é")
-    assert log.state()["files"] == {
-        "samples.txt": len(b"--- step 0, before training\n\xc3\xa9\n\n")
-    }
-    (log.run_dir / "samples.txt").write_text("")
-    state = {"step": 0, "log": [], "files": {"samples.txt": 14}}
-    resumed = RunLog(log.config, HEADER, state=state)
-    assert (resumed.run_dir / "samples.txt").read_text() == ""
+    size = len(b"--- step 0, before training\n\xc3\xa9\n\n")
+    assert log.state()["files"] == {"samples.txt": size}
     (log.run_dir / "samples.txt").unlink()
-    RunLog(log.config, HEADER, state=state)
+    RunLog(log.config, HEADER, state=checkpoint(log) | {"files": {"samples.txt": 14}})
     RunLog(log.config, HEADER, state={"step": 0, "log": []})  # of a run without any such file
 
 
-def test_the_tools_that_are_asked_for_must_be_installed(monkeypatch):
-    names = []
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: names.append(name))
-    assert run_log.writer_problems(TrainConfig()) == [] == names
-    found = run_log.writer_problems(TrainConfig(tensorboard=True, wandb=True))
-    assert names == ["tensorboard", "wandb"]
-    assert found == [f"--{name} needs a package: pip install {name}" for name in names]
-    assert run_log.writer_problems(TrainConfig(wandb=True)) == found[1:]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    assert run_log.writer_problems(TrainConfig(tensorboard=True, wandb=True)) == []
-
-
-def test_records_reach_a_tool_without_their_empty_values(workplace, monkeypatch):
-    """Weights & Biases, replaced by a list: also the records from before a resume."""
-    received = []
-
-    def init(**settings: object) -> SimpleNamespace:
-        received.append(settings)
-        return SimpleNamespace(log=lambda record, step: received.append((step, record)))
-
+def test_wandb_receives_the_records_without_their_empty_values(workplace, monkeypatch):
+    """Also the records from before a resume."""
+    init = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     log = RunLog(TrainConfig(wandb=True, tag="a"), HEADER)
     log.evaluation(3, {"val": 2.0}, 0.5, "")
     sent = {"step": 3, "val": 2.0, "lr": 0.5, "seconds": log.records[0]["seconds"]}
     settings = {"project": "tinyllm", "name": "a", "dir": log.run_dir, "config": HEADER}
-    assert received == [settings, (3, sent)]
+    assert init.mock_calls == [mock.call(**settings), mock.call().log(sent, step=3)]
+    init.reset_mock()
     RunLog(TrainConfig(wandb=True), HEADER, state=checkpoint(log))
-    assert received[2:] == [settings | {"name": None, "dir": Path("checkpoints")}, (3, sent)]
+    settings |= {"name": None, "dir": Path("checkpoints")}
+    assert init.mock_calls == [mock.call(**settings), mock.call().log(sent, step=3)]
 
 
 def test_tensorboard_is_written_again_from_the_first_record(workplace, monkeypatch):
-    """TensorBoard, replaced by a list."""
-    received: list[tuple] = []
-
-    class SummaryWriter:
-        def __init__(self, folder: Path):
-            assert not folder.exists()
-            received.append(("folder", folder))
-
-        add_text = lambda self, *args: received.append(("text", *args))  # noqa: E731
-        add_scalar = lambda self, *args: received.append(args)  # noqa: E731
-        flush = lambda self: received.append(("flush",))  # noqa: E731
-
-    module = SimpleNamespace(SummaryWriter=SummaryWriter)
+    writer, call = mock.Mock(), mock.call()
+    module = SimpleNamespace(SummaryWriter=writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    run = Path("checkpoints")
-    (run / "tensorboard").mkdir(parents=True)
-    (run / "tensorboard" / "old").touch()
+    folder = Path("checkpoints/tensorboard")
+    folder.mkdir(parents=True)
     record = {"step": 4, "val": 2.0, "ppl": None, "seconds": 1.0}
     RunLog(TrainConfig(tensorboard=True), {"a": 1, "b": "x"}, state={"step": 4, "log": [record]})
-    assert received == [
-        ("folder", run / "tensorboard"),
-        ("text", "settings", "    a: 1\n    b: x"),
-        *(("step", 4, 4), ("val", 2.0, 4), ("seconds", 1.0, 4), ("flush",)),
+    assert not folder.exists()
+    assert writer.mock_calls == [
+        mock.call(folder),
+        call.add_text("settings", "    a: 1\n    b: x"),
+        *(call.add_scalar(*words) for words in (("step", 4, 4), ("val", 2.0, 4))),
+        call.add_scalar("seconds", 1.0, 4),
+        call.flush(),
     ]

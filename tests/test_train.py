@@ -379,7 +379,7 @@ def test_a_task_defines_its_batches_loss_metrics_and_checkpoints(tmp_path, capsy
     assert not {"ppl", "bpb"} & record.keys() and record["tokens_per_second"] is None
     out = capsys.readouterr().out
     assert re.search(r"step 2 \| train 1\.2500 \| val 1\.5000 \|.* margin 0\.250 ", out)
-    assert "validation loss 1.7500 (margin 0.2500) over the whole split" in out
+    assert "over the whole validation split: val 1.7500 | margin 0.250" in out
     assert (tmp_path / "samples.txt").read_text() == "".join(
         f"--- step {step}\na sample\n\n" for step in ("0, before training", 2)
     )

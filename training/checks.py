@@ -10,21 +10,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import GPTConfig, TrainConfig
-from corpus.corpus import Corpus
 from model import GPT
 from system.device import check_memory
 from tokenizer import Tokenizer
 from training.setup import Data, memory_estimate
 from utils import get_batch
 
-# By a part of their names, the first that applies.
-COMPONENTS = {
-    "norm": "norms",
-    "attn": "attention",
-    "mlp": "MLP",
-    "head": "output",
-    "": "embeddings",
-}
+# By a part of their names, the first that applies; others are embeddings.
+COMPONENTS = {"norm": "norms", "attn": "attention", "mlp": "MLP", "head": "output"}
 EXAMPLE_CHARS, EXAMPLE_WIDTH = 60, 90
 
 
@@ -34,7 +27,7 @@ def params_by_component(gpt: GPTConfig) -> dict[str, int]:
         model = GPT(replace(gpt, n_layer=1))
     counts = dict.fromkeys(("embeddings", "attention", "MLP", "norms", "output"), 0)
     for name, p in model.named_parameters():
-        component = next(COMPONENTS[part] for part in COMPONENTS if part in name)
+        component = next((COMPONENTS[part] for part in COMPONENTS if part in name), "embeddings")
         counts[component] += p.numel() * (gpt.n_layer if name.startswith("blocks.") else 1)
     return counts
 
@@ -78,27 +71,6 @@ def print_example(tokenizer: Tokenizer, x: Tensor, y: Tensor) -> None:
     print(f"token by token{not_scored}:", *(row.rstrip() for row in rows), sep="\n")
 
 
-def print_dry_run(
-    gpt: GPTConfig, config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, device: torch.device
-) -> None:
-    """Print what a pretraining run would do. Raises UserError if it does not fit in memory."""
-    print_parameters(gpt)
-    flops = flops_per_token(gpt)
-    print(
-        f"computation: {flops:,} FLOPs per token, forward {flops // 3:,}, backward "
-        f"{flops - flops // 3:,}; counted as 6 N + 12 L H Q T (PaLM, appendix B)"
-    )
-    per_step = config.batch_size * config.grad_accum * gpt.block_size
-    n_tokens, n_train = per_step * config.max_steps, len(corpus.train_ids)
-    print(
-        f"training: {per_step:,} tokens per step, {n_tokens:,} in {config.max_steps} steps, "
-        f"{n_tokens / n_train:.2f} epochs; {n_tokens * flops:.2g} FLOPs"
-    )
-    x, y = get_batch(corpus.train_ids, gpt.block_size, 1, config.seed, 0, corpus.train_docs)
-    print_example(tokenizer, x[0], y[0])
-    check_memory(sum(memory_estimate(gpt, config).values()), device, "this run")
-
-
 def run_check(
     gpt: GPTConfig,
     config: TrainConfig,
@@ -106,11 +78,27 @@ def run_check(
     device: torch.device,
     make_trainer: Callable[..., Any],
 ) -> int:
-    """--dry_run or --overfit_batch. Returns the exit status."""
-    if config.dry_run:
-        print_dry_run(gpt, config, data.corpus, data.tokenizer, device)
-        return 0
-    return overfit_batch(make_trainer(gpt, config))
+    """Print what a pretraining run would do, or with --overfit_batch, do that. Returns the exit
+    status. Raises UserError if the run does not fit in memory."""
+    if not config.dry_run:
+        return overfit_batch(make_trainer(gpt, config))
+    print_parameters(gpt)
+    flops = flops_per_token(gpt)
+    print(
+        f"computation: {flops:,} FLOPs per token, forward {flops // 3:,}, backward "
+        f"{flops - flops // 3:,}; counted as 6 N + 12 L H Q T (PaLM, appendix B)"
+    )
+    per_step = config.batch_size * config.grad_accum * gpt.block_size
+    corpus, n_tokens = data.corpus, per_step * config.max_steps
+    n_train = len(corpus.train_ids)
+    print(
+        f"training: {per_step:,} tokens per step, {n_tokens:,} in {config.max_steps} steps, "
+        f"{n_tokens / n_train:.2f} epochs; {n_tokens * flops:.2g} FLOPs"
+    )
+    x, y = get_batch(corpus.train_ids, gpt.block_size, 1, config.seed, 0, corpus.train_docs)
+    print_example(data.tokenizer, x[0], y[0])
+    check_memory(sum(memory_estimate(gpt, config).values()), device, "this run")
+    return 0
 
 
 def overfit_batch(trainer: Any) -> int:

@@ -10,7 +10,6 @@ of rank 0, and communication does nothing.
 import contextlib
 import copy
 import gc
-import math
 import os
 import signal
 import sys
@@ -27,10 +26,7 @@ from config import OptimizerSpec
 from system.device import pick_device
 from system.settings import UserError
 
-
-def is_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+is_torchrun = dist.is_torchelastic_launched  # whether torchrun started this process
 
 
 def is_restart() -> bool:
@@ -117,9 +113,7 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether any of the processes has received a signal; then all of them stop."""
-        agreed = self.number
-        if world_size() > 1:
-            agreed = int(all_reduce(torch.tensor(agreed), dist.ReduceOp.MAX))
+        agreed = int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
         self.number = agreed or self.number  # a signal may have arrived meanwhile
         return agreed > 0
 
@@ -162,11 +156,9 @@ class Replica:
         return copy.deepcopy(self.model.state_dict())
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Load a full state dict."""
         self.model.load_state_dict(weights)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The full state dict of an optimizer."""
         return optimizer.state_dict()
 
     def shard_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -197,7 +189,6 @@ def load_optimizer(
         if values.keys() != {*spec.averages, *spec.scalars}:
             raise ValueError(f"the optimizer's state has {sorted(values)}")
         for key, value in values.items():
-            size = math.prod(value.shape)
             small = key in spec.scalars and torch.broadcast_shapes(value.shape, parameter.shape)
-            if value.shape != parameter.shape and not (small and size < parameter.numel()):
+            if value.shape != parameter.shape and not (small and value.numel() < parameter.numel()):
                 raise ValueError(f"the optimizer's {key} has the shape {tuple(value.shape)}")

@@ -10,12 +10,12 @@
 4. While training, shorten the schedule if the run is too slow (deadline.py).
 """
 
-import contextlib
 import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ SIZES = (
     (6, 384, 256, 12),
 )
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
-DROPOUTS, WEIGHT_DECAYS = (0.0, 0.2), (0.1, 1.0)  # the choices
+CHOICES = {"dropout": (0.0, 0.2), "weight_decay": (0.1, 1.0)}  # the values to choose from
 DROPOUT_TIME = 1.25  # of a step on a CPU, relative to one without dropout
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
 PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
@@ -57,10 +57,10 @@ def plan_flags(flags: Flags) -> Flags:
     """The flags with the smallest size, until a run is planned. Raises UserError for flags that
     contradict a plan."""
     chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
-    raise_problems(
-        [f"--minutes and --plan choose {chosen}: leave it out"] * bool(chosen)
-        + ["--minutes and --plan are for one process: start them without torchrun"] * is_torchrun()
-    )
+    if chosen:
+        raise UserError(f"--minutes and --plan choose {chosen}: leave it out")
+    if is_torchrun():
+        raise UserError("--minutes and --plan are for one process: start them without torchrun")
     return size_flags(SIZES[0], flags)
 
 
@@ -99,23 +99,16 @@ def seconds_per_step(trainer: Any) -> float:
     a GPU."""
     seconds = []
     for place in PLACES:
-        trainer.step, times = int(place * trainer.config.max_steps), []
-        for _ in range(2):
-            start = time.perf_counter()
-            trainer.train_step()["loss"].item()
-            times.append(time.perf_counter() - start)
+        trainer.step = int(place * trainer.config.max_steps)
+        times = timeit.repeat(lambda: trainer.train_step()["loss"].item(), number=1, repeat=2)
         seconds.append(min(times))
     return statistics.mean(seconds)
 
 
 def seconds_per_window(trainer: Any) -> float:
     """The time that an evaluation takes per window, from the faster of two batches."""
-    n_windows, times = trainer.config.batch_size, []
-    for _ in range(2):
-        start = time.perf_counter()
-        evaluate(trainer, n_windows)
-        times.append(time.perf_counter() - start)
-    return min(times) / n_windows
+    n_windows = trainer.config.batch_size
+    return min(timeit.repeat(lambda: evaluate(trainer, n_windows), number=1, repeat=2)) / n_windows
 
 
 def evaluate(trainer: Any, n_windows: int) -> float:
@@ -152,21 +145,17 @@ def run_pilot(make_trainer: MakeTrainer, flags: Flags, seconds: float) -> tuple[
     return Pilot(run, n_unique, loss), sample
 
 
-def valid_sizes(flags: Flags) -> Iterator[tuple[GPTConfig, TrainConfig]]:
-    """The settings of the sizes that fit the flags: for a large one, --lr_min may be above its
-    learning rate."""
-    for size in SIZES:
-        with contextlib.suppress(UserError):
-            yield settings(size_flags(size, flags))
-
-
 def measure_sizes(
     make_trainer: MakeTrainer, flags: Flags, limit: float, sample: float
 ) -> "list[Candidate]":
     """Time all sizes, except those for which MIN_STEPS would take a quarter of the limit, or the
     text is too short. A flag that fixes a part of the size applies to all of them."""
     found: list[Candidate] = []
-    for gpt, config in valid_sizes(flags):
+    for size in SIZES:
+        try:
+            gpt, config = settings(size_flags(size, flags))
+        except UserError:  # the learning rate of a large size may be below --lr_min
+            continue
         if found:  # estimate from the size before
             last = found[-1]
             if (last.gpt, last.config) == (gpt, config):
@@ -182,8 +171,9 @@ def measure_sizes(
         evaluation = 2 * config.eval_windows * seconds_per_window(trainer) + sample * gpt.n_layer
         evaluation += 2 * 12 * count_params(gpt)[0] / DISK_SPEED  # best.pt and latest.pt
         step, final = seconds_per_step(trainer), final_seconds(trainer)
-        size = (block_params(gpt), gpt.block_size * corpus.bytes_per_token)
-        found.append(Candidate(gpt, config, *size, step, evaluation, final))
+        window = gpt.block_size * corpus.bytes_per_token
+        costs = (step, evaluation, final)
+        found.append(Candidate(gpt, config, block_params(gpt), window, *costs))
     return found
 
 
@@ -218,10 +208,7 @@ class Candidate:
         little time. Fewer steps than possible are better if more would overfit."""
         evaluations = min(10, max(2, int(EVAL_SHARE * seconds / self.evaluation)))
         best, least = self, least_steps(flags)
-        choices = (
-            (flags[name],) if name in flags else values
-            for name, values in (("dropout", DROPOUTS), ("weight_decay", WEIGHT_DECAYS))
-        )
+        choices = [(flags[name],) if name in flags else CHOICES[name] for name in CHOICES]
         for dropout, decay in itertools.product(*choices):
             slower = DROPOUT_TIME if dropout > self.gpt.dropout else 1  # unless timed with dropout
             size = replace(self, step=self.step * slower)
@@ -259,11 +246,7 @@ HEADER += "  weight decay  predicted loss"
 
 
 def plan_run(
-    flags: Flags,
-    gpt: GPTConfig,
-    config: TrainConfig,
-    make_trainer: MakeTrainer,
-    started: float,
+    flags: Flags, gpt: GPTConfig, config: TrainConfig, make_trainer: MakeTrainer, started: float
 ) -> tuple[GPTConfig, TrainConfig]:
     """Measure, print the plan, and return the best settings for the time in config.minutes (or for
     the longest of BUDGETS). Raises UserError if the time is too short.

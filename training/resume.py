@@ -12,13 +12,13 @@ from training.distributed import is_restart
 from utils import matching_contents, read_checkpoint
 
 Flags = dict[str, Any]  # given on the command line, by name
-State = dict[str, Any]  # the contents of a checkpoint
 
 
-def resume_pretraining(flags: Flags) -> tuple[Flags, State | None]:
+def resume_pretraining(flags: Flags) -> tuple[Flags, dict[str, Any] | None]:
     """The flags of a pretraining run to resume, with the settings in its checkpoint, and the
     checkpoint. Raises UserError for flags that do not fit it."""
-    run_dir = Path(flags.get("out_dir", "checkpoints"), flags.get("tag", ""))
+    flags = {"out_dir": "checkpoints", "tag": ""} | flags  # the folder may have been renamed
+    run_dir = Path(flags["out_dir"], flags["tag"])
     flags, state = checkpoint_to_resume(flags, run_dir)
     if state is None:
         return flags, None
@@ -28,22 +28,19 @@ def resume_pretraining(flags: Flags) -> tuple[Flags, State | None]:
         saved = saved_settings(state)
         tokenizers.from_dict(state["tokenizer"])
     planned = {"max_steps"} if saved["minutes"] else set()
-    folder = {"out_dir": "checkpoints", "tag": ""} | flags
-    return resumed_flags(flags, saved, planned) | {n: folder[n] for n in ("out_dir", "tag")}, state
+    return resumed_flags(flags, saved, planned), state
 
 
-def saved_settings(state: State) -> Flags:
+def saved_settings(state: dict[str, Any]) -> Flags:
     """The settings in a checkpoint, those that it lacks with their defaults. Raises UserError if
     they are not valid."""
-    configs = [
-        from_dict(GPTConfig, state["gpt_config"]),
-        from_dict(TrainConfig, state["train_config"]),
-    ]
-    raise_problems([problem for config in configs for problem in all_problems(config)])
-    return asdict(configs[0]) | asdict(configs[1])
+    gpt = from_dict(GPTConfig, state["gpt_config"])
+    config = from_dict(TrainConfig, state["train_config"])
+    raise_problems(all_problems(gpt) + all_problems(config))
+    return asdict(gpt) | asdict(config)
 
 
-def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | None]:
+def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, dict[str, Any] | None]:
     """The last checkpoint of a run, if --resume is given or torchrun restarted the process; and the
     flags, in that case with --resume, or --overwrite if nothing was saved."""
     latest = run_dir / "latest.pt"
@@ -58,16 +55,12 @@ def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, State | No
 
 
 def resumed_flags(flags: Flags, saved: Flags, fixed: Collection[str] = ()) -> Flags:
-    """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs
-    from the checkpoint in a setting that cannot change during a run: one of
-    `fixed`, a `fixed` setting of TrainConfig, or what the model computes."""
+    """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs in
+    a setting that cannot change during a run: one of these, a `fixed` one of TrainConfig, or what
+    the model computes."""
     fixed = {*fixed, *(f.name for f in fields(TrainConfig) if f.metadata.get("fixed"))}
     fixed |= {f.name for f in fields(GPTConfig) if f.metadata.get("computes", True)}
-    raise_problems(
-        [
-            f"--{name} is {saved[name]!r} in the run to resume: leave it out, or start another run"
-            for name in flags
-            if name in fixed and flags[name] != saved.get(name, flags[name])
-        ]
-    )
+    changed = [n for n in flags if n in fixed and flags[n] != saved.get(n, flags[n])]
+    advice = "in the run to resume: leave it out, or start another run"
+    raise_problems([f"--{name} is {saved[name]!r} {advice}" for name in changed])
     return saved | {"parallel": "ddp"} | flags  # how processes share the work is not saved

@@ -1,6 +1,5 @@
 """The record of a training run: its files, what it prints, its best step."""
 
-import importlib.util
 import itertools
 import json
 import math
@@ -27,25 +26,21 @@ Record = dict[str, Any]  # the metrics of an evaluation or of a training step, b
 
 # The files and folders of a run, by what happens to them. A new run deletes them all.
 REWRITTEN = ("log.jsonl", "loss_log.json", "loss_curve.png")  # on resume, or at each evaluation
-APPENDED = ("samples.txt",)  # on resume, cut back to their length at the checkpoint
+SAMPLES = "samples.txt"  # on resume, cut back to its length at the checkpoint
 CHECKPOINTS = ("best.pt", "latest.pt", "ckpt_*.pt", "adapter.pt")
-FOLDERS = ("tensorboard",)  # rewritten when a run starts or resumes
 
-# Metrics in the order in which they are shown, with their format in the status line and in the
-# final summary ("": not shown there). Others are shown by name, before the learning rate.
-FORMATS: dict[str, tuple[str, str]] = {
-    "step": ("step {}", ""),
-    "train": ("train {:.4f}", ""),
-    "val": ("val {:.4f}", ""),
-    "ppl": ("ppl {:.2f}", "perplexity {:.2f}"),
-    "bpb": ("bpb {:.3f}", "{:.4f} bits per byte"),
-    "lr": ("lr {:.2e}", ""),
-    "grad_norm": ("grad {:.2f}", ""),
-    "tokens_per_second": ("{thousands:.1f}k tok/s", ""),
-    "ms_per_step": ("{:.1f} ms/step", ""),
-    "seconds": ("", ""),
+# Metrics in the order in which they are shown. Others are shown by name, before the learning rate.
+FORMATS = {
+    "step": "step {}",
+    "train": "train {:.4f}",
+    "val": "val {:.4f}",
+    "ppl": "ppl {:.2f}",
+    "bpb": "bpb {:.3f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad {:.2f}",
+    "tokens_per_second": "{thousands:.1f}k tok/s",
+    "ms_per_step": "{:.1f} ms/step",
 }
-OTHER_FORMATS = ("{name} {:.3f}", "{name} {:.4f}")
 PLOT_INTERVAL = 5.0  # seconds between two drawings of the curve
 PLOT_SHARE = 0.05  # of the time, at most, for drawing: it takes 1.2 s for a million steps
 SAMPLE_LINES = 4  # of a sample that are printed
@@ -71,9 +66,9 @@ class RunLog:
         self.config, self.header, self.tokens_per_step = config, header, tokens_per_step
         self.run_dir = Path(config.out_dir, config.tag)
         self.records: list[Record] = state["log"] if state else []  # of the evaluations
-        self.seconds_before = 0.0  # of the run, before this process
         now = time.perf_counter()
         self.started = started if config.minutes and started else now
+        self.started -= state.get("seconds", 0.0) if state else 0.0  # before this process
         self.next_plot = now + PLOT_INTERVAL
         # when the timed interval began, and after which step
         self.clock_time, self.clock_step = now, 0
@@ -82,13 +77,12 @@ class RunLog:
         self.metrics: dict[str, float] = {}  # of the last step that was read
         self.bar: tqdm | None = None
         self.writers: list[Callable[[Record], None]] = []  # forward records to other tools
-        self.deadline: Any = None  # with --minutes
+        # Called before each step: with --minutes, it ends the schedule earlier or later.
+        self.adjust_schedule: Callable[[int], None] = lambda step: None
         if rank() == 0:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.prepare_files(state)
             records = self.restore_log(state["step"]) if state else []
-            seconds = [r.get("seconds") or 0.0 for r in records]
-            self.seconds_before = max([state.get("seconds", 0.0) if state else 0.0, *seconds])
             if config.tensorboard or config.wandb:
                 from training.writers import open_writers  # only with these flags
 
@@ -97,20 +91,15 @@ class RunLog:
                 self.forward(record)
 
     def prepare_files(self, state: dict[str, Any] | None) -> None:
-        """Delete the files of an earlier run, or cut the appended ones back to the checkpoint. What
-        a killed process was writing is deleted in any case."""
-        for file in run_files(self.run_dir, ".part"):
+        """Delete the files of an earlier run, or cut the samples back to the checkpoint. What a
+        killed process was writing is deleted in any case, and what TensorBoard will write again."""
+        for file in run_files(self.run_dir, ".part") + ([] if state else run_files(self.run_dir)):
             file.unlink()
-        if state:
-            for name, size in state.get("files", {}).items():
-                file = self.run_dir / name
-                if name in APPENDED and file.exists() and file.stat().st_size > size:
-                    os.truncate(file, size)
-            return
-        for file in run_files(self.run_dir):
-            file.unlink()
-        for name in FOLDERS:
-            shutil.rmtree(self.run_dir / name, ignore_errors=True)
+        if self.config.tensorboard or not state:
+            shutil.rmtree(self.run_dir / "tensorboard", ignore_errors=True)
+        file, size = self.run_dir / SAMPLES, (state or {}).get("files", {}).get(SAMPLES)
+        if size is not None and file.exists() and file.stat().st_size > size:
+            os.truncate(file, size)
 
     def restore_log(self, step: int) -> list[Record]:
         """Write log.jsonl as it was at a checkpoint, but with the current settings: the evaluations
@@ -125,12 +114,9 @@ class RunLog:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of this log."""
-        files = (self.run_dir / name for name in APPENDED)
-        return {
-            "log": self.records,
-            "seconds": self.seconds(),
-            "files": {file.name: file.stat().st_size for file in files if file.exists()},
-        }
+        file = self.run_dir / SAMPLES
+        files = {SAMPLES: file.stat().st_size} if file.exists() else {}
+        return {"log": self.records, "seconds": self.seconds(), "files": files}
 
     # --- during training
 
@@ -140,15 +126,10 @@ class RunLog:
         if self.config.minutes:
             from training.deadline import Deadline  # only with --minutes
 
-            self.deadline = Deadline(trainer, self)
+            self.adjust_schedule = Deadline(trainer, self).adjust
         settings = {"unit": "step", "leave": False, "disable": True if rank() else None}
         self.bar = tqdm(total=self.config.max_steps, initial=trainer.step, **settings)
         return self.bar
-
-    def adjust_schedule(self, step: int) -> None:
-        """Before a step, change max_steps if the run would end too late or early."""
-        if self.deadline:
-            self.deadline.adjust(step)
 
     def training_step(self, step: int, metrics: dict[str, Tensor], lr: float) -> None:
         """Record a step: log its loss every log_every steps, and keep its metrics for the
@@ -212,7 +193,7 @@ class RunLog:
 
     def seconds(self) -> float:
         """The duration of the run until now, without interruptions."""
-        return self.seconds_before + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     def best(self) -> Record:
         """The record with the lowest validation loss."""
@@ -232,7 +213,7 @@ class RunLog:
         """Append a sample to samples.txt, and print its first lines, wrapped to the terminal."""
         if not sample:
             return
-        with open(self.run_dir / "samples.txt", "a", encoding="utf-8") as file:
+        with open(self.run_dir / SAMPLES, "a", encoding="utf-8") as file:
             file.write(f"--- step {step}{'' if step else ', before training'}\n{sample}\n\n")
         width = max(20, shutil.get_terminal_size((SAMPLE_WIDTH, 24)).columns - 5)
         lines = (part for line in sample.splitlines() for part in textwrap.wrap(line, width))
@@ -288,8 +269,8 @@ class RunLog:
         has_questions = str(self.header["corpus"].get("name", "")).endswith(".json")
         question = ' --prompt "Who are you?"' if has_questions else ""
         print(
-            f"done in {last['seconds']:.0f} s: best at step {final['step']}, validation loss "
-            f"{metrics['val']:.4f}{format_final(metrics)} over the whole split\n"
+            f"done in {last['seconds']:.0f} s: best at step {final['step']}; over the whole "
+            f"validation split: {status_line(metrics)}\n"
             f"verdict: {words}\n"
             f"files: {self.run_dir}/; next: python generate.py "
             f"{quote_path(self.run_dir / 'best.pt')}{question}",
@@ -300,21 +281,8 @@ class RunLog:
 
 def run_files(run_dir: Path, suffix: str = "") -> list[Path]:
     """The files of a run in a folder, or with ".part" those not completely written."""
-    patterns = (*REWRITTEN, *APPENDED, *CHECKPOINTS)
+    patterns = (*REWRITTEN, SAMPLES, *CHECKPOINTS)
     return [file for pattern in patterns for file in run_dir.glob(pattern + suffix)]
-
-
-def format_metrics(metrics: dict[str, Any], final: bool = False) -> list[str]:
-    """The metrics that are known and shown, formatted for the status line or the final summary."""
-    names = list(FORMATS)
-    at = names.index("lr")
-    names[at:at] = [name for name in metrics if name not in FORMATS]
-    words = []
-    for name in names:
-        text, value = FORMATS.get(name, OTHER_FORMATS)[final], metrics.get(name)
-        if text and value is not None:
-            words.append(text.format(value, name=name, thousands=value / 1000))
-    return words
 
 
 def json_line(record: Record) -> str:
@@ -329,22 +297,19 @@ def json_line(record: Record) -> str:
 
 
 def status_line(record: Record) -> str:
-    """The metrics of an evaluation in one line.
+    """The metrics of an evaluation that are known and shown, in one line.
 
     >>> status_line({"lr": 0.001, "margin": 0.5, "val": 1.23456, "step": 10, "grad_norm": None})
     'step 10 | val 1.2346 | margin 0.500 | lr 1.00e-03'
     """
-    return " | ".join(format_metrics(record))
-
-
-def format_final(metrics: dict[str, float]) -> str:
-    """The metrics of the final evaluation besides the loss, in parentheses.
-
-    >>> format_final({"val": 1.5, "ppl": 4.5, "bpb": 2.1847, "margin": 0.5})
-    ' (perplexity 4.50, 2.1847 bits per byte, margin 0.5000)'
-    """
-    words = format_metrics(metrics, final=True)
-    return f" ({', '.join(words)})" if words else ""
+    names = list(FORMATS)
+    at = names.index("lr")
+    names[at:at] = [name for name in record if name not in (*FORMATS, "seconds")]
+    return " | ".join(
+        FORMATS.get(name, "{name} {:.3f}").format(value, name=name, thousands=value / 1000)
+        for name in names
+        if (value := record.get(name)) is not None
+    )
 
 
 def diverged(step: int, numbers: dict[str, float]) -> UserError:
@@ -354,15 +319,3 @@ def diverged(step: int, numbers: dict[str, float]) -> UserError:
         f"diverged at step {step} ({what}): try a lower --lr_max; checkpoints of earlier steps "
         "are kept"
     )
-
-
-# --- other tools
-
-
-def writer_problems(config: TrainConfig) -> list[str]:
-    """The requested tools that are not installed."""
-    return [
-        f"--{name} needs a package: pip install {name}"
-        for name in ("tensorboard", "wandb")
-        if getattr(config, name) and importlib.util.find_spec(name) is None
-    ]

@@ -3,7 +3,8 @@
 import ctypes
 import math
 import sys
-import time
+import timeit
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from system.device import (
     pick_device,
 )
 from system.files import folder_problems
-from system.settings import UserError, raise_problems
+from system.settings import UserError
 from tokenizer import Tokenizer
 from training.distributed import (
     broadcast_from_rank0,
@@ -40,7 +41,7 @@ from training.distributed import (
     local_rank_zero_first,
     world_size,
 )
-from training.run_log import run_files, writer_problems
+from training.run_log import run_files
 from utils import count_params, read_checkpoint
 
 MAX_GRAPH_PARAMS = 20_000_000  # of a model whose kernels are launched by CUDA graphs
@@ -78,39 +79,28 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, F
         from training.plan import plan_flags  # only with --plan or --minutes
 
         flags = plan_flags(flags)
+    device = flags.get("device", "auto")
     if not state:
-        raise_problems(tokenizer_problems(flags))
+        data, words = flags.get("data", TrainConfig.data), flags.keys()
+        if words & {"tokenizer", "bpe_vocab_size"} and is_dataset(data):
+            raise UserError(f"{data} already has a tokenizer: leave out --tokenizer, --vocab_size")
+        if "bpe_vocab_size" in words and flags.get("tokenizer") != "bpe":
+            raise UserError("--vocab_size is for --tokenizer bpe; others have a fixed size")
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
-    return *train_settings(flags, device_type(flags)), state, given
-
-
-def device_type(flags: Flags) -> str:
-    """The type of the device that the flags name; cpu for an invalid name, which is reported
-    later."""
-    name = flags.get("device", "auto")
-    return "cpu" if device_problems(name) else pick_device(name).type
-
-
-def tokenizer_problems(flags: Flags) -> list[str]:
-    """Tokenizer flags that have no effect."""
-    data, tokenizer = flags.get("data", TrainConfig.data), flags.get("tokenizer", "char")
-    if is_dataset(data) and flags.keys() & {"tokenizer", "bpe_vocab_size"}:
-        return [f"{data} already has a tokenizer: leave out --tokenizer and --vocab_size"]
-    if "bpe_vocab_size" in flags and tokenizer != "bpe":
-        return ["--vocab_size is for --tokenizer bpe; other vocabularies have a fixed size"]
-    return []
+    device_type = "cpu" if device_problems(device) else pick_device(device).type  # reported later
+    return *train_settings(flags, device_type), state, given
 
 
 def check_run(gpt_config: GPTConfig, config: TrainConfig, *others: Any) -> list[str]:
     """What prevents this run on this machine, in its folder, or with these processes."""
-    found = device_problems(config.device) + writer_problems(config)
+    found = device_problems(config.device)
+    for name in ("tensorboard", "wandb"):
+        if getattr(config, name) and find_spec(name) is None:
+            found.append(f"--{name} needs a package: pip install {name}")
     if config.parallel == "fsdp" and not is_torchrun():
         found.append("--parallel fsdp needs several processes: start them with torchrun")
-    if (
-        config.precision == "bfloat16"
-        and not found
-        and not has_bfloat16(pick_device(config.device))
-    ):
+    bfloat16 = config.precision == "bfloat16"
+    if bfloat16 and not found and not has_bfloat16(pick_device(config.device)):
         found.append("this GPU only emulates bfloat16, slowly: use --precision float16")
     if config.parallel == "fsdp" and config.precision == "float16":
         found.append(f"{NO_FLOAT16}: use --precision bfloat16, or float32")
@@ -153,15 +143,10 @@ class Data(NamedTuple):
 def load_data(gpt_config: GPTConfig, config: TrainConfig, state: State | None) -> Data:
     """The tokenizer and the corpus of a run. Raises UserError if they do not fit the settings or
     the run to resume."""
+    own = tokenizers.from_dict(state["tokenizer"]) if state else None
+    names = (config.data, config.tokenizer, config.bpe_vocab_size)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(
-            config.data,
-            config.tokenizer,
-            config.bpe_vocab_size,
-            tokenizers.from_dict(state["tokenizer"]) if state else None,
-            config.separator,
-            config.hold_out,
-        )
+        tokenizer, corpus = load_corpus(*names, own, config.separator, config.hold_out)
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
@@ -185,9 +170,9 @@ def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | No
 # --- machine
 
 
-def setup_machine(config: TrainConfig, device: torch.device, state: State | None = None) -> str:
-    """Decide the precision and whether to compile, in config, and seed the random numbers. Returns
-    the reason for the precision. `state` is the checkpoint that is resumed."""
+def setup_machine(config: TrainConfig, device: torch.device, state: State | None = None) -> None:
+    """Set the precision and whether to compile, in config, print both, and seed the random numbers.
+    `state` is the checkpoint that is resumed."""
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)
     picked = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
@@ -201,7 +186,11 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
     config.compile = pick_compile(config.compile, device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
-    return why
+    compiled = "compiled, so the first step is slow" if config.compile else "eager"
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    if world_size() > 1:
+        threads += f" in {world_size()} processes, {config.parallel}"
+    print(f"machine: {device}{threads}, {config.precision} ({why}), {compiled}")
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
@@ -223,12 +212,7 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 def matmul_seconds(dtype: torch.dtype) -> float:
     """The time of a product of two 512 x 512 matrices on the CPU, the best of eight."""
     a = torch.ones(512, 512, dtype=dtype)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(lambda: a @ a, number=1, repeat=8))
 
 
 def pick_compile(wanted: bool | None, device: torch.device) -> bool:
@@ -279,9 +263,8 @@ def keep_freed_memory() -> None:
 
 
 def memory_estimate(gpt: GPTConfig, config: TrainConfig) -> dict[str, int]:
-    """The memory that training needs per process, in bytes, by use: weights, gradients, optimizer
-    state,
-    and what a step needs. FSDP divides the first three by the number of processes.
+    """The memory that training needs per process, in bytes, by use. FSDP divides weights, gradients
+    and optimizer state by the number of processes.
 
     The activations are counted from the formulas of model.py: for GPT-2's components, 10 C + 3 F
     numbers per block and token; newer components have more operations (compiling fuses some of
@@ -313,24 +296,14 @@ def memory_estimate(gpt: GPTConfig, config: TrainConfig) -> dict[str, int]:
 # --- summary
 
 
-def machine_line(config: TrainConfig, device: torch.device, why_precision: str) -> str:
-    """The device, precision and processes in one line."""
-    compiled = "compiled, so the first step is slow" if config.compile else "eager"
-    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    if world_size() > 1:
-        threads += f" in {world_size()} processes, {config.parallel}"
-    return f"machine: {device}{threads}, {config.precision} ({why_precision}), {compiled}"
-
-
 def print_summary(
-    gpt: GPTConfig, config: TrainConfig, corpus: Corpus, device: torch.device, why_precision: str
+    gpt: GPTConfig, config: TrainConfig, corpus: Corpus, device: torch.device
 ) -> None:
-    """Print what will be trained, on what, and how, before anything slow starts. Raises UserError
-    if it does not fit in memory."""
+    """Print what will be trained, and on what, before anything slow starts. Raises UserError if it
+    does not fit in memory."""
     memory = memory_estimate(gpt, config)
     uses = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
     print(
-        f"{machine_line(config, device, why_precision)}\n"
         f"corpus: {corpus.info['name']}, {corpus.info['bytes']:,} bytes; {len(corpus.train_ids):,} "
         f"training tokens, {len(corpus.val_ids):,} validation tokens, vocabulary {gpt.vocab_size}, "
         f"{corpus.bytes_per_token:.2f} bytes per token\n"

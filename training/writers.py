@@ -1,6 +1,5 @@
 """TensorBoard and Weights & Biases."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter  # optional package
 
-        folder = run_dir / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
-        board = SummaryWriter(folder)
+        board = SummaryWriter(run_dir / "tensorboard")
         board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
         def write_board(record: Record) -> None:
