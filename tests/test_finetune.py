@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,22 +30,19 @@ from config import ARCHS, GPTConfig, SampleConfig, TrainConfig
 from corpus import records as qa
 from corpus.bpe import count_pieces, train_bpe
 from corpus.corpus import Corpus
-from finetuning import lora, tasks
+from finetuning import lora, records
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
-from finetuning.setup import FinetuneConfig, check_finetune, load_base, resolve_finetune
+from finetuning.records import Records, encode_pair, encode_splits, fit_window
+from finetuning.setup import check_finetune, help_defaults, load_base, resolve_finetune
 from finetuning.tasks import (
+    OBJECTIVES,
     DPOTask,
+    FinetuneConfig,
     QATask,
     TextTask,
     distillation_loss,
     dpo_loss,
-    encode_pair,
-    encode_splits,
-    fit_window,
-    log_probability,
-    random_items,
-    rewards,
 )
 from model import GPT
 from sampling.text import end_tokens
@@ -115,7 +113,7 @@ def read(run: str, name: str = "latest.pt") -> dict:
     return utils.read_checkpoint(Path("checkpoints", run, name))
 
 
-OBJECTIVES = {
+FLAGS = {
     "text": ["--data=other.txt"],
     "qa": ["--objective=qa"],
     "distill": ["--objective=distill", "--teacher=checkpoints/best.pt"],
@@ -143,33 +141,13 @@ def test_distillation_loss_equals_hintons_formula():
         assert found.item() == pytest.approx(alpha * T**2 * mean + (1 - alpha) * 2.0, rel=1e-6)
 
 
-def test_gradient_of_the_soft_loss_equals_the_papers():
-    """dC/dz_i = (q_i - p_i) / T (Hinton et al. 2015, equation 2), here times T squared."""
-    z, v = torch.randn(1, 1, 5, requires_grad=True), torch.randn(1, 1, 5)
-    distillation_loss(z, v, torch.tensor([[0]]), torch.tensor(0.0), 3.0, 1.0).backward()
-    expected = 3.0 * ((z / 3).softmax(-1) - (v / 3).softmax(-1))
-    assert torch.allclose(z.grad, expected.detach(), atol=1e-6)
-
-
-def test_log_probability_is_the_sum_over_the_text():
-    model = make_model()
-    x, y = torch.randint(11, (2, 6)), torch.randint(11, (2, 6))
-    y[0, :4] = -100
-    logits = model(x)[0]
-    expected = [
-        sum(logits[b, t].softmax(0)[y[b, t]].log().item() for t in range(6) if y[b, t] != -100)
-        for b in range(2)
-    ]
-    assert log_probability(logits, y).tolist() == pytest.approx(expected, rel=1e-5)
-
-
 def test_dpo_gradient_equals_the_papers():
     """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), Rafailov et al. 2023,
     section 4."""
     model, reference, beta = make_model(0), make_model(1), 0.3
     x, y = torch.randint(11, (2, 6)), torch.randint(11, (2, 6))  # one pair: chosen, rejected
-    found = rewards(model, reference, x, y, beta)
-    dpo_loss(*found.chunk(2)).mean().backward()
+    found = DPOTask.rewards(SimpleNamespace(reference=reference, beta=beta), model, x, y)
+    dpo_loss(*found).mean().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     log_p = [[], []]
     for i, m in enumerate((model, reference)):
@@ -177,7 +155,7 @@ def test_dpo_gradient_equals_the_papers():
             nll = F.cross_entropy(m(x[b : b + 1])[0][0], y[b], reduction="sum")
             log_p[i].append(-nll)
     r_w, r_l = (beta * (log_p[0][b] - log_p[1][b]).item() for b in range(2))
-    assert found.tolist() == pytest.approx([r_w, r_l], abs=1e-4)
+    assert [r.item() for r in found] == pytest.approx([r_w, r_l], abs=1e-4)
     weight = beta / (1 + math.exp(r_w - r_l))
     difference = log_p[0][0] - log_p[0][1]
     expected = torch.autograd.grad(-weight * difference, list(model.parameters()))
@@ -201,7 +179,7 @@ def test_all_rewards_of_dpo_are_0_before_the_first_step(place: Path, monkeypatch
         return loss(task, model, x, y)
 
     monkeypatch.setattr(DPOTask, "loss", record)
-    assert tune(*OBJECTIVES["dpo"], *flags) == 0
+    assert tune(*FLAGS["dpo"], *flags) == 0
     first = read("dpo")["log"][0]
     assert first["train"] == first["val"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["margin"] == first["accuracy"] == 0.0
@@ -236,7 +214,7 @@ def test_preferences_of_a_model_that_answers_questions_are_answers(place: Path, 
         assert text == f"<BOS>Question: the fox\nAnswer: {answer}<EOS>"
         assert tokenizer.decode(ids[n_prompt:].tolist()) == f" {answer}<EOS>"
     tune("--objective=qa", "--max_steps=1")
-    words = [*OBJECTIVES["dpo"], "--dry_run", "--tag=new", "--device=cpu"]
+    words = [*FLAGS["dpo"], "--dry_run", "--tag=new", "--device=cpu"]
     for source, asks in (("qa", True), ("text", False)):
         if source == "text":
             Path("old.txt").write_text(make_text(300))
@@ -258,11 +236,12 @@ def make_task(objective: str, config: TrainConfig) -> QATask | DPOTask:
     records = [[{"question": "q", "answer": "a" * (n - 2)} for n in ns] for ns in LENGTHS.values()]
     records = records if objective == "qa" else [PAIRS[:3], PAIRS[3:]]
     tokenizer = CharTokenizer.train([json.dumps([RECORDS, PAIRS]) + "\n"], QA_SPECIALS)
-    splits = encode_splits(objective, records, tokenizer, 64, skip_long=False, ask=False)
-    if objective == "qa":
-        return QATask(splits, tokenizer, config, CPU, PlainFormat({}))
+    kind = OBJECTIVES[objective].records
+    splits = encode_splits(kind, records, tokenizer, 64, skip_long=False, ask=False)
     reference = make_task_model(tokenizer.vocab_size, seed=1)
-    return DPOTask(splits, tokenizer, reference, 0.3, config, CPU, PlainFormat({}))
+    setup = SimpleNamespace(settings=FinetuneConfig(beta=0.3))
+    data = Records(splits, tokenizer, config, CPU, PlainFormat({}))
+    return OBJECTIVES[objective].task(data, setup, reference)
 
 
 def make_task_model(vocab_size: int, seed: int = 0) -> GPT:
@@ -271,20 +250,24 @@ def make_task_model(vocab_size: int, seed: int = 0) -> GPT:
 
 def test_samples_of_answers_are_as_long_as_requested():
     task = make_task("qa", TrainConfig(sample_tokens=3, precision="float32"))
-    text = task.sample(make_task_model(task.tokenizer.vocab_size, seed=3))
-    prompts = [task.tokenizer.decode(ids[1:n].tolist()) for ((ids, n),) in task.splits["val"][:2]]
+    text = task.sample(make_task_model(task.records.tokenizer.vocab_size, seed=3))
+    prompts = [
+        task.records.tokenizer.decode(ids[1:n].tolist())
+        for ((ids, n),) in task.records.splits["val"][:2]
+    ]
     assert len("\n".join(prompts)) < len(text) <= len("\n".join(prompts)) + 2 * 3 * len("<EOS>")
 
 
-def records_in_order(items: list, config: TrainConfig, step: int, micro_step: int) -> list:
-    """Instead of `random_items`: the same records in a step, whatever the batch size."""
-    return items[micro_step * config.batch_size :][: config.batch_size]
+def records_in_order(records: Records, step: int, micro_step: int) -> tuple:
+    """Instead of `random_batch`: the same records in a step, whatever the batch size."""
+    size = records.config.batch_size
+    return records.batch(records.splits["train"][micro_step * size :][:size])
 
 
 def answer_losses(task: QATask, model: GPT, split: str = "train") -> list[torch.Tensor]:
     """For each record, the sum of the losses of its answer's tokens."""
     losses = []
-    for ((ids, n_prompt),) in task.splits[split]:
+    for ((ids, n_prompt),) in task.records.splits[split]:
         logits = model(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :]
         losses.append(F.cross_entropy(logits, torch.from_numpy(ids[n_prompt:]), reduction="sum"))
     return losses
@@ -297,8 +280,8 @@ def test_a_step_averages_over_tokens_whatever_the_micro_batches(batch_size, grad
         compile=False, max_steps=10,
     )  # fmt: skip
     task = make_task("qa", config)
-    model = make_task_model(task.tokenizer.vocab_size)
-    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.splits["train"]]
+    model = make_task_model(task.records.tokenizer.vocab_size)
+    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.records.splits["train"]]
     assert n_tokens == [40, 38, 3, 2]
     loss = sum(answer_losses(task, model)) / 83
     expected = torch.autograd.grad(loss, list(model.parameters()))
@@ -312,50 +295,44 @@ def test_a_step_averages_over_tokens_whatever_the_micro_batches(batch_size, grad
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_an_evaluation_of_answers_averages_over_tokens(batch_size):
-    task = make_task("qa", TrainConfig(batch_size=batch_size))
-    model = make_task_model(task.tokenizer.vocab_size)
+    config = TrainConfig(batch_size=batch_size)
+    task = make_task("qa", config)
+    model = make_task_model(task.records.tokenizer.vocab_size)
     metrics = task.evaluate(model)
     for split, n_tokens in LENGTHS.items():
         expected = sum(answer_losses(task, model, split)).item() / sum(n_tokens)
         assert metrics[split] == pytest.approx(expected, rel=1e-6)
+    config.eval_windows = 1  # the final evaluation is over the whole split
+    first = answer_losses(task, model, "val")[0].item() / LENGTHS["val"][0]
+    assert task.evaluate(model)["val"] == pytest.approx(first, rel=1e-6)
+    final = task.evaluate(model, full=True)
+    assert final["val"] == pytest.approx(metrics["val"], rel=1e-6) and "train" not in final
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_processes_share_the_records_and_make_equally_many_forward_passes(monkeypatch, world_size):
-    items, batches = list(range(1, 5)), []
+    task, batches, totals = make_task("qa", TrainConfig(batch_size=1)), [], []
 
-    def measure(batch):
-        batches[-1].append(len(batch))
-        return torch.tensor([[item, 1] for item in batch])
+    def measure(x, y):
+        batches[-1].append(len(x))
+        return [(y != -100).sum(dim=1), torch.ones(len(x))]
 
-    monkeypatch.setattr(tasks, "world_size", lambda: world_size)
-    totals = []
+    monkeypatch.setattr(records, "world_size", lambda: world_size)
+    monkeypatch.setattr(records, "all_reduce", lambda tensor: tensor)
     for rank in range(world_size):
-        monkeypatch.setattr(tasks, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(tasks, "all_reduce", lambda tensor: tensor)
+        monkeypatch.setattr(records, "rank", lambda rank=rank: rank)
         batches.append([])
-        totals.append(tasks.sum_rows(measure, items, batch_size=1))
-    assert np.sum(totals, axis=0).tolist() == [10, 4]
+        totals.append(task.records.totals(measure, "train", None))
+    assert np.sum(totals, axis=0).tolist() == [sum(LENGTHS["train"]), 4, 4 * world_size]
     assert all(sizes == batches[0] for sizes in batches)
     assert len(batches[0]) == math.ceil(4 / world_size)
 
 
-def test_the_final_evaluation_is_over_the_whole_validation_split():
-    config = TrainConfig(batch_size=2, eval_windows=1)  # one record per evaluation
-    task = make_task("qa", config)
-    model = make_task_model(task.tokenizer.vocab_size)
-    sums = [loss.item() for loss in answer_losses(task, model, "val")]
-    assert task.evaluate(model)["val"] == pytest.approx(sums[0] / LENGTHS["val"][0], rel=1e-6)
-    final = task.evaluate(model, full=True)
-    assert final["val"] == pytest.approx(sum(sums) / sum(LENGTHS["val"]), rel=1e-6)
-    assert "train" not in final
-
-
 def test_an_evaluation_of_preferences_averages_over_pairs():
     task = make_task("dpo", TrainConfig(batch_size=3))  # of four pairs
-    model = make_task_model(task.tokenizer.vocab_size)
+    model = make_task_model(task.records.tokenizer.vocab_size)
     losses, margins = [], []
-    for pair in task.splits["train"]:
+    for pair in task.records.splits["train"]:
         log_p = [
             [
                 -F.cross_entropy(
@@ -372,7 +349,7 @@ def test_an_evaluation_of_preferences_averages_over_pairs():
         losses.append(math.log1p(math.exp(rejected - chosen)))
     assert max(losses) - min(losses) > 0.1
     assert task.evaluate(model)["train"] == pytest.approx(np.mean(losses), rel=1e-4)
-    task.splits["val"] = task.splits["train"]
+    task.records.splits["val"] = task.records.splits["train"]
     metrics = task.evaluate(model)  # TRL's rewards/margins and rewards/accuracies
     assert metrics["margin"] == pytest.approx(np.mean(margins), rel=1e-3)
     assert metrics["accuracy"] == pytest.approx(np.mean([margin > 0 for margin in margins]))
@@ -438,7 +415,7 @@ def test_every_objective_writes_a_checkpoint_for_generate_and_evaluate(
     place: Path, objective, adapted, capsys
 ):
     flags = ["--lora_rank=2"] if adapted else []
-    assert tune(*OBJECTIVES[objective], *flags, "--tag=a") == 0
+    assert tune(*FLAGS[objective], *flags, "--tag=a") == 0
     names = {file.name for file in Path("checkpoints/a").iterdir()}
     expected = {"best.pt", "latest.pt", "log.jsonl", "loss_log.json", "loss_curve.png"}
     assert names == expected | {"samples.txt", "lock"} | ({"adapter.pt"} if adapted else set())
@@ -458,7 +435,7 @@ def test_every_objective_writes_a_checkpoint_for_generate_and_evaluate(
     ("objective", "adapted"), [*((name, False) for name in OBJECTIVES), ("qa", True), ("dpo", True)]
 )
 def test_a_stopped_run_resumes_bit_for_bit(place: Path, monkeypatch, objective, adapted):
-    flags = [*OBJECTIVES[objective], *(["--lora_rank=2"] if adapted else [])]
+    flags = [*FLAGS[objective], *(["--lora_rank=2"] if adapted else [])]
     flags += ["--dropout=0.1"] if objective != "dpo" else []
     tune(*flags, "--tag=whole")
     monkeypatch.setattr(RunLog, "out_of_patience", lambda log: log.records[-1]["step"] == 3)
@@ -524,7 +501,7 @@ def test_merging_the_adapter_gives_the_same_model(place: Path):
     words = ["checkpoints/merged/best.pt", "--prompt=Who?", "--max_new_tokens=5", "--device=cpu"]
     assert generate.main(words) == 0
     for flag in ([], ["--no-overwrite"]):
-        with pytest.raises(UserError, match="exists: --overwrite"):
+        with pytest.raises(UserError, match=r"already contains a run \(best\.pt\)"):
             finetune.main(["checkpoints/best.pt", "--merge", str(adapter), *flag])
     with pytest.raises(UserError, match="for another base"):
         finetune.main(["checkpoints/qa/best.pt", "--merge", str(adapter), "--overwrite"])
@@ -550,14 +527,14 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
     for tag, message in (
         ("", r"checkpoints/ contains a run"),
         ("stopped", r"checkpoints/stopped/ contains a run"),
-        ("copied", r"copied/best\.pt is not the result of a merge"),
+        ("copied", r"checkpoints/copied/ contains a run"),
     ):
         with pytest.raises(UserError, match=message):
             finetune.main([*merge, f"--tag={tag}"])
     assert files_of(place) == before
     assert finetune.main(merge) == 0
     before = files_of(place)
-    with pytest.raises(UserError, match="is the base"):
+    with pytest.raises(UserError, match=r"merged/ contains checkpoints/merged/best\.pt"):
         finetune.main(["checkpoints/merged/best.pt", *merge[1:]])
     assert files_of(place) == before
     with pytest.raises(UserError, match=r"checkpoints/merged/ already contains a run \(best\.pt\)"):
@@ -579,7 +556,7 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
         (["none.pt", "--merge=ADAPTER"], r"there is no checkpoint none\.pt"),
         (["other.txt", "--merge=ADAPTER"], r"other\.txt is not a checkpoint"),
         (["ADAPTER", "--merge=ADAPTER"], "is a LoRA adapter"),
-        (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "resume has no effect on --merge"),
+        (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "there is no checkpoint"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--data=x", "--lora_rank=2"],
          "--data has no effect on --merge.*--lora_rank has no effect"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--out_dir=other.txt"], "cannot write"),
@@ -606,7 +583,7 @@ def test_lora_does_not_change_frozen_weights(place: Path):
 
 
 def test_preferences_are_learned(place: Path):
-    tune(*OBJECTIVES["dpo"], "--max_steps=40", "--lr_max=5e-3", "--eval_every=20")
+    tune(*FLAGS["dpo"], "--max_steps=40", "--lr_max=5e-3", "--eval_every=20")
     last = read("dpo")["log"][-1]
     assert last["accuracy"] == 1.0 and last["margin"] > 0.1 and last["val"] < 0.6
 
@@ -649,29 +626,34 @@ def test_an_imported_model_learns_questions_with_an_adapter(place: Path, arch):
 
 @pytest.mark.parametrize("objective", ["text", "qa", "dpo"])
 def test_overfitting_one_batch_writes_nothing(place: Path, capsys, objective):
-    assert tune(*OBJECTIVES[objective], "--overfit_batch", "--max_steps=2") == 1
+    assert tune(*FLAGS[objective], "--overfit_batch", "--max_steps=2") == 1
     assert "could not be overfitted" in capsys.readouterr().out
     assert not Path("checkpoints", objective).exists()
 
 
 def test_patience_stops_a_run_that_does_not_improve(place: Path):
-    tune(*OBJECTIVES["dpo"], "--patience=1", "--lr_max=1e-9", "--max_steps=30")
+    tune(*FLAGS["dpo"], "--patience=1", "--lr_max=1e-9", "--max_steps=30")
     assert read("dpo")["step"] < 30
 
 
-def test_batches_are_a_pure_function_of_seed_step_and_micro_step():
-    config, items = TrainConfig(batch_size=3, grad_accum=2, seed=5), list(range(20))
-    batches = {(s, m): random_items(items, config, s, m) for s in range(3) for m in range(2)}
-    assert batches[2, 1] == random_items(items, config, 2, 1)
-    assert len({tuple(batch) for batch in batches.values()}) == 6
-    assert all(len(set(batch)) == 3 for batch in batches.values())
-    other_seed = TrainConfig(batch_size=3, grad_accum=2, seed=6)
-    assert random_items(items, other_seed, 2, 1) != batches[2, 1]
+def test_batches_are_a_pure_function_of_seed_step_and_micro_step(monkeypatch):
+    monkeypatch.setattr(Records, "batch", lambda self, items: items)
+
+    def batch(step, micro_step, n=20, **settings):
+        config = TrainConfig(**{"batch_size": 3, "grad_accum": 2, "seed": 5, **settings})
+        return Records({"train": [*range(n)]}, None, config, CPU, None).random_batch(
+            step, micro_step
+        )
+
+    batches = {(s, m): batch(s, m) for s in range(3) for m in range(2)}
+    assert batches[2, 1] == batch(2, 1)
+    assert len({tuple(items) for items in batches.values()}) == 6
+    assert all(len(set(items)) == 3 for items in batches.values())
+    assert batch(2, 1, seed=6) != batches[2, 1]
     for step in range(3):  # one batch of six is the same as two micro-batches of three
-        whole = random_items(items, TrainConfig(batch_size=6, seed=5), step, 0)
-        assert whole == batches[step, 0] + batches[step, 1]
-    few = [random_items(items[:4], config, 0, m) for m in range(2)]
-    assert sorted(set(few[0] + few[1])) == items[:4] and len(few[0]) == len(few[1]) == 3
+        assert batch(step, 0, batch_size=6, grad_accum=1) == batches[step, 0] + batches[step, 1]
+    few = [batch(0, m, n=4) for m in range(2)]
+    assert sorted(set(few[0] + few[1])) == [0, 1, 2, 3] and len(few[0]) == len(few[1]) == 3
 
 
 # --- mistakes
@@ -745,9 +727,7 @@ def test_long_records_are_reported(place: Path, capsys):
             "--lora_targets: invalid choice",
         ),
         (["--data=other.txt", "--n_layer=3"], "--n_layer is determined by the checkpoint"),
-        (["--data=other.txt", "--arch=llama"], "--arch is determined by the checkpoint"),
-        (["--data=other.txt", "--preset=tiny"], "--preset is determined by the checkpoint"),
-        (["--data=other.txt", "--tokenizer=bpe"], "--tokenizer is determined by the checkpoint"),
+        (["--data=other.txt", "--arch=llama"], "unrecognized arguments: --arch=llama"),
         (["--data=other.txt", "--tag=../x"], "must be a plain name"),
         (["--data=data/qa.json"], "contains questions and answers: use --objective qa"),
         (["--objective=qa", "--alpha=0.5"], "--alpha is for"),
@@ -798,15 +778,12 @@ def test_the_base_is_never_overwritten(place: Path):
         ("qa", ["--lora_alpha=2"], "lora_alpha is 32.0 in the run"),
         ("qa", ["--data=other.json"], r"data is 'data/qa\.json' in the run"),
         ("qa", ["--seed=1"], "seed is 1337 in the run"),
-        ("qa", ["--preset=tiny"], "preset is 'laptop' in the run"),
-        ("qa", ["--arch=gpt2"], "arch is '' in the run"),
-        ("qa", ["--tokenizer=bpe"], "tokenizer is 'char' in the run"),
         ("qa", ["--n_layer=3"], "n_layer is 1 in the run"),
         ("qa", ["--optimizer=muon"], "optimizer is 'adamw' in the run"),
         ("qa", ["--teacher=checkpoints/best.pt"], "teacher is '' in the run"),
         ("qa", ["--overwrite"], "give one of them"),
         ("qa", ["--overfit_batch"], "--resume and --overfit_batch"),
-        ("qa", ["--parallel=fsdp"], "--parallel fsdp is for train.py"),
+        ("qa", ["--parallel=fsdp"], "unrecognized arguments: --parallel=fsdp"),
         ("qa", ["other.txt"], r"other\.txt is not a checkpoint"),
         ("qa", ["other.pt"], r"other\.pt has changed since this run began"),
         ("distill", ["--alpha=0.1"], "alpha is 0.5 in the run"),
@@ -832,7 +809,7 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for objective in ("qa", "distill", "dpo"):
-            tune(*OBJECTIVES[objective], "--max_steps=2")
+            tune(*FLAGS[objective], "--max_steps=2")
         state = read("", "best.pt")
         state["model"]["norm.weight"] += 1
         save_checkpoint(Path("other.pt"), state)
@@ -840,7 +817,7 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_resume_finds_a_base_and_a_teacher_that_were_moved(place: Path):
-    tune(*OBJECTIVES["distill"])
+    tune(*FLAGS["distill"])
     Path("checkpoints/best.pt").rename("moved.pt")
     words = ["--resume", "--objective=distill", "moved.pt", "--teacher=moved.pt", "--device=cpu"]
     assert finetune.main([*words, "--max_steps=7"]) == 0
@@ -848,7 +825,7 @@ def test_a_resume_finds_a_base_and_a_teacher_that_were_moved(place: Path):
 
 
 def test_resume_rejects_other_settings_data_or_bases(place: Path):
-    tune(*OBJECTIVES["qa"])
+    tune(*FLAGS["qa"])
     with pytest.raises(UserError, match=r"a run of finetune\.py: resume it with finetune\.py"):
         train.main(["--resume", "--tag=qa", "--device=cpu"])
     with pytest.raises(UserError, match="objective is 'qa' in the run to resume"):
@@ -944,7 +921,7 @@ def test_a_truncated_or_altered_adapter_is_rejected(place: Path, adapted: Path):
 
 def settings_of(words: list[str]) -> tuple:
     classes = (FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
-    return parse_args(classes, words, "", resolve_finetune, check_finetune)
+    return parse_args(classes, words, "", resolve_finetune, check_finetune, help_defaults())
 
 
 def test_a_base_whose_run_had_invalid_settings_is_rejected(place: Path):
@@ -1006,7 +983,6 @@ def test_a_base_of_an_older_version_without_settings_is_fine_tuned(place: Path):
     state["gpt_config"] |= {"token_shift": True, "qk_norm": read("")["gpt_config"]["qk_norm"]}
     torch.save(state, "old.pt")
     assert finetune.main(["old.pt", *QUICK, "--objective=qa"]) == 0
-    assert read("qa")["train_config"]["preset"] == "laptop"
 
 
 # --- settings that follow from the base
@@ -1085,8 +1061,9 @@ def test_samples_of_a_text_run_are_not_answers():
     model = make_task_model(tokenizer.vocab_size)
     ids = tokenizer.encode(make_text(20))
     corpus = Corpus(ids, ids, {"name": "text"}, len(ids), len(ids))
-    config = TrainConfig(sample_tokens=30)
-    task = TextTask(Pretraining(corpus, tokenizer, 64, config, CPU), None)
+    text = Pretraining(corpus, tokenizer, 64, TrainConfig(sample_tokens=30), CPU)
+    base = SimpleNamespace(state={"train_config": {}})
+    task = TextTask(text, SimpleNamespace(base=base), model)
     settings = SampleConfig(prompt="\n", max_new_tokens=30, seed=1337, qa=False)
     assert task.sample(model) == generate.sample_text(model, tokenizer, settings)[0]
 
@@ -1107,10 +1084,10 @@ def test_the_base_has_the_names_that_it_has_elsewhere(place: Path):
         assert settings_of(words)[0].source == "checkpoints/best.pt"
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", FLAGS)
 def test_a_dry_run_shows_the_first_record_and_writes_nothing(place: Path, objective: str, capsys):
     before = sorted(place.rglob("*"))
-    assert tune(*OBJECTIVES[objective], "--dry_run") == 0
+    assert tune(*FLAGS[objective], "--dry_run") == 0
     assert sorted(place.rglob("*")) == before
     text = capsys.readouterr().out
     rows = text.splitlines()
@@ -1167,9 +1144,9 @@ def test_few_records_can_be_trained_with_none_held_out(place: Path, n_records):
 
 def test_records_marked_as_held_out_are_trained_on_if_none_are_held_out(place: Path, capsys):
     assert tune("--objective=qa", "--no-hold_out") == 0
-    assert "5 training answers, 5 validation answers" in capsys.readouterr().out
-    assert tune(*OBJECTIVES["dpo"], "--no-hold_out") == 0
-    assert "6 training pairs, 6 validation pairs" in capsys.readouterr().out
+    assert "5 training records, 5 validation records" in capsys.readouterr().out
+    assert tune(*FLAGS["dpo"], "--no-hold_out") == 0
+    assert "6 training records, 6 validation records" in capsys.readouterr().out
 
 
 def test_an_adapter_for_a_data_set_has_no_embeddings(place: Path):
@@ -1222,17 +1199,19 @@ def test_pretraining_never_sees_held_out_questions_and_validates_on_them(held_ou
 def test_fine_tuning_never_sees_held_out_questions_and_validates_on_them(
     held_out_first, monkeypatch
 ):
-    seen = []
+    seen, get_batch = [], QATask.get_batch
 
-    def record(items, *args):
-        chosen = random_items(items, *args)
-        seen.extend(chosen)
-        return chosen
+    def record(*args):
+        (x, y), n = get_batch(*args)
+        seen.extend(
+            row[1 : int(targets.nonzero()[-1]) + 1] for row, targets in zip(x, y + 100, strict=True)
+        )
+        return (x, y), n
 
-    monkeypatch.setattr(tasks, "random_items", record)
+    monkeypatch.setattr(QATask, "get_batch", record)
     assert tune("--objective=qa") == 0
     model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/qa/best.pt"), CPU)
-    texts = {tokenizer.decode(ids[1:-1].tolist()) for ((ids, _),) in seen}
+    texts = {tokenizer.decode(ids.tolist()) for ids in seen}
     assert texts == {qa.record_text(record) for record in RECORDS[:4]}
     ids, n_prompt = qa.encode_record(tokenizer, held_out_first)
     logits = model(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :]
