@@ -59,17 +59,14 @@ def load_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Splits]
     objective, tokenizer = OBJECTIVES[settings.objective], base.tokenizer
     with local_rank_zero_first():  # it may be downloaded
         path = find_corpus(config.data)
-    if kind := objective.records:
-        records, specials = kind.read(path), objective.specials
-        texts: Iterable[str] = [kind.text(record) for record in records]
-    else:
-        documents = config.separator or path.suffix.lower() == ".jsonl"
-        specials = (END_OF_TEXT,) if documents else ()
-        texts = texts_of(path, config.separator)
-    if objective.new_tokens:
-        tokenizer = extend_tokenizer(tokenizer, specials, texts)
-    else:
+    kind, specials = objective.records, objective.specials
+    records = kind.read(path) if kind else []
+    texts = map(kind.text, records) if kind else texts_of(path, config.separator)
+    if specials is None:
         check_known(tokenizer, texts, path)
+    else:
+        documents = not kind and (config.separator or path.suffix.lower() == ".jsonl")
+        tokenizer = extend_tokenizer(tokenizer, (END_OF_TEXT,) if documents else specials, texts)
     if not kind:
         separator, hold_out = config.separator, config.hold_out
         _, corpus = load_corpus(config.data, "", 0, tokenizer, separator, hold_out)
@@ -161,10 +158,9 @@ def write_merged(setup: Setup) -> int:
 def print_summary(setup: Setup, model: GPT, data: Corpus | Splits) -> None:
     """Print what will be fine-tuned, on what, and how, before anything slow starts."""
     settings, config = setup.settings, setup.config
-    if isinstance(data, Corpus):
-        n_train, n_val, unit = len(data.train_ids), len(data.val_ids), "tokens"
-    else:
-        n_train, n_val, unit = len(data["train"]), len(data["val"]), "records"
+    splits: Any = [data.train_ids, data.val_ids] if isinstance(data, Corpus) else data.values()
+    unit = "tokens" if isinstance(data, Corpus) else "records"
+    n_train, n_val = map(len, splits)
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_all = model.num_params()
     print(

@@ -48,23 +48,16 @@ def load_base(path: Path) -> Base:
 
 def help_defaults() -> dict[str, Any]:
     """The flags, with the defaults that --help shows."""
-    shown: dict[str, Any] = {
-        f.name: f.default
-        for cls in (FinetuneConfig, LoRAConfig, TrainConfig)
-        for f in fields(cls)
-        if not f.metadata.get("pretrain")
-    }
-    shown |= dict.fromkeys(asdict(GPTConfig()), "the teacher's")
+    shown = asdict(FinetuneConfig()) | asdict(LoRAConfig()) | asdict(TrainConfig())
+    shown |= dict.fromkeys(asdict(GPTConfig()), "the teacher's") | {"warmup_steps": ""}
     shown |= {"dropout": "the checkpoint's", "lr_max": "the checkpoint's, scaled for the objective"}
     shown |= {"data": "distill the teacher's", "tag": "the objective's name"}
     for name in {name for objective in OBJECTIVES.values() for name in objective.defaults}:
-        values = [
-            f"{key} {o.defaults[name]}" for key, o in OBJECTIVES.items() if name in o.defaults
-        ]
-        if len(values) < len(OBJECTIVES) and shown[name] is not None:
-            values.insert(0, str(shown[name]))
-        shown[name] = ", ".join(values)
-    return shown
+        own = {key: o.defaults[name] for key, o in OBJECTIVES.items() if name in o.defaults}
+        others = [str(shown[name])] if len(own) < len(OBJECTIVES) and shown[name] else []
+        shown[name] = ", ".join([*others, *(f"{key} {value}" for key, value in own.items())])
+    hidden = {f.name for f in fields(TrainConfig) if f.metadata.get("pretrain")}
+    return {name: value for name, value in shown.items() if name not in hidden}
 
 
 def resolve_finetune(flags: dict[str, Any]) -> Setup:
@@ -184,28 +177,20 @@ def check_finetune(*results: Any) -> list[str]:
         if files and (files != [best] or "merged" not in read_checkpoint(best)):
             found.append(f"{setup.run_dir}/ contains a run: give another --tag")
     if teacher:
-        found += teacher_problems(teacher, base, gpt_config)
+        own, tokens = teacher.model.config, [m.tokenizer.to_dict() for m in (base, teacher)]
+        if own.vocab_size != gpt_config.vocab_size or tokens[0] != tokens[1]:
+            found.append(
+                "teacher and student have different tokenizers: a student needs its teacher's"
+            )
+        if (size := own.block_size) < gpt_config.block_size:
+            found.append(f"the teacher's window of {size} tokens is shorter than the student's")
     if not OBJECTIVES[settings.objective].dropout and (gpt_config.dropout or adapt.lora_dropout):
         found.append(f"--objective {settings.objective} trains without dropout: leave it out")
-    for name, model in (("base", base), ("teacher", teacher)):
-        if state and model and state["finetune"].get(f"{name}_sha256") != model.sha256:
-            path = settings.teacher if model is teacher else settings.source
-            found.append(
-                f"{path} has changed since this run began: name the original, or give a new run "
-                "another --tag"
-            )
+    origin = state["finetune"] if state else {}
+    for name, path, model in (
+        ("base", settings.source, base),
+        ("teacher", settings.teacher, teacher),
+    ):
+        if path and model and origin.get(f"{name}_sha256", model.sha256) != model.sha256:
+            found.append(f"{path} has changed since this run began: name the original")
     return found
-
-
-def teacher_problems(teacher: Base, base: Base, student: GPTConfig) -> list[str]:
-    """Why a teacher cannot teach this student."""
-    own = teacher.model.config
-    same_tokenizer = teacher.tokenizer.to_dict() == base.tokenizer.to_dict()
-    if not same_tokenizer or own.vocab_size != student.vocab_size:
-        return ["teacher and student have different tokenizers: a student needs its teacher's"]
-    if own.block_size < student.block_size:
-        return [
-            f"the teacher's window of {own.block_size} tokens is shorter than the student's, "
-            f"{student.block_size}: a new student can have --block_size {own.block_size}"
-        ]
-    return []

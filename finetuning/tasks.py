@@ -117,8 +117,8 @@ class DistillationTask:
         with torch.no_grad():
             teacher_logits = self.teacher(x, docs=docs)[0]
         logits, hard = model(x, y, docs)
-        settings = (self.temperature, self.alpha)
-        return {"loss": distillation_loss(logits, teacher_logits, y, hard, *settings)}
+        loss = distillation_loss(logits, teacher_logits, y, hard, self.temperature, self.alpha)
+        return {"loss": loss}
 
 
 # --- questions and answers
@@ -175,17 +175,9 @@ class QATask:
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r(chosen) - r(rejected)) of each pair, (B,), from the `rewards` (B,) of both
-    (DPO, Rafailov et al. 2023, equation 7)."""
+    """-log sigmoid(r(chosen) - r(rejected)) of each pair, (B,), from the rewards (B,) of both (DPO,
+    Rafailov et al. 2023, equation 7)."""
     return -F.logsigmoid(chosen - rejected)
-
-
-def rewards(model: nn.Module, reference: GPT, x: Tensor, y: Tensor, beta: float) -> Tensor:
-    """beta log(pi(y|x) / pi_ref(y|x)), the implicit reward of a model (equation 5), for a batch of
-    texts, (B,)."""
-    with torch.no_grad():
-        before = log_probability(reference(x)[0], y)
-    return beta * (log_probability(model(x)[0], y) - before)
 
 
 def log_probability(logits: Tensor, y: Tensor) -> Tensor:
@@ -214,8 +206,11 @@ class DPOTask:
         return (x, y), torch.tensor(len(x) // 2)  # the loss is a mean over pairs
 
     def rewards(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """The rewards of the chosen and of the rejected texts, (B,) each."""
-        return rewards(model, self.reference, x, y, self.beta).chunk(2)
+        """The implicit rewards beta log(pi(y|x) / pi_ref(y|x)) (equation 5) of the chosen and the
+        rejected texts, (B,) each."""
+        with torch.no_grad():
+            before = log_probability(self.reference(x)[0], y)  # (2B,)
+        return (self.beta * (log_probability(model(x)[0], y) - before)).chunk(2)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"loss": dpo_loss(*self.rewards(model, x, y)).mean()}
@@ -254,8 +249,7 @@ class Objective:
     defaults: dict[str, Any]  # that differ from pretraining's
     flags: tuple[str, ...]  # that not all objectives have
     records: RecordKind | None = None  # None: the data are a text
-    specials: tuple[str, ...] = ()  # that records need
-    new_tokens: bool = False  # the model gets the tokens that it lacks
+    specials: tuple[str, ...] | None = None  # that records need; None: no tokens are added
     teacher: bool = False  # needs --teacher, and neither a model nor data
     dropout: bool = True  # may be trained with dropout
 
@@ -270,7 +264,7 @@ OBJECTIVES = {
         lr_scale=0.1,
         defaults={"max_steps": 500, "batch_size": 12, "eval_every": 100},
         flags=(*TEXT_FLAGS, "overfit_batch"),
-        new_tokens=True,
+        specials=(),  # and those of documents
     ),
     "qa": Objective(
         QATask,
@@ -280,7 +274,6 @@ OBJECTIVES = {
         flags=("long", "overfit_batch"),
         records=ANSWERS,
         specials=QA_SPECIALS,
-        new_tokens=True,
     ),
     "distill": Objective(
         DistillationTask,
