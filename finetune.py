@@ -38,13 +38,8 @@ from system.files import locked, save_checkpoint
 from system.settings import UserError, raise_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 from train import Trainer, run_training
+from training import distributed
 from training.checks import overfit_batch, print_example, print_parameters
-from training.distributed import (
-    destroy_process_group,
-    init_process_group,
-    local_rank_zero_first,
-    rank,
-)
 from training.setup import check_corpus, check_unchanged, machine_line, setup_machine
 from training.task import CheckpointFormat, PlainFormat, Pretraining
 from utils import read_checkpoint
@@ -57,7 +52,7 @@ def load_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Splits]
     the data."""
     settings, config, base = setup.settings, setup.config, setup.base
     objective, tokenizer = OBJECTIVES[settings.objective], base.tokenizer
-    with local_rank_zero_first():  # it may be downloaded
+    with distributed.local_rank_zero_first():  # it may be downloaded
         path = find_corpus(config.data)
     kind, specials = objective.records, objective.specials
     records = kind.read(path) if kind else []
@@ -183,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, adapt, config = setup[:3]
     if settings.merge:
         return write_merged(setup)
-    device = init_process_group(config.device)
+    device = distributed.init_process_group(config.device)
     tokenizer, info, data = load_data(setup)
     why_precision = setup_machine(config, device, setup.state)
     model, format = make_model(setup, tokenizer, info)
@@ -199,20 +194,20 @@ def main(argv: list[str] | None = None) -> int:
         print_parameters(model.config)
         (x, y), _ = task.get_batch(0, 0)
         print_example(tokenizer, x[0], y[0])
-        destroy_process_group()
+        distributed.destroy_process_group()
         return 0
     trainer = Trainer(model, task, config, device)
     if config.overfit_batch:
         status = overfit_batch(trainer)
     else:
         status, _ = run_training(trainer, setup.state)
-        if adapt.lora_rank and rank() == 0:
+        if adapt.lora_rank and distributed.rank() == 0:
             path = setup.run_dir / "adapter.pt"
             with locked(setup.run_dir, "a training run"):
                 lora.save_adapter(path, read_checkpoint(path.with_name("best.pt"))["adapter"])
             print(f"adapter: {path}, for {settings.source}")
     del trainer, task, source, model, format
-    destroy_process_group()
+    distributed.destroy_process_group()
     return status
 
 

@@ -97,7 +97,6 @@ def finetune_flags(flags: dict[str, Any], state: dict[str, Any], latest: Path) -
     with matching_contents(latest):
         settings = from_dict(FinetuneConfig, state["finetune"])
         adapt = from_dict(LoRAConfig, state["finetune"])
-        raise_problems(all_problems(settings) + all_problems(adapt))
         own, others = asdict(settings) | asdict(adapt), saved_settings(state)
         raise_problems(flag_problems({"data": others["data"]}, settings, adapt))
     if adapt.lora_rank:

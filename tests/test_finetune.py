@@ -494,34 +494,30 @@ def test_merging_the_adapter_gives_the_same_model(place: Path, adapted: Path):
     assert Path("checkpoints/merged/best.pt").stat().st_ino != before
 
 
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+def assert_rejected(folder: Path, words: list[str], message: str) -> None:
+    """The command is an error of one line, and nothing is written."""
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    with pytest.raises(UserError, match=message) as error:
+        finetune.main(words)
+    assert "\n" not in str(error.value)
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
 def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: Path):
     """With --overwrite, too: not a run, not its base, not a checkpoint from elsewhere."""
-    base = shutil.copy("checkpoints/best.pt", "base.pt")
-    merge = [str(base), f"--merge={adapted}", "--overwrite"]
+    shutil.copy("checkpoints/best.pt", "base.pt")
+    merge = ["base.pt", f"--merge={adapted}", "--overwrite"]
     Path("checkpoints/copied").mkdir()
     shutil.copy("base.pt", "checkpoints/copied/best.pt")
     Path("checkpoints/stopped").mkdir()
     shutil.copy("checkpoints/latest.pt", "checkpoints/stopped/latest.pt")
-    before = files_of(place)
-    for tag, message in (
-        ("", r"checkpoints/ contains a run"),
-        ("stopped", r"checkpoints/stopped/ contains a run"),
-        ("copied", r"checkpoints/copied/ contains a run"),
-    ):
-        with pytest.raises(UserError, match=message):
-            finetune.main([*merge, f"--tag={tag}"])
-    assert files_of(place) == before
+    for tag in ("", "stopped", "copied"):
+        assert_rejected(place, [*merge, f"--tag={tag}"], rf"checkpoints/{tag}/? ?contains a run")
     assert finetune.main(merge) == 0
-    before = files_of(place)
-    with pytest.raises(UserError, match=r"merged/ contains checkpoints/merged/best\.pt"):
-        finetune.main(["checkpoints/merged/best.pt", *merge[1:]])
-    with pytest.raises(UserError, match=r"checkpoints/merged/ already contains a run \(best\.pt\)"):
-        tune("--data=other.txt", "--tag=merged")
-    assert files_of(place) == before
+    message = r"merged/ contains checkpoints/merged/best\.pt"
+    assert_rejected(place, ["checkpoints/merged/best.pt", *merge[1:]], message)
+    words = ["checkpoints/best.pt", "--data=other.txt", "--tag=merged", "--device=cpu"]
+    assert_rejected(place, words, r"checkpoints/merged/ already contains a run \(best\.pt\)")
 
 
 @pytest.mark.parametrize(
@@ -541,13 +537,8 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
         (["checkpoints/best.pt", "--merge=ADAPTER", "--tag=a/b"], "must be a plain name"),
     ],
 )  # fmt: skip
-def test_mistakes_in_a_merge_are_one_line_and_nothing_is_written(
-    place: Path, adapted: Path, words, message
-):
-    before = files_of(place)
-    with pytest.raises(UserError, match=message) as error:
-        finetune.main([word.replace("ADAPTER", str(adapted)) for word in words])
-    assert "\n" not in str(error.value) and files_of(place) == before
+def test_mistakes_in_a_merge(place: Path, adapted: Path, words, message):
+    assert_rejected(place, [word.replace("ADAPTER", str(adapted)) for word in words], message)
 
 
 def test_lora_does_not_change_frozen_weights(place: Path):
@@ -722,24 +713,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(place: Path, words, messag
     save_checkpoint(Path("checkpoints/other.pt"), state | other)
     short = {"gpt_config": state["gpt_config"] | {"block_size": 16}}
     save_checkpoint(Path("checkpoints/short.pt"), state | short)
-    before = {file: file.stat().st_mtime_ns for file in place.rglob("*")}
-    with pytest.raises(UserError, match=message) as error:
-        tune(*words)
-    assert "\n" not in str(error.value)
-    assert {file: file.stat().st_mtime_ns for file in place.rglob("*")} == before
-
-
-def test_the_base_is_never_overwritten(place: Path):
-    with pytest.raises(UserError, match=r"checkpoints/ contains checkpoints/best\.pt"):
-        finetune.main(["checkpoints/best.pt", *QUICK, "--data=other.txt", "--tag="])
-    tune("--data=other.txt")
-    with pytest.raises(UserError, match="--resume it, --overwrite it"):
-        tune("--data=other.txt")
-    with pytest.raises(UserError, match=r"checkpoints/text/ contains checkpoints/text/best\.pt"):
-        finetune.main(["checkpoints/text/best.pt", *QUICK, "--data=other.txt", "--overwrite"])
-    teacher = ["--objective=distill", "--teacher=checkpoints/text/best.pt", "--tag=text"]
-    with pytest.raises(UserError, match=r"checkpoints/text/ contains checkpoints/text/best\.pt"):
-        tune(*teacher, "--overwrite")
+    assert_rejected(place, ["checkpoints/best.pt", *QUICK, *words], message)
 
 
 @pytest.mark.parametrize(
@@ -764,10 +738,26 @@ def test_the_base_is_never_overwritten(place: Path):
 )
 def test_a_resume_rejects_what_cannot_change(runs: Path, monkeypatch, objective, words, message):
     monkeypatch.chdir(runs)
-    before = files_of(runs)
-    with pytest.raises(UserError, match=message) as error:
-        finetune.main(["--resume", f"--objective={objective}", "--device=cpu", *words])
-    assert "\n" not in str(error.value) and files_of(runs) == before
+    words = ["--resume", f"--objective={objective}", "--device=cpu", *words]
+    assert_rejected(runs, words, message)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["checkpoints/best.pt", "--tag="], r"checkpoints/ contains checkpoints/best\.pt"),
+        (["checkpoints/best.pt"], "--resume it, --overwrite it"),
+        (["checkpoints/qa/best.pt", "--overwrite"], r"qa/ contains checkpoints/qa/best\.pt"),
+        (["--objective=distill", "--teacher=checkpoints/qa/best.pt", "--tag=qa", "--overwrite"],
+         r"qa/ contains checkpoints/qa/best\.pt"),
+        (["--resume", "--tag="], r"a run of train\.py: resume it with train\.py"),
+    ],
+)  # fmt: skip
+def test_runs_and_bases_are_never_overwritten(runs: Path, monkeypatch, words, message):
+    monkeypatch.chdir(runs)
+    assert_rejected(runs, ["--objective=qa", "--device=cpu", *words], message)
+    with pytest.raises(UserError, match=r"a run of finetune\.py: resume it with finetune\.py"):
+        train.main(["--resume", "--tag=qa", "--device=cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -785,12 +775,8 @@ def runs(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_runs_of_other_scripts_and_changed_data_are_not_resumed(place: Path):
+def test_a_run_with_other_data_is_not_resumed(place: Path):
     tune(*FLAGS["qa"])
-    with pytest.raises(UserError, match=r"a run of finetune\.py: resume it with finetune\.py"):
-        train.main(["--resume", "--tag=qa", "--device=cpu"])
-    with pytest.raises(UserError, match=r"a run of train\.py: resume it with train\.py"):
-        finetune.main(["--resume", "--tag=", "--device=cpu"])
     Path("data/qa.json").write_text(json.dumps(RECORDS[1:]))
     with pytest.raises(UserError, match=r"qa\.json has changed since this run"):
         finetune.main(["--resume", "--tag=qa", "--device=cpu"])

@@ -13,7 +13,7 @@ import export
 from config import ARCHS, GPTConfig
 from exporting.hf_model import config_to_hf, weights_from_hf
 from finetuning import lora
-from finetuning.lora import AdapterFormat, LoRAConfig, LoRALinear
+from finetuning.lora import LoRAConfig, LoRALinear
 from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
 from system.settings import UserError
@@ -64,7 +64,7 @@ def test_a_keeps_the_size_of_its_input_and_b_starts_at_zero():
         assert layer.A.std().item() == pytest.approx(n_in**-0.5, rel=0.1)
 
 
-def test_dropout_applies_to_the_input_of_the_update_only():
+def test_dropout_applies_to_the_input_of_the_update_in_training_only():
     layer = LoRALinear(nn.Linear(200, 4), LoRAConfig(lora_rank=4, lora_dropout=0.25)).train()
     layer.B.data.normal_()
     x = torch.ones(1, 200)
@@ -75,6 +75,8 @@ def test_dropout_applies_to_the_input_of_the_update_only():
         nn.functional.linear(x, layer.weight, layer.bias) + 8.0 * (kept @ layer.A.T) @ layer.B.T
     )
     assert torch.allclose(layer(x), expected, atol=1e-4)
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.allclose(layer.eval()(x), plain + 8.0 * (x @ layer.A.T) @ layer.B.T, atol=1e-4)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -110,26 +112,9 @@ def test_merged_equals_unmerged(arch, targets):
     assert torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-5 * max(scale, 1))
 
 
-def test_join_undoes_split():
-    model, _ = make_adapted()
-    weights = model.state_dict()
-    plain, tensors = lora.split_adapter(weights, lora.trained_names(model))
-    joined = AdapterFormat({}, {}, plain, set(), 1.0).unpack({"adapter": {"tensors": tensors}})
-    assert joined.keys() == weights.keys()
-    assert all(torch.equal(joined[name], weights[name]) for name in weights)
-
-
 def test_a_rank_above_the_smaller_side_is_rejected():
     with pytest.raises(UserError, match=r"lora_rank 33 is above the smaller side of attn\.qkv, 32"):
         lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=33))
-
-
-def test_dropout_is_only_for_training():
-    model, _ = make_adapted(lora_dropout=0.5)
-    idx = torch.randint(31, (2, 9))
-    assert torch.equal(model(idx)[0], model(idx)[0])
-    model.train()
-    assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
 # --- files
