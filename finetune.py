@@ -15,13 +15,14 @@ student; other models keep their own. Next: python explore.py chat checkpoints/q
 
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config import GPTConfig, TrainConfig
 from corpus.corpus import Corpus
 from corpus.documents import iter_documents
-from corpus.load import MAX_IN_MEMORY, find_corpus, load_corpus
+from corpus.load import MAX_IN_MEMORY, find_corpus
 from corpus.records import read_records, record_text, split_records
 from corpus.text import file_info
 from finetuning import lora
@@ -40,14 +41,14 @@ from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 from train import Trainer, run_training
 from training import distributed
 from training.checks import overfit_batch, print_example, print_parameters
-from training.setup import check_corpus, check_unchanged, machine_line, setup_machine
+from training.setup import check_unchanged, load_data, machine_line, setup_machine
 from training.task import CheckpointFormat, PlainFormat, Pretraining
 from utils import read_checkpoint
 
 # --- data
 
 
-def load_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Splits]:
+def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Splits]:
     """The tokenizer of a run, with new tokens if the data need them, a description of the data, and
     the data."""
     settings, config, base = setup.settings, setup.config, setup.base
@@ -63,9 +64,7 @@ def load_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Splits]
         documents = not kind and (config.separator or path.suffix.lower() == ".jsonl")
         tokenizer = extend_tokenizer(tokenizer, (END_OF_TEXT,) if documents else specials, texts)
     if not kind:
-        separator, hold_out = config.separator, config.hold_out
-        _, corpus = load_corpus(config.data, "", 0, tokenizer, separator, hold_out)
-        check_corpus(corpus, config, setup.gpt_config.block_size, setup.state)
+        corpus = load_data(setup.gpt_config, config, setup.state, tokenizer).corpus
         return tokenizer, corpus.info, corpus
     if len(records) < 1 + config.hold_out:
         one_out = ", because one is held out: add some, or --no-hold_out" * config.hold_out
@@ -179,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.merge:
         return write_merged(setup)
     device = distributed.init_process_group(config.device)
-    tokenizer, info, data = load_data(setup)
+    tokenizer, info, data = prepare_data(setup)
     why_precision = setup_machine(config, device, setup.state)
     model, format = make_model(setup, tokenizer, info)
     if isinstance(data, Corpus):
@@ -190,23 +189,20 @@ def main(argv: list[str] | None = None) -> int:
     task = OBJECTIVES[settings.objective].task(source, setup, model)
     print(machine_line(config, device, why_precision))
     print_summary(setup, model, data)
+    status, make_trainer = 0, partial(Trainer, model, task, config, device)
     if config.dry_run:
         print_parameters(model.config)
         (x, y), _ = task.get_batch(0, 0)
         print_example(tokenizer, x[0], y[0])
-        distributed.destroy_process_group()
-        return 0
-    trainer = Trainer(model, task, config, device)
-    if config.overfit_batch:
-        status = overfit_batch(trainer)
+    elif config.overfit_batch:
+        status = overfit_batch(make_trainer())
     else:
-        status, _ = run_training(trainer, setup.state)
+        status, _ = run_training(make_trainer(), setup.state)
         if adapt.lora_rank and distributed.rank() == 0:
             path = setup.run_dir / "adapter.pt"
             with locked(setup.run_dir, "a training run"):
                 lora.save_adapter(path, read_checkpoint(path.with_name("best.pt"))["adapter"])
             print(f"adapter: {path}, for {settings.source}")
-    del trainer, task, source, model, format
     distributed.destroy_process_group()
     return status
 

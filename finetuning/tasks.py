@@ -76,10 +76,8 @@ class TextTask:
         return metrics | {"old": self.text.mean_loss(model, self.old.val_ids, n_windows)}
 
     def sample(self, model: GPT) -> str:
-        tokenizer, n_tokens = self.text.tokenizer, self.text.config.sample_tokens
-        return sample_from_newline(
-            model, tokenizer, n_tokens, qa=False
-        )  # the base may have done qa
+        text = self.text  # qa=False: of text, even if the base answers questions
+        return sample_from_newline(model, text.tokenizer, text.config.sample_tokens, qa=False)
 
 
 # --- distillation
