@@ -30,8 +30,8 @@ def load_base(path: Path) -> Base:
     model, tokenizer, state = load_checkpoint(path, torch.device("cpu"))
     state["optimizers"] = []  # twice as large as the weights, and not needed
     saved = state["train_config"]
-    names = {"data", "separator", "hold_out", "lr_max", "optimizer"} & saved.keys()
-    values = {name: saved[name] for name in names}
+    names = ("data", "separator", "hold_out", "lr_max", "optimizer")
+    values = {name: saved[name] for name in names if name in saved}
     with matching_contents(path):
         if "lr" in state.get("finetune", {}):
             values |= {"lr_max": state["finetune"]["lr"], "optimizer": "adamw"}
@@ -112,8 +112,7 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
         unused = [name for name in flags if name not in FOR_MERGE]
         found = [f"--{name} has no effect on --merge: leave it out" for name in unused]
         if not (settings.source and settings.merge):
-            example = "python finetune.py BASE.pt --merge ADAPTER.pt"
-            found.append(f"name the base and the adapter: {example}")
+            found.append("name the base and the adapter: finetune.py BASE.pt --merge ADAPTER.pt")
         return found
     found = []
     for name in flags:
@@ -153,8 +152,8 @@ def run_config(
 
 
 def student_config(teacher: GPTConfig, flags: dict[str, Any]) -> GPTConfig:
-    """The settings of a new student: the flags, then the teacher's, except those that are derived
-    from settings that differ from the teacher's."""
+    """The settings of a new student: the flags, then the teacher's, except those that are computed
+    from a flag."""
     values, changed = asdict(teacher) | flags, set(flags)
     for f in fields(GPTConfig):
         if f.name not in flags and changed & set(f.metadata.get("of", ())):
