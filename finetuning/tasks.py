@@ -62,11 +62,11 @@ class TextTask:
         self.text, self.old = text, None
         self.format, self.tokens_per_step = text.format, text.tokens_per_step
         self.get_batch, self.loss = text.get_batch, text.loss
-        try:
-            with local_rank_zero_first():  # it may be downloaded
+        with local_rank_zero_first():  # it may be downloaded
+            try:  # inside, so that a failure does not keep the other processes waiting
                 self.old = training_corpus(text.tokenizer, setup.base.state)
-        except UserError as error:
-            print(f"not logging the loss on the old corpus: {error}")
+            except UserError as error:
+                print(f"not logging the loss on the old corpus: {error}")
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         metrics = self.text.evaluate(model, full)
