@@ -17,6 +17,7 @@ from finetuning.lora import LoRAConfig
 from finetuning.records import ANSWERS, PAIRS, RecordKind, Records
 from generate import stream_texts
 from model import GPT
+from sampling.text import last_objective
 from system.settings import UserError, setting
 from tokenizer import QA_SPECIALS, Tokenizer
 from training.distributed import local_rank_zero_first
@@ -62,6 +63,8 @@ class TextTask:
         self.text, self.old = text, None
         self.format, self.tokens_per_step = text.format, text.tokens_per_step
         self.get_batch, self.loss = text.get_batch, text.loss
+        if last_objective(setup.base.state) == "dpo":  # pairs are not a text
+            return
         with local_rank_zero_first():  # it may be downloaded
             try:  # inside, so that a failure does not keep the other processes waiting
                 self.old = training_corpus(text.tokenizer, setup.base.state)
