@@ -14,6 +14,8 @@ from typing import Any
 from system.settings import from_dict, setting
 
 fixed = partial(setting, fixed=True)  # it cannot change when a run is resumed
+pretrain = partial(fixed, pretrain=True)  # nor has fine-tuning this flag
+derived = partial(setting, 0, low=0)  # 0: GPTConfig computes it from the settings `of`
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
@@ -109,11 +111,12 @@ class GPTConfig:
     vocab_size: int = setting(50257, "token ids; the tokenizer's", low=1, flag=False)
     block_size: int = setting(256, "context window", low=1, group="sizes", alias="context_length")
     n_layer: int = setting(6, "number of blocks", low=1, alias="n_layers")
-    n_head: int = setting(0, "attention heads; 0: about n_embd / 64", low=0, alias="n_heads")
+    n_head: int = derived("attention heads; 0: about n_embd / 64", of=("n_embd",), alias="n_heads")
     n_embd: int = setting(384, "channels of the residual stream", low=1, alias="d_model")
-    n_kv_head: int = setting(0, "key/value heads (grouped-query attention); 0: n_head", low=0)
-    head_size: int = setting(0, "channels per head; 0: n_embd / n_head", low=0)
-    n_inner: int = setting(0, "hidden width of the MLP; 0: 4 or 8/3 n_embd", low=0, alias="d_ff")
+    n_kv_head: int = derived("key/value heads (grouped-query attention); 0: n_head", of=("n_head",))
+    head_size: int = derived("channels per head; 0: n_embd / n_head", of=("n_embd", "n_head"))
+    n_inner: int = derived("hidden width of the MLP; 0: 4 or 8/3 n_embd", alias="d_ff",
+                           of=("n_embd", "mlp"))  # fmt: skip
     dropout: float = setting(0.0, "dropout of embeddings and residual branches", low=0, below=1,
                              computes=False)  # fmt: skip
     norm: str = setting("rmsnorm", "", choices=("layernorm", "rmsnorm"), group="model components")
@@ -124,7 +127,7 @@ class GPTConfig:
     qk_norm: bool = setting(True, "normalize queries and keys")
     tie_weights: bool = setting(True, "one matrix for token embedding and output layer")
     bias: bool = setting(False, "biases in linear layers and LayerNorms")
-    norm_eps: float = setting(0.0, "epsilon of the norms; 0: 1e-5, for rmsnorm 1e-6", low=0)
+    norm_eps: float = derived("epsilon of the norms; 0: 1e-5, for rmsnorm 1e-6", of=("norm",))
     rope_theta: float = setting(1e4, "RoPE base frequency", above=0)
 
     def __post_init__(self) -> None:
@@ -167,12 +170,12 @@ class GPTConfig:
 class TrainConfig:
     """A training run."""
 
-    preset: str = fixed("auto", PRESET_HELP, choices=("auto", *PRESETS), group="run")
-    arch: str = fixed("", "components of a known architecture", choices=("", *ARCHS))
     data: str = setting("shakespeare", "file or folder, or shakespeare | plays | tinystories",
-                        positional=True)  # fmt: skip
-    tokenizer: str = fixed("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
-    bpe_vocab_size: int = fixed(2000, "size of a bpe vocabulary", low=257, alias="vocab_size")
+                        positional=True, group="run")  # fmt: skip
+    preset: str = pretrain("auto", PRESET_HELP, choices=("auto", *PRESETS))
+    arch: str = pretrain("", "components of a known architecture", choices=("", *ARCHS))
+    tokenizer: str = pretrain("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
+    bpe_vocab_size: int = pretrain(2000, "size of a bpe vocabulary", low=257, alias="vocab_size")
     separator: str = fixed("", "text between documents of a file; \\n: newline; default: none")
     hold_out: bool = fixed(True, "validate on a part that is not trained on; off: train on all")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
@@ -181,8 +184,8 @@ class TrainConfig:
     resume: bool = setting(False, "continue the run of this tag from its latest.pt")
     overwrite: bool = setting(False, "delete the run of this tag and start a new one")
     seed: int = fixed(1337, "seed of initial weights, batches and dropout", low=0)
-    minutes: float | None = fixed(None, "train the best run that fits in N minutes", above=0)
-    plan: bool = fixed(False, "print the best plans for 1 to 240 minutes, and exit")
+    minutes: float | None = pretrain(None, "train the best run that fits in N minutes", above=0)
+    plan: bool = pretrain(False, "print the best plans for 1 to 240 minutes, and exit")
     max_steps: int = setting(5000, "optimizer steps", low=1, group="training", alias="max_iters")
     batch_size: int = setting(64, "sequences per micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches per step, over all processes", low=1)
@@ -210,7 +213,8 @@ class TrainConfig:
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
     compile: bool | None = setting(None, "torch.compile; default: if it works here")
     grad_checkpoint: bool = setting(False, "recompute activations in the backward pass")
-    parallel: str = setting("ddp", "replicate or shard the model", choices=("ddp", "fsdp"))
+    parallel: str = setting("ddp", "replicate or shard the model", choices=("ddp", "fsdp"),
+                            pretrain=True)  # fmt: skip
     lr_scale: float = setting(1.0, "of a schedule that --minutes changed", above=0, flag=False)
     planned_steps: int = setting(0, "max_steps before --minutes changed it", low=0, flag=False)
 

@@ -5,20 +5,20 @@
 Only A and B are trained and saved, and the embeddings if there are new tokens: an adapter is a
 small file that is used with its base model.
 
-Weights are dicts of tensors by name. `plain` weights have the names of model.py. An adapted model
-has the name `.linear.weight` instead of `.weight` for a frozen matrix, and its `.A` and `.B`.
+Weights are dicts of tensors by name. An adapted model has the `plain` weights of model.py and, for
+each adapted matrix, `.A` and `.B`.
 """
 
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import tokenizer as tokenizers
 import utils
@@ -47,9 +47,7 @@ ADAPTER_TYPES: dict[str, type] = {
 class LoRAConfig:
     """Which matrices get an adapter, and of which size."""
 
-    lora_rank: int = setting(
-        0, "rank of the LoRA matrices; 0: train all weights", low=0, group="LoRA"
-    )
+    lora_rank: int = setting(0, "rank of A and B; 0: train all weights", low=0, group="LoRA")
     lora_alpha: float = setting(32.0, "the update is scaled by alpha / rank", above=0, high=1e6)
     lora_dropout: float = setting(0.05, "dropout probability of the LoRA input", low=0, below=1)
     lora_targets: str = setting("attn", "which matrices are adapted", choices=tuple(TARGETS))
@@ -65,7 +63,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig):
         super().__init__()
-        self.linear = linear
+        self.weight, self.bias = linear.weight, linear.bias
         self.A = nn.Parameter(torch.empty(config.lora_rank, linear.in_features))
         self.B = nn.Parameter(torch.zeros(linear.out_features, config.lora_rank))
         nn.init.normal_(self.A, std=1 / math.sqrt(linear.in_features))
@@ -74,7 +72,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.drop(x) @ self.A.T  # (B, T, rank)
-        return self.linear(x) + low @ self.B.T * self.scale  # (B, T, n_out)
+        return F.linear(x, self.weight, self.bias) + low @ self.B.T * self.scale  # (B, T, n_out)
 
 
 def add_lora(model: GPT, config: LoRAConfig, also: Iterable[str] = ()) -> None:
@@ -109,22 +107,9 @@ def split_adapter(
     weights: dict[str, Tensor], trained: set[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split the weights of an adapted model into plain weights and the adapter's tensors, which
-    are those named in `trained`."""
-    plain = {
-        name.replace(".linear.", "."): tensor
-        for name, tensor in weights.items()
-        if not name.endswith((".A", ".B"))
-    }
-    return plain, {name: tensor for name, tensor in weights.items() if name in trained}
-
-
-def join_adapter(plain: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an adapted model: the inverse of `split_adapter`."""
-    joined = {}
-    for name, tensor in plain.items():
-        layer, _, kind = name.rpartition(".")
-        joined[f"{layer}.linear.{kind}" if f"{layer}.A" in tensors else name] = tensor
-    return joined | tensors
+    are those named in `trained`. The inverse is plain | tensors."""
+    plain = {name: t for name, t in weights.items() if not name.endswith((".A", ".B"))}
+    return plain, {name: weights[name] for name in weights if name in trained}
 
 
 def merge_adapter(
@@ -170,11 +155,10 @@ def read_adapter(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no adapter {path}: name the adapter.pt of a --lora_rank run")
     adapter = utils.read_data(path)
-    adapter = adapter if isinstance(adapter, dict) else {}
-    if "model" in adapter:
+    if isinstance(adapter, dict) and "model" in adapter:
         raise UserError(f"{path} is a checkpoint, not the adapter.pt of a --lora_rank run")
-    if missing := ADAPTER_TYPES.keys() - adapter.keys():
-        raise UserError(f"{path} is not an adapter of this program: no {sorted(missing)[0]!r}")
+    if not isinstance(adapter, dict) or not ADAPTER_TYPES.keys() <= adapter.keys():
+        raise UserError(f"{path} is not an adapter of this program")
     check_contents(adapter, path)
     return adapter
 
@@ -197,44 +181,35 @@ def check_contents(adapter: dict[str, Any], path: Path) -> None:
         with torch.device("meta"):
             model = GPT(gpt_config)
             add_lora(model, config, also=EMBEDDINGS if EMBEDDINGS[0] in tensors else ())
-        weights, trained = model.state_dict(), trained_names(model)
-        if trained != tensors.keys():
-            raise ValueError(f"{sorted(map(str, trained ^ tensors.keys()))[0]} in only one of both")
-        for name, tensor in tensors.items():
-            if tensor.shape != weights[name].shape:
-                raise ValueError(f"shape of {name}: {(*tensor.shape,)}")
-            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-                raise ValueError(f"{name} is not of finite float32 numbers")
+        weights = model.state_dict()
+        expected = {name: (weights[name].shape, torch.float32) for name in trained_names(model)}
+        for name in expected.keys() | tensors.keys():
+            if expected.get(name) != (tensors[name].shape, tensors[name].dtype):
+                raise ValueError(f"{name} is of another shape or type, or not adapted")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{name} is not finite")
         tables = [tensors[name] for name in EMBEDDINGS if name in tensors]
         if gpt_config.tie_weights and tables and not torch.equal(*tables):
             raise ValueError(f"{' and '.join(EMBEDDINGS)} are tied, but different")
 
 
 def check_adapter(
-    adapter: dict[str, Any],
-    config: GPTConfig,
-    tokenizer: Tokenizer,
-    weights_hash: str,
-    path: Path,
+    adapter: dict[str, Any], config: GPTConfig, tokenizer: Tokenizer, weights_hash: str, path: Path
 ) -> None:
     """Raise UserError unless an adapter, which `check_contents` accepts, belongs to the base with
     these settings, this tokenizer and this hash of its weights."""
     problem = f"{path} is for another base"
-    own = from_dict(GPTConfig, adapter["gpt_config"])
-    embeddings = EMBEDDINGS[0] in adapter["tensors"]
-    may_differ = {"dropout", "vocab_size"} if embeddings else {"dropout"}
-    differences = [
-        f"{name} {value} instead of {getattr(own, name)}"
-        for name, value in asdict(config).items()
-        if name not in may_differ and getattr(own, name) != value
-    ]
-    if differences:
-        raise UserError(f"{problem}: this one has {', '.join(differences)}")
     if weights_hash != adapter["base_sha256"]:
-        raise UserError(f"{problem}: the sizes are the same, but the weights are different")
-    new = tokenizers.from_dict(adapter["tokenizer"])
-    same = new.to_dict() == tokenizer.to_dict() or (embeddings and is_extension(new, tokenizer))
-    if not same or own.vocab_size != max(config.vocab_size, new.vocab_size):
+        raise UserError(f"{problem}: the weights are different")
+    new, own = (
+        tokenizers.from_dict(adapter["tokenizer"]),
+        from_dict(GPTConfig, adapter["gpt_config"]),
+    )
+    vocab_size = max(config.vocab_size, new.vocab_size)
+    if own != replace(config, dropout=own.dropout, vocab_size=vocab_size):
+        raise UserError(f"{problem}: the weights are the same, but the settings are different")
+    extended = EMBEDDINGS[0] in adapter["tensors"] and is_extension(new, tokenizer)
+    if new.to_dict() != tokenizer.to_dict() and not extended:
         raise UserError(f"{problem}: the weights are the same, but the tokenizer is different")
 
 
@@ -254,4 +229,4 @@ class AdapterFormat:
         return {"model": merged, "adapter": self.header | {"tensors": tensors}, **self.entries}
 
     def unpack(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        return join_adapter(self.plain, state["adapter"]["tensors"])
+        return self.plain | state["adapter"]["tensors"]

@@ -1,6 +1,6 @@
 """Add tokens to the vocabulary of a trained model, without changing the vectors of its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ NOISE_STD = 0.02  # of the vectors of new tokens; the same as for initial weight
 
 
 def extend_tokenizer(
-    tokenizer: Tokenizer, specials: Sequence[str], texts: Sequence[str]
+    tokenizer: Tokenizer, specials: Sequence[str], texts: Iterable[str]
 ) -> Tokenizer:
     """The tokenizer with the special tokens that are missing in it and, if it is a character
     tokenizer, the missing characters of the texts. Returns the same object if nothing is

@@ -1,53 +1,85 @@
-"""The tasks of fine-tuning, each next to the formula of its loss: another text, questions and
-answers, distillation, preferences (DPO)."""
+"""The objectives of fine-tuning: another text, distillation, questions and answers, preferences
+(DPO). Each is a task, next to the formula of its loss, and an entry of OBJECTIVES."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import SampleConfig, TrainConfig
-from corpus.corpus import Corpus
-from corpus.records import encode_record
+from config import GPTConfig, SampleConfig, TrainConfig
+from corpus.load import training_corpus
+from finetuning.lora import LoRAConfig
+from finetuning.records import ANSWERS, PAIRS, RecordKind, Records
 from generate import stream_texts
 from model import GPT
-from system.settings import UserError
-from tokenizer import END_OF_TEXT, Tokenizer
-from training.distributed import all_reduce, rank, world_size
-from training.task import Batch, CheckpointFormat, Metrics, Pretraining, sample_from_newline
+from sampling.text import last_objective
+from system.settings import UserError, setting
+from tokenizer import QA_SPECIALS, Tokenizer
+from training.distributed import local_rank_zero_first
+from training.task import Batch, Metrics, Pretraining, Task, sample_from_newline
 
-Example = tuple[np.ndarray, int]  # the ids of a text (T,), and how many of them are its prompt
-Splits = dict[str, list[list[Example]]]  # train and val: a question has one example, a pair two
+
+class Base(NamedTuple):
+    """The model that fine-tuning starts from; for a new student, its teacher."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    state: dict[str, Any]  # its checkpoint
+    sha256: str  # of its weights
+    trained: TrainConfig  # how it was trained, as far as that matters here
+    imported: bool  # the text that it was trained on is unknown
+    lr: float  # the peak learning rate of pretraining, for AdamW
+
+
+class Setup(NamedTuple):
+    """What is decided about a run before its data are read."""
+
+    settings: "FinetuneConfig"
+    adapt: LoRAConfig
+    config: TrainConfig
+    gpt_config: GPTConfig
+    base: Base
+    teacher: Base | None = None
+    state: dict[str, Any] | None = None  # the checkpoint to resume
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.out_dir, self.config.tag)
+
 
 # --- another text
 
 
-@dataclass
 class TextTask:
-    """Next-token prediction on another corpus. Also logs the loss on the old one, as "old"."""
+    """Next-token prediction on another corpus. Also logs the loss on the old one, as "old", if it
+    is a text that can be read."""
 
-    pretraining: Pretraining
-    old: Corpus | None
-
-    def __post_init__(self) -> None:
-        text = self.pretraining
+    def __init__(self, text: Pretraining, setup: Setup, model: GPT):
+        self.text, self.old = text, None
         self.format, self.tokens_per_step = text.format, text.tokens_per_step
         self.get_batch, self.loss = text.get_batch, text.loss
+        if last_objective(setup.base.state) == "dpo":  # pairs are not a text
+            return
+        with local_rank_zero_first():  # it may be downloaded
+            try:  # inside, so that a failure does not keep the other processes waiting
+                self.old = training_corpus(text.tokenizer, setup.base.state)
+            except UserError as error:
+                print(f"not logging the loss on the old corpus: {error}")
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
-        metrics = self.pretraining.evaluate(model, full)
+        metrics = self.text.evaluate(model, full)
         if self.old is None:
             return metrics
-        n_windows = None if full else self.pretraining.config.eval_windows
-        return metrics | {"old": self.pretraining.mean_loss(model, self.old.val_ids, n_windows)}
+        n_windows = None if full else self.text.config.eval_windows
+        return metrics | {"old": self.text.mean_loss(model, self.old.val_ids, n_windows)}
 
     def sample(self, model: GPT) -> str:
-        text = self.pretraining  # of text, even if the base answers questions
+        text = self.text  # qa=False: of text, even if the base answers questions
         return sample_from_newline(model, text.tokenizer, text.config.sample_tokens, qa=False)
 
 
@@ -55,12 +87,7 @@ class TextTask:
 
 
 def distillation_loss(
-    student: Tensor,
-    teacher: Tensor,
-    y: Tensor,
-    hard: Tensor,
-    temperature: float,
-    alpha: float,
+    student: Tensor, teacher: Tensor, y: Tensor, hard: Tensor, temperature: float, alpha: float
 ) -> Tensor:
     """alpha T^2 KL(p || q) + (1 - alpha) hard, where p and q are softmax(logits / T) of teacher and
     student, logits (B, T, V) both, and hard is the usual loss (Hinton et al. 2015, section 2). T^2
@@ -74,56 +101,47 @@ def distillation_loss(
     return alpha * temperature**2 * soft[y != -100].mean() + (1 - alpha) * hard
 
 
-@dataclass
 class DistillationTask:
     """Next-token prediction, from the text and from a teacher's distribution."""
 
-    pretraining: Pretraining
-    teacher: GPT
-    temperature: float
-    alpha: float
-
-    def __post_init__(self) -> None:
-        text = self.pretraining
+    def __init__(self, text: Pretraining, setup: Setup, model: GPT):
+        assert setup.teacher is not None
+        self.text, self.teacher = text, setup.teacher.model.to(text.device).requires_grad_(False)
+        for block in self.teacher.blocks if text.config.compile else ():
+            block.compile()
+        self.temperature, self.alpha = setup.settings.temperature_kd, setup.settings.alpha
         self.format, self.tokens_per_step = text.format, text.tokens_per_step
         self.get_batch, self.evaluate, self.sample = text.get_batch, text.evaluate, text.sample
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        docs = self.pretraining.document_numbers(x)
+        docs = self.text.document_numbers(x)
         with torch.no_grad():
             teacher_logits = self.teacher(x, docs=docs)[0]
         logits, hard = model(x, y, docs)
-        settings = (self.temperature, self.alpha)
-        return {"loss": distillation_loss(logits, teacher_logits, y, hard, *settings)}
+        loss = distillation_loss(logits, teacher_logits, y, hard, self.temperature, self.alpha)
+        return {"loss": loss}
 
 
 # --- questions and answers
 
 
-@dataclass
 class QATask:
     """Answering questions: only the answers and their <EOS> are scored."""
 
-    splits: Splits
-    tokenizer: Tokenizer
-    config: TrainConfig
-    device: torch.device
-    format: CheckpointFormat
     tokens_per_step: int | None = None
 
-    def batch(self, records: Sequence[list[Example]]) -> Batch:
-        """Records as a padded batch, x and y (B, T)."""
-        return pad_batch([example for (example,) in records], self.tokenizer.specials["<PAD>"])
+    def __init__(self, records: Records, setup: Setup, model: GPT):
+        self.records, self.format = records, records.format
 
     def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
-        x, y = self.batch(random_items(self.splits["train"], self.config, step, micro_step))
+        x, y = self.records.random_batch(step, micro_step)
         return (x, y), (y != -100).sum()
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"loss": model(x, y)[1]}
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
-        n = self.config.eval_windows
+        n = self.records.config.eval_windows
         train, exact_train = self.score(model, "train", n)
         val, exact = self.score(model, "val", None if full else n)
         metrics = {} if full else {"train": train}
@@ -134,24 +152,23 @@ class QATask:
         records of a split, or all (None). Greedy generation gives an answer exactly if each of its
         tokens is the most likely one after the correct tokens before it."""
 
-        def measure(records: Sequence[list[Example]]) -> Tensor:
-            x, y = (t.to(self.device) for t in self.batch(records))
+        def measure(x: Tensor, y: Tensor) -> list[Tensor]:
             logits, scored = model(x)[0], y != -100
             exact = ((logits.argmax(dim=-1) == y) | ~scored).all(dim=1)
-            return torch.stack([-log_probability(logits, y), scored.sum(dim=1), exact], dim=1)
+            return [-log_probability(logits, y), scored.sum(dim=1), exact]
 
-        records = evenly_spaced(self.splits[split], n)
-        loss, n_tokens, n_exact = sum_rows(measure, records, self.config.batch_size)
-        return loss / n_tokens, n_exact / len(records)
+        loss, n_tokens, n_exact, n_records = self.records.totals(measure, split, n)
+        return loss / n_tokens, n_exact / n_records
 
     def sample(self, model: GPT) -> str:
-        greedy = SampleConfig(temperature=0, max_new_tokens=self.config.sample_tokens)
+        tokenizer, config = self.records.tokenizer, self.records.config
+        greedy = SampleConfig(temperature=0, max_new_tokens=config.sample_tokens)
         texts = []
-        for ((ids, n_prompt),) in self.splits["val"][:2]:
-            prompt = torch.from_numpy(ids[:n_prompt]).to(self.device)
-            steps = stream_texts(model, self.tokenizer, greedy, prompt)
+        for ((ids, n_prompt),) in self.records.splits["val"][:2]:
+            prompt = torch.from_numpy(ids[:n_prompt]).to(self.records.device)
+            steps = stream_texts(model, tokenizer, greedy, prompt)
             answer = "".join(piece for (piece,) in steps)
-            texts.append(self.tokenizer.decode(ids[1:n_prompt].tolist()) + answer)
+            texts.append(tokenizer.decode(ids[1:n_prompt].tolist()) + answer)
         return "\n".join(texts)
 
 
@@ -159,17 +176,9 @@ class QATask:
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log sigmoid(r(chosen) - r(rejected)) of each pair, (B,), from the `rewards` (B,) of both
-    (DPO, Rafailov et al. 2023, equation 7)."""
+    """-log sigmoid(r(chosen) - r(rejected)) of each pair, (B,), from the rewards (B,) of both (DPO,
+    Rafailov et al. 2023, equation 7)."""
     return -F.logsigmoid(chosen - rejected)
-
-
-def rewards(model: nn.Module, reference: GPT, x: Tensor, y: Tensor, beta: float) -> Tensor:
-    """beta log(pi(y|x) / pi_ref(y|x)), the implicit reward of a model (equation 5), for a batch of
-    texts, (B,)."""
-    with torch.no_grad():
-        before = log_probability(reference(x)[0], y)
-    return beta * (log_probability(model(x)[0], y) - before)
 
 
 def log_probability(logits: Tensor, y: Tensor) -> Tensor:
@@ -178,41 +187,37 @@ def log_probability(logits: Tensor, y: Tensor) -> Tensor:
     return log_p.gather(2, y.clamp(min=0)[:, :, None]).squeeze(2).masked_fill(y == -100, 0).sum(1)
 
 
-@dataclass
 class DPOTask:
-    """Preferring the chosen text of each pair to the rejected one, close to the reference model.
+    """Preferring the chosen text of each pair to the rejected one, close to the reference model,
+    which is the model as training begins.
 
     Trained without dropout, as in Hugging Face's TRL: the model equals its reference at first, so
     that all rewards are 0, and later a reward is the effect of training, not of dropped channels.
     """
 
-    splits: Splits
-    tokenizer: Tokenizer
-    reference: GPT
-    beta: float
-    config: TrainConfig
-    device: torch.device
-    format: CheckpointFormat
     tokens_per_step: int | None = None
 
-    def batch(self, pairs: Sequence[list[Example]]) -> Batch:
-        """Pairs as a padded batch, x and y (2B, T), the chosen texts first."""
-        texts = [text for side in zip(*pairs, strict=True) for text in side]
-        return pad_batch(texts, self.tokenizer.specials.get("<PAD>", 0))
+    def __init__(self, records: Records, setup: Setup, model: GPT):
+        self.records, self.format = records, records.format
+        reference = copy.deepcopy(model).to(records.device)
+        self.reference, self.beta = reference.eval().requires_grad_(False), setup.settings.beta
 
     def get_batch(self, step: int, micro_step: int) -> tuple[Batch, Tensor]:
-        pairs = random_items(self.splits["train"], self.config, step, micro_step)
-        return self.batch(pairs), torch.tensor(len(pairs))  # the loss is a mean over pairs
+        x, y = self.records.random_batch(step, micro_step)
+        return (x, y), torch.tensor(len(x) // 2)  # the loss is a mean over pairs
 
     def rewards(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """The rewards of the chosen and of the rejected texts, (B,) each."""
-        return rewards(model, self.reference, x, y, self.beta).chunk(2)
+        """The implicit rewards beta log(pi(y|x) / pi_ref(y|x)) (equation 5) of the chosen and the
+        rejected texts, (B,) each."""
+        with torch.no_grad():
+            before = log_probability(self.reference(x)[0], y)  # (2B,)
+        return (self.beta * (log_probability(model(x)[0], y) - before)).chunk(2)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         return {"loss": dpo_loss(*self.rewards(model, x, y)).mean()}
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
-        n = None if full else self.config.eval_windows
+        n = None if full else self.records.config.eval_windows
         metrics = {} if full else {"train": self.score(model, "train", n)["loss"]}
         val = self.score(model, "val", n)
         return metrics | {"val": val.pop("loss")} | val
@@ -221,135 +226,86 @@ class DPOTask:
         """Over n evenly spaced pairs of a split, or all (None): the mean loss, the mean margin
         r(chosen) - r(rejected), and the accuracy, the fraction of pairs with a positive margin."""
 
-        def measure(pairs: Sequence[list[Example]]) -> Tensor:
-            x, y = (t.to(self.device) for t in self.batch(pairs))
+        def measure(x: Tensor, y: Tensor) -> list[Tensor]:
             chosen, rejected = self.rewards(model, x, y)
-            columns = [dpo_loss(chosen, rejected), chosen - rejected, chosen > rejected]
-            return torch.stack(columns, dim=1)
+            return [dpo_loss(chosen, rejected), chosen - rejected, chosen > rejected]
 
-        pairs = evenly_spaced(self.splits[split], n)
-        sums = sum_rows(measure, pairs, self.config.batch_size)
-        names = ("loss", "margin", "accuracy")
-        return {name: total / len(pairs) for name, total in zip(names, sums, strict=True)}
+        loss, margin, n_right, n_pairs = self.records.totals(measure, split, n)
+        return {"loss": loss / n_pairs, "margin": margin / n_pairs, "accuracy": n_right / n_pairs}
 
     def sample(self, model: GPT) -> str:
-        return sample_from_newline(model, self.tokenizer, self.config.sample_tokens)
+        tokenizer, config = self.records.tokenizer, self.records.config
+        return sample_from_newline(model, tokenizer, config.sample_tokens)
 
 
-# --- records as batches
+# --- the objectives
 
 
-def encode_pair(tokenizer: Tokenizer, pair: dict[str, str], ask: bool) -> list[Example]:
-    """The chosen and the rejected text of a preference pair, each after the prompt, and with the
-    token that ends a text of this model: <EOS> if it has answered questions, else <|endoftext|> if
-    it knows it. ask: the prompt is a question and the texts are answers, as in `encode_record`."""
-    if ask:
-        answers = (pair["chosen"], pair["rejected"])
-        records = [{"question": pair["prompt"], "answer": answer} for answer in answers]
-        return [encode_record(tokenizer, record) for record in records]
-    prompt = tokenizer.encode(pair["prompt"])
-    ends = [tokenizer.specials[end] for end in ("<EOS>", END_OF_TEXT) if end in tokenizer.specials]
-    texts = (
-        np.concatenate([tokenizer.encode(pair[key]), ends[:1]]) for key in ("chosen", "rejected")
-    )
-    return [(np.concatenate([prompt, text]).astype(np.int64), len(prompt)) for text in texts]
+@dataclass(frozen=True)
+class Objective:
+    """What fine-tuning trains for: a task, and the settings of its runs."""
+
+    task: Callable[[Any, Setup, GPT], Task]  # the first argument: Pretraining or Records
+    lr_scale: float  # peak learning rate relative to pretraining's
+    defaults: dict[str, Any]  # that differ from pretraining's
+    flags: tuple[str, ...]  # that not all objectives have
+    records: RecordKind | None = None  # None: the data are a text
+    specials: tuple[str, ...] | None = None  # that records need; None: no tokens are added
+    teacher: bool = False  # needs --teacher, and neither a model nor data
+    dropout: bool = True  # may be trained with dropout
 
 
-def encode_splits(
-    objective: str,
-    splits: Sequence[list[Any]],
-    tokenizer: Tokenizer,
-    block_size: int,
-    skip_long: bool,
-    ask: bool,
-) -> Splits:
-    """The records of both splits as examples that fit the window; ask: see `encode_pair`. Prints
-    how many were too long. Raises UserError if a split is empty after that."""
-    encoded: Splits = {}
-    for name, records in zip(("train", "val"), splits, strict=True):
-        if objective == "qa":
-            examples = [[encode_record(tokenizer, record)] for record in records]
-        else:
-            examples = [encode_pair(tokenizer, record, ask) for record in records]
-        fitted = (fit_window(e, block_size, skip_long) for e in examples)
-        encoded[name] = [e for e in fitted if e is not None]
-        n_long = sum(max(len(ids) for ids, _ in e) > block_size + 1 for e in examples)
-        n_out = len(examples) - len(encoded[name])
-        if not encoded[name]:
-            raise UserError(
-                f"no {name} record fits the window of {block_size} tokens: shorten the answers, or "
-                "use a model with a longer window" + ", or leave out --long skip" * skip_long
-            )
-        if n_long:
-            print(
-                f"{n_long} of {len(examples)} {name} records are longer than the window of "
-                f"{block_size} tokens: {n_out} left out, {n_long - n_out} cut at the start"
-            )
-    return encoded
+TEXT_FLAGS = ("doc_mask", "grow_windows", "separator")
+# Runs are short, data sets small, and batches of records vary in length, for each of which
+# torch.compile would compile again. Answers are memorized; the others must not make the model
+# forget. A student's loss has no limit of 0, so one batch cannot be overfitted.
+OBJECTIVES = {
+    "text": Objective(
+        TextTask,
+        lr_scale=0.1,
+        defaults={"max_steps": 500, "batch_size": 12, "eval_every": 100},
+        flags=(*TEXT_FLAGS, "overfit_batch"),
+        specials=(),  # and those of documents
+    ),
+    "qa": Objective(
+        QATask,
+        lr_scale=1.0,
+        defaults={"max_steps": 600, "batch_size": 16, "eval_every": 100, "compile": False}
+        | {"data": "data/qa.json"},
+        flags=("long", "overfit_batch"),
+        records=ANSWERS,
+        specials=QA_SPECIALS,
+    ),
+    "distill": Objective(
+        DistillationTask,
+        lr_scale=0.1,
+        defaults={"max_steps": 1500, "batch_size": 12, "eval_every": 250},
+        flags=(*TEXT_FLAGS, "teacher", "temperature_kd", "alpha"),
+        teacher=True,
+    ),
+    "dpo": Objective(
+        DPOTask,
+        lr_scale=0.01,
+        defaults={"max_steps": 200, "batch_size": 8, "eval_every": 50, "compile": False}
+        | {"dropout": 0.0, "lora_dropout": 0.0},
+        flags=("long", "beta", "overfit_batch"),
+        records=PAIRS,
+        dropout=False,
+    ),
+}
 
 
-def fit_window(
-    examples: Sequence[Example], block_size: int, skip_long: bool
-) -> list[Example] | None:
-    """Examples with the same prompt, cut at its start so that the longest one fits the window. None
-    if they are to be skipped, or if the text after the prompt alone is too long."""
-    excess = max(len(ids) for ids, _ in examples) - block_size - 1
-    if excess <= 0:
-        return list(examples)
-    if skip_long or excess >= min(n_prompt for _, n_prompt in examples):
-        return None
-    return [(ids[excess:], n_prompt - excess) for ids, n_prompt in examples]
+@dataclass
+class FinetuneConfig:
+    """What is fine-tuned, and for which objective."""
 
-
-def pad_batch(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """Examples as a batch, x and y (B, T), padded on the right to the longest.
-
-    y[b, t] is the token after x[b, t], or -100, which the loss ignores, in the prompt and the
-    padding. Causal attention never attends to later tokens, so the padding needs no mask.
-    """
-    T = max(len(ids) for ids, _ in examples) - 1
-    x = torch.full((len(examples), T), pad)
-    y = torch.full((len(examples), T), -100)
-    for b, (ids, n_prompt) in enumerate(examples):
-        tokens = torch.from_numpy(ids.astype(np.int64))
-        x[b, : len(ids) - 1] = tokens[:-1]
-        y[b, n_prompt - 1 : len(ids) - 1] = tokens[n_prompt:]
-    return x, y
-
-
-def random_items(
-    items: Sequence[Any], config: TrainConfig, step: int, micro_step: int
-) -> list[Any]:
-    """The items of a micro-batch, without repetition: a function of (seed, step, micro_step). The
-    micro-batches of a step together are the batch that a larger batch_size would give, unless there
-    are fewer records: then some are repeated."""
-    size, n_micro_steps = min(config.batch_size, len(items)), config.grad_accum
-    rng = np.random.default_rng((config.seed, step, 0))
-    chosen = rng.choice(len(items), min(size * n_micro_steps, len(items)), replace=False)
-    chosen = np.resize(chosen, size * n_micro_steps)  # repeats them if there are too few
-    return [items[i] for i in chosen[size * micro_step :][:size]]
-
-
-def evenly_spaced(items: Sequence[Any], n: int | None) -> Sequence[Any]:
-    """At most n items, evenly spaced; all if n is None."""
-    if n is None or n >= len(items):
-        return items
-    return [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)]
-
-
-def in_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The items in batches of this size."""
-    return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def sum_rows(
-    measure: Callable[[Sequence[Any]], Tensor], items: Sequence[Any], batch_size: int
-) -> list[float]:
-    """The sums of the columns that measure(batch) -> (B, n) returns, a row per item, over all
-    items. The processes share the items; each computes equally many batches, as FSDP requires, so
-    its last one may include an item that another process counts."""
-    own = items[rank() :: world_size()]
-    missing = math.ceil(len(items) / world_size()) - len(own)
-    batches = in_batches([*own, *items[:missing]], batch_size)
-    rows = torch.cat([measure(batch).cpu() for batch in batches])[: len(own)]
-    return all_reduce(rows.double().sum(dim=0)).tolist()
+    source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning",
+                          alias="checkpoint base model model_name_or_path")  # fmt: skip
+    objective: str = setting("text", "what to train for", choices=tuple(OBJECTIVES))
+    long: str = setting("cut", "qa, dpo: cut the prompt of records longer than the window, or skip "
+                        "these records", choices=("cut", "skip"))  # fmt: skip
+    teacher: str = setting("", "distill: checkpoint of the teacher")
+    temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
+    alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)
+    beta: float = setting(0.1, "dpo: KL penalty strength", above=0)
+    merge: str = setting("", "adapter.pt to merge into its base, without training")

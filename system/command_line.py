@@ -5,7 +5,6 @@ import difflib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 from system import settings
@@ -63,31 +62,33 @@ def parse_args(
     doc: str,
     resolve: Callable[[dict[str, Any]], tuple[Any, ...]] | None = None,
     check: Callable[..., list[str]] = lambda *results: [],
-    help_defaults: Mapping[str, str | None] = MappingProxyType({}),
+    help_defaults: Mapping[str, Any] | None = None,
 ) -> Any:
     """Read and validate a command line (sys.argv if argv is None). Raises UserError.
 
     classes: a dataclass of settings, or a tuple of several; returns an instance, or a tuple.
     resolve(flags) creates them if that takes more than defaults; what it returns after them is
-    returned too. check(...) finds further problems. help_defaults: what --help shows instead of a
-    default; None hides a flag that the script reads only to say why it cannot be given.
+    returned too. check(...) finds further problems. help_defaults: the flags, if not all settings,
+    with the defaults that --help shows, if not those that resolve returns.
     """
     types = classes if isinstance(classes, tuple) else (classes,)
     known = {f.name: f for cls in types for f in fields(cls) if f.metadata.get("flag", True)}
+    known = {name: f for name, f in known.items() if not help_defaults or name in help_defaults}
     resolve = resolve or (lambda flags: tuple(settings.from_dict(cls, flags) for cls in types))
     words = sys.argv[1:] if argv is None else argv
     if bad := [word for word in words if word != word.encode(errors="replace").decode()]:
         raise UserError(f"invalid UTF-8: {bad[0]!r}")
-    given, unknown = make_parser(known, doc, help_defaults).parse_known_intermixed_args(words)
+    given, unknown = make_parser(known, doc, {}).parse_known_intermixed_args(words)
     flags = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items()}
     if flags.pop("help", False):
-        configs = resolve({n: flags[n] for n in ("preset", "arch") if n in flags})[: len(types)]
-        defaults = {n: v for config in configs for n, v in vars(config).items() if v is not None}
-        make_parser(known, doc, {**defaults, **help_defaults}).print_help()
+        defaults = help_defaults or {}
+        if help_defaults is None:
+            configs = resolve({n: flags[n] for n in ("preset", "arch") if n in flags})
+            defaults = {n: v for config in configs[: len(types)] for n, v in vars(config).items()}
+        make_parser(known, doc, defaults).print_help()
         sys.exit()
     if unknown:
-        shown = [f for f in known.values() if help_defaults.get(f.name, "") is not None]
-        names = [n for f in shown for n in (f.name, *f.metadata.get("alias", "").split())]
+        names = [n for f in known.values() for n in (f.name, *f.metadata.get("alias", "").split())]
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], names)}")
     results = resolve(flags)
     problems = [p for config in results[: len(types)] for p in settings.all_problems(config)]
@@ -96,8 +97,8 @@ def parse_args(
 
 
 def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) -> Parser:
-    """The parser of these fields. Its help shows the defaults, and hides flags whose default is
-    None. Its result has only the flags that are given."""
+    """The parser of these fields. Its help shows the defaults. Its result has only the flags that
+    are given."""
     parser = Parser(
         usage="%(prog)s [ARGUMENT ...] [--FLAG VALUE ...]",
         description=doc.strip(),
@@ -113,8 +114,8 @@ def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) 
         kind, limits, default = kind_of(f), f.metadata, defaults.get(f.name, "")
         group = parser.add_argument_group(limits["group"]) if "group" in limits else group
         default = default.replace("\n", "\\n") if isinstance(default, str) else default
-        help = limits["help"] + f" [{default}]" * (default not in ("", ()))
-        help = argparse.SUPPRESS if default is None else help.replace("%", "%%")
+        help = limits["help"] + f" [{default}]" * (default not in (None, "", ()))
+        help = help.replace("%", "%%")
         read: Any = settings.unescape if limits.get("escapes") else str if kind is tuple else kind
         options: dict[str, Any] = {"type": read}
         choices = limits.get("choices")

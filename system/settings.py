@@ -24,8 +24,9 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
     of --help. `positional=True` also accepts the value without its flag. `alias` is another
     name of the flag, or several separated by spaces. `flag=False` leaves the field out of the
     command line. `escapes=True`: in its text, \\n is a newline and \\\\ a backslash. `fixed=True`:
-    it cannot change when a run is resumed. `computes=False`: what a model computes, once trained,
-    does not depend on it. A field of type tuple takes all positional arguments.
+    it cannot change when a run is resumed. `pretrain=True`: finetune.py does not have the flag.
+    `computes=False`: what a model computes, once trained, does not depend on it. `of`: the settings
+    from which its default is computed. A field of type tuple takes all positional arguments.
     """
     return field(default=default, metadata={"help": help, **limits})
 

@@ -429,6 +429,6 @@ def test_a_long_line_is_searched_once(tmp_path, monkeypatch):
 
 def test_finetuning_measures_forgetting_on_what_the_base_validated_on(workplace):
     assert train.main([*TINY_RUN, "--no-hold_out"]) == 0
-    base = finetune.load_base(Path("checkpoints/best.pt"))
-    old = finetune.old_corpus(base, base.tokenizer)
+    _, tokenizer, state = load_checkpoint("checkpoints/best.pt")
+    old = load.training_corpus(tokenizer, state)
     assert len(old.val_ids) == len((workplace / "data/input.txt").read_text())

@@ -24,7 +24,7 @@ import finetune
 import train
 import utils
 from config import ARCH_FIELDS, OPTIMIZERS, PRESETS, GPTConfig, TrainConfig, train_settings
-from finetuning import tasks
+from finetuning.records import Records
 from system.settings import UserError
 from training import distributed
 from training.distributed import (
@@ -237,14 +237,14 @@ def save_step_gradients() -> None:
     """In each of two processes: evaluations and one step on answers of different lengths, under DDP
     and FSDP."""
     init_process_group("cpu")
-    tasks.random_items = records_in_order
+    Records.random_batch = records_in_order
     for parallel in ("ddp", "fsdp"):
         config = TrainConfig(
             batch_size=2, grad_accum=2, grad_clip=0.0, precision="float32", compile=False,
             parallel=parallel,
         )  # fmt: skip
         task = make_task("qa", config)
-        model = make_task_model(task.tokenizer.vocab_size)
+        model = make_task_model(task.records.tokenizer.vocab_size)
         trainer = train.Trainer(model, task, config, CPU)
         evaluations = {"qa": trainer.evaluate()}
         trainer.task = make_task("dpo", config)
@@ -259,8 +259,8 @@ def save_step_gradients() -> None:
 
 def test_two_processes_average_over_the_tokens_of_both(workplace):
     task = make_task("qa", TrainConfig())
-    model = make_task_model(task.tokenizer.vocab_size)
-    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.splits["train"]]
+    model = make_task_model(task.records.tokenizer.vocab_size)
+    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.records.splits["train"]]
     assert sum(n_tokens[:2]) != sum(n_tokens[2:])  # of the two processes
     loss = sum(answer_losses(task, model)) / sum(n_tokens)
     loss.backward()

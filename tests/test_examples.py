@@ -19,7 +19,7 @@ import train
 from corpus.load import load_corpus
 from corpus.records import read_pairs, read_records
 from experiments import swaps
-from finetuning.tasks import encode_pair
+from finetuning.records import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
 from viz.curve import new_figure

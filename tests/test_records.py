@@ -9,7 +9,7 @@ from conftest import make_model
 
 from corpus import records
 from corpus.bpe import count_pieces, train_bpe
-from finetuning.tasks import pad_batch
+from finetuning.records import pad_batch
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer
 

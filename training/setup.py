@@ -140,13 +140,15 @@ class Data(NamedTuple):
     corpus: Corpus
 
 
-def load_data(gpt_config: GPTConfig, config: TrainConfig, state: State | None) -> Data:
-    """The tokenizer and the corpus of a run. Raises UserError if they do not fit the settings or
-    the run to resume."""
-    own = tokenizers.from_dict(state["tokenizer"]) if state else None
-    names = (config.data, config.tokenizer, config.bpe_vocab_size)
+def load_data(
+    gpt_config: GPTConfig, config: TrainConfig, state: State | None, known: Tokenizer | None = None
+) -> Data:
+    """The corpus of a run, and its tokenizer: `known`, or that of the run to resume, or a new one.
+    Raises UserError if they do not fit the settings or the run to resume."""
+    known = tokenizers.from_dict(state["tokenizer"]) if state and not known else known
+    own = (config.tokenizer, config.bpe_vocab_size)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(*names, own, config.separator, config.hold_out)
+        tokenizer, corpus = load_corpus(config.data, *own, known, config.separator, config.hold_out)
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
