@@ -17,7 +17,7 @@ from torch import Tensor
 import utils
 from config import GPTConfig, SampleConfig
 from exporting.folders import check_file, import_optional
-from exporting.hf_model import matching_arch, split_sizes
+from exporting.hf_model import matching_arch, split_rows, tensor_names
 from exporting.hf_tokenizer import (
     DIGITS_PATTERN,
     LLAMA3_PATTERN,
@@ -38,41 +38,21 @@ FIRST_LINE = "# For Ollama: "  # the start of a Modelfile
 
 # --- tensors
 
-# Our module -> llama.cpp's, of which several are concatenated along the first dimension in ours.
-MODULES = {
-    "tok": ["token_embd"],
-    "pos.table": ["position_embd"],
-    "norm": ["output_norm"],
-    "head": ["output"],
-    "norm1": ["attn_norm"],
-    "attn.qkv": ["attn_q", "attn_k", "attn_v"],
-    "attn.q_norm": ["attn_q_norm"],
-    "attn.k_norm": ["attn_k_norm"],
-    "attn.proj": ["attn_output"],
-    "norm2": ["ffn_norm"],
-    "mlp.fc": ["ffn_gate", "ffn_up"],
-    "mlp.proj": ["ffn_down"],
-}
 POSITIONS = "position_embd.weight"
-GPT2_MODULES = MODULES | {"attn.qkv": ["attn_qkv"], "mlp.fc": ["ffn_up"]}
 
 
 def weights_to_gguf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """Our weights by llama.cpp's names."""
+    """Our weights by llama.cpp's names, which the gguf package finds by Hugging Face's."""
+    gguf = import_optional("gguf")
+    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.n_layer)
+    hf_names = dict(tensor_names(config, arch))
     converted: dict[str, Tensor] = {}
-    for ours, tensor in state.items():
-        module, _, kind = ours.rpartition(".")
-        prefix = ""
-        if module.startswith("blocks."):
-            _, layer, module = module.split(".", 2)
-            prefix = f"blk.{layer}."
-        if module == "head" and config.tie_weights:
-            continue  # llama.cpp uses the embedding if there is no output matrix
-        names = (GPT2_MODULES if arch == "gpt2" else MODULES)[module]
-        tensors = tensor.split(split_sizes(config, ours)) if len(names) > 1 else (tensor,)
-        for name, t in zip(names, tensors, strict=True):
-            rotated = arch == "llama" and name in ("attn_q", "attn_k")
-            converted[f"{prefix}{name}.{kind}"] = interleave(t, config.head_size) if rotated else t
+    for ours in (name for name in state if name in hf_names):  # without a tied output layer
+        parts = split_rows(state[ours], config, ours, hf_names[ours])
+        for hf_name, part in parts.items():
+            rotated = arch == "llama" and hf_name.endswith(("q_proj.weight", "k_proj.weight"))
+            name = name_map.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            converted[name] = interleave(part, config.head_size) if rotated else part
     return converted
 
 

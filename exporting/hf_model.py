@@ -116,12 +116,16 @@ def is_transposed(ours: str, arch: str) -> bool:
     return arch == "gpt2" and ours.endswith(("qkv.weight", "proj.weight", "fc.weight"))
 
 
-def split_sizes(config: GPTConfig, ours: str) -> list[int]:
-    """The numbers of rows of the matrices that ours concatenates: of queries, keys and values, or
-    of SwiGLU's gate and up-projection."""
-    if "qkv" in ours:
-        return [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    return [config.n_inner, config.n_inner]
+def split_rows(
+    tensor: Tensor, config: GPTConfig, ours: str, theirs: list[str]
+) -> dict[str, Tensor]:
+    """Their tensors, by name, that ours concatenates: queries, keys and values, or SwiGLU's gate
+    and up-projection."""
+    if len(theirs) == 1:
+        return {theirs[0]: tensor}
+    n_heads = [config.n_head, config.n_kv_head, config.n_kv_head]
+    sizes = [n * config.head_size for n in n_heads] if "qkv" in ours else [config.n_inner] * 2
+    return dict(zip(theirs, tensor.split(sizes), strict=True))
 
 
 def weights_to_hf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
@@ -129,8 +133,8 @@ def weights_to_hf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dic
     converted: dict[str, Tensor] = {}
     for ours, theirs in tensor_names(config, arch):
         tensor = state[ours].T if is_transposed(ours, arch) else state[ours]
-        tensors = tensor.split(split_sizes(config, ours)) if len(theirs) > 1 else (tensor,)
-        converted |= {name: t.contiguous() for name, t in zip(theirs, tensors, strict=True)}
+        parts = split_rows(tensor, config, ours, theirs)
+        converted |= {name: part.contiguous() for name, part in parts.items()}
     return converted
 
 

@@ -109,5 +109,5 @@ def test_a_file_with_an_unknown_setting_is_refused(tmp_path, monkeypatch):
     tensors = {name: model.state_dict()[name] for name in trained_names(model)}
     adapter = {"lora": vars(lora), "base_sha256": "", "tokenizer": LETTERS.to_dict()}
     save_adapter(Path("adapter.pt"), adapter | {"gpt_config": gpt_config, "tensors": tensors})
-    with pytest.raises(UserError, match=r"invalid adapter adapter\.pt: .*made_up"):
+    with pytest.raises(UserError, match=r"invalid checkpoint adapter\.pt: .*made_up"):
         export.main(["adapter.pt", "out"])
