@@ -28,6 +28,7 @@ from exporting.hf_tokenizer import (
 from exporting.huggingface import special_token_ids
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
+from system.errors import quote_path
 from system.files import atomic_write, locked_file
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, prompt_text, to_printable
@@ -87,9 +88,7 @@ def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, An
     with np.errstate(over="ignore"):
         data = gguf.quants.quantize(array, dtype)
         if not np.isfinite(gguf.quants.dequantize(data, dtype)).all():
-            raise UserError(
-                f"{name} has numbers too large for {precision}: add --precision float32"
-            )
+            raise UserError(f"{name} is too large for {precision}: add --precision float32")
     return data, dtype
 
 
@@ -226,10 +225,10 @@ def with_end_token(weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
 # --- files
 
 
-def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> Path:
-    """Write the model of a checkpoint as a GGUF file, and beside it a Modelfile
-    for Ollama, whose path is returned. Raises UserError if llama.cpp does not have the model's
-    components or tokenizer, or if a file exists, unless it is an export and `overwrite` is set."""
+def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
+    """Write the model of a checkpoint as a GGUF file, `auto`: in float16, and beside it a Modelfile
+    for Ollama. Raises UserError if llama.cpp does not have the model's components or tokenizer, or
+    if a file exists, unless it is an export and `overwrite` is set."""
     modelfile = target.with_suffix(".Modelfile")
     for path, mark in ((target, MAGIC), (modelfile, FIRST_LINE.encode())):
         check_file(path, mark, overwrite)
@@ -239,7 +238,7 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     asks = answers_questions(tokenizer) and not last_trained_on_text(state)
     question, end = ("<BOS>" + prompt_text("|"), "<EOS>") if asks else ("|", "")
     before, after = question.split("|")
-    writer = gguf_writer(model, tokenizer, precision)
+    writer = gguf_writer(model, tokenizer, "float16" if precision == "auto" else precision)
     writer.add_chat_template(
         "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         f"{{{{ m['content'] + {end!r} }}}}"
@@ -260,7 +259,8 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
         with atomic_write(target) as file, atomic_write(modelfile) as text_file:
             write_gguf(writer, Path(file.name))
             text_file.write("\n".join([*lines, ""]).encode())
-    return modelfile
+    print(f"{target}: run it with llama.cpp or LM Studio")
+    print(f"{modelfile}: ollama create NAME -f {quote_path(modelfile)}, then ollama run NAME")
 
 
 def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:

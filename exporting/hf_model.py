@@ -155,10 +155,8 @@ def weights_from_hf(tensors: dict[str, Tensor], config: GPTConfig, arch: str) ->
         if name not in expected and name != "lm_head.weight" and not BUFFERS.fullmatch(name):
             raise UserError(f"the model to import has a tensor that {arch} does not have: {name}")
         if name in expected and tensor.shape != expected[name].shape:
-            raise UserError(
-                f"the weights do not match config.json: {name} has shape {list(tensor.shape)} "
-                f"instead of {list(expected[name].shape)}"
-            )
+            shapes = f"{list(tensor.shape)} instead of {list(expected[name].shape)}"
+            raise UserError(f"the weights do not match config.json: {name} has shape {shapes}")
         if name in expected and not (tensor.dtype in FLOATS and tensor.isfinite().all()):
             raise UserError(f"{name} contains values that are not finite numbers")
     state = {}
@@ -168,9 +166,7 @@ def weights_from_hf(tensors: dict[str, Tensor], config: GPTConfig, arch: str) ->
     embedding = state["tok.weight"]
     head = tensors.get("lm_head.weight", embedding).float()
     if config.tie_weights and not torch.equal(head, embedding):
-        raise UserError(
-            "tie_word_embeddings is true, but lm_head.weight differs from the embedding"
-        )
+        raise UserError("lm_head.weight differs from the embedding, although they are tied")
     return {"head.weight": embedding} | state
 
 
@@ -215,29 +211,18 @@ MAX_SIZE = 1 << 22  # 4 million: the longest window of any published model
 # The values that our architectures implement, of the settings that change what a model computes. A
 # missing key has the first of them. (pretraining_tp and reorder_and_upcast_attn only change the
 # order of the same operations, and dropout does not apply to a trained model.)
-FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    },
-    "llama": {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "partial_rotary_factor": (None, 1),
-        "sliding_window": (None,),
-    },
-    "qwen3": {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "partial_rotary_factor": (None, 1),
-        "use_sliding_window": (False,),
-    },
-}
-FIXED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
-    "is_causal": (True,),
+FIXED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # gpt2; two names of one function
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"),  # llama and qwen3
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (None, 1),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),  # qwen3 ignores sliding_window without it
+    "is_causal": (True,),  # all architectures
     "is_encoder_decoder": (False,),
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
@@ -294,10 +279,11 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
     arch = theirs.get("model_type")
     if not isinstance(arch, str) or arch not in (*ARCHS, CUSTOM):
         raise UserError(f"model_type {arch!r} is not supported: only {', '.join(ARCHS)} are")
+    unused = "sliding_window" if arch == "qwen3" else ""
     problems = [
         f"{key} is {theirs[key]!r}, and only {supported[0]!r} is supported"
-        for key, supported in (FIXED.get(arch, {}) | FIXED_EVERYWHERE).items()
-        if key in theirs and theirs[key] not in supported
+        for key, supported in FIXED.items()
+        if key in theirs and key != unused and theirs[key] not in supported
     ]
     settings = dict(ARCHS.get(arch, {}))
     for name, ours, default in SIZES.get(arch, ()):

@@ -174,15 +174,14 @@ def char_from_hf(
     require(parts, "pre_tokenizer", (split_rule(r"[\s\S]"),))
     require(parts, "decoder", ({"type": "Fuse"},))
     chars = sorted(text for text in vocab if text not in specials)
-    if not chars or any(len(char) != 1 for char in chars):
-        raise UserError("tokenizer.json: WordLevel is only supported with words of one character")
-    tokenizer = CharTokenizer(chars, sorted(specials, key=specials.__getitem__))
-    if {text: i for i, text in enumerate(tokenizer.texts)} != vocab | specials:
+    order = sorted(specials, key=specials.__getitem__)
+    ids = {text: i for i, text in enumerate([*order, *chars])}
+    if {len(char) for char in chars} != {1} or ids != vocab | specials:
         raise UserError(
-            "tokenizer.json: WordLevel is only supported with ids from 0 without gaps, first those "
-            "of the special tokens, then those of the characters in sorted order"
+            "tokenizer.json: WordLevel is only supported with words of one character and ids from "
+            "0 without gaps: special tokens, then characters in sorted order"
         )
-    return tokenizer
+    return CharTokenizer(chars, order)
 
 
 def split_rule(pattern: str) -> dict[str, Any]:
@@ -202,12 +201,10 @@ def bpe_from_hf(
     require(model, "byte_fallback", (False,), "model.")
     require(parts["decoder"] or {"type": None}, "type", ("ByteLevel",), "decoder.")
     own = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    steps = {p: [split_rule(p), own | {"use_regex": False}] for p in sorted(KNOWN_PATTERNS)}
-    known: list[tuple[str, Any]] = []
-    known += [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps.items()]
-    known += [(GPT2_PATTERN, own)]  # which has the pattern itself
-    known += [(DIGITS_PATTERN, {"type": "Sequence", "pretokenizers": [digits, own]})]  # SmolLM's
+    steps = [(p, [split_rule(p), own | {"use_regex": False}]) for p in sorted(KNOWN_PATTERNS)]
+    steps += [(DIGITS_PATTERN, [{"type": "Digits", "individual_digits": True}, own])]  # SmolLM's
+    known: list[tuple[str, Any]] = [(GPT2_PATTERN, own)]  # which has the pattern itself
+    known += [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps]
     require(parts, "pre_tokenizer", tuple(part for _, part in known))
     pattern = next(pattern for pattern, part in known if part == parts["pre_tokenizer"])
     texts = [text for text in vocab if text not in specials]
@@ -252,9 +249,8 @@ def gpt2_tokenizer(folder: Path) -> Tokenizer:
     kind, prefix = settings.get("tokenizer_class"), settings.get("add_prefix_space")
     if kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast") or prefix:
         raise UserError(
-            f"{folder} has vocab.json and merges.txt of a tokenizer that is not GPT-2's ({kind}"
-            f"{', add_prefix_space' * bool(prefix)}): save its tokenizer.json there, with "
-            "tokenizer.save_pretrained"
+            f"the tokenizer of {folder} is not GPT-2's ({kind}, add_prefix_space {prefix}): save "
+            "its tokenizer.json there, with tokenizer.save_pretrained"
         )
     try:
         files = (str(folder / name) for name in ("vocab.json", "merges.txt"))

@@ -344,8 +344,7 @@ def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor
             raise UserError(f"{folder / name} is damaged: {first_line(error)}") from None
     # OpenAI's GPT-2 was saved without its language-model head
     if arch == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
-        head = "lm_head.weight"
-        tensors = {
-            name if name == head else f"transformer.{name}": x for name, x in tensors.items()
-        }
+        head = {name: x for name, x in tensors.items() if name == "lm_head.weight"}
+        tensors = {f"transformer.{name}": x for name, x in tensors.items() if name not in head}
+        tensors |= head
     return weights_from_hf(tensors, config, arch)

@@ -26,7 +26,7 @@ from corpus.load import training_corpus
 from exporting.folders import check_file
 from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern
 from model import GPT
-from sampling.text import answers_questions, last_trained_on_text
+from sampling.text import answers_questions, checkpoint_line, last_trained_on_text
 from system.device import pick_device
 from system.files import atomic_write, locked_file
 from system.settings import UserError
@@ -127,8 +127,7 @@ def pick_precision(
     precision = "int8" if rise["int8"] < MAX_LOSS_RISE else "float16"
     losses = ", ".join(f"{loss + change:.4f} ({change:+.4f}) in {p}" for p, change in rise.items())
     print(f"loss on part of the validation split: {loss:.4f} in float32, {losses}")
-    reason = "less" if precision == "int8" else "not less"
-    print(f"weights in {precision}: with int8, the loss rises by {reason} than {MAX_LOSS_RISE}")
+    print(f"weights in {precision}: int8 may raise the loss by less than {MAX_LOSS_RISE}")
     if not math.isfinite(rise[precision]):
         raise UserError("the model's loss is not finite: its training diverged")
     return precision, f" (loss {rise[precision]:+.4f} compared with float32)"
@@ -158,29 +157,19 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     if isinstance(tokenizer, BPETokenizer):
         content["pattern"] = to_javascript(tokenizer.pattern)
         content["ranks"] = {token.decode("latin-1"): i for token, i in tokenizer.ranks.items()}
-    config, name, trained_here = model.config, state["corpus"]["name"], state["corpus"]["sha256"]
-    if not trained_here:  # imported, perhaps from a folder, whose path may be private
+    config, name = model.config, state["corpus"]["name"]
+    if not state["corpus"]["sha256"]:  # imported, perhaps from a folder, whose path may be private
         name = Path(name).name
     sizes = f"{config.n_layer} layers, {config.n_embd} channels"
-    summary = f"{model.num_params():,} parameters: {sizes}"
-    if trained_here:
-        summary += f"; {state['step']:,} steps on {name}"
-    log = [
-        {key: finite(record.get(key)) for key in ("step", "train", "val")}
-        for record in state["log"]
-    ]
-    losses = [record["val"] for record in log if record["step"] == state["step"]]
-    if losses and losses[-1] is not None:
-        summary += f"; validation loss {losses[-1]:.4f}"
-    run = state["train_config"]
+    keys, run = ("step", "train", "val"), state["train_config"]
     settings = asdict(config) | {name: run[name] for name in RUN_SETTINGS if name in run}
     return {
         "name": name,
-        "summary": summary,
+        "summary": f"{model.num_params():,} parameters: {sizes}; {checkpoint_line(name, state)}",
         "config": asdict(config),
         "tokenizer": content,
         "qa": answers_questions(tokenizer) and not last_trained_on_text(state),
-        "log": log,
+        "log": [{key: finite(record.get(key)) for key in keys} for record in state["log"]],
         "settings": [(name, str(value)[:100]) for name, value in settings.items()],
     }
 
@@ -233,11 +222,10 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
         ),
         "SCRIPT": script,
     }
-    for i, text in enumerate(re.split(r"\{\{(\w+)\}\}", read_source("page.html"))):
-        if i % 2 and text == "WEIGHTS":
-            yield from weight_elements(model, precision)
-        else:
-            yield parts[text] if i % 2 else text
+    before, after = read_source("page.html").split("{{WEIGHTS}}")
+    yield re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], before)
+    yield from weight_elements(model, precision)
+    yield after
 
 
 def weight_elements(model: GPT, precision: str) -> Iterator[str]:
