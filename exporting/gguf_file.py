@@ -7,6 +7,7 @@ rotates channels. Each tokenizer becomes a byte-level BPE, the kind that llama.c
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from exporting.hf_tokenizer import (
     QWEN_PATTERN,
     TIKTOKEN_GPT2,
     merges_of,
+    token_ids,
 )
 from exporting.huggingface import special_token_ids
 from model import GPT
@@ -134,20 +136,19 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 
 
 def bpe_rules(tokenizer: BPETokenizer) -> tuple[str, list[str]]:
-    """The name of the pre-tokenizer, and the merges. Raises UserError if llama.cpp would give other
-    ids."""
+    """The pre-tokenizer's name, and the merges. Raises UserError if llama.cpp gives other ids."""
     pre = PRE_TOKENIZERS.get(tokenizer.pattern)
     merges = list(merges_of(tokenizer))
     unmerged = len({left + right for left, right in merges}) < len(tokenizer.ranks) - 256
     if pre is None or (pre != "llama-bpe" and unmerged):
         raise UserError(
-            "llama.cpp has no tokenizer that splits text as this one does (train a model that can "
-            "be exported with --tokenizer bpe, char or gpt2)"
+            "llama.cpp has no tokenizer that splits text as this one does: train a model with "
+            "--tokenizer bpe, char or gpt2"
         )
     return pre, [" ".join(map(to_printable, pair)) for pair in merges]
 
 
-def char_rules(chars: list[str]) -> tuple[str, list[str]]:
+def char_rules(chars: Iterable[bytes]) -> tuple[str, list[str]]:
     """The name of a pre-tokenizer, and the merges that make characters of their bytes, from left to
     right: of an e with acute accent, C3 + A9. The intermediate results of longer characters are not
     in the vocabulary: llama.cpp leaves out what is not, and so unknown characters, as generate.py
@@ -155,28 +156,19 @@ def char_rules(chars: list[str]) -> tuple[str, list[str]]:
     spaces before punctuation from the output, as "gpt-2" does in some programs.
     """
     merges: dict[str, None] = {}  # a set in order
-    for char in (*chars, "\xe9"):  # the list must not be empty
-        text = printable_char(char)
+    for char in (*chars, "\xe9".encode()):  # the list must not be empty
+        text = to_printable(char)
         merges |= {f"{text[:i]} {text[i]}": None for i in range(1, len(text))}
     return "qwen2", list(merges)
-
-
-def printable_char(char: str) -> str:
-    """The bytes of a character in GPT-2's printable alphabet."""
-    return to_printable(char.encode("utf-8", "surrogatepass"))
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
     """Write a tokenizer. n_rows is the number of embeddings, at least one for each token."""
     if isinstance(tokenizer, BPETokenizer):
         pre, merges = bpe_rules(tokenizer)
-        tokens = {i: (to_printable(token), NORMAL) for token, i in tokenizer.ranks.items()}
     else:
-        pre, merges = char_rules(tokenizer.chars)
-        tokens = {
-            i: (printable_char(char), NORMAL)
-            for i, char in enumerate(tokenizer.chars, len(tokenizer.specials))
-        }
+        pre, merges = char_rules(token_ids(tokenizer))
+    tokens = {i: (to_printable(token), NORMAL) for token, i in token_ids(tokenizer).items()}
     tokens |= {i: (text, CONTROL) for text, i in tokenizer.specials.items()}
     ids = special_token_ids(tokenizer)
     bos, end, pad = (ids[f"{name}_token_id"] for name in ("bos", "eos", "pad"))
@@ -264,8 +256,7 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
 
 
 def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
-    """A writer of the gguf package with the settings, tokenizer and weights of a model. Raises
-    UserError if llama.cpp does not have its components or tokenizer."""
+    """A writer of the gguf package with the settings, tokenizer and weights of a model."""
     gguf = import_optional("gguf")
     config, arch = model.config, matching_arch(model.config)
     weights = weights_to_gguf(model.state_dict(), config, arch)

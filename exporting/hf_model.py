@@ -116,16 +116,15 @@ def is_transposed(ours: str, arch: str) -> bool:
     return arch == "gpt2" and ours.endswith(("qkv.weight", "proj.weight", "fc.weight"))
 
 
-def split_rows(
-    tensor: Tensor, config: GPTConfig, ours: str, theirs: list[str]
-) -> dict[str, Tensor]:
-    """Their tensors, by name, that ours concatenates: queries, keys and values, or SwiGLU's gate
-    and up-projection."""
+def split_rows(x: Tensor, config: GPTConfig, ours: str, theirs: list[str]) -> dict[str, Tensor]:
+    """The tensors, by their names, that ours concatenates."""
     if len(theirs) == 1:
-        return {theirs[0]: tensor}
-    n_heads = [config.n_head, config.n_kv_head, config.n_kv_head]
-    sizes = [n * config.head_size for n in n_heads] if "qkv" in ours else [config.n_inner] * 2
-    return dict(zip(theirs, tensor.split(sizes), strict=True))
+        return {theirs[0]: x}
+    if "qkv" in ours:
+        sizes = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    else:  # SwiGLU's gate and up-projection
+        sizes = [config.n_inner, config.n_inner]
+    return dict(zip(theirs, x.split(sizes), strict=True))
 
 
 def weights_to_hf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
-"""Convert low-rank adapters to the format of the `peft` library: a folder with adapter_config.json
-and adapter_model.safetensors."""
+"""Convert low-rank adapters to folders for the `peft` library."""
 
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ def export_adapter(path: Path, folder: Path, overwrite: bool = False) -> None:
 def adapter_to_peft(
     adapter: dict[str, Any], config: GPTConfig
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The content of adapter_config.json and the weights by peft's names. Raises UserError if the
-    adapter contains embeddings of new tokens."""
+    """The content of adapter_config.json, and the weights by peft's names."""
     tensors = adapter["tensors"]
     if any(not name.endswith((".A", ".B")) for name in tensors):
         raise UserError("the adapter contains new tokens: --merge it into its base and export that")

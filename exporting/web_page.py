@@ -24,7 +24,7 @@ import utils
 from corpus.corpus import Corpus
 from corpus.load import training_corpus
 from exporting.folders import check_file
-from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern
+from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern, token_ids
 from model import GPT
 from sampling.text import answers_questions, checkpoint_line, last_trained_on_text
 from system.device import pick_device
@@ -58,8 +58,7 @@ RUN_SETTINGS = (
 
 def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
     """Write a checkpoint as a web page, with its weights in float16 or int8; `auto`: int8 if the
-    measured loss is nearly the same. Raises UserError if the file exists, unless it is a page and
-    `overwrite` is set."""
+    measured loss is nearly the same. With `overwrite`, a page is replaced."""
     check_file(target, GENERATOR, overwrite)
     model, tokenizer, state = utils.load_checkpoint(checkpoint, pick_device("auto"))
     data = page_data(model, tokenizer, state)
@@ -79,9 +78,8 @@ def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool 
 
 
 def stored(weight: Tensor, precision: str) -> tuple[str, bytes, Tensor]:
-    """A parameter in the page: the type of its numbers, its bytes, and the values that the page
-    reads from them. With int8, each row of a matrix has a scale in float32, and vectors are in
-    float32."""
+    """The type and the bytes of a parameter in the page, and the values that the page reads. With
+    int8, each row of a matrix has a float32 scale, and vectors are float32."""
     weight = weight.detach().float().cpu()
     if precision == "float16":
         half = weight.half()
@@ -153,10 +151,10 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     translated, or if model.js does not have a component of the model."""
     if unknown := model.config.beyond(IMPLEMENTED):
         raise UserError(f"the program of a web page does not have {', '.join(unknown)}")
-    content = tokenizer.to_dict()
+    pattern = r"[\s\S]"  # one character
     if isinstance(tokenizer, BPETokenizer):
-        content["pattern"] = to_javascript(tokenizer.pattern)
-        content["ranks"] = {token.decode("latin-1"): i for token, i in tokenizer.ranks.items()}
+        pattern = to_javascript(tokenizer.pattern)
+    ranks = {token.decode("latin-1"): i for token, i in token_ids(tokenizer).items()}
     config, name = model.config, state["corpus"]["name"]
     if not state["corpus"]["sha256"]:  # imported, perhaps from a folder, whose path may be private
         name = Path(name).name
@@ -167,7 +165,7 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
         "name": name,
         "summary": f"{model.num_params():,} parameters: {sizes}; {checkpoint_line(name, state)}",
         "config": asdict(config),
-        "tokenizer": content,
+        "tokenizer": {"pattern": pattern, "ranks": ranks, "specials": tokenizer.specials},
         "qa": answers_questions(tokenizer) and not last_trained_on_text(state),
         "log": [{key: finite(record.get(key)) for key in keys} for record in state["log"]],
         "settings": [(name, str(value)[:100]) for name, value in settings.items()],

@@ -434,10 +434,10 @@ def test_added_tokens_of_the_older_format_are_imported(old_gpt2):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("merges.txt", "#version: 0.2\nt h e\n", "invalid vocab.json or merges.txt"),
+        ("merges.txt", "#version: 0.2\nt h e\n", "tokenizer is invalid"),
         ("merges.txt", "#version: 0.2\n", "are not among the merges|that no merge makes"),
-        ("vocab.json", "{}", "invalid vocab.json or merges.txt"),
-        ("vocab.json", "[]", "invalid vocab.json or merges.txt"),
+        ("vocab.json", "{}", "tokenizer is invalid"),
+        ("vocab.json", "[]", "must contain a JSON object"),
         ("tokenizer_config.json", '{"tokenizer_class": "BartTokenizer"}', "not GPT-2's .Bart"),
         ("tokenizer_config.json", '{"add_prefix_space": true}', "not GPT-2's .*add_prefix_space"),
     ],

@@ -243,7 +243,7 @@ def in_page(tokenizer: Tokenizer) -> str:
     """JavaScript that makes a tokenizer from what a page would contain."""
     state = {"corpus": {"name": "", "sha256": ""}, "step": 0, "log": [], "train_config": {}}
     content = web_page.page_data(make_model(), tokenizer, state)["tokenizer"]
-    return f"tokenizerFromDict({json.dumps(content)})"
+    return f"new Tokenizer({json.dumps(content)})"
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
