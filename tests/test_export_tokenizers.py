@@ -32,6 +32,7 @@ from tokenizer import (
     QA_SPECIALS,
     BPETokenizer,
     CharTokenizer,
+    Tokenizer,
     to_printable,
 )
 
@@ -63,6 +64,17 @@ def theirs_of(content: dict[str, Any]) -> Any:
     return theirs
 
 
+def assert_same_ids(ours: Tokenizer, encode: Callable[[str], list[int]]) -> None:
+    @FUZZ
+    @hypothesis.given(TEXTS)
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        ids = ours.encode(text).tolist()
+        assert encode(text) == ids and ours.decode(ids) == text
+
+    check()
+
+
 @pytest.mark.parametrize("pattern", sorted(KNOWN_PATTERNS))
 def test_all_known_patterns_split_alike(pattern):
     ours = bpe(pattern)
@@ -70,16 +82,7 @@ def test_all_known_patterns_split_alike(pattern):
     theirs = theirs_of(content)
     assert content["pre_tokenizer"]["pretokenizers"][0]["pattern"] == {"Regex": pattern}
     assert tokenizer_from_hf(content).to_dict() == ours.to_dict()
-
-    @FUZZ
-    @hypothesis.given(TEXTS)
-    def check(parts: list[str]) -> None:
-        text = "".join(parts)
-        ids = ours.encode(text).tolist()
-        assert theirs.encode(text).ids == ids
-        assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids) == text
-
-    check()
+    assert_same_ids(ours, lambda text: theirs.encode(text).ids)
 
 
 @pytest.mark.parametrize("name", ENCODINGS)
@@ -90,14 +93,7 @@ def test_tokenizers_with_the_patterns_of_tiktoken_are_exported(monkeypatch, name
     ours = bpe(pattern)
     back = tokenizer_from_hf(tokenizer_to_hf(ours))
     assert isinstance(back, BPETokenizer) and back.pattern in KNOWN_PATTERNS
-
-    @FUZZ
-    @hypothesis.given(TEXTS)
-    def check(parts: list[str]) -> None:
-        text = "".join(parts)
-        assert back.encode(text).tolist() == ours.encode(text).tolist()
-
-    check()
+    assert_same_ids(ours, lambda text: back.encode(text).tolist())
 
 
 def test_special_tokens_keep_their_ids_with_gaps_between_them(tmp_path):
@@ -217,14 +213,7 @@ def test_other_forms_of_the_same_pipeline_are_imported(rewrite):
     content = tokenizer_to_hf(bpe())
     rewrite(content)
     ours, theirs = tokenizer_from_hf(content), theirs_of(content)
-
-    @FUZZ
-    @hypothesis.given(TEXTS)
-    def check(parts: list[str]) -> None:
-        text = "".join(parts)
-        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text).tolist()
-
-    check()
+    assert_same_ids(ours, lambda text: theirs.encode(text, add_special_tokens=False).ids)
 
 
 def rename_token(content: dict[str, Any], old: str, new: str) -> None:
