@@ -347,14 +347,6 @@ def error_of(*words: str) -> str:
     return str(caught.value)
 
 
-def test_components_that_llama_cpp_lacks_are_named():
-    save_model(
-        "model.pt", make_model(vocab_size=CHARS.vocab_size, token_shift=True, mlp="relu2"), CHARS
-    )
-    message = error_of("model.pt", "model.gguf")
-    assert "token_shift is True" in message and "python train.py --arch qwen3" in message
-
-
 @pytest.mark.parametrize("pattern", [r"\w+|\W", r"[\s\S]"])
 def test_a_tokenizer_that_llama_cpp_lacks_is_rejected(pattern):
     tokenizer = BPETokenizer(TOKENIZERS["bpe"].ranks, TOKENIZERS["bpe"].specials, pattern)
@@ -381,25 +373,18 @@ def test_numbers_too_large_for_the_type():
 
 def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
     save_model("model.pt", model_of("llama", CHARS), CHARS)
-    Path("model.gguf").write_text("my text")
-    for flags in ([], ["--overwrite"]):
-        error = error_of("model.pt", "model.gguf", *flags)
-        assert "model.gguf was not written by export.py" in error
-    Path("model.gguf").unlink()
-    Path("model.Modelfile").write_text("FROM mine")
-    for flags in ([], ["--overwrite"]):
-        error = error_of("model.pt", "model.gguf", *flags)
-        assert "model.Modelfile was not written by export.py" in error
-    Path("model.Modelfile").unlink()
-    assert export.main(["model.pt", "model.gguf"]) == 0
+    words = ["model.pt", "model.gguf"]
+    for name in ("model.gguf", "model.Modelfile"):
+        Path(name).write_text("my text")
+        for flags in ([], ["--overwrite"]):
+            assert f"{name} was not written by export.py" in error_of(*words, *flags)
+        Path(name).unlink()
+    assert export.main(words) == 0
     size = Path("model.gguf").stat().st_size
-    assert "add --overwrite" in error_of("model.pt", "model.gguf", "--precision=float32")
-    with (
-        locked_file(Path("model.gguf"), "an export"),
-        pytest.raises(UserError, match="in use by an export"),
-    ):
-        export.main(["model.pt", "model.gguf", "--overwrite"])
-    assert export.main(["model.pt", "model.gguf", "--precision=float32", "--overwrite"]) == 0
+    assert "add --overwrite" in error_of(*words, "--precision=float32")
+    with locked_file(Path(words[1]), "an export"), pytest.raises(UserError, match="in use by an"):
+        export.main([*words, "--overwrite"])
+    assert export.main([*words, "--precision=float32", "--overwrite"]) == 0
     assert Path("model.gguf").stat().st_size > size
 
 
@@ -411,22 +396,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 # --- llama.cpp itself
 
-STRINGS = [
-    "\n",
-    " ",
-    "  ",
-    "the ",
-    "quick",
-    " fox",
-    "é",
-    "中",
-    "字",
-    "€",
-    "😀",
-    "👍🏽",
-    "12",
-    "345",
-]
+STRINGS = ["\n", " ", "  ", "the ", "quick", " fox", "é", "中", "字", "€", "😀", "👍🏽", "12", "34"]
 STRINGS += ["don't", "'LL", "!", "...", "<PAD>", "<EOS>", "<|endoftext|>", "ê", "Ω", "\t", "\r\n"]
 
 
