@@ -14,71 +14,19 @@ import export
 import generate
 import train
 import utils
-from config import ARCHS, GPTConfig, SampleConfig
+from config import ARCHS, SampleConfig
 from corpus.bpe import count_pieces, learn_merges, train_bpe
 from exporting.folders import MARKER
 from exporting.hf_model import (
-    CLASSES,
-    config_to_hf,
     matching_arch,
-    weights_from_hf,
-    weights_to_hf,
 )
 from exporting.hf_tokenizer import merges_of
-from model import GPT, KVCache
 from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-
-SIZES = [
-    {"n_layer": 2, "n_head": 2, "n_embd": 24, "n_inner": 40, "vocab_size": 31, "block_size": 19},
-    {"n_layer": 3, "n_head": 6, "n_embd": 36, "n_inner": 64, "vocab_size": 53, "block_size": 33},
-    {"n_layer": 1, "n_head": 1, "n_embd": 10, "n_inner": 7, "vocab_size": 5, "block_size": 8},
-]
-GROUPED = SIZES[1] | {"n_kv_head": 2}
-WIDE = SIZES[1] | {"n_kv_head": 3, "head_size": 10}
-CASES = [
-    (arch, sizes, tied)
-    for arch in ARCHS
-    for sizes in [*SIZES, *([] if arch == "gpt2" else [GROUPED, WIDE])]
-    for tied in (True, False)
-]
-
-
-def hf_model_of(config: GPTConfig, arch: str) -> torch.nn.Module:
-    """Hugging Face's model with these settings, with random weights of a visible size."""
-    settings = config_to_hf(config, arch, {})
-    settings.pop("architectures")
-    torch.manual_seed(0)
-    hf_config = transformers.AutoConfig.for_model(**settings)
-    theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
-    for p in theirs.parameters():
-        p.data += 0.2 * torch.randn_like(p)
-    assert type(theirs).__name__ == CLASSES[arch]
-    return theirs
-
-
-@pytest.mark.parametrize(("arch", "sizes", "tied"), CASES)
-def test_weights_are_converted_both_ways_with_equal_logits(arch, sizes, tied):
-    config = GPTConfig(**(ARCHS[arch] | sizes | {"tie_weights": tied}))
-    theirs, ours = hf_model_of(config, arch), GPT(config).eval()
-    weights = dict(theirs.state_dict())
-    ours.load_state_dict(weights_from_hf(weights, config, arch))
-    back = weights_to_hf(ours.state_dict(), config, arch)
-    assert weights.keys() - back.keys() == ({"lm_head.weight"} if tied else set())
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in back.items())
-    assert ours.num_params() == theirs.num_parameters()
-    idx = torch.randint(config.vocab_size, (3, config.block_size))
-    assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
-    cache = KVCache(config, 3)
-    ours(idx[:, :3], cache=cache)
-    for t in range(3, config.block_size):
-        cached = ours(idx[:, t : t + 1], cache=cache)[0]
-    assert torch.allclose(cached[:, -1], theirs(idx).logits[:, -1], atol=1e-4)
-
 
 # --- folders
 
@@ -201,20 +149,6 @@ def test_components_that_match_no_architecture_are_named():
         matching_arch(model.config)
 
 
-def test_a_failed_download_is_a_user_error(workplace, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-
-    def refuse(*args: object, **settings: object) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(
-        UserError, match=r"could not be downloaded from the .*hub \(ConnectionError"
-    ):
-        export.main(["--from", "gpt2", "gpt2.pt"])
-    assert not Path("gpt2.pt").exists()
-
-
 def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     asked = []
@@ -234,6 +168,14 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
     with pytest.raises(UserError, match="model_type 'bert' is not supported"):
         export.main(["--from", "someone/model", "model.pt", "--overwrite"])
     assert asked[2:] == [settings_files]
+
+    def refuse(*args: object, **settings: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"gpt2 could not be downloaded .*\(ConnectionError"):
+        export.main(["--from", "gpt2", "gpt2.pt"])
+    assert not Path("gpt2.pt").exists()
 
 
 def test_push_uploads_the_folder(workplace, monkeypatch):

@@ -212,50 +212,33 @@ def test_padding_on_the_right_changes_nothing_without_a_cache(models):
     assert torch.allclose(padded.logits[1, :2], theirs(batch("he")).logits[0], atol=1e-6)
 
 
+LEFT_PADDED = torch.tensor([[0, 1, 1, 1, 1]])
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "settings", "message"),
     [
-        (
-            lambda model: model.generate(
-                batch("hello"), attention_mask=torch.tensor([[0, 1, 1, 1, 1]])
-            ),
-            "generation does not support padding: all texts of a batch need the same number",
-        ),
-        (
-            lambda model: model(batch("hello"), attention_mask=torch.tensor([[0, 1, 1, 1, 1]])),
-            "only padding on the right",
-        ),
-        (
-            lambda model: model.generate(batch("hello"), max_new_tokens=WINDOW),
-            f"{WINDOW + 1} tokens do not fit the window of {WINDOW}: .*max_length={WINDOW}",
-        ),
-        (lambda model: model(batch("hello" * 4)), "20 tokens do not fit the window of 16"),
-        (
-            lambda model: model.generate(
-                batch("hello"), assistant_model=model, max_new_tokens=5, do_sample=False
-            ),
-            "assisted generation is not supported",
-        ),
-        (
-            lambda model: model(None, inputs_embeds=torch.ones(1, 5, 16)),
-            "this model does not support inputs_embeds",
-        ),
-        (
-            lambda model: model(batch("hello"), attention_mask=torch.ones(1, 1, 5, 5)),
-            "cache_implementation is not supported",
-        ),
-        (
-            lambda model: model(
-                batch("h"), use_cache=True, past_key_values=filled_dynamic_cache(model.config)
-            ),
-            "past_key_values must be the cache that an earlier call returned",
-        ),
+        ("generate", {"attention_mask": LEFT_PADDED}, "does not support padding: all texts of a"),
+        ("forward", {"attention_mask": LEFT_PADDED}, "only padding on the right"),
+        ("forward", {"attention_mask": torch.ones(1, 1, 5, 5)}, "cache_implementation is not"),
+        ("generate", {"max_new_tokens": WINDOW}, "17 tokens do not fit the window of 16: .*=16"),
+        ("forward", {"input_ids": batch("hello" * 4)}, "20 tokens do not fit the window of 16"),
+        ("forward", {"inputs_embeds": torch.ones(1, 5, 16)}, "does not support inputs_embeds"),
     ],
 )
-def test_what_is_not_supported_is_one_clear_error(models, call, message):
+def test_what_is_not_supported_is_one_clear_error(models, call, settings, message):
     _, theirs = models
     with pytest.raises(ValueError, match=message):
-        call(theirs)
+        getattr(theirs, call)(**({"input_ids": batch("hello")} | settings))
+
+
+def test_other_caches_and_assisted_generation_are_not_supported(models):
+    _, theirs = models
+    cache = filled_dynamic_cache(theirs.config)
+    with pytest.raises(ValueError, match="must be the cache that an earlier call returned"):
+        theirs(batch("h"), use_cache=True, past_key_values=cache)
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        theirs.generate(batch("hello"), assistant_model=theirs, max_new_tokens=5, do_sample=False)
 
 
 def filled_dynamic_cache(config: Any) -> Any:
