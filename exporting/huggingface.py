@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import utils
-from config import ARCH_FIELDS, ARCHS, GPTConfig
+from config import ARCHS, GPTConfig
 from corpus.encodings import from_tiktoken
 from exporting.folders import (
     check_files,
@@ -35,7 +35,7 @@ from exporting.hf_model import (
 )
 from exporting.hf_tokenizer import gpt2_tokenizer, tokenizer_from_hf, tokenizer_to_hf
 from model import GPT
-from sampling.text import end_tokens, last_trained_on_text
+from sampling.text import checkpoint_line, end_tokens, last_trained_on_text
 from system.errors import first_line, quote_path
 from system.files import folder_problems, locked_file, save_checkpoint
 from system.settings import VERSION, UserError, raise_problems
@@ -106,57 +106,50 @@ TRUST = ", trust_remote_code=True"
 CODE_NOTES = """
 ## The code of this model
 
-No architecture of `transformers` has this combination of components:
+No architecture of `transformers` has these components, so this folder contains the code, `model.py`
+and `modeling_tinyllm.py`. With `trust_remote_code=True`, `transformers` runs these two files with
+all permissions that you have. If you do not know who wrote this folder, read them first.
 
-    {components}
-
-So this folder contains the code: `model.py`, the model itself, and `modeling_tinyllm.py`, which
-connects it to `transformers`. With `trust_remote_code=True`, `transformers` runs these two files
-with all permissions that you have. If you do not know who wrote this folder, read them first.
-Without this option, `transformers` does not load the model, or asks first.
-
-- A text has at most {window} tokens, with its prompt: more raise an error.
-- `generate()` uses a KV cache, also for beam search. All texts of a batch need the same number of
-  tokens: padding raises an error, except on the right in a call without a cache, such as training.
-- With `use_cache=True`, the logits are those of the last token.
-- `inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
-  supported.
+A text has at most {window} tokens, with its prompt. All texts of a batch need the same number of
+tokens: padding raises an error, except on the right in a call without a cache, such as training.
+`inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
+supported. With a cache, the logits are those of the last token.
 """
+# The settings of a run that are shown; no names of files and folders, which may be private.
+RUN_SETTINGS = "preset arch tokenizer seed max_steps batch_size grad_accum optimizer lr_max lr_min"
+RUN_SETTINGS += " schedule warmup_steps weight_decay grad_clip precision"
+
+
+def shown_settings(model: GPT, state: dict[str, Any]) -> dict[str, str]:
+    """The settings of a model and its run."""
+    run = {name: state["train_config"].get(name) for name in RUN_SETTINGS.split()}
+    settings = asdict(model.config) | {k: v for k, v in run.items() if v is not None}
+    return {name: str(value)[:100] for name, value in settings.items()}
+
+
+def source_name(state: dict[str, Any]) -> str:
+    """The name of a corpus, or of an imported model without its folder, which may be private."""
+    name = state["corpus"]["name"]
+    return name if state["corpus"]["sha256"] else Path(name).name
 
 
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
-    config, trained, corpus = model.config, state["train_config"], state["corpus"]
+    config = model.config
+    origin = f"Imported from {source_name(state)} with TinyLLM."
+    if state["corpus"]["sha256"]:
+        how = "Fine-tuned" if "finetune" in state else "Trained from scratch"
+        origin = f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
     rows = {
         "architecture": CLASSES.get(arch, CUSTOM_CLASS),
         "parameters": f"{model.num_params():,}",
-        "layers, heads, channels": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
-        "context length": f"{config.block_size} tokens",
-        "vocabulary": f"{config.vocab_size:,} tokens",
+        **shown_settings(model, state),
     }
-    origin = f"Imported from {Path(corpus['name']).name} with TinyLLM."  # not the path of a folder
-    if corpus["sha256"]:
-        origin = f"{'Fine-tuned' if 'finetune' in state else 'Trained from scratch'} with TinyLLM."
-        batch = f"{trained.get('batch_size')} x {trained.get('grad_accum')}"
-        rows |= {
-            "training data": f"{corpus['name']} ({corpus.get('bytes', 0):,} bytes)",
-            "steps": f"{state['step']}, each of {batch} sequences",
-            "learning rate": f"{trained.get('lr_max')} to {trained.get('lr_min')}",
-            "precision": trained.get("precision"),
-        }
-    for record in state["log"]:
-        if record["step"] == state["step"]:  # the exported weights
-            losses = {"training": record.get("train"), "validation": record["val"]}
-            found = [f"{x:.4f} {name}" for name, x in losses.items() if x is not None]
-            rows["loss"] = ", ".join(found)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
     if arch == CUSTOM:
-        values = {f: getattr(config, f) for f in ARCH_FIELDS}
-        names = [f if value is True else value for f, value in values.items() if value]
-        names += [f"{f} {getattr(config, f)}" for f in ("n_kv_head", "head_size")]
-        notes = CODE_NOTES.format(components=", ".join(names), window=config.block_size)
+        notes = CODE_NOTES.format(window=config.block_size)
         texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
     length = min(config.block_size, 200)
     return CARD.format(origin=origin, table=table, sample=sample, length=length, **texts)

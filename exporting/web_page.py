@@ -25,6 +25,7 @@ from corpus.corpus import Corpus
 from corpus.load import training_corpus
 from exporting.folders import check_file
 from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern, token_ids
+from exporting.huggingface import shown_settings, source_name
 from model import GPT
 from sampling.text import answers_questions, checkpoint_line, last_trained_on_text
 from system.device import pick_device
@@ -44,16 +45,8 @@ MAX_LOSS_RISE = 0.005
 EVAL_TOKENS = 8192
 MAX_INT8 = 127
 # The settings that model.js implements.
-IMPLEMENTED = (
-    *("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_size"),
-    *("n_inner", "norm", "mlp", "pos", "post_norm", "token_shift", "qk_norm", "tie_weights"),
-    *("bias", "norm_eps", "rope_theta"),
-)
-# The settings of the run that the page shows; no names of files and folders, which may be private.
-RUN_SETTINGS = (
-    *("preset", "arch", "tokenizer", "seed", "max_steps", "batch_size", "grad_accum", "optimizer"),
-    *("lr_max", "lr_min", "schedule", "warmup_steps", "weight_decay", "grad_clip", "precision"),
-)
+IMPLEMENTED = "vocab_size block_size n_layer n_head n_embd n_kv_head head_size n_inner norm mlp pos"
+IMPLEMENTED += " post_norm token_shift qk_norm tie_weights bias norm_eps rope_theta"
 
 
 def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
@@ -149,18 +142,14 @@ def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
 def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str, Any]:
     """What the page knows besides the weights. Raises UserError if its tokenizer cannot be
     translated, or if model.js does not have a component of the model."""
-    if unknown := model.config.beyond(IMPLEMENTED):
+    if unknown := model.config.beyond(IMPLEMENTED.split()):
         raise UserError(f"the program of a web page does not have {', '.join(unknown)}")
     pattern = r"[\s\S]"  # one character
     if isinstance(tokenizer, BPETokenizer):
         pattern = to_javascript(tokenizer.pattern)
     ranks = {token.decode("latin-1"): i for token, i in token_ids(tokenizer).items()}
-    config, name = model.config, state["corpus"]["name"]
-    if not state["corpus"]["sha256"]:  # imported, perhaps from a folder, whose path may be private
-        name = Path(name).name
+    config, name, keys = model.config, source_name(state), ("step", "train", "val")
     sizes = f"{config.n_layer} layers, {config.n_embd} channels"
-    keys, run = ("step", "train", "val"), state["train_config"]
-    settings = asdict(config) | {name: run[name] for name in RUN_SETTINGS if name in run}
     return {
         "name": name,
         "summary": f"{model.num_params():,} parameters: {sizes}; {checkpoint_line(name, state)}",
@@ -168,7 +157,7 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
         "tokenizer": {"pattern": pattern, "ranks": ranks, "specials": tokenizer.specials},
         "qa": answers_questions(tokenizer) and not last_trained_on_text(state),
         "log": [{key: finite(record.get(key)) for key in keys} for record in state["log"]],
-        "settings": [(name, str(value)[:100]) for name, value in settings.items()],
+        "settings": list(shown_settings(model, state).items()),
     }
 
 

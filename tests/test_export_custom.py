@@ -155,8 +155,8 @@ def test_the_code_in_the_folder_is_that_of_this_project(exported):
     changed = [line for line, copy in zip(ours, theirs[1:], strict=True) if line != copy]
     assert changed == ["from config import GPTConfig"]
     card = Path("out/README.md").read_text(encoding="utf-8")
-    assert "layernorm, relu2, rope, qk_norm, tie_weights, token_shift" in card
-    assert "trust_remote_code=True" in card and "with all permissions that you have" in card
+    assert "| mlp | relu2 |\n" in card and "| token_shift | True |\n" in card
+    assert "trust_remote_code=True" in card and "all permissions that you have" in card
     assert f"at most {WINDOW} tokens" in card and "tags: [custom_code]" in card
 
 
