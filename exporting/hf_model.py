@@ -335,15 +335,13 @@ def rope_theta_from_hf(theirs: dict[str, Any]) -> float:
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_parameters must be an object, not {rope!r:.50}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"rope_type is {kind!r}, and only 'default' is supported")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    problems = [f"{key} in rope_parameters is not supported" for key in rope if key not in known]
-    if rope.get("partial_rotary_factor", 1) != 1:
-        problems.append("partial_rotary_factor must be 1 in rope_parameters")
     theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-    if theirs.get("rope_theta", theta) != theta:
-        problems.append("rope_theta differs from the one in rope_parameters")
+    supported = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    supported |= {"rope_theta": theirs.get("rope_theta", theta)}
+    problems = [
+        f"{key} in rope_parameters is {value!r:.50}, which is not supported"
+        for key, value in rope.items()
+        if key not in supported or value != supported[key]
+    ]
     raise_problems(problems + number_problems("rope_theta", theta, float))
     return float(theta)

@@ -176,24 +176,21 @@ def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
     return repr(str(folder)) + (TRUST if arch == CUSTOM else "")
 
 
-# file in a folder with code: file here, and an import with what replaces it
+# The files with the code of a model: an import in them, and what replaces it in an exported folder.
 CODE_FILES = {
-    "modeling_tinyllm.py": ("exporting/modeling_tinyllm.py", "from model", "from .model"),
-    "model.py": (
-        "model.py",
-        "from config import GPTConfig",
-        "from transformers import PreTrainedConfig as GPTConfig",
-    ),
+    "exporting/modeling_tinyllm.py": ("from model", "from .model"),
+    "model.py": ("from config import", "from transformers import PreTrainedConfig as"),
 }
 
 
 def code_files() -> dict[str, str]:
     """The texts of the code files, by file name. They need nothing else of this project."""
     texts = {}
-    for name, (source, ours, theirs) in CODE_FILES.items():
-        text = (Path(__file__).parent.parent / source).read_text(encoding="utf-8")
+    for source, (ours, theirs) in CODE_FILES.items():
+        path = Path(__file__).parent.parent / source
         header = f"# {source} of TinyLLM {VERSION} (MIT License); only an import differs.\n"
-        texts[name] = header + text.replace(f"\n{ours}", f"\n{theirs}")
+        text = path.read_text(encoding="utf-8")
+        texts[path.name] = header + text.replace(f"\n{ours}", f"\n{theirs}")
     return texts
 
 
