@@ -76,6 +76,7 @@ def test_the_loss_of_a_card_is_that_of_the_exported_weights(workplace):
     assert "AutoModelForCausalLM" in card
     assert "Trained from scratch with TinyLLM on " in card
     assert "input.txt: step 20, validation loss 2.7500." in card
+    assert "| data |" not in card and "| out_dir |" not in card  # names of the user's folders
     for name, value in {"n_layer": 1, "n_head": 2, "batch_size": 4, "mlp": "swiglu"}.items():
         assert f"| {name} | {value} |\n" in card
     state["log"].pop()

@@ -3,7 +3,7 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +69,15 @@ def check(folder: Path, expected: tuple[torch.Tensor, list[int]], what: Any = ""
 # --- bytes
 
 
-def truncate(data: bytes, rng: random.Random) -> bytes:
-    return data[: rng.randrange(len(data))]
-
-
-def flip(data: bytes, rng: random.Random) -> bytes:
-    i = rng.randrange(len(data))
-    return data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :]
-
-
-def delete(data: bytes, rng: random.Random) -> bytes:
-    i = rng.randrange(len(data))
-    return data[:i] + data[i + rng.randrange(1, 50) :]
-
-
-def fill(data: bytes, rng: random.Random) -> bytes:
-    i = rng.randrange(len(data))
-    return data[:i] + bytes(len(data) - i)
+def damaged(data: bytes, rng: random.Random, n: int) -> Iterator[bytes]:
+    """Copies that are cut off, have a flipped bit, lack some bytes, end in zeros; n of each."""
+    for _ in range(n):
+        i = rng.randrange(len(data))
+        yield data[:i]
+        yield data[:i] + bytes([data[i] ^ (1 << rng.randrange(8))]) + data[i + 1 :]
+        yield data[:i] + data[i + rng.randrange(1, 50) :]
+        if any(data[i:]):
+            yield data[:i] + bytes(len(data) - i)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -93,9 +85,8 @@ def fill(data: bytes, rng: random.Random) -> bytes:
 def test_changed_bytes_of_an_export_are_found(tmp_path, exported, arch, name):
     expected, folder = result(exported[arch]), tmp_path / "out"
     shutil.copytree(exported[arch], folder)
-    rng, data = random.Random(arch + name), (exported[arch] / name).read_bytes()
-    for damage in (truncate, flip, delete, fill) * 6:
-        (folder / name).write_bytes(damage(data, rng))
+    for changed in damaged((folder / name).read_bytes(), random.Random(arch + name), 6):
+        (folder / name).write_bytes(changed)
         rejected = check(folder, expected)
         assert rejected or name == MARKER  # a hash of a file that is not read is not compared
 
@@ -107,9 +98,9 @@ def test_changed_bytes_of_a_foreign_folder_are_never_a_traceback(tmp_path, expor
     (folder / MARKER).unlink()  # without hashes
     for name in READ:
         data = (folder / name).read_bytes()
-        for damage in (truncate, flip, delete, fill) * 12:
-            head = 600 if name == "model.safetensors" else len(data)  # other numbers are valid
-            (folder / name).write_bytes(damage(data[:head], rng) + data[head:])
+        head = 600 if name == "model.safetensors" else len(data)  # other numbers are valid
+        for changed in damaged(data[:head], rng, 12):
+            (folder / name).write_bytes(changed + data[head:])
             try:
                 result(folder)
             except UserError as error:
