@@ -296,8 +296,7 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
             if f.name not in theirs:
                 problems.append(f"{f.name} is missing")
             elif f.type is int:
-                low = f.metadata.get("low", -MAX_SIZE)
-                problems += number_problems(f.name, theirs[f.name], int, low)
+                problems += number_problems(f.name, theirs[f.name], int, low=0)
             settings[f.name] = theirs.get(f.name)
     elif arch == "gpt2":
         for alias, name in GPT2_ALIASES.items():

@@ -308,7 +308,7 @@ def test_an_import_restores_the_model_and_never_runs_code(exported, models):
         ({"mlp": "gated"}, "mlp must be one of .*, not 'gated'"),
         ({"n_layer": 3}, r"has no tensor gpt\.blocks\.2\."),
         ({"n_layer": 1}, r"a tensor that tinyllm does not have: gpt\.blocks\.1\."),
-        ({"n_layer": 10**9}, "n_layer must be a number from 1 to"),
+        ({"n_layer": 10**9}, "n_layer must be a number from 0 to"),
         ({"n_inner": 8}, r"do not match config.json: gpt\.blocks\.0\.mlp\.fc\.weight has shape"),
         ({"n_embd": "16"}, "n_embd must be a number"),
         ({"norm": None}, "norm must be of type str"),

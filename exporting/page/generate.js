@@ -158,8 +158,7 @@ const N_ALTERNATIVES = 8;
 function* streamText(model, tokenizer, settings) {
   const { ids, unknown } = encodePrompt(tokenizer, settings.prompt, settings.qa);
   yield { prompt: decodePrompt(tokenizer, ids), n_tokens: ids.length, unknown };
-  const stops = settings.stop.split("|");
-  const writer = new TextWriter(tokenizer, stops);
+  const writer = new TextWriter(tokenizer, settings.stop.split("|"));
   for (const step of generate(model, ids, settings, writer.ends)) {
     if (!step.logits) yield step;
     else yield { text: writer.add(step.id), token: describeToken(tokenizer, step) };
