@@ -17,9 +17,9 @@ from system.settings import UserError, all_problems, raise_problems
 
 # --- architectures
 
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 CUSTOM = "tinyllm"  # any other model: the folder contains its code, modeling_tinyllm.py
-CUSTOM_CLASS = "TinyLLMForCausalLM"
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES[CUSTOM] = "TinyLLMForCausalLM"
 
 
 def arch_or_custom(config: GPTConfig) -> str:
@@ -237,24 +237,14 @@ GPT2_ALIASES = {
 
 def config_to_hf(config: GPTConfig, arch: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
     """The content of a model's config.json; token_ids are those of `special_token_ids`."""
+    common: dict[str, Any] = {"model_type": arch, "architectures": [CLASSES[arch]]}
+    common |= {"torch_dtype": "float32", **token_ids}
     if arch == CUSTOM:
-        auto_map = {"AutoConfig": "TinyLLMConfig", "AutoModelForCausalLM": CUSTOM_CLASS}
-        return {
-            "model_type": CUSTOM,
-            "architectures": [CUSTOM_CLASS],
-            "auto_map": {key: f"modeling_tinyllm.{name}" for key, name in auto_map.items()},
-            **asdict(config),
-            "torch_dtype": "float32",
-            **token_ids,
-        }
-    common = {
-        "model_type": arch,
-        "architectures": [CLASSES[arch]],
-        **{theirs: getattr(config, ours) for theirs, ours, _ in SIZES[arch]},
-        "torch_dtype": "float32",
-        "use_cache": True,
-        **token_ids,
-    }
+        classes = {"AutoConfig": "TinyLLMConfig", "AutoModelForCausalLM": CLASSES[CUSTOM]}
+        auto_map = {key: f"modeling_tinyllm.{name}" for key, name in classes.items()}
+        return common | {"auto_map": auto_map} | asdict(config)
+    common |= {theirs: getattr(config, ours) for theirs, ours, _ in SIZES[arch]}
+    common |= {"use_cache": True}
     if arch == "gpt2":
         return common | {
             "activation_function": "gelu_new",

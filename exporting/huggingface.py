@@ -26,7 +26,6 @@ from exporting.folders import (
 from exporting.hf_model import (
     CLASSES,
     CUSTOM,
-    CUSTOM_CLASS,
     arch_or_custom,
     config_from_hf,
     config_to_hf,
@@ -142,7 +141,7 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
         how = "Fine-tuned" if "finetune" in state else "Trained from scratch"
         origin = f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
     rows = {
-        "architecture": CLASSES.get(arch, CUSTOM_CLASS),
+        "architecture": CLASSES[arch],
         "parameters": f"{model.num_params():,}",
         **shown_settings(model, state),
     }
