@@ -28,7 +28,7 @@ from exporting.peft import export_adapter
 from exporting.web_page import export_page
 from finetuning import lora
 from system.command_line import parse_args
-from system.errors import quote_path, run
+from system.errors import run
 from system.settings import setting
 
 
@@ -82,15 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         import_hf(config.source, target, config.overwrite)
         return 0
     checkpoint = Path(config.paths[0])
-    if config.kind == "html":
-        export_page(checkpoint, target, config.precision, config.overwrite)
-        return 0
-    if config.kind == "gguf":
-        precision = "float16" if config.precision == "auto" else config.precision
-        modelfile = export_gguf(checkpoint, target, precision, config.overwrite)
-        print(f"{target}: run it with llama.cpp or LM Studio")
-        create = f"ollama create NAME -f {quote_path(modelfile)}"
-        print(f"{modelfile}: {create}, then ollama run NAME")
+    if config.kind:
+        export_file = {"html": export_page, "gguf": export_gguf}[config.kind]
+        export_file(checkpoint, target, config.precision, config.overwrite)
         return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")

@@ -7,6 +7,7 @@ rotates channels. Each tokenizer becomes a byte-level BPE, the kind that llama.c
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ from torch import Tensor
 import utils
 from config import GPTConfig, SampleConfig
 from exporting.folders import check_file, import_optional
-from exporting.hf_model import matching_arch, split_sizes
+from exporting.hf_model import matching_arch, split_rows, tensor_names
 from exporting.hf_tokenizer import (
     DIGITS_PATTERN,
     LLAMA3_PATTERN,
     QWEN_PATTERN,
     TIKTOKEN_GPT2,
     merges_of,
+    token_ids,
 )
 from exporting.huggingface import special_token_ids
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
+from system.errors import quote_path
 from system.files import atomic_write, locked_file
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, prompt_text, to_printable
@@ -38,41 +41,21 @@ FIRST_LINE = "# For Ollama: "  # the start of a Modelfile
 
 # --- tensors
 
-# Our module -> llama.cpp's, of which several are concatenated along the first dimension in ours.
-MODULES = {
-    "tok": ["token_embd"],
-    "pos.table": ["position_embd"],
-    "norm": ["output_norm"],
-    "head": ["output"],
-    "norm1": ["attn_norm"],
-    "attn.qkv": ["attn_q", "attn_k", "attn_v"],
-    "attn.q_norm": ["attn_q_norm"],
-    "attn.k_norm": ["attn_k_norm"],
-    "attn.proj": ["attn_output"],
-    "norm2": ["ffn_norm"],
-    "mlp.fc": ["ffn_gate", "ffn_up"],
-    "mlp.proj": ["ffn_down"],
-}
 POSITIONS = "position_embd.weight"
-GPT2_MODULES = MODULES | {"attn.qkv": ["attn_qkv"], "mlp.fc": ["ffn_up"]}
 
 
 def weights_to_gguf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """Our weights by llama.cpp's names."""
+    """Our weights by llama.cpp's names, which the gguf package finds by Hugging Face's."""
+    gguf = import_optional("gguf")
+    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.n_layer)
+    hf_names = dict(tensor_names(config, arch))
     converted: dict[str, Tensor] = {}
-    for ours, tensor in state.items():
-        module, _, kind = ours.rpartition(".")
-        prefix = ""
-        if module.startswith("blocks."):
-            _, layer, module = module.split(".", 2)
-            prefix = f"blk.{layer}."
-        if module == "head" and config.tie_weights:
-            continue  # llama.cpp uses the embedding if there is no output matrix
-        names = (GPT2_MODULES if arch == "gpt2" else MODULES)[module]
-        tensors = tensor.split(split_sizes(config, ours)) if len(names) > 1 else (tensor,)
-        for name, t in zip(names, tensors, strict=True):
-            rotated = arch == "llama" and name in ("attn_q", "attn_k")
-            converted[f"{prefix}{name}.{kind}"] = interleave(t, config.head_size) if rotated else t
+    for ours in (name for name in state if name in hf_names):  # without a tied output layer
+        parts = split_rows(state[ours], config, ours, hf_names[ours])
+        for hf_name, part in parts.items():
+            rotated = arch == "llama" and hf_name.endswith(("q_proj.weight", "k_proj.weight"))
+            name = name_map.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            converted[name] = interleave(part, config.head_size) if rotated else part
     return converted
 
 
@@ -107,9 +90,7 @@ def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, An
     with np.errstate(over="ignore"):
         data = gguf.quants.quantize(array, dtype)
         if not np.isfinite(gguf.quants.dequantize(data, dtype)).all():
-            raise UserError(
-                f"{name} has numbers too large for {precision}: add --precision float32"
-            )
+            raise UserError(f"{name} is too large for {precision}: add --precision float32")
     return data, dtype
 
 
@@ -155,20 +136,19 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 
 
 def bpe_rules(tokenizer: BPETokenizer) -> tuple[str, list[str]]:
-    """The name of the pre-tokenizer, and the merges. Raises UserError if llama.cpp would give other
-    ids."""
+    """The pre-tokenizer's name, and the merges. Raises UserError if llama.cpp gives other ids."""
     pre = PRE_TOKENIZERS.get(tokenizer.pattern)
     merges = list(merges_of(tokenizer))
     unmerged = len({left + right for left, right in merges}) < len(tokenizer.ranks) - 256
     if pre is None or (pre != "llama-bpe" and unmerged):
         raise UserError(
-            "llama.cpp has no tokenizer that splits text as this one does (train a model that can "
-            "be exported with --tokenizer bpe, char or gpt2)"
+            "llama.cpp has no tokenizer that splits text as this one does: train a model with "
+            "--tokenizer bpe, char or gpt2"
         )
     return pre, [" ".join(map(to_printable, pair)) for pair in merges]
 
 
-def char_rules(chars: list[str]) -> tuple[str, list[str]]:
+def char_rules(chars: Iterable[bytes]) -> tuple[str, list[str]]:
     """The name of a pre-tokenizer, and the merges that make characters of their bytes, from left to
     right: of an e with acute accent, C3 + A9. The intermediate results of longer characters are not
     in the vocabulary: llama.cpp leaves out what is not, and so unknown characters, as generate.py
@@ -176,28 +156,19 @@ def char_rules(chars: list[str]) -> tuple[str, list[str]]:
     spaces before punctuation from the output, as "gpt-2" does in some programs.
     """
     merges: dict[str, None] = {}  # a set in order
-    for char in (*chars, "\xe9"):  # the list must not be empty
-        text = printable_char(char)
+    for char in (*chars, "\xe9".encode()):  # the list must not be empty
+        text = to_printable(char)
         merges |= {f"{text[:i]} {text[i]}": None for i in range(1, len(text))}
     return "qwen2", list(merges)
-
-
-def printable_char(char: str) -> str:
-    """The bytes of a character in GPT-2's printable alphabet."""
-    return to_printable(char.encode("utf-8", "surrogatepass"))
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
     """Write a tokenizer. n_rows is the number of embeddings, at least one for each token."""
     if isinstance(tokenizer, BPETokenizer):
         pre, merges = bpe_rules(tokenizer)
-        tokens = {i: (to_printable(token), NORMAL) for token, i in tokenizer.ranks.items()}
     else:
-        pre, merges = char_rules(tokenizer.chars)
-        tokens = {
-            i: (printable_char(char), NORMAL)
-            for i, char in enumerate(tokenizer.chars, len(tokenizer.specials))
-        }
+        pre, merges = char_rules(token_ids(tokenizer))
+    tokens = {i: (to_printable(token), NORMAL) for token, i in token_ids(tokenizer).items()}
     tokens |= {i: (text, CONTROL) for text, i in tokenizer.specials.items()}
     ids = special_token_ids(tokenizer)
     bos, end, pad = (ids[f"{name}_token_id"] for name in ("bos", "eos", "pad"))
@@ -246,10 +217,10 @@ def with_end_token(weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
 # --- files
 
 
-def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> Path:
-    """Write the model of a checkpoint as a GGUF file, and beside it a Modelfile
-    for Ollama, whose path is returned. Raises UserError if llama.cpp does not have the model's
-    components or tokenizer, or if a file exists, unless it is an export and `overwrite` is set."""
+def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
+    """Write the model of a checkpoint as a GGUF file, `auto`: in float16, and beside it a Modelfile
+    for Ollama. Raises UserError if llama.cpp does not have the model's components or tokenizer, or
+    if a file exists, unless it is an export and `overwrite` is set."""
     modelfile = target.with_suffix(".Modelfile")
     for path, mark in ((target, MAGIC), (modelfile, FIRST_LINE.encode())):
         check_file(path, mark, overwrite)
@@ -259,7 +230,7 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     asks = answers_questions(tokenizer) and not last_trained_on_text(state)
     question, end = ("<BOS>" + prompt_text("|"), "<EOS>") if asks else ("|", "")
     before, after = question.split("|")
-    writer = gguf_writer(model, tokenizer, precision)
+    writer = gguf_writer(model, tokenizer, "float16" if precision == "auto" else precision)
     writer.add_chat_template(
         "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         f"{{{{ m['content'] + {end!r} }}}}"
@@ -280,12 +251,12 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
         with atomic_write(target) as file, atomic_write(modelfile) as text_file:
             write_gguf(writer, Path(file.name))
             text_file.write("\n".join([*lines, ""]).encode())
-    return modelfile
+    print(f"{target}: run it with llama.cpp or LM Studio")
+    print(f"{modelfile}: ollama create NAME -f {quote_path(modelfile)}, then ollama run NAME")
 
 
 def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
-    """A writer of the gguf package with the settings, tokenizer and weights of a model. Raises
-    UserError if llama.cpp does not have its components or tokenizer."""
+    """A writer of the gguf package with the settings, tokenizer and weights of a model."""
     gguf = import_optional("gguf")
     config, arch = model.config, matching_arch(model.config)
     weights = weights_to_gguf(model.state_dict(), config, arch)

@@ -17,9 +17,9 @@ from system.settings import UserError, all_problems, raise_problems
 
 # --- architectures
 
-CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 CUSTOM = "tinyllm"  # any other model: the folder contains its code, modeling_tinyllm.py
-CUSTOM_CLASS = "TinyLLMForCausalLM"
+CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+CLASSES[CUSTOM] = "TinyLLMForCausalLM"
 
 
 def arch_or_custom(config: GPTConfig) -> str:
@@ -116,12 +116,15 @@ def is_transposed(ours: str, arch: str) -> bool:
     return arch == "gpt2" and ours.endswith(("qkv.weight", "proj.weight", "fc.weight"))
 
 
-def split_sizes(config: GPTConfig, ours: str) -> list[int]:
-    """The numbers of rows of the matrices that ours concatenates: of queries, keys and values, or
-    of SwiGLU's gate and up-projection."""
+def split_rows(x: Tensor, config: GPTConfig, ours: str, theirs: list[str]) -> dict[str, Tensor]:
+    """The tensors, by their names, that ours concatenates."""
+    if len(theirs) == 1:
+        return {theirs[0]: x}
     if "qkv" in ours:
-        return [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    return [config.n_inner, config.n_inner]
+        sizes = [n * config.head_size for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    else:  # SwiGLU's gate and up-projection
+        sizes = [config.n_inner, config.n_inner]
+    return dict(zip(theirs, x.split(sizes), strict=True))
 
 
 def weights_to_hf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dict[str, Tensor]:
@@ -129,8 +132,8 @@ def weights_to_hf(state: dict[str, Tensor], config: GPTConfig, arch: str) -> dic
     converted: dict[str, Tensor] = {}
     for ours, theirs in tensor_names(config, arch):
         tensor = state[ours].T if is_transposed(ours, arch) else state[ours]
-        tensors = tensor.split(split_sizes(config, ours)) if len(theirs) > 1 else (tensor,)
-        converted |= {name: t.contiguous() for name, t in zip(theirs, tensors, strict=True)}
+        parts = split_rows(tensor, config, ours, theirs)
+        converted |= {name: part.contiguous() for name, part in parts.items()}
     return converted
 
 
@@ -151,10 +154,8 @@ def weights_from_hf(tensors: dict[str, Tensor], config: GPTConfig, arch: str) ->
         if name not in expected and name != "lm_head.weight" and not BUFFERS.fullmatch(name):
             raise UserError(f"the model to import has a tensor that {arch} does not have: {name}")
         if name in expected and tensor.shape != expected[name].shape:
-            raise UserError(
-                f"the weights do not match config.json: {name} has shape {list(tensor.shape)} "
-                f"instead of {list(expected[name].shape)}"
-            )
+            shapes = f"{list(tensor.shape)} instead of {list(expected[name].shape)}"
+            raise UserError(f"the weights do not match config.json: {name} has shape {shapes}")
         if name in expected and not (tensor.dtype in FLOATS and tensor.isfinite().all()):
             raise UserError(f"{name} contains values that are not finite numbers")
     state = {}
@@ -164,9 +165,7 @@ def weights_from_hf(tensors: dict[str, Tensor], config: GPTConfig, arch: str) ->
     embedding = state["tok.weight"]
     head = tensors.get("lm_head.weight", embedding).float()
     if config.tie_weights and not torch.equal(head, embedding):
-        raise UserError(
-            "tie_word_embeddings is true, but lm_head.weight differs from the embedding"
-        )
+        raise UserError("lm_head.weight differs from the embedding, although they are tied")
     return {"head.weight": embedding} | state
 
 
@@ -211,29 +210,18 @@ MAX_SIZE = 1 << 22  # 4 million: the longest window of any published model
 # The values that our architectures implement, of the settings that change what a model computes. A
 # missing key has the first of them. (pretraining_tp and reorder_and_upcast_attn only change the
 # order of the same operations, and dropout does not apply to a trained model.)
-FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # two names of one function
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    },
-    "llama": {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "partial_rotary_factor": (None, 1),
-        "sliding_window": (None,),
-    },
-    "qwen3": {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "partial_rotary_factor": (None, 1),
-        "use_sliding_window": (False,),
-    },
-}
-FIXED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
-    "is_causal": (True,),
+FIXED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # gpt2; two names of one function
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"),  # llama and qwen3
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (None, 1),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),  # qwen3 ignores sliding_window without it
+    "is_causal": (True,),  # all architectures
     "is_encoder_decoder": (False,),
     "per_layer_config": (None, {}),
     "pruned_heads": (None, {}),
@@ -249,24 +237,14 @@ GPT2_ALIASES = {
 
 def config_to_hf(config: GPTConfig, arch: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
     """The content of a model's config.json; token_ids are those of `special_token_ids`."""
+    common: dict[str, Any] = {"model_type": arch, "architectures": [CLASSES[arch]]}
+    common |= {"torch_dtype": "float32", **token_ids}
     if arch == CUSTOM:
-        auto_map = {"AutoConfig": "TinyLLMConfig", "AutoModelForCausalLM": CUSTOM_CLASS}
-        return {
-            "model_type": CUSTOM,
-            "architectures": [CUSTOM_CLASS],
-            "auto_map": {key: f"modeling_tinyllm.{name}" for key, name in auto_map.items()},
-            **asdict(config),
-            "torch_dtype": "float32",
-            **token_ids,
-        }
-    common = {
-        "model_type": arch,
-        "architectures": [CLASSES[arch]],
-        **{theirs: getattr(config, ours) for theirs, ours, _ in SIZES[arch]},
-        "torch_dtype": "float32",
-        "use_cache": True,
-        **token_ids,
-    }
+        classes = {"AutoConfig": "TinyLLMConfig", "AutoModelForCausalLM": CLASSES[CUSTOM]}
+        auto_map = {key: f"modeling_tinyllm.{name}" for key, name in classes.items()}
+        return common | {"auto_map": auto_map} | asdict(config)
+    common |= {theirs: getattr(config, ours) for theirs, ours, _ in SIZES[arch]}
+    common |= {"use_cache": True}
     if arch == "gpt2":
         return common | {
             "activation_function": "gelu_new",
@@ -290,10 +268,11 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
     arch = theirs.get("model_type")
     if not isinstance(arch, str) or arch not in (*ARCHS, CUSTOM):
         raise UserError(f"model_type {arch!r} is not supported: only {', '.join(ARCHS)} are")
+    unused = "sliding_window" if arch == "qwen3" else ""
     problems = [
         f"{key} is {theirs[key]!r}, and only {supported[0]!r} is supported"
-        for key, supported in (FIXED.get(arch, {}) | FIXED_EVERYWHERE).items()
-        if key in theirs and theirs[key] not in supported
+        for key, supported in FIXED.items()
+        if key in theirs and key != unused and theirs[key] not in supported
     ]
     settings = dict(ARCHS.get(arch, {}))
     for name, ours, default in SIZES.get(arch, ()):
@@ -307,8 +286,7 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
             if f.name not in theirs:
                 problems.append(f"{f.name} is missing")
             elif f.type is int:
-                low = f.metadata.get("low", -MAX_SIZE)
-                problems += number_problems(f.name, theirs[f.name], int, low)
+                problems += number_problems(f.name, theirs[f.name], int, low=0)
             settings[f.name] = theirs.get(f.name)
     elif arch == "gpt2":
         for alias, name in GPT2_ALIASES.items():
@@ -346,15 +324,13 @@ def rope_theta_from_hf(theirs: dict[str, Any]) -> float:
     rope = theirs.get("rope_scaling") or theirs.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_parameters must be an object, not {rope!r:.50}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"rope_type is {kind!r}, and only 'default' is supported")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    problems = [f"{key} in rope_parameters is not supported" for key in rope if key not in known]
-    if rope.get("partial_rotary_factor", 1) != 1:
-        problems.append("partial_rotary_factor must be 1 in rope_parameters")
     theta = rope.get("rope_theta", theirs.get("rope_theta", 10000.0))
-    if theirs.get("rope_theta", theta) != theta:
-        problems.append("rope_theta differs from the one in rope_parameters")
+    supported = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
+    supported |= {"rope_theta": theirs.get("rope_theta", theta)}
+    problems = [
+        f"{key} in rope_parameters is {value!r:.50}, which is not supported"
+        for key, value in rope.items()
+        if key not in supported or value != supported[key]
+    ]
     raise_problems(problems + number_problems("rope_theta", theta, float))
     return float(theta)

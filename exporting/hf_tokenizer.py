@@ -56,6 +56,9 @@ KNOWN_PATTERNS = {
     LLAMA3_PATTERN,
     QWEN_PATTERN,
 }
+# Bytes as printable characters; with use_regex, after a split by GPT-2's pattern.
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+BYTE_LEVEL |= {"use_regex": True}
 
 
 def library_pattern(pattern: str) -> str:
@@ -67,8 +70,7 @@ def library_pattern(pattern: str) -> str:
 
 
 def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of the tokenizer.json of a tokenizer. Raises UserError if the library gives other
-    ids with it."""
+    """The content of tokenizer.json. Raises UserError if the library gives other ids with it."""
     library = import_optional("tokenizers")
     Split, ByteLevel = library.pre_tokenizers.Split, library.pre_tokenizers.ByteLevel
     if isinstance(tokenizer, CharTokenizer):  # each character is a word
@@ -100,6 +102,14 @@ def unknown_char(tokenizer: CharTokenizer) -> str:
     has an embedding and a logit only for the tokens that it was trained with."""
     candidates = ("<UNK>", " ", "\n", *tokenizer.chars[:1])
     return next(text for text in candidates if text in tokenizer.texts)
+
+
+def token_ids(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """The ids of all tokens but the special ones, by their bytes in UTF-8."""
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.ranks
+    chars = enumerate(tokenizer.chars, len(tokenizer.specials))
+    return {char.encode("utf-8", "surrogatepass"): i for i, char in chars}
 
 
 def merges_of(tokenizer: BPETokenizer) -> Iterator[tuple[bytes, bytes]]:
@@ -174,15 +184,14 @@ def char_from_hf(
     require(parts, "pre_tokenizer", (split_rule(r"[\s\S]"),))
     require(parts, "decoder", ({"type": "Fuse"},))
     chars = sorted(text for text in vocab if text not in specials)
-    if not chars or any(len(char) != 1 for char in chars):
-        raise UserError("tokenizer.json: WordLevel is only supported with words of one character")
-    tokenizer = CharTokenizer(chars, sorted(specials, key=specials.__getitem__))
-    if {text: i for i, text in enumerate(tokenizer.texts)} != vocab | specials:
+    order = sorted(specials, key=specials.__getitem__)
+    ids = {text: i for i, text in enumerate([*order, *chars])}
+    if {len(char) for char in chars} != {1} or ids != vocab | specials:
         raise UserError(
-            "tokenizer.json: WordLevel is only supported with ids from 0 without gaps, first those "
-            "of the special tokens, then those of the characters in sorted order"
+            "tokenizer.json: WordLevel is only supported with words of one character and ids from "
+            "0 without gaps: special tokens, then characters in sorted order"
         )
-    return tokenizer
+    return CharTokenizer(chars, order)
 
 
 def split_rule(pattern: str) -> dict[str, Any]:
@@ -201,13 +210,11 @@ def bpe_from_hf(
     require(model, "end_of_word_suffix", (None, ""), "model.")
     require(model, "byte_fallback", (False,), "model.")
     require(parts["decoder"] or {"type": None}, "type", ("ByteLevel",), "decoder.")
-    own = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    digits = {"type": "Digits", "individual_digits": True}
-    steps = {p: [split_rule(p), own | {"use_regex": False}] for p in sorted(KNOWN_PATTERNS)}
-    known: list[tuple[str, Any]] = []
-    known += [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps.items()]
-    known += [(GPT2_PATTERN, own)]  # which has the pattern itself
-    known += [(DIGITS_PATTERN, {"type": "Sequence", "pretokenizers": [digits, own]})]  # SmolLM's
+    plain = BYTE_LEVEL | {"use_regex": False}
+    steps = [(p, [split_rule(p), plain]) for p in sorted(KNOWN_PATTERNS)]
+    steps += [(DIGITS_PATTERN, [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL])]
+    known: list[tuple[str, Any]] = [(GPT2_PATTERN, BYTE_LEVEL)]
+    known += [(p, {"type": "Sequence", "pretokenizers": pair}) for p, pair in steps]
     require(parts, "pre_tokenizer", tuple(part for _, part in known))
     pattern = next(pattern for pattern, part in known if part == parts["pre_tokenizer"])
     texts = [text for text in vocab if text not in specials]
@@ -246,31 +253,27 @@ def check_merges(
 def gpt2_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a GPT-2 in its older format: vocab.json (token -> id), merges.txt (pairs by
     rank) and added_tokens.json. Raises UserError if they are damaged or of another tokenizer."""
-    library = import_optional("tokenizers")
     settings_file, added_file = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json(settings_file) if settings_file.exists() else {}
     kind, prefix = settings.get("tokenizer_class"), settings.get("add_prefix_space")
     if kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast") or prefix:
         raise UserError(
-            f"{folder} has vocab.json and merges.txt of a tokenizer that is not GPT-2's ({kind}"
-            f"{', add_prefix_space' * bool(prefix)}): save its tokenizer.json there, with "
-            "tokenizer.save_pretrained"
+            f"the tokenizer of {folder} is not GPT-2's ({kind}, add_prefix_space {prefix}): save "
+            "its tokenizer.json there, with tokenizer.save_pretrained"
         )
-    try:
-        files = (str(folder / name) for name in ("vocab.json", "merges.txt"))
-        theirs = library.Tokenizer(library.models.BPE.from_file(*files))
-    except Exception as error:  # of no particular type
-        raise UserError(f"invalid vocab.json or merges.txt: {first_line(error)}") from None
-    theirs.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.decoder = library.decoders.ByteLevel()
-    content = json.loads(theirs.to_str())
-    vocab = content["model"]["vocab"]
+    vocab = read_json(folder / "vocab.json")
     added = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
     added |= read_json(added_file) if added_file.exists() else {}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content["added_tokens"] = [
-        {"content": text, "id": i, "special": True, **flags} for text, i in added.items()
-    ]
+    tokens = [{"content": text, "id": i, "special": True, **flags} for text, i in added.items()]
+    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    content = {
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        "pre_tokenizer": BYTE_LEVEL,
+        "decoder": BYTE_LEVEL,
+        "added_tokens": tokens,
+    }
     return tokenizer_from_hf(content)
 
 
@@ -313,12 +316,11 @@ def read_pipeline(content: dict[str, Any]) -> Any:
     try:
         return library.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # of no particular type
-        raise UserError(f"tokenizer.json is invalid: {first_line(error)}") from None
+        raise UserError(f"the tokenizer is invalid: {first_line(error)}") from None
 
 
 def check_equal(tokenizer: Tokenizer, content: dict[str, Any]) -> None:
-    """Compare the ids of the probes with those of the library. Raises UserError with the first text
-    for which they differ."""
+    """Raise UserError with the first probe for which the library has other ids or other text."""
     added = [token | {"special": True} for token in content.get("added_tokens", [])]
     theirs = read_pipeline(content | {"added_tokens": added})
     theirs.encode_special_tokens = True

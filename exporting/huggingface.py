@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import utils
-from config import ARCH_FIELDS, ARCHS, GPTConfig
+from config import ARCHS, GPTConfig
 from corpus.bpe import from_tiktoken
 from exporting.folders import (
     check_files,
@@ -26,7 +26,6 @@ from exporting.folders import (
 from exporting.hf_model import (
     CLASSES,
     CUSTOM,
-    CUSTOM_CLASS,
     arch_or_custom,
     config_from_hf,
     config_to_hf,
@@ -35,7 +34,7 @@ from exporting.hf_model import (
 )
 from exporting.hf_tokenizer import gpt2_tokenizer, tokenizer_from_hf, tokenizer_to_hf
 from model import GPT
-from sampling.text import end_tokens, last_trained_on_text
+from sampling.text import checkpoint_line, end_tokens, last_trained_on_text
 from system.errors import first_line, quote_path
 from system.files import folder_problems, locked_file, save_checkpoint
 from system.settings import VERSION, UserError, raise_problems
@@ -48,8 +47,7 @@ GPT2_VOCAB_SIZE = 50257
 
 
 def download(name: str, patterns: list[str]) -> Path:
-    """The local folder with some files of a model on the hub. Raises UserError if they cannot be
-    downloaded."""
+    """The local folder of a model on the hub, with the files that match these patterns."""
     try:
         hub = import_optional("huggingface_hub")
     except UserError as error:
@@ -57,10 +55,8 @@ def download(name: str, patterns: list[str]) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # of many types: no network, no such name, no access
-        raise UserError(
-            f"{name} is not a folder, and could not be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{name} could not be downloaded from the hub ({reason})") from None
 
 
 def upload(folder: Path, name: str) -> None:
@@ -109,57 +105,50 @@ TRUST = ", trust_remote_code=True"
 CODE_NOTES = """
 ## The code of this model
 
-No architecture of `transformers` has this combination of components:
+No architecture of `transformers` has these components, so this folder contains the code, `model.py`
+and `modeling_tinyllm.py`. With `trust_remote_code=True`, `transformers` runs these two files with
+all permissions that you have. If you do not know who wrote this folder, read them first.
 
-    {components}
-
-So this folder contains the code: `model.py`, the model itself, and `modeling_tinyllm.py`, which
-connects it to `transformers`. With `trust_remote_code=True`, `transformers` runs these two files
-with all permissions that you have. If you do not know who wrote this folder, read them first.
-Without this option, `transformers` does not load the model, or asks first.
-
-- A text has at most {window} tokens, with its prompt: more raise an error.
-- `generate()` uses a KV cache, also for beam search. All texts of a batch need the same number of
-  tokens: padding raises an error, except on the right in a call without a cache, such as training.
-- With `use_cache=True`, the logits are those of the last token.
-- `inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
-  supported.
+A text has at most {window} tokens, with its prompt. All texts of a batch need the same number of
+tokens: padding raises an error, except on the right in a call without a cache, such as training.
+`inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
+supported. With a cache, the logits are those of the last token.
 """
+# The settings of a run that are shown; no names of files and folders, which may be private.
+RUN_SETTINGS = "preset arch tokenizer seed max_steps batch_size grad_accum optimizer lr_max lr_min"
+RUN_SETTINGS += " schedule warmup_steps weight_decay grad_clip precision"
+
+
+def shown_settings(model: GPT, state: dict[str, Any]) -> dict[str, str]:
+    """The settings of a model and its run."""
+    run = {name: state["train_config"].get(name) for name in RUN_SETTINGS.split()}
+    settings = asdict(model.config) | {k: v for k, v in run.items() if v is not None}
+    return {name: str(value)[:100] for name, value in settings.items()}
+
+
+def source_name(state: dict[str, Any]) -> str:
+    """The name of a corpus, or of an imported model without its folder, which may be private."""
+    name = state["corpus"]["name"]
+    return name if state["corpus"]["sha256"] else Path(name).name
 
 
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
-    config, trained, corpus = model.config, state["train_config"], state["corpus"]
+    config = model.config
+    origin = f"Imported from {source_name(state)} with TinyLLM."
+    if state["corpus"]["sha256"]:
+        how = "Fine-tuned" if "finetune" in state else "Trained from scratch"
+        origin = f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
     rows = {
-        "architecture": CLASSES.get(arch, CUSTOM_CLASS),
+        "architecture": CLASSES[arch],
         "parameters": f"{model.num_params():,}",
-        "layers, heads, channels": f"{config.n_layer}, {config.n_head}, {config.n_embd}",
-        "context length": f"{config.block_size} tokens",
-        "vocabulary": f"{config.vocab_size:,} tokens",
+        **shown_settings(model, state),
     }
-    origin = f"Imported from {Path(corpus['name']).name} with TinyLLM."  # not the path of a folder
-    if corpus["sha256"]:
-        origin = f"{'Fine-tuned' if 'finetune' in state else 'Trained from scratch'} with TinyLLM."
-        batch = f"{trained.get('batch_size')} x {trained.get('grad_accum')}"
-        rows |= {
-            "training data": f"{corpus['name']} ({corpus.get('bytes', 0):,} bytes)",
-            "steps": f"{state['step']}, each of {batch} sequences",
-            "learning rate": f"{trained.get('lr_max')} to {trained.get('lr_min')}",
-            "precision": trained.get("precision"),
-        }
-    for record in state["log"]:
-        if record["step"] == state["step"]:  # the exported weights
-            losses = {"training": record.get("train"), "validation": record["val"]}
-            found = [f"{x:.4f} {name}" for name, x in losses.items() if x is not None]
-            rows["loss"] = ", ".join(found)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
     if arch == CUSTOM:
-        values = {f: getattr(config, f) for f in ARCH_FIELDS}
-        names = [f if value is True else value for f, value in values.items() if value]
-        names += [f"{f} {getattr(config, f)}" for f in ("n_kv_head", "head_size")]
-        notes = CODE_NOTES.format(components=", ".join(names), window=config.block_size)
+        notes = CODE_NOTES.format(window=config.block_size)
         texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
     length = min(config.block_size, 200)
     return CARD.format(origin=origin, table=table, sample=sample, length=length, **texts)
@@ -186,25 +175,21 @@ def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
     return repr(str(folder)) + (TRUST if arch == CUSTOM else "")
 
 
-# file in a folder with code: file here, and an import with what replaces it
+# The files with the code of a model: an import in them, and what replaces it in an exported folder.
 CODE_FILES = {
-    "modeling_tinyllm.py": ("exporting/modeling_tinyllm.py", "from model", "from .model"),
-    "model.py": (
-        "model.py",
-        "from config import GPTConfig",
-        "from transformers import PreTrainedConfig as GPTConfig",
-    ),
+    "exporting/modeling_tinyllm.py": ("from model", "from .model"),
+    "model.py": ("from config import", "from transformers import PreTrainedConfig as"),
 }
 
 
 def code_files() -> dict[str, str]:
     """The texts of the code files, by file name. They need nothing else of this project."""
     texts = {}
-    for name, (source, ours, theirs) in CODE_FILES.items():
-        text = (Path(__file__).parent.parent / source).read_text(encoding="utf-8")
-        assert text.count(f"\n{ours}") == 1, source
+    for source, (ours, theirs) in CODE_FILES.items():
+        path = Path(__file__).parent.parent / source
         header = f"# {source} of TinyLLM {VERSION} (MIT License); only an import differs.\n"
-        texts[name] = header + text.replace(f"\n{ours}", f"\n{theirs}")
+        text = path.read_text(encoding="utf-8")
+        texts[path.name] = header + text.replace(f"\n{ours}", f"\n{theirs}")
     return texts
 
 
@@ -258,13 +243,9 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     theirs = read_json(folder / "config.json")
     config, arch = config_from_hf(theirs)
     tokenizer = read_tokenizer(folder, config, arch)
-    exact = isinstance(tokenizer, CharTokenizer)  # no text for other ids
-    low = config.vocab_size if exact else 1
-    if not low <= tokenizer.vocab_size <= config.vocab_size:
-        raise UserError(
-            f"tokenizer.json has {tokenizer.vocab_size} ids, and config.json a vocab_size of "
-            f"{config.vocab_size}"
-        )
+    n_ids, exact = tokenizer.vocab_size, isinstance(tokenizer, CharTokenizer)
+    if n_ids > config.vocab_size or (exact and n_ids < config.vocab_size):  # ids without text
+        raise UserError(f"config.json has a vocab_size of {config.vocab_size}, instead of {n_ids}")
     folder = folder if local else download(source, ["*.json", "*.safetensors"])
     state = {
         "gpt_config": asdict(config),
@@ -291,8 +272,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
 
 def read_tokenizer(folder: Path, config: GPTConfig, arch: str) -> Tokenizer:
     """The tokenizer of a model. That of a GPT-2 may be in vocab.json and merges.txt instead; a
-    GPT-2 saved without it has OpenAI's if the vocabularies have the same size. Raises UserError if
-    there is no tokenizer otherwise."""
+    GPT-2 saved without it has OpenAI's if the vocabularies have the same size."""
     if (folder / "tokenizer.json").exists() or arch != "gpt2":
         return tokenizer_from_hf(read_json(folder / "tokenizer.json"))
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -300,9 +280,8 @@ def read_tokenizer(folder: Path, config: GPTConfig, arch: str) -> Tokenizer:
         return gpt2_tokenizer(folder)
     if config.vocab_size != GPT2_VOCAB_SIZE or vocab.exists() or merges.exists():
         raise UserError(
-            f"{folder} has no tokenizer.json: save the model's tokenizer there too, with "
-            "tokenizer.save_pretrained (a GPT-2 may have vocab.json and merges.txt instead; one "
-            f"with OpenAI's {GPT2_VOCAB_SIZE:,} tokens needs none of these files)"
+            f"{folder} has no tokenizer.json, and not both vocab.json and merges.txt: save the "
+            "model's tokenizer there too, with tokenizer.save_pretrained"
         )
     print(f"{folder} has no tokenizer: using GPT-2's, which has {GPT2_VOCAB_SIZE:,} tokens as well")
     return from_tiktoken("gpt2")
@@ -323,8 +302,7 @@ def check_checkpoint_target(path: Path, overwrite: bool) -> None:
 
 
 def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """The weights of a folder with our names: of model.safetensors, or of the files that its index
-    lists."""
+    """The weights of a folder, in model.safetensors or in the files that its index lists."""
     names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / names[0]).is_file():
         weight_map = read_json(index).get("weight_map")
@@ -344,8 +322,7 @@ def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor
             raise UserError(f"{folder / name} is damaged: {first_line(error)}") from None
     # OpenAI's GPT-2 was saved without its language-model head
     if arch == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
-        head = "lm_head.weight"
-        tensors = {
-            name if name == head else f"transformer.{name}": x for name, x in tensors.items()
-        }
+        head = {name: x for name, x in tensors.items() if name == "lm_head.weight"}
+        tensors = {f"transformer.{name}": x for name, x in tensors.items() if name not in head}
+        tensors |= head
     return weights_from_hf(tensors, config, arch)

@@ -24,9 +24,10 @@ import utils
 from corpus.corpus import Corpus
 from corpus.load import training_corpus
 from exporting.folders import check_file
-from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern
+from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern, token_ids
+from exporting.huggingface import shown_settings, source_name
 from model import GPT
-from sampling.text import answers_questions, last_trained_on_text
+from sampling.text import answers_questions, checkpoint_line, last_trained_on_text
 from system.device import pick_device
 from system.files import atomic_write, locked_file
 from system.settings import UserError
@@ -44,22 +45,13 @@ MAX_LOSS_RISE = 0.005
 EVAL_TOKENS = 8192
 MAX_INT8 = 127
 # The settings that model.js implements.
-IMPLEMENTED = (
-    *("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "head_size"),
-    *("n_inner", "norm", "mlp", "pos", "post_norm", "token_shift", "qk_norm", "tie_weights"),
-    *("bias", "norm_eps", "rope_theta"),
-)
-# The settings of the run that the page shows; no names of files and folders, which may be private.
-RUN_SETTINGS = (
-    *("preset", "arch", "tokenizer", "seed", "max_steps", "batch_size", "grad_accum", "optimizer"),
-    *("lr_max", "lr_min", "schedule", "warmup_steps", "weight_decay", "grad_clip", "precision"),
-)
+IMPLEMENTED = "vocab_size block_size n_layer n_head n_embd n_kv_head head_size n_inner norm mlp pos"
+IMPLEMENTED += " post_norm token_shift qk_norm tie_weights bias norm_eps rope_theta"
 
 
 def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
     """Write a checkpoint as a web page, with its weights in float16 or int8; `auto`: int8 if the
-    measured loss is nearly the same. Raises UserError if the file exists, unless it is a page and
-    `overwrite` is set."""
+    measured loss is nearly the same. With `overwrite`, a page is replaced."""
     check_file(target, GENERATOR, overwrite)
     model, tokenizer, state = utils.load_checkpoint(checkpoint, pick_device("auto"))
     data = page_data(model, tokenizer, state)
@@ -79,9 +71,8 @@ def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool 
 
 
 def stored(weight: Tensor, precision: str) -> tuple[str, bytes, Tensor]:
-    """A parameter in the page: the type of its numbers, its bytes, and the values that the page
-    reads from them. With int8, each row of a matrix has a scale in float32, and vectors are in
-    float32."""
+    """The type and the bytes of a parameter in the page, and the values that the page reads. With
+    int8, each row of a matrix has a float32 scale, and vectors are float32."""
     weight = weight.detach().float().cpu()
     if precision == "float16":
         half = weight.half()
@@ -127,8 +118,7 @@ def pick_precision(
     precision = "int8" if rise["int8"] < MAX_LOSS_RISE else "float16"
     losses = ", ".join(f"{loss + change:.4f} ({change:+.4f}) in {p}" for p, change in rise.items())
     print(f"loss on part of the validation split: {loss:.4f} in float32, {losses}")
-    reason = "less" if precision == "int8" else "not less"
-    print(f"weights in {precision}: with int8, the loss rises by {reason} than {MAX_LOSS_RISE}")
+    print(f"weights in {precision}: int8 may raise the loss by less than {MAX_LOSS_RISE}")
     if not math.isfinite(rise[precision]):
         raise UserError("the model's loss is not finite: its training diverged")
     return precision, f" (loss {rise[precision]:+.4f} compared with float32)"
@@ -152,36 +142,22 @@ def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
 def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str, Any]:
     """What the page knows besides the weights. Raises UserError if its tokenizer cannot be
     translated, or if model.js does not have a component of the model."""
-    if unknown := model.config.beyond(IMPLEMENTED):
+    if unknown := model.config.beyond(IMPLEMENTED.split()):
         raise UserError(f"the program of a web page does not have {', '.join(unknown)}")
-    content = tokenizer.to_dict()
+    pattern = r"[\s\S]"  # one character
     if isinstance(tokenizer, BPETokenizer):
-        content["pattern"] = to_javascript(tokenizer.pattern)
-        content["ranks"] = {token.decode("latin-1"): i for token, i in tokenizer.ranks.items()}
-    config, name, trained_here = model.config, state["corpus"]["name"], state["corpus"]["sha256"]
-    if not trained_here:  # imported, perhaps from a folder, whose path may be private
-        name = Path(name).name
+        pattern = to_javascript(tokenizer.pattern)
+    ranks = {token.decode("latin-1"): i for token, i in token_ids(tokenizer).items()}
+    config, name, keys = model.config, source_name(state), ("step", "train", "val")
     sizes = f"{config.n_layer} layers, {config.n_embd} channels"
-    summary = f"{model.num_params():,} parameters: {sizes}"
-    if trained_here:
-        summary += f"; {state['step']:,} steps on {name}"
-    log = [
-        {key: finite(record.get(key)) for key in ("step", "train", "val")}
-        for record in state["log"]
-    ]
-    losses = [record["val"] for record in log if record["step"] == state["step"]]
-    if losses and losses[-1] is not None:
-        summary += f"; validation loss {losses[-1]:.4f}"
-    run = state["train_config"]
-    settings = asdict(config) | {name: run[name] for name in RUN_SETTINGS if name in run}
     return {
         "name": name,
-        "summary": summary,
+        "summary": f"{model.num_params():,} parameters: {sizes}; {checkpoint_line(name, state)}",
         "config": asdict(config),
-        "tokenizer": content,
+        "tokenizer": {"pattern": pattern, "ranks": ranks, "specials": tokenizer.specials},
         "qa": answers_questions(tokenizer) and not last_trained_on_text(state),
-        "log": log,
-        "settings": [(name, str(value)[:100]) for name, value in settings.items()],
+        "log": [{key: finite(record.get(key)) for key in keys} for record in state["log"]],
+        "settings": list(shown_settings(model, state).items()),
     }
 
 
@@ -233,11 +209,10 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
         ),
         "SCRIPT": script,
     }
-    for i, text in enumerate(re.split(r"\{\{(\w+)\}\}", read_source("page.html"))):
-        if i % 2 and text == "WEIGHTS":
-            yield from weight_elements(model, precision)
-        else:
-            yield parts[text] if i % 2 else text
+    before, after = read_source("page.html").split("{{WEIGHTS}}")
+    yield re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], before)
+    yield from weight_elements(model, precision)
+    yield after
 
 
 def weight_elements(model: GPT, precision: str) -> Iterator[str]:

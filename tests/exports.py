@@ -1,9 +1,12 @@
-"""What the tests of exports share: checkpoints of small models."""
+"""What the tests of exports share: checkpoints and adapters of small models."""
 
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from config import TrainConfig
+from finetuning.lora import LoRAConfig, add_lora, trained_names
 from model import GPT
 from system.files import save_checkpoint
 from tokenizer import Tokenizer
@@ -25,3 +28,20 @@ def save_model(path: str | Path, model: GPT, tokenizer: Tokenizer, **more: Any) 
     state |= more
     save_checkpoint(Path(path), state)
     return state
+
+
+def make_adapter(model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
+    """An adapter with random weights, which the model has afterwards."""
+    gpt_config, settings = vars(model.config).copy(), LoRAConfig(lora_rank=2)
+    add_lora(model, settings)
+    for name, weight in model.named_parameters():
+        if name.endswith(".B"):
+            weight.data = torch.randn_like(weight)
+    weights = model.state_dict()
+    return {
+        "lora": vars(settings),
+        "base_sha256": "",
+        "gpt_config": gpt_config,
+        "tokenizer": tokenizer.to_dict(),
+        "tensors": {name: weights[name] for name in trained_names(model)},
+    }

@@ -1,6 +1,7 @@
 """The architectures equal Hugging Face's: same logits, same tokens, in both directions."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -8,97 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_RUN, make_model, make_text
+from exports import make_adapter
 
 import evaluate
 import export
 import generate
 import train
 import utils
-from config import ARCHS, GPTConfig, SampleConfig
+from config import ARCHS, SampleConfig
 from corpus.bpe import count_pieces, learn_merges, train_bpe
 from exporting.folders import MARKER
-from exporting.hf_model import (
-    CLASSES,
-    MODULES,
-    config_to_hf,
-    matching_arch,
-    weights_from_hf,
-    weights_to_hf,
-)
+from exporting.hf_model import matching_arch
 from exporting.hf_tokenizer import merges_of
-from model import GPT, KVCache
-from sampling.text import encode_prompt
+from finetuning.lora import save_adapter
 from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-
-SIZES = [
-    {"n_layer": 2, "n_head": 2, "n_embd": 24, "n_inner": 40, "vocab_size": 31, "block_size": 19},
-    {"n_layer": 3, "n_head": 6, "n_embd": 36, "n_inner": 64, "vocab_size": 53, "block_size": 33},
-    {"n_layer": 1, "n_head": 1, "n_embd": 10, "n_inner": 7, "vocab_size": 5, "block_size": 8},
-]
-GROUPED = SIZES[1] | {"n_kv_head": 2}
-WIDE = SIZES[1] | {"n_kv_head": 3, "head_size": 10}
-CASES = [
-    (arch, sizes, tied)
-    for arch in ARCHS
-    for sizes in [*SIZES, *([] if arch == "gpt2" else [GROUPED, WIDE])]
-    for tied in (True, False)
-]
-
-
-def config_of(arch: str, sizes: dict, tied: bool) -> GPTConfig:
-    return GPTConfig(**(ARCHS[arch] | sizes | {"tie_weights": tied}))
-
-
-def hf_model_of(config: GPTConfig, arch: str) -> torch.nn.Module:
-    """Hugging Face's model with these settings, with random weights of a visible size."""
-    settings = config_to_hf(config, arch, {})
-    settings.pop("architectures")
-    torch.manual_seed(0)
-    hf_config = transformers.AutoConfig.for_model(**settings)
-    theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
-    for p in theirs.parameters():
-        p.data += 0.2 * torch.randn_like(p)
-    assert type(theirs).__name__ == CLASSES[arch]
-    return theirs
-
-
-def test_every_architecture_can_be_exported():
-    assert ARCHS.keys() == CLASSES.keys() == MODULES.keys()
-
-
-@pytest.mark.parametrize(("arch", "sizes", "tied"), CASES)
-def test_their_weights_give_the_same_logits_in_our_model(arch, sizes, tied):
-    config = config_of(arch, sizes, tied)
-    theirs, ours = hf_model_of(config, arch), GPT(config).eval()
-    ours.load_state_dict(weights_from_hf(dict(theirs.state_dict()), config, arch))
-    assert ours.num_params() == theirs.num_parameters()
-    idx = torch.randint(config.vocab_size, (3, config.block_size))
-    assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
-    cache = KVCache(config, 3)
-    ours(idx[:, :3], cache=cache)
-    for t in range(3, config.block_size):
-        cached = ours(idx[:, t : t + 1], cache=cache)[0]
-    assert torch.allclose(cached[:, -1], theirs(idx).logits[:, -1], atol=1e-4)
-
-
-@pytest.mark.parametrize(("arch", "sizes", "tied"), CASES)
-def test_our_weights_give_the_same_logits_in_their_model(arch, sizes, tied):
-    config = config_of(arch, sizes, tied)
-    theirs, ours = hf_model_of(config, arch), GPT(config).eval()
-    for p in ours.parameters():
-        p.data += 0.2 * torch.randn_like(p)
-    result = theirs.load_state_dict(weights_to_hf(ours.state_dict(), config, arch), strict=False)
-    assert not result.unexpected_keys
-    assert all(key == "lm_head.weight" and tied for key in result.missing_keys)
-    theirs.tie_weights()
-    idx = torch.randint(config.vocab_size, (2, config.block_size))
-    assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
-
 
 # --- folders
 
@@ -110,16 +39,11 @@ def make_checkpoint(tokenizer: str, arch: str, *flags: str) -> Path:
     return Path("checkpoints", f"{arch}-{tokenizer}", "best.pt")
 
 
-def greedy(path: Path, prompt: str, n: int) -> list[int]:
-    model, tokenizer, _ = utils.load_checkpoint(path, torch.device("cpu"))
-    ids = encode_prompt(tokenizer, prompt)
-    config = SampleConfig(temperature=0, max_new_tokens=n)
-    return [step.ids.item() for step in generate.generate(model, ids, config)]
-
-
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_exported_folder_loads_and_generates_the_same_text(workplace, arch, tokenizer):
+def test_an_exported_folder_generates_the_same_text_and_is_imported_again(
+    workplace, arch, tokenizer
+):
     path = make_checkpoint(tokenizer, arch)
     assert export.main([str(path), "out"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
@@ -131,10 +55,15 @@ def test_an_exported_folder_loads_and_generates_the_same_text(workplace, arch, t
     assert words.decode(ids[0]) == prompt
     n = 16 - ids.size(1)
     text = theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
-    assert text[0, ids.size(1) :].tolist() == greedy(path, prompt, n)
-    card = Path("out/README.md").read_text()
-    assert "| loss | " in card and " training, " in card and " validation |" in card
-    assert "validation" in card and "AutoModelForCausalLM" in card and "input.txt" in card
+    model = utils.load_checkpoint(path)[0]
+    steps = generate.generate(model, ids[0], SampleConfig(temperature=0, max_new_tokens=n))
+    assert text[0, ids.size(1) :].tolist() == [step.ids.item() for step in steps]
+    assert export.main(["--from", "out", "back/again.pt"]) == 0
+    before, after = (utils.read_checkpoint(p) for p in (path, Path("back/again.pt")))
+    assert before["gpt_config"] | {"dropout": 0} == after["gpt_config"] | {"dropout": 0}
+    assert before["tokenizer"] == after["tokenizer"]
+    assert before["model"].keys() == after["model"].keys()
+    assert all(torch.equal(t, after["model"][key]) for key, t in before["model"].items())
 
 
 def test_the_loss_of_a_card_is_that_of_the_exported_weights(workplace):
@@ -144,8 +73,12 @@ def test_the_loss_of_a_card_is_that_of_the_exported_weights(workplace):
     save_checkpoint(path, state)
     assert export.main([str(path), "out"]) == 0
     card = Path("out/README.md").read_text()
-    assert "| loss | 1.5000 training, 2.7500 validation |" in card
-    assert "Trained from scratch" in card and "each of 4 x 1 sequences" in card
+    assert "AutoModelForCausalLM" in card
+    assert "Trained from scratch with TinyLLM on " in card
+    assert "input.txt: step 20, validation loss 2.7500." in card
+    assert "| data |" not in card and "| out_dir |" not in card  # names of the user's folders
+    for name, value in {"n_layer": 1, "n_head": 2, "batch_size": 4, "mlp": "swiglu"}.items():
+        assert f"| {name} | {value} |\n" in card
     state["log"].pop()
     save_checkpoint(path, state | {"finetune": {"objective": "text"}})
     assert export.main([str(path), "out", "--overwrite"]) == 0
@@ -185,38 +118,60 @@ def test_a_folder_that_does_not_exist_is_named(monkeypatch):
         export.main(["--from", "otu/", "a.pt"])
 
 
-def test_importing_an_exported_model_restores_it(workplace):
-    path = make_checkpoint("bpe", "qwen3")
-    assert export.main([str(path), "out"]) == 0
-    assert export.main(["--from", "out", "back/again.pt"]) == 0
-    before, after = (utils.read_checkpoint(p) for p in (path, Path("back/again.pt")))
-    assert before["gpt_config"] | {"dropout": 0} == after["gpt_config"] | {"dropout": 0}
-    assert before["tokenizer"] == after["tokenizer"]
-    for key, tensor in before["model"].items():
-        assert torch.equal(tensor, after["model"][key]), key
-    assert generate.main(["back/again.pt", "--max_tokens=5"]) == 0
-
-
 def test_the_merges_of_a_tokenizer_are_those_it_learned():
     counts = count_pieces([make_text()])
     tokenizer = train_bpe(counts, 400)
     assert list(merges_of(tokenizer)) == learn_merges(counts, 400 - 257)
 
 
+# --- adapters, for the `peft` library
+
+LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have
+
+
+def test_an_adapter_replaces_only_an_export_and_only_with_overwrite(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = []
+    for seed, flags in enumerate(([], ["--overwrite"])):
+        save_adapter(Path("adapter.pt"), make_adapter(make_model(seed, **ARCHS["llama"]), LETTERS))
+        assert export.main(["adapter.pt", "out", *flags]) == 0
+        weights.append(Path("out/adapter_model.safetensors").read_bytes())
+        with pytest.raises(UserError, match="out exists"):
+            export.main(["adapter.pt", "out"])
+    assert weights[0] != weights[1]
+    assert sorted(os.listdir()) == ["adapter.pt", "out"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda adapter: adapter["gpt_config"].update(n_layer="1"),
+        lambda adapter: adapter["gpt_config"].update(n_embd=10**9),
+        lambda adapter: adapter["gpt_config"].update(made_up=0),
+        lambda adapter: adapter["lora"].pop("lora_rank"),
+        lambda adapter: adapter["tensors"].pop("blocks.0.attn.qkv.B"),
+        lambda adapter: adapter.update(lora=None),
+        lambda adapter: adapter.update(tensors=None),
+    ],
+)
+def test_a_damaged_adapter_is_an_error(tmp_path, monkeypatch, damage):
+    monkeypatch.chdir(tmp_path)
+    adapter = make_adapter(make_model(**ARCHS["llama"]), LETTERS)
+    damage(adapter)
+    save_adapter(Path("adapter.pt"), adapter)
+    with pytest.raises(UserError, match=r"invalid checkpoint adapter\.pt: ") as error:
+        export.main(["adapter.pt", "out"])
+    assert "\n" not in str(error.value)
+    assert os.listdir() == ["adapter.pt"]
+
+
 # --- the examples of --help
 
 
-def help_commands() -> list[list[str]]:
-    """The words of the examples, without the descriptions beside them."""
-    lines = [line.strip() for line in export.__doc__.splitlines() if line.startswith("    python ")]
-    return [re.split(r"  +", line)[0].split()[1:] for line in lines]
-
-
 def test_the_first_example_of_help_runs_as_written_after_a_default_run(workplace):
-    script, *words = help_commands()[0]
-    assert script == "export.py"
+    (line,) = re.findall("python export.py (checkpoints/best.pt out/)  ", export.__doc__)
     assert train.main(TINY_RUN) == 0
-    assert export.main(words) == 0
+    assert export.main(line.split()) == 0
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.vocab_size > 20
 
 
@@ -239,20 +194,6 @@ def test_components_that_match_no_architecture_are_named():
         matching_arch(model.config)
 
 
-def test_a_failed_download_is_a_user_error(workplace, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-
-    def refuse(*args: object, **settings: object) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
-    with pytest.raises(
-        UserError, match=r"could not be downloaded from the .*hub \(ConnectionError"
-    ):
-        export.main(["--from", "gpt2", "gpt2.pt"])
-    assert not Path("gpt2.pt").exists()
-
-
 def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     asked = []
@@ -272,6 +213,14 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
     with pytest.raises(UserError, match="model_type 'bert' is not supported"):
         export.main(["--from", "someone/model", "model.pt", "--overwrite"])
     assert asked[2:] == [settings_files]
+
+    def refuse(*args: object, **settings: object) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=r"gpt2 could not be downloaded .*\(ConnectionError"):
+        export.main(["--from", "gpt2", "gpt2.pt"])
+    assert not Path("gpt2.pt").exists()
 
 
 def test_push_uploads_the_folder(workplace, monkeypatch):

@@ -28,7 +28,14 @@ from generate import generate
 from model import GPT, rotate
 from system.files import locked_file
 from system.settings import UserError
-from tokenizer import PRINTABLE_TO_BYTE, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
+from tokenizer import (
+    GPT2_PATTERN,
+    PRINTABLE_TO_BYTE,
+    QA_SPECIALS,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+)
 
 gguf = pytest.importorskip("gguf")
 
@@ -210,13 +217,24 @@ def their_ids(fields: dict[str, Any], text: str) -> list[int]:
     return [ids[token] for token in word if token in ids]
 
 
-@pytest.mark.parametrize("name", ["char", "char_qa"])
-def test_characters_are_merged_from_bytes_and_unknown_ones_left_out(name):
-    tokenizer = TOKENIZERS[name]
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokens_keep_their_ids_and_prompts_get_no_others(name):
+    tokenizer, qa = TOKENIZERS[name], "qa" in name
     fields, _ = exported(model_of("qwen3", tokenizer), tokenizer)
-    assert their_ids(fields, TEXT[-60:]) == tokenizer.encode(TEXT[-60:]).tolist()
-    # Unknown characters that begin with the bytes of known ones: ê and é, 丮 and 中, 😁 and 😀
-    assert their_ids(fields, "aê丮😁é") == tokenizer.encode("aé").tolist()
+    for piece in (" quick", "lazy", " 中字", "😀", "1234", "\n"):
+        assert their_ids(fields, piece) == tokenizer.encode(piece).tolist()
+    values = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
+    tokens, types, end = values["tokens"], values["token_type"], values["eos_token_id"]
+    if isinstance(tokenizer, BPETokenizer):
+        assert {tokens[i]: i for i, kind in enumerate(types) if kind == 3} == tokenizer.specials
+        assert set(types) == {1, 3} and len(tokens) == tokenizer.vocab_size
+        assert values["pre"] == "gpt-2"
+    else:  # unknown characters that begin with the bytes of known ones: é, 中, 😀
+        assert their_ids(fields, "aê丮😁é") == tokenizer.encode("aé").tolist()
+    assert not any(values[f"add_{x}"] for x in ("bos_token", "eos_token", "space_prefix"))
+    assert tokens[end] == ("<EOS>" if qa else "<|endoftext|>")
+    assert values["fim_pad_token_id"] == end  # not <PAD>, which llama.cpp takes by itself
+    assert tokens[values["bos_token_id"]] == ("<BOS>" if qa else tokens[end])
 
 
 def test_characters_of_ascii_text_are_exported():
@@ -225,30 +243,6 @@ def test_characters_of_ascii_text_are_exported():
     fields, _ = exported(model_of("llama", tokenizer), tokenizer)
     assert len(fields["tokenizer.ggml.merges"]) > 0
     assert their_ids(fields, "a ébc") == tokenizer.encode("a bc").tolist()
-
-
-@pytest.mark.parametrize("name", ["bpe", "bpe_qa"])
-def test_byte_pairs_keep_their_ids(name):
-    tokenizer = TOKENIZERS[name]
-    fields, _ = exported(model_of("llama", tokenizer), tokenizer)
-    for piece in (" quick", "lazy", " 中字", "😀😁", "1234", "\n\n"):
-        assert their_ids(fields, piece) == tokenizer.encode(piece).tolist()
-    assert fields["tokenizer.ggml.pre"] == "gpt-2"
-    texts, types = (fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
-    assert {texts[i]: i for i, kind in enumerate(types) if kind == 3} == tokenizer.specials
-    assert set(types) == {1, 3} and len(texts) == tokenizer.vocab_size
-
-
-def test_nothing_is_added_to_prompts_and_only_our_end_tokens_end_texts():
-    for name, tokenizer in TOKENIZERS.items():
-        fields, _ = exported(model_of("llama", tokenizer), tokenizer)
-        key = "tokenizer.ggml.{}".format
-        assert not fields[key("add_bos_token")] and not fields[key("add_eos_token")]
-        assert not fields[key("add_space_prefix")]
-        tokens, end = fields[key("tokens")], fields[key("eos_token_id")]
-        assert tokens[end] == ("<EOS>" if "qa" in name else "<|endoftext|>")
-        assert fields[key("fim_pad_token_id")] == end  # not <PAD>, which llama.cpp takes by itself
-        assert tokens[fields[key("bos_token_id")]] == ("<BOS>" if "qa" in name else tokens[end])
 
 
 def test_ids_without_a_token_are_unused():
@@ -347,27 +341,19 @@ def error_of(*words: str) -> str:
     return str(caught.value)
 
 
-def test_components_that_llama_cpp_lacks_are_named():
-    save_model(
-        "model.pt", make_model(vocab_size=CHARS.vocab_size, token_shift=True, mlp="relu2"), CHARS
-    )
-    message = error_of("model.pt", "model.gguf")
-    assert "token_shift is True" in message and "python train.py --arch qwen3" in message
-
-
-@pytest.mark.parametrize("pattern", [r"\w+|\W", r"[\s\S]"])
-def test_a_tokenizer_that_llama_cpp_lacks_is_rejected(pattern):
-    tokenizer = BPETokenizer(TOKENIZERS["bpe"].ranks, TOKENIZERS["bpe"].specials, pattern)
+@pytest.mark.parametrize(
+    ("pattern", "token"),
+    [
+        (r"\w+|\W", {}),
+        (r"[\s\S]", {}),
+        (GPT2_PATTERN, {b"qzx": 330}),  # a whole piece; neither qz nor zx is a token
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_lacks_is_rejected(pattern, token):
+    bpe = TOKENIZERS["bpe"]
+    tokenizer = BPETokenizer(bpe.ranks | token, bpe.specials, pattern)
     save_model("model.pt", model_of("llama", tokenizer), tokenizer)
     assert "--tokenizer bpe, char or gpt2" in error_of("model.pt", "model.gguf")
-
-
-def test_tokens_that_merges_do_not_make_are_rejected():
-    bpe = TOKENIZERS["bpe"]
-    ranks = bpe.ranks | {b"qzx": 330}  # tiktoken finds it as a piece; neither qz nor zx is a token
-    tokenizer = BPETokenizer(ranks, bpe.specials, bpe.pattern)
-    save_model("model.pt", model_of("llama", tokenizer), tokenizer)
-    assert "no tokenizer that splits" in error_of("model.pt", "model.gguf")
 
 
 def test_numbers_too_large_for_the_type():
@@ -381,25 +367,18 @@ def test_numbers_too_large_for_the_type():
 
 def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
     save_model("model.pt", model_of("llama", CHARS), CHARS)
-    Path("model.gguf").write_text("my text")
-    for flags in ([], ["--overwrite"]):
-        error = error_of("model.pt", "model.gguf", *flags)
-        assert "model.gguf was not written by export.py" in error
-    Path("model.gguf").unlink()
-    Path("model.Modelfile").write_text("FROM mine")
-    for flags in ([], ["--overwrite"]):
-        error = error_of("model.pt", "model.gguf", *flags)
-        assert "model.Modelfile was not written by export.py" in error
-    Path("model.Modelfile").unlink()
-    assert export.main(["model.pt", "model.gguf"]) == 0
+    words = ["model.pt", "model.gguf"]
+    for name in ("model.gguf", "model.Modelfile"):
+        Path(name).write_text("my text")
+        for flags in ([], ["--overwrite"]):
+            assert f"{name} was not written by export.py" in error_of(*words, *flags)
+        Path(name).unlink()
+    assert export.main(words) == 0
     size = Path("model.gguf").stat().st_size
-    assert "add --overwrite" in error_of("model.pt", "model.gguf", "--precision=float32")
-    with (
-        locked_file(Path("model.gguf"), "an export"),
-        pytest.raises(UserError, match="in use by an export"),
-    ):
-        export.main(["model.pt", "model.gguf", "--overwrite"])
-    assert export.main(["model.pt", "model.gguf", "--precision=float32", "--overwrite"]) == 0
+    assert "add --overwrite" in error_of(*words, "--precision=float32")
+    with locked_file(Path(words[1]), "an export"), pytest.raises(UserError, match="in use by an"):
+        export.main([*words, "--overwrite"])
+    assert export.main([*words, "--precision=float32", "--overwrite"]) == 0
     assert Path("model.gguf").stat().st_size > size
 
 
@@ -411,22 +390,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 # --- llama.cpp itself
 
-STRINGS = [
-    "\n",
-    " ",
-    "  ",
-    "the ",
-    "quick",
-    " fox",
-    "é",
-    "中",
-    "字",
-    "€",
-    "😀",
-    "👍🏽",
-    "12",
-    "345",
-]
+STRINGS = ["\n", " ", "  ", "the ", "quick", " fox", "é", "中", "字", "€", "😀", "👍🏽", "12", "34"]
 STRINGS += ["don't", "'LL", "!", "...", "<PAD>", "<EOS>", "<|endoftext|>", "ê", "Ω", "\t", "\r\n"]
 
 

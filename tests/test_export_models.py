@@ -83,6 +83,7 @@ def assert_equal_logits(ours: GPT, theirs: torch.nn.Module) -> None:
     ("arch", "settings"),
     [
         ("gpt2", {}),
+        ("gpt2", {"n_layer": 1, "n_head": 1}),
         ("gpt2", {"layer_norm_epsilon": 0.3}),
         ("gpt2", {"n_inner": 30, "tie_word_embeddings": False}),
         ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
@@ -106,6 +107,9 @@ def test_an_imported_model_has_the_same_logits(tmp_path, arch, settings):
     ours = imported(tmp_path / "theirs")
     assert ours.num_params() == theirs.num_parameters()
     assert_equal_logits(ours, theirs)
+    back, state = weights_to_hf(ours.state_dict(), ours.config, arch), theirs.state_dict()
+    assert state.keys() - back.keys() <= ({"lm_head.weight"} if ours.config.tie_weights else set())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in back.items())
 
 
 def test_rope_theta_of_earlier_versions_is_read(tmp_path):
@@ -118,30 +122,13 @@ def test_rope_theta_of_earlier_versions_is_read(tmp_path):
     assert_equal_logits(imported(tmp_path / "theirs"), theirs)
 
 
-@pytest.mark.parametrize("arch", SMALL)
-def test_missing_settings_have_the_defaults_of_transformers(arch):
-    ours = config_from_hf({"model_type": arch})[0]
-    theirs = transformers.AutoConfig.for_model(arch)
-    assert ours.vocab_size == theirs.vocab_size
-    assert ours.block_size == theirs.max_position_embeddings
-    assert ours.n_layer == theirs.num_hidden_layers
-    assert ours.n_head == theirs.num_attention_heads
-    assert ours.n_embd == theirs.hidden_size
-    assert ours.tie_weights == theirs.tie_word_embeddings
-    if arch == "gpt2":
-        assert ours.n_inner == 4 * theirs.n_embd and ours.norm_eps == theirs.layer_norm_epsilon
-    else:
-        assert ours.n_kv_head == theirs.num_key_value_heads
-        assert ours.head_size == theirs.head_dim
-        assert ours.n_inner == theirs.intermediate_size
-        assert ours.norm_eps == theirs.rms_norm_eps
-        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-
-
-def test_qwen3_has_32_key_value_heads_unless_it_says_otherwise():
-    theirs = {"model_type": "qwen3", "num_attention_heads": 64}
-    expected = transformers.AutoConfig.for_model(**theirs).num_key_value_heads
-    assert config_from_hf(theirs)[0].n_kv_head == expected == 32
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [*((arch, {}) for arch in SMALL), ("qwen3", {"num_attention_heads": 64})],
+)
+def test_missing_settings_have_the_defaults_of_transformers(arch, settings):
+    theirs = transformers.AutoConfig.for_model(arch, **settings).to_dict()
+    assert config_from_hf({"model_type": arch} | settings) == config_from_hf(theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -190,14 +177,18 @@ def test_names_and_buffers_of_old_gpt2_files_are_understood(tmp_path, tied):
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("llama", {"sliding_window": 8}, "sliding_window is 8"),
         ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type is 'llama3'"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type in .* is 'linear'"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic"}}, "rope_type in .* is 'dynamic'"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type in .* is 'llama3'"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type in .* is 'yarn'"),
         ("llama", {"rope_parameters": {"factor": 2.0}}, "factor in rope_parameters"),
         ("llama", {"rope_parameters": {"full_attention": {}}}, "full_attention in rope_param"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ("llama", {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta diff"),
+        (
+            "llama",
+            {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
+            "rope_theta in .* is 6",
+        ),
         ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta must be a positive"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
@@ -211,12 +202,6 @@ def test_names_and_buffers_of_old_gpt2_files_are_understood(tmp_path, tied):
 def test_settings_that_change_the_computation_are_rejected(arch, values, message):
     with pytest.raises(UserError, match=message):
         config_from_hf({"model_type": arch} | SMALL[arch] | values)
-
-
-def test_the_width_of_all_heads_is_limited():
-    values = {"model_type": "llama"} | SMALL["llama"] | {"head_dim": 1 << 22}
-    with pytest.raises(UserError, match="heads x their size is too large"):
-        config_from_hf(values)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", [2], {}, 10**9, 10**400, math.nan])
@@ -253,46 +238,32 @@ def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, name):
 # --- tensors
 
 
-def rewrite(path: Path, change: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a damaged copy of a model's tensors."""
-    name, extra = "model.layers.1.mlp.down_proj.weight", torch.ones(2)
-    if change == "missing":
-        del tensors[name]
-    if change == "extra":
-        tensors["model.layers.1.self_attn.q_proj.bias"] = extra
-    if change == "score":
-        tensors["score.weight"] = extra
-    if change == "shape":
-        tensors[name] = tensors[name][:, 1:].contiguous()
-    if change == "transposed":
-        tensors[name] = tensors[name].T.contiguous()
-    if change in ("nan", "inf"):
-        tensors[name][3, 4] = float(change)
-    if change == "integer":
-        tensors[name] = tensors[name].to(torch.int8)
-    if change == "float8":
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
+DOWN = "model.layers.1.mlp.down_proj.weight"
+BIAS = "model.layers.1.self_attn.q_proj.bias"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", r"has no tensor model\.layers\.1\.mlp\.down_proj\.weight"),
-        ("extra", r"that llama does not have: model\.layers\.1\.self_attn\.q_proj\.bias"),
-        ("score", r"that llama does not have: score\.weight"),
-        ("shape", r"down_proj\.weight has shape \[16, 19\] instead of \[16, 20\]"),
-        ("transposed", r"down_proj\.weight has shape \[20, 16\] instead of \[16, 20\]"),
-        ("nan", r"down_proj\.weight contains values that are not finite"),
-        ("inf", r"down_proj\.weight contains values that are not finite"),
-        ("integer", r"down_proj\.weight contains values that are not finite"),
-        ("float8", r"down_proj\.weight contains values that are not finite"),
+        (lambda t: t.pop(DOWN), rf"has no tensor {DOWN}"),
+        (lambda t: t.update({BIAS: torch.ones(2)}), rf"that llama does not have: {BIAS}"),
+        (
+            lambda t: t.update({DOWN: t[DOWN][:, 1:].contiguous()}),
+            r"\[16, 19\] instead of \[16, 20\]",
+        ),
+        (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), r"\[20, 16\] instead of \[16, 20\]"),
+        (lambda t: t[DOWN][3].fill_(math.nan), f"{DOWN} contains values that are not finite"),
+        (lambda t: t[DOWN][3].fill_(math.inf), f"{DOWN} contains values that are not finite"),
+        (lambda t: t.update({DOWN: t[DOWN].to(torch.int8)}), f"{DOWN} contains values that are"),
+        (lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)}), f"{DOWN} contains values"),
     ],
 )
 def test_wrong_tensors_are_named(tmp_path, change, message):
     write_model(tmp_path / "theirs", "llama")
     path = tmp_path / "theirs/model.safetensors"
-    rewrite(path, change, safetensors_torch.load_file(path))
+    tensors = safetensors_torch.load_file(path)
+    change(tensors)
+    safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=message):
         imported(tmp_path / "theirs")
     assert not (tmp_path / "imported.pt").exists()
@@ -309,27 +280,14 @@ def test_an_output_layer_that_is_not_the_embedding_is_rejected_if_they_are_tied(
     assert_equal_logits(imported(tmp_path / "theirs"), theirs)
 
 
-# --- sizes that transformers does not load
+# --- what is exported
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen3"])
-@pytest.mark.parametrize("sizes", [(28, 3, 10), (28, 4, 10), (30, 3, 10), (24, 3, 4)])
-def test_a_model_with_another_head_size_is_exported_or_rejected(tmp_path, arch, sizes):
-    n_embd, n_head, head_size = sizes
-    values = {"n_layer": 1, "n_embd": n_embd, "n_head": n_head, "head_size": head_size}
-    config = GPTConfig(**(ARCHS[arch] | values | {"vocab_size": 8, "block_size": 16}))
-    if arch == "llama" and n_embd % n_head:
-        with pytest.raises(UserError, match="n_embd 28 is not divisible by n_head 3"):
-            matching_arch(config)
-        return
-    assert matching_arch(config) == arch
-    ours = GPT(config).eval()
-    for p in ours.parameters():
-        p.data += 0.3 * torch.randn_like(p)
-    weights = weights_to_hf(ours.state_dict(), config, arch)
-    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, arch, {})))
-    safetensors_torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_equal_logits(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+def test_a_llama_whose_heads_do_not_divide_its_channels_is_not_one_of_transformers():
+    sizes = {"n_embd": 28, "n_head": 3, "head_size": 10}
+    assert matching_arch(GPTConfig(**(ARCHS["qwen3"] | sizes))) == "qwen3"
+    with pytest.raises(UserError, match="n_embd 28 is not divisible by n_head 3"):
+        matching_arch(GPTConfig(**(ARCHS["llama"] | sizes)))
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
@@ -341,14 +299,6 @@ def test_the_base_of_rope_is_where_transformers_4_and_5_read_it(arch: str):
 
 
 # --- a GPT-2 without a tokenizer
-
-
-@pytest.fixture
-def gpt2_folder(tmp_path: Path) -> Path:
-    """What save_pretrained of a GPT-2 writes if only the model is saved."""
-    write_model(tmp_path / "model", "gpt2", vocab_size=50257, n_layer=1, n_embd=4)
-    (tmp_path / "model/tokenizer.json").unlink()
-    return tmp_path / "model"
 
 
 def fake_gpt2(name: str) -> tiktoken.Encoding:
@@ -364,29 +314,19 @@ def fake_gpt2(name: str) -> tiktoken.Encoding:
     )
 
 
-def test_a_gpt2_without_a_tokenizer_has_that_of_gpt2(gpt2_folder, monkeypatch, capsys):
+def test_a_gpt2_without_a_tokenizer_has_that_of_gpt2(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiktoken, "get_encoding", fake_gpt2)
-    path = gpt2_folder.parent / "imported.pt"
-    assert export.main(["--from", str(gpt2_folder), str(path)]) == 0
+    folder, path = tmp_path / "model", tmp_path / "imported.pt"
+    theirs = write_model(folder, "gpt2", vocab_size=50257, n_layer=1, n_embd=4)
+    (folder / "tokenizer.json").unlink()  # save_pretrained of the model does not write it
+    assert export.main(["--from", str(folder), str(path)]) == 0
     line = "model has no tokenizer: using GPT-2's, which has 50,257 tokens as well\n"
     assert line in capsys.readouterr().out
     ours, tokenizer, _ = utils.load_checkpoint(path, torch.device("cpu"))
     expected = fake_gpt2("gpt2").encode_ordinary("ab cd")
     assert tokenizer.encode("ab cd").tolist() == expected
     assert tokenizer.specials == {"<|endoftext|>": 50256}
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(gpt2_folder).eval()
     assert_equal_logits(ours, theirs)
-
-
-def test_without_a_network_a_missing_tokenizer_is_one_error(gpt2_folder, monkeypatch):
-    def fail(name: str) -> None:
-        raise ConnectionError
-
-    monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    path = gpt2_folder.parent / "imported.pt"
-    with pytest.raises(UserError, match=r"encoding gpt2 could not be downloaded .Connec.*TIKTOKEN"):
-        export.main(["--from", str(gpt2_folder), str(path)])
-    assert not path.exists()
 
 
 @pytest.fixture
@@ -434,10 +374,10 @@ def test_added_tokens_of_the_older_format_are_imported(old_gpt2):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("merges.txt", "#version: 0.2\nt h e\n", "invalid vocab.json or merges.txt"),
+        ("merges.txt", "#version: 0.2\nt h e\n", "tokenizer is invalid"),
         ("merges.txt", "#version: 0.2\n", "are not among the merges|that no merge makes"),
-        ("vocab.json", "{}", "invalid vocab.json or merges.txt"),
-        ("vocab.json", "[]", "invalid vocab.json or merges.txt"),
+        ("vocab.json", "{}", "tokenizer is invalid"),
+        ("vocab.json", "[]", "must contain a JSON object"),
         ("tokenizer_config.json", '{"tokenizer_class": "BartTokenizer"}', "not GPT-2's .Bart"),
         ("tokenizer_config.json", '{"add_prefix_space": true}', "not GPT-2's .*add_prefix_space"),
     ],
@@ -466,28 +406,22 @@ def test_other_models_need_their_tokenizer(tmp_path, monkeypatch, arch, vocab_si
 
 
 @pytest.mark.parametrize(
-    ("specials", "ids", "texts"),
+    ("specials", "ids"),
     [
-        ([], {}, {}),
-        (
-            [END_OF_TEXT],
-            {"bos_token_id": 0, "eos_token_id": 0},
-            {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT},
-        ),
-        (
-            [*QA_SPECIALS, END_OF_TEXT],
-            {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0},
-            {"bos_token": "<BOS>", "eos_token": "<EOS>", "pad_token": "<PAD>"},
-        ),
+        ([], {}),
+        ([END_OF_TEXT], {"bos": 0, "eos": 0}),
+        ([*QA_SPECIALS, END_OF_TEXT], {"bos": 2, "eos": 3, "pad": 0}),
     ],
 )
-def test_the_settings_name_the_special_tokens(specials: list[str], ids: dict, texts: dict):
+def test_the_settings_name_the_special_tokens(specials: list[str], ids: dict[str, int]):
     config = GPTConfig(vocab_size=12, block_size=32, n_layer=1, n_embd=8, **ARCHS["llama"])
     files = json_files(config, CharTokenizer.train(["abc"], specials), "llama")
-    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    assert {key: files["config.json"][key] for key in none} == none | ids
-    assert files["generation_config.json"] == ids | {"max_length": 32}
-    assert files["tokenizer_config.json"] == texts | {
+    for key in ("bos", "eos", "pad"):
+        assert files["config.json"][f"{key}_token_id"] == ids.get(key)
+    expected = {f"{key}_token_id": i for key, i in ids.items()}
+    assert files["generation_config.json"] == expected | {"max_length": 32}
+    assert files["tokenizer_config.json"] == {
+        **{f"{key}_token": specials[i] for key, i in ids.items()},
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": 32,
         "clean_up_tokenization_spaces": False,

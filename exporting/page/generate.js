@@ -158,14 +158,10 @@ const N_ALTERNATIVES = 8;
 function* streamText(model, tokenizer, settings) {
   const { ids, unknown } = encodePrompt(tokenizer, settings.prompt, settings.qa);
   yield { prompt: decodePrompt(tokenizer, ids), n_tokens: ids.length, unknown };
-  const stops = settings.stop.split("|");
-  const writer = new TextWriter(tokenizer, stops);
+  const writer = new TextWriter(tokenizer, settings.stop.split("|"));
   for (const step of generate(model, ids, settings, writer.ends)) {
-    if (!step.logits) {
-      yield step;
-      continue;
-    }
-    yield { text: writer.add(step.id), token: describeToken(tokenizer, step) };
+    if (!step.logits) yield step;
+    else yield { text: writer.add(step.id), token: describeToken(tokenizer, step) };
     if (writer.done) return;
   }
   yield { text: writer.finish() };
@@ -180,6 +176,6 @@ function describeToken(tokenizer, { id, logits, sorted }) {
     probability: Math.exp(logits[id] - sorted[0]) / total,
   });
   const ranks = [...sorted.slice(0, N_ALTERNATIVES).keys()];
-  const ids = ranks.map((rank) => idOfRank(logits, sorted, rank));
-  return { ...describe(id), alternatives: ids.map(describe) };
+  const alternatives = ranks.map((rank) => describe(idOfRank(logits, sorted, rank)));
+  return { ...describe(id), alternatives };
 }

@@ -128,8 +128,8 @@ function showAlternatives(span) {
   span.classList.add("shown");
   const box = $("alternatives");
   for (const token of span.tokens) {
-    const others = token.alternatives.filter(({ id }) => id !== token.id);
-    const listed = others.length < token.alternatives.length ? token.alternatives : [...others, token];
+    const listed = [...token.alternatives];
+    if (!listed.some(({ id }) => id === token.id)) listed.push(token);
     if (box.childElementCount) box.append(element("hr"));
     for (const { id, label, probability } of listed) {
       const row = element("div", { class: id === token.id ? "chosen" : "" });
@@ -192,17 +192,11 @@ function drawCurve() {
   }
   draw("text", { x: x(highStep / 2), y: height - 2, "text-anchor": "middle" }, "step");
   draw("text", { x: 0, y: 12 }, "loss (nats per token)");
-  for (const curve of curves) {
-    const { name, records } = curve;
+  for (const [i, { name, records }] of curves.entries()) {
     const points = records.map((record) => `${x(record.step)},${y(record[name])}`).join(" ");
+    const label = `${name} ${records.at(-1)[name].toFixed(2)}`;
     draw("polyline", { class: name, points });
-    curve.last = records.at(-1)[name];
-  }
-  curves.sort((a, b) => b.last - a.last);
-  let place = -Infinity;
-  for (const { name, last } of curves) {
-    place = Math.max(y(last) + 4, place + 14); // no overlap
-    draw("text", { class: name, x: width - right + 8, y: place }, `${name} ${last.toFixed(2)}`);
+    draw("text", { class: name, x: width - right + 8, y: top + 16 * i }, label);
   }
   $("curve").replaceChildren(picture);
 }

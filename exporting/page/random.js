@@ -4,17 +4,7 @@
 
 const mask = (value, bits) => BigInt.asUintN(bits, value);
 
-// The 32-bit words that seeds are made of, the lowest first: at least one.
-function words(seed) {
-  const found = [];
-  do {
-    found.push(Number(seed & 0xffffffffn));
-    seed >>= 32n;
-  } while (seed);
-  return found;
-}
-
-// Four 64-bit numbers that depend on every bit of the entropy, a list of 32-bit words. The
+// Four 64-bit numbers that depend on every bit of the entropy, at most four 32-bit words. The
 // constants are those of NumPy's SeedSequence. Math.imul multiplies modulo 2^32.
 function seedSequence(entropy) {
   const xorshift = (value) => (value ^ (value >>> 16)) >>> 0;
@@ -29,9 +19,6 @@ function seedSequence(entropy) {
   for (let from = 0; from < 4; from++) {
     for (let to = 0; to < 4; to++) if (from !== to) pool[to] = mix(pool[to], hash(pool[from]));
   }
-  for (const word of entropy.slice(4)) {
-    for (let to = 0; to < 4; to++) pool[to] = mix(pool[to], hash(word));
-  }
   constant = 0x8b51f9dd;
   const state = Array.from({ length: 8 }, (_, i) => {
     const value = pool[i % 4] ^ constant;
@@ -42,8 +29,10 @@ function seedSequence(entropy) {
 }
 
 class PCG64 {
+  // A seed below 2^64, as text, is one or two words, the lower one first; a stream is one.
   constructor(seed, stream) {
-    const [a, b, c, d] = seedSequence([...words(BigInt(seed)), ...words(BigInt(stream))]);
+    const [low, high] = [BigInt(seed), BigInt(seed) >> 32n].map((value) => Number(mask(value, 32)));
+    const [a, b, c, d] = seedSequence(high ? [low, high, stream] : [low, stream]);
     this.increment = mask((((c << 64n) | d) << 1n) | 1n, 128);
     this.state = mask(this.increment + ((a << 64n) | b), 128);
     this.step();

@@ -1,39 +1,16 @@
-// Text to token ids and back, as in tokenizer.py: characters and byte pairs.
+// Text to token ids and back, as in tokenizer.py. A character tokenizer is one of byte pairs whose
+// pieces are the characters: each piece is a token, or unknown.
 "use strict";
-
-// --- characters
-class CharTokenizer {
-  constructor({ chars, specials }) {
-    this.specials = new Map(specials.map((text, id) => [text, id]));
-    this.texts = [...specials, ...chars];
-    this.ids = new Map(chars.map((char, i) => [char, specials.length + i]));
-  }
-
-  // The ids of a text. encodePrompt leaves unknown characters out.
-  encode(text) {
-    return Array.from(text, (char) => this.ids.get(char) ?? this.specials.get("<UNK>"));
-  }
-
-  decodeBytes(ids) {
-    return new TextEncoder().encode(ids.map((id) => this.texts[id]).join(""));
-  }
-
-  // The characters of a text that have no id.
-  unknown(text) {
-    return [...new Set(text)].filter((char) => !this.ids.has(char));
-  }
-}
-
-// --- byte-pair encoding
 
 // Byte strings are strings of characters U+0000 to U+00FF, as in the page's `ranks`.
 const toByteString = (text) =>
   Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
 
-class BPETokenizer {
+class Tokenizer {
   constructor({ ranks, specials, pattern }) {
     this.ranks = new Map(Object.entries(ranks));
     this.specials = new Map(Object.entries(specials));
+    this.unk = this.specials.get("<UNK>");
     this.pattern = new RegExp(pattern, "gu"); // translated to JavaScript's syntax
     this.tokenBytes = new Map([...this.ranks].map(([token, id]) => [id, token]));
     for (const [text, id] of this.specials) this.tokenBytes.set(id, toByteString(text));
@@ -60,7 +37,8 @@ class BPETokenizer {
       pairs.splice(best, 1);
       for (const i of [best - 1, best]) if (i >= 0) pairs[i] = rank(i);
     }
-    return word.map((token) => this.ranks.get(token));
+    const ids = word.map((token) => this.ranks.get(token));
+    return ids.includes(undefined) ? [this.unk] : ids; // of an unknown character
   }
 
   // The bytes of a sequence of ids; ids without a token are skipped.
@@ -69,13 +47,11 @@ class BPETokenizer {
     return Uint8Array.from(bytes, (char) => char.charCodeAt(0));
   }
 
-  unknown() {
-    return [];
+  // The characters of a text that have no id. encodePrompt leaves them out.
+  unknown(text) {
+    return [...new Set(text)].filter((char) => this.encode(char).includes(this.unk));
   }
 }
-
-const tokenizerFromDict = (data) =>
-  data.kind === "char" ? new CharTokenizer(data) : new BPETokenizer(data);
 
 // ignoreBOM: U+FEFF is a character like any other.
 const decode = (tokenizer, ids) =>

@@ -12,7 +12,7 @@ const receive = {
   },
   model({ config, tokenizer: data }) {
     model = new GPT(config, weights);
-    tokenizer = tokenizerFromDict(data);
+    tokenizer = new Tokenizer(data);
     postMessage({ ready: true });
   },
   start({ number: started, settings }) {
