@@ -11,30 +11,32 @@ of clipping are compared at the rates that were tuned for a threshold of 1.
 import contextlib
 import math
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unittest.mock import patch
+
+from matplotlib.axes import Axes
 
 import train
-from experiments.comparison import Row, add_differences, mean
-from experiments.study import (
+from experiments.comparison import (
+    LOSS,
     Result,
-    Study,
+    Row,
+    Runs,
+    add_differences,
+    compare,
     gradient_norms,
+    log_values,
     loss_columns,
-    make_run,
-    mean_ms_per_step,
-    parse_study,
-    replaced,
+    plot_band,
     val_losses,
-    with_seeds,
-    write_results,
 )
+from experiments.study import Study, parse_study
 from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+Tuning = dict[str, dict[float, float]]  # optimizer -> learning rate -> validation loss
+Clipped = dict[tuple[str, float], list[Result]]  # (optimizer, threshold) -> a run per seed
 
 
 class PlainSGD(train.Trainer):
@@ -70,20 +72,16 @@ COMMON: Flags = {"weight_decay": 0.0, "log_every": 1}
 # --- runs
 
 
-def run_flags(study: Study, name: str, rate: float, clip: float = CLIP) -> Flags:
-    """The flags of an optimizer with a learning rate and a clipping threshold."""
+def named_flags(study: Study, name: str, rate: float, clip: float) -> tuple[str, Flags]:
+    """The folder and the flags of an optimizer's runs at a learning rate and a threshold."""
     size = QUICK if study.config.quick else FULL
-    return COMMON | size | FLAGS[name] | {"lr_max": rate, "grad_clip": clip}
+    flags = COMMON | size | FLAGS[name] | {"lr_max": rate, "grad_clip": clip}
+    return f"{name.replace(' ', '-')}-rate{rate:g}-clip{clip:g}", flags
 
 
-def run_name(name: str, rate: float, clip: float = CLIP) -> str:
-    """The folder of these runs."""
-    return f"{name.replace(' ', '-')}-rate{rate:g}-clip{clip:g}"
-
-
-def trainer_of(name: str) -> contextlib.AbstractContextManager[None]:
+def trainer_of(name: str) -> contextlib.AbstractContextManager[Any]:
     """The context in which an optimizer trains."""
-    return replaced(train, "Trainer", PlainSGD) if name == "SGD" else contextlib.nullcontext()
+    return patch.object(train, "Trainer", PlainSGD) if name == "SGD" else contextlib.nullcontext()
 
 
 def tune(study: Study, name: str) -> dict[float, float]:
@@ -96,8 +94,8 @@ def tune(study: Study, name: str) -> dict[float, float]:
     while todo:
         for n in todo:
             rate = rate_of(n)
-            flags = run_flags(study, name, rate) | {"seed": TUNING_SEED}
-            result = make_run(study, f"{run_name(name, rate)}-{TUNING_SEED}", flags)
+            folder, flags = named_flags(study, name, rate, CLIP)
+            result = study.make_run(f"{folder}-{TUNING_SEED}", flags | {"seed": TUNING_SEED})
             losses[n] = result["val"]
         best = min(losses, key=losses.__getitem__)
         todo = [n for n in (best - 1, best + 1) if n not in losses and len(losses) < limit]
@@ -121,22 +119,7 @@ def best_rate(losses: dict[float, float]) -> float:
 # --- tables
 
 
-def optimizer_rows(best: dict[str, float], runs: dict[str, list[Result]]) -> list[Row]:
-    """A row per optimizer at its best learning rate; differences are to AdamW."""
-    rows: list[Row] = [
-        {
-            "optimizer": name,
-            "learning rate": f"{best[name]:g}",
-            **loss_columns(results),
-            "ms per step": mean_ms_per_step(results),
-        }
-        for name, results in runs.items()
-    ]
-    add_differences(rows, [val_losses(results) for results in runs.values()])
-    return rows
-
-
-def tuning_rows(tuning: dict[str, dict[float, float]]) -> list[Row]:
+def tuning_rows(tuning: Tuning) -> list[Row]:
     return [
         {"optimizer": name, "learning rate": f"{rate:g}", "validation loss": loss}
         for name, losses in tuning.items()
@@ -144,11 +127,11 @@ def tuning_rows(tuning: dict[str, dict[float, float]]) -> list[Row]:
     ]
 
 
-def clipping_rows(clipped: dict[tuple[str, float], list[Result]]) -> list[Row]:
+def clipping_rows(clipped: Clipped) -> list[Row]:
     """A row per optimizer and threshold; differences are to no clipping."""
     rows: list[Row] = []
     for (name, clip), results in clipped.items():
-        norms = [norm for result in results for norm in gradient_norms(result)]
+        norms = gradient_norms(results)
         share = sum(norm > (clip or math.inf) for norm in norms) / len(norms)
         rows.append(
             {
@@ -161,44 +144,40 @@ def clipping_rows(clipped: dict[tuple[str, float], list[Result]]) -> list[Row]:
             }
         )
     names = [name for name, _ in clipped]
-    values = [val_losses(results) for results in clipped.values()]
-    add_differences(rows, values, bases=[names.index(name) for name in names])
-    return rows
+    bases = [names.index(name) for name in names]
+    return add_differences(rows, map(val_losses, clipped.values()), bases)
 
 
 # --- the figure
 
 
-def plot_curves(axes: "Axes", best: dict[str, float], runs: dict[str, list[Result]]) -> None:
-    """The mean validation loss over the steps, in a band from the lowest to the highest seed."""
+def plot_curves(axes: Axes, best: dict[str, float], runs: Runs) -> None:
+    """The validation loss over the steps, as far as all seeds got."""
     for (name, results), color in zip(runs.items(), COLORS, strict=False):
-        logs = [result["log"] for result in results]
-        by_step = [[record["val"] for record in some] for some in zip(*logs, strict=False)]
-        steps = [record["step"] for record in logs[0]][: len(by_step)]
-        label = f"{name}, learning rate {best[name]:g}"
-        axes.plot(steps, [mean(v) for v in by_step], color=color, label=label)
-        low, high = [min(v) for v in by_step], [max(v) for v in by_step]
-        axes.fill_between(steps, low, high, color=color, alpha=0.25)
-    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
+        logs = [log_values(result, "val") for result in results]
+        by_step = [list(losses) for losses in zip(*logs, strict=False)]
+        steps = log_values(results[0], "step")[: len(by_step)]
+        plot_band(axes, steps, by_step, "-", color, f"{name}, learning rate {best[name]:g}")
+    axes.set(xlabel="step", ylabel=LOSS)
     axes.set_title("At the best learning rates: mean, lowest and highest seed")
     axes.legend()
 
 
-def plot_tuning(axes: "Axes", tuning: dict[str, dict[float, float]]) -> None:
+def plot_tuning(axes: Axes, tuning: Tuning) -> None:
     """The loss over the learning rate, without those that diverged; a star at the best one."""
     for losses, color in zip(tuning.values(), COLORS, strict=False):
         finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         axes.semilogx(list(finite), list(finite.values()), ".-", color=color)
         axes.plot(best_rate(losses), min(losses.values()), "*", color=color, markersize=14)
-    axes.set(xlabel="peak learning rate", ylabel="validation loss (nats per token)")
+    axes.set(xlabel="peak learning rate", ylabel=LOSS)
     axes.set_title("Tuning: one seed, colors as on the left")
 
 
-def plot_norms(axes: "Axes", name: str, clipped: dict[tuple[str, float], list[Result]]) -> None:
+def plot_norms(axes: Axes, name: str, clipped: Clipped) -> None:
     """The gradient norms of the first seed for each threshold, which is a dotted line."""
     highest = 0.0
     for clip, color in zip(THRESHOLDS, COLORS, strict=False):
-        norms = gradient_norms(clipped[name, clip][0])
+        norms = gradient_norms(clipped[name, clip][:1])
         label = f"clipped to {clip:g}" if clip else "not clipped"
         axes.semilogy(norms, color=color, linewidth=0.8, label=label)
         if clip:
@@ -209,49 +188,39 @@ def plot_norms(axes: "Axes", name: str, clipped: dict[tuple[str, float], list[Re
     axes.legend(loc="upper right", ncols=2)
 
 
-def plot(
-    tuning: dict[str, dict[float, float]],
-    runs: dict[str, list[Result]],
-    clipped: dict[tuple[str, float], list[Result]],
-) -> "Figure":
-    figure = new_figure(12, 8.5)
-    panels = figure.subplots(2, 2)
-    plot_curves(panels[0, 0], {name: best_rate(losses) for name, losses in tuning.items()}, runs)
-    plot_tuning(panels[0, 1], tuning)
-    for axes, name in zip(panels[1], CLIPPED, strict=True):
-        plot_norms(axes, name, clipped)
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-    return figure
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("optimizers", argv, __doc__)
     n_clipping = len(CLIPPED) * (len(THRESHOLDS) - 1)  # with CLIP, the runs are those of `runs`
     study.n_runs = len(FLAGS) * (2 * GRID + 1) + (len(FLAGS) + n_clipping) * study.config.seeds
-    tuning: dict[str, dict[float, float]] = {}
-    runs: dict[str, list[Result]] = {}
+    tuning: Tuning = {}
+    best: dict[str, float] = {}
+    runs: Runs = {}
     for name in FLAGS:
         with trainer_of(name):
             tuning[name] = tune(study, name)
-            rate = best_rate(tuning[name])
-            runs[name] = with_seeds(study, run_name(name, rate), run_flags(study, name, rate))
-    best = {name: best_rate(losses) for name, losses in tuning.items()}
-    clipped: dict[tuple[str, float], list[Result]] = {}
+            best[name] = best_rate(tuning[name])
+            runs[name] = study.with_seeds(*named_flags(study, name, best[name], CLIP))
+    clipped: Clipped = {}
     for name in CLIPPED:
         for clip in THRESHOLDS:
-            flags = run_flags(study, name, best[name], clip)
-            folder = run_name(name, best[name], clip)
-            with trainer_of(name):
-                again = [] if clip == CLIP else with_seeds(study, folder, flags)
-            clipped[name, clip] = again or runs[name]
+            clipped[name, clip] = runs[name]
+            if clip != CLIP:
+                with trainer_of(name):
+                    folder, flags = named_flags(study, name, best[name], clip)
+                    clipped[name, clip] = study.with_seeds(folder, flags)
+    rows = compare("optimizer", runs, lambda name: {"learning rate": f"{best[name]:g}"}, timed=True)
+    figure = new_figure(12, 8.5)
+    panels = figure.subplots(2, 2)
+    plot_curves(panels[0, 0], best, runs)
+    plot_tuning(panels[0, 1], tuning)
+    for axes, name in zip(panels[1], CLIPPED, strict=True):
+        plot_norms(axes, name, clipped)
     tables = {
-        "Optimizers at their best learning rates": optimizer_rows(best, runs),
+        "Optimizers at their best learning rates": rows,
         "Clipping": clipping_rows(clipped),
         "Tuning": tuning_rows(tuning),
     }
-    write_results(study, tables, plot(tuning, runs, clipped))
+    study.write_results(tables, figure)
     return 0
 
 

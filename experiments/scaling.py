@@ -14,35 +14,33 @@ counted.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 
 from config import GPTConfig
-from experiments.comparison import Row, margin, mean
-from experiments.study import (
-    Study,
+from experiments.comparison import (
+    LOSS,
+    Row,
     loss_columns,
-    mean_ms_per_step,
-    parse_study,
-    study_corpus,
+    margin,
+    mean,
+    mean_columns,
+    time_column,
     val_losses,
-    with_seeds,
-    write_results,
 )
+from experiments.study import Study, parse_study
 from model import GPT
 from system.errors import run
 from system.settings import from_dict
 from training.setup import Flags
 from viz.curve import BLACK, COLORS, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-LossBySize = dict[int, float]  # weights -> validation loss
+Profile = dict[int, list[float]]  # weights -> the validation loss of each seed
 Law = tuple[float, float]  # factor k and exponent a of y = k x^a
 
 
@@ -129,11 +127,15 @@ def evaluate_law(law: Law, x: float) -> float:
     return law[0] * x ** law[1]
 
 
-def best_sizes(losses: dict[float, LossBySize]) -> dict[float, Best]:
-    """The best size for each budget. Diverged runs, with an infinite loss, are left out."""
+def best_sizes(
+    profiles: dict[float, Profile], loss_of: Callable[[list[float]], float]
+) -> dict[float, Best]:
+    """The best size for each budget. loss_of: the loss of a size from those of its seeds; a size
+    with an infinite loss, which has diverged, is left out."""
     found = {}
-    for budget, by_size in losses.items():
-        kept = {n: loss for n, loss in by_size.items() if math.isfinite(loss)}
+    for budget, profile in profiles.items():
+        losses = {n: loss_of(by_seed) for n, by_seed in profile.items()}
+        kept = {n: loss for n, loss in losses.items() if math.isfinite(loss)}
         n, loss, minimum = parabola_minimum(list(kept), list(kept.values()))
         found[budget] = Best(n, budget / (6 * n), loss, minimum)
     return found
@@ -162,7 +164,7 @@ def matrix_weights(gpt: GPTConfig) -> int:
 
 def weights_of_width(study: Study, plan: Plan, width: int) -> int:
     """N of the model of this width."""
-    vocab_size = study_corpus(study, plan.flags)[0].vocab_size
+    vocab_size = study.corpus(plan.flags)[0].vocab_size
     settings = plan.flags | {"n_embd": width, "vocab_size": vocab_size}
     return matrix_weights(from_dict(GPTConfig, settings))
 
@@ -174,7 +176,7 @@ def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Ro
     tokens_per_step = plan.flags["batch_size"] * plan.flags["block_size"]
     steps = max(1, round(budget / (6 * n * tokens_per_step)))
     flags = plan.flags | {"n_embd": width, "max_steps": steps, "eval_every": steps}
-    runs = with_seeds(study, f"{budget:.1e}-{width}", flags)
+    runs = study.with_seeds(f"{budget:.1e}-{width}", flags)
     row = {
         "TFLOP": budget / 1e12,
         "channels": width,
@@ -182,7 +184,7 @@ def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Ro
         "steps": steps,
         "tokens": steps * tokens_per_step,
         **loss_columns(runs),
-        "ms per step": mean_ms_per_step(runs),
+        **time_column(runs),
     }
     return row, val_losses(runs)
 
@@ -226,23 +228,19 @@ def law_rows(laws: dict[str, Law], laws_by_seed: list[dict[str, Law]]) -> list[R
 
 
 def check_row(
-    budget: float,
-    laws: dict[str, Law],
-    laws_by_seed: list[dict[str, Law]],
-    weights: int,
-    measured: list[float],
+    row: Row, measured: list[float], laws: dict[str, Law], laws_by_seed: list[dict[str, Law]]
 ) -> Row:
-    """What the laws predict for a budget, and the measured losses of a run with this budget."""
+    """What the laws predict for the budget of a run, whose row and losses are given."""
+    budget = 1e12 * row["TFLOP"]
     predicted = evaluate_law(laws["loss"], budget)
     predictions = [evaluate_law(laws_["loss"], budget) for laws_ in laws_by_seed]
     return {
-        "TFLOP": budget / 1e12,
+        "TFLOP": row["TFLOP"],
         "predicted size": round(evaluate_law(laws["weights"], budget)),
-        "trained size": weights,
+        "trained size": row["weights"],
         "predicted loss": predicted,
         "95% margin of the prediction": margin(predictions),
-        "measured loss": mean(measured),
-        "95% margin": margin(measured),
+        **mean_columns("measured loss", measured),
         "measured - predicted": mean(measured) - predicted,
     }
 
@@ -250,120 +248,80 @@ def check_row(
 # --- plots
 
 
-def plot_profiles(
-    axes: "Axes", losses: dict[float, list[LossBySize]], best: dict[float, Best]
-) -> None:
+def plot_profiles(axes: Axes, profiles: dict[float, Profile], best: dict[float, Best]) -> None:
     """The losses over the size for each budget and seed, with the parabolas and their minima."""
-    for (budget, by_seed), color in zip(losses.items(), COLORS, strict=False):
-        for by_size in by_seed:
-            axes.semilogx(list(by_size), list(by_size.values()), "o", color=color, alpha=0.4)
-        sizes = list(by_seed[0])
-        means = [mean([by_size[n] for by_size in by_seed]) for n in sizes]
+    for (budget, profile), color in zip(profiles.items(), COLORS, strict=False):
+        sizes, means = list(profile), [mean(losses) for losses in profile.values()]
+        for n, losses in profile.items():
+            axes.semilogx([n] * len(losses), losses, "o", color=color, alpha=0.4)
         if len(sizes) > 2 and all(map(math.isfinite, means)):
             x = np.geomspace(min(sizes), max(sizes))
             y = np.polyval(np.polyfit(np.log(sizes), means, 2), np.log(x))
             axes.plot(x, y, color=color, label=f"{budget / 1e12:g} TFLOP")
         axes.plot(best[budget].weights, best[budget].loss, "*", color=color, markersize=16)
-    sizes = [n for by_seed in losses.values() for n in by_seed[0]]
-    ticks = np.geomspace(min(sizes), max(sizes), 5)
+    all_sizes = [n for profile in profiles.values() for n in profile]
+    ticks = np.geomspace(min(all_sizes), max(all_sizes), 5)
     axes.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
-    axes.set(xlabel="weights N", ylabel="validation loss (nats per token)")
+    axes.set(xlabel="weights N", ylabel=LOSS)
     axes.set_title("Equal compute: parabolas and their minima")
-    axes.legend()
 
 
 def plot_laws(
-    axes: "Axes",
-    best: dict[float, Best],
-    laws: dict[str, Law],
-    check: tuple[float, list[float]],
+    axes: Axes, best: dict[float, Best], laws: dict[str, Law], budget: float, measured: list[float]
 ) -> None:
-    """The loss at the best size over compute, and the law that predicts the check, (budget,
-    measured losses)."""
-    for (budget, b), color in zip(best.items(), COLORS, strict=False):
-        axes.loglog(budget, b.loss, "*", color=color, markersize=16)
-    budget, measured = check
-    law = laws["loss"]
+    """The loss at the best size over compute, and the law that predicts the measured losses of a
+    run with a further budget."""
+    for (c, b), color in zip(best.items(), COLORS, strict=False):
+        axes.loglog(c, b.loss, "*", color=color, markersize=16)
+    predicted = evaluate_law(laws["loss"], budget)
     for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
-        axes.plot(ends, [evaluate_law(law, c) for c in ends], style, color=BLACK)
-    star: dict[str, Any] = {
-        "color": "white",
-        "markeredgecolor": BLACK,
-        "markersize": 16,
-        "label": "predicted",
-    }
-    axes.plot(budget, evaluate_law(law, budget), "*", **star)
+        axes.plot(ends, [evaluate_law(laws["loss"], c) for c in ends], style, color=BLACK)
+    (star,) = axes.plot(budget, predicted, "*", color="white", markersize=16, label="predicted")
+    star.set_markeredgecolor(BLACK)
     label = "measured, one dot per seed"
     axes.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
     axes.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
-    values = [b.loss for b in best.values()] + [v for v in measured if math.isfinite(v)]
-    ticks = np.linspace(min(values), max(values), 5)
+    ticks = np.linspace(*axes.get_ylim(), 7)[1:-1]
     axes.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
     axes.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
     pairs = zip("NDL", laws.values(), strict=True)
     axes.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
-    axes.legend()
-
-
-def plot(
-    losses: dict[float, list[LossBySize]],
-    best: dict[float, Best],
-    laws: dict[str, Law],
-    check: tuple[float, list[float]],
-) -> "Figure":
-    figure = new_figure(11, 5)
-    left, right = figure.subplots(1, 2)
-    plot_profiles(left, losses, best)
-    plot_laws(right, best, laws, check)
-    for axes in (left, right):
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    return figure
-
-
-def train_all(study: Study, plan: Plan) -> tuple[list[Row], dict[float, list[LossBySize]]]:
-    """Train all widths with all budgets: the rows of the table of runs, and for each budget the
-    losses of each seed."""
-    rows = []
-    losses: dict[float, list[LossBySize]] = {}
-    for budget, widths in plan.widths.items():
-        losses[budget] = [{} for _ in range(study.config.seeds)]
-        for width in widths:
-            row, values = train_width(study, plan, budget, width)
-            rows.append(row)
-            for by_size, loss in zip(losses[budget], values, strict=True):
-                by_size[row["weights"]] = loss
-    return rows, losses
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("scaling", argv, __doc__, data="plays")
     plan = QUICK if study.config.quick else FULL
     study.n_runs = (sum(map(len, plan.widths.values())) + 1) * study.config.seeds
-    rows, losses = train_all(study, plan)
-    means = {
-        budget: {n: mean([by_size[n] for by_size in by_seed]) for n in by_seed[0]}
-        for budget, by_seed in losses.items()
-    }
-    best = best_sizes(means)
+    rows = []
+    profiles: dict[float, Profile] = {budget: {} for budget in plan.widths}
+    for budget, widths in plan.widths.items():
+        for width in widths:
+            row, losses = train_width(study, plan, budget, width)
+            rows.append(row)
+            profiles[budget][row["weights"]] = losses
+    best = best_sizes(profiles, mean)
     laws = fit_laws(best)
     laws_by_seed = [
-        fit_laws(best_sizes({budget: by_seed[i] for budget, by_seed in losses.items()}))
-        for i in range(study.config.seeds)
+        fit_laws(best_sizes(profiles, itemgetter(i))) for i in range(study.config.seeds)
     ]
-    budget = plan.check_budget
-    width = nearest_width(study, plan, evaluate_law(laws["weights"], budget))
-    row, measured = train_width(study, plan, budget, width)
+    width = nearest_width(study, plan, evaluate_law(laws["weights"], plan.check_budget))
+    row, measured = train_width(study, plan, plan.check_budget, width)
+    figure = new_figure(11, 5)
+    left, right = figure.subplots(1, 2)
+    plot_profiles(left, profiles, best)
+    plot_laws(right, best, laws, plan.check_budget, measured)
+    for axes in (left, right):
+        axes.minorticks_off()
+        axes.legend()
     tables = {
         "Best size for each budget": best_rows(best),
         "Laws: powers of compute": law_rows(laws, laws_by_seed),
         "Check: a run that the laws were not fitted to": [
-            check_row(budget, laws, laws_by_seed, row["weights"], measured)
+            check_row(row, measured, laws, laws_by_seed)
         ],
         "Runs": [*rows, row],
     }
-    write_results(study, tables, plot(losses, best, laws, (budget, measured)))
+    study.write_results(tables, figure)
     return 0
 
 

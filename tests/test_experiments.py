@@ -76,7 +76,7 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> list
     table = name.with_suffix(".csv").read_text()
     assert name.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with monkeypatch.context() as patch:
-        patch.setattr(study, "train_one", lambda *args: pytest.fail("trained again"))
+        patch.setattr(study.Study, "train_one", lambda *args: pytest.fail("trained again"))
         assert module.main(list(words)) == 0
     assert name.with_suffix(".csv").read_text().splitlines()[0] == table.splitlines()[0]
     text = name.with_suffix(".md").read_text()
@@ -210,14 +210,14 @@ def test_lr_context(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_folder_with_a_run_of_other_settings_is_refused(workplace: Path):
     some = parse_tiny_study()
-    study.make_run(some, "a", TINY)
+    some.make_run("a", TINY)
     with pytest.raises(UserError, match="other settings"):
-        study.make_run(some, "a", TINY | {"lr_max": 0.5})
+        some.make_run("a", TINY | {"lr_max": 0.5})
 
 
 def test_an_interrupted_run_is_resumed(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     complete, interrupted = (parse_tiny_study(f"--out_dir={name}") for name in "ab")
-    expected = study.make_run(complete, "a", TINY)
+    expected = complete.make_run("a", TINY)
     with monkeypatch.context() as patch:
         train_step = Trainer.train_step
 
@@ -226,8 +226,8 @@ def test_an_interrupted_run_is_resumed(workplace: Path, monkeypatch: pytest.Monk
 
         patch.setattr(Trainer, "train_step", fail_at_step_5)
         with pytest.raises(ZeroDivisionError):
-            study.make_run(interrupted, "a", TINY)
-    result = study.make_run(interrupted, "a", TINY)
+            interrupted.make_run("a", TINY)
+    result = interrupted.make_run("a", TINY)
     assert result["val"] == expected["val"]
     assert [record["step"] for record in result["log"]] == [0, 3, 6]
 
@@ -243,18 +243,18 @@ def test_the_rest_of_a_study_takes_as_long_as_the_finished_runs(workplace: Path)
 def test_finished_runs_of_a_resumed_study_count(workplace: Path, capsys: pytest.CaptureFixture):
     first = parse_tiny_study("--seeds=2")
     first.n_runs = 4
-    study.with_seeds(first, "a", TINY)
+    first.with_seeds("a", TINY)
     resumed = parse_tiny_study("--seeds=2")
     resumed.n_runs = 4
     capsys.readouterr()
     for name in "ab":
-        study.with_seeds(resumed, name, TINY)
+        resumed.with_seeds(name, TINY)
     lines = capsys.readouterr().out.splitlines()
     assert [line[: len("some, run 3 of 4, about 0 s left: b-1")] for line in lines] == [
         "some, run 3 of 4, about 0 s left: b-1",
         "some, run 4 of 4, about 0 s left: b-2",
     ]
-    log = study.make_run(resumed, "a-1", TINY | {"seed": 1})["log"]
+    log = resumed.make_run("a-1", TINY | {"seed": 1})["log"]
     assert resumed.seconds[0] == log[-1]["seconds"] > 0  # of the earlier command
 
 
@@ -263,11 +263,11 @@ def test_published_results_are_replaced_only_on_request(workplace: Path):
     published.parent.mkdir(parents=True)
     published.write_text("published")
     tables = {"Numbers": [{"n": 1}]}
-    study.write_results(parse_tiny_study(), tables, new_figure(2, 2))
+    parse_tiny_study().write_results(tables, new_figure(2, 2))
     assert published.read_text() == "published"
     assert Path("checkpoints/studies/results/some.csv").read_text() == "n\n1\n"
     words = "--results=experiments/results"
-    study.write_results(parse_tiny_study(words), tables, new_figure(2, 2))
+    parse_tiny_study(words).write_results(tables, new_figure(2, 2))
     assert published.read_text() == "n\n1\n"
 
 
@@ -275,7 +275,7 @@ def test_a_study_stopped_by_ctrl_c_is_resumed(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     complete, stopped = (parse_tiny_study(f"--out_dir={name}") for name in "ab")
-    expected = study.make_run(complete, "a", TINY)
+    expected = complete.make_run("a", TINY)
     with monkeypatch.context() as patch:
         train_step = Trainer.train_step
 
@@ -286,21 +286,20 @@ def test_a_study_stopped_by_ctrl_c_is_resumed(
 
         patch.setattr(Trainer, "train_step", press_ctrl_c)
         with pytest.raises(KeyboardInterrupt):
-            study.make_run(stopped, "a", TINY)
+            stopped.make_run("a", TINY)
     assert "stopped; the same command resumes it" in capsys.readouterr().out
-    assert study.make_run(stopped, "a", TINY)["val"] == expected["val"]
+    assert stopped.make_run("a", TINY)["val"] == expected["val"]
 
 
 def test_a_diverged_run_is_a_result(workplace: Path):
     some = parse_tiny_study()
     flags = TINY | {"lr_max": 1e9, "warmup_steps": 0, "arch": "gpt2"}
-    result = study.make_run(some, "a", flags)
+    result = some.make_run("a", flags)
     assert math.isinf(result["val"]) and math.isinf(result["bpb"])
     assert [record["step"] for record in result["log"]] == [0]
-    rows: list[dict[str, Any]] = [{}, {}]
-    comparison.add_differences(rows, [[1.0, 1.1], [result["val"], 1.0]])
+    rows = comparison.add_differences([{}, {}], [[1.0, 1.1], [result["val"], 1.0]])
     assert rows[1] == {"difference": "diverged", "95% from": "", "to": "", "p": ""}
-    assert study.make_run(some, "a", flags) == result
+    assert some.make_run("a", flags) == result
 
 
 def test_the_time_of_the_steps_excludes_evaluations():
@@ -343,9 +342,9 @@ def test_a_known_law_is_recovered_from_its_profiles():
     best = {c: G * (c / 6) ** (BETA / (ALPHA + BETA)) for c in (*budgets, 1.6e20)}
     shifts = (0.45, 0.6, 1.1, 1.5, 2.2)  # sizes around the best one, which is not among them
     losses = {
-        c: {round(x * best[c]): hoffmann_loss(x * best[c], c) for x in shifts} for c in budgets
+        c: {round(x * best[c]): [hoffmann_loss(x * best[c], c)] for x in shifts} for c in budgets
     }
-    found = scaling.best_sizes(losses)
+    found = scaling.best_sizes(losses, comparison.mean)
     for budget in budgets:
         assert found[budget].weights == pytest.approx(best[budget], rel=0.05)
         assert found[budget].tokens * found[budget].weights * 6 == pytest.approx(budget)
@@ -506,7 +505,7 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
 
 
 def test_an_ensemble_predicts_the_mean_probability(workplace: Path, capsys: Any):
-    runs = [study.make_run(parse_tiny_study(), f"{n}", TINY | {"seed": n}) for n in (1, 2)]
+    runs = [parse_tiny_study().make_run(f"{n}", TINY | {"seed": n}) for n in (1, 2)]
     paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
     capsys.readouterr()
     assert ensemble.main([*paths, "--device=cpu"]) == 0
@@ -527,7 +526,7 @@ def test_an_ensemble_predicts_the_mean_probability(workplace: Path, capsys: Any)
 
 def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
     short = {"block_size": 8}
-    runs = [study.make_run(parse_tiny_study(), f"{i}", TINY | f) for i, f in enumerate(({}, short))]
+    runs = [parse_tiny_study().make_run(f"{i}", TINY | f) for i, f in enumerate(({}, short))]
     paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
     with pytest.raises(UserError, match="two or more checkpoints"):
         ensemble.main(paths[:1])

@@ -16,6 +16,7 @@ import train
 from config import GPTConfig
 from experiments import comparison, mistakes, optimizers, provenance, study
 from model import GPT
+from viz.curve import BLUE, ORANGE, new_figure
 
 MODEL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "block_size": 8}
 X = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
@@ -25,7 +26,7 @@ Y = torch.tensor([[1, 4, 1, 5, 2, 6, 5, 3]])
 def tiny_trainer(**flags: Any) -> train.Trainer:
     """A trainer; it makes the mistake in whose context it is called."""
     some = study.parse_study("some", ["--device=cpu"], "")
-    return study.make_trainer(some, TINY | MODEL | {"warmup_steps": 0} | flags)
+    return some.make_trainer(TINY | MODEL | {"warmup_steps": 0} | flags)
 
 
 # --- statistics
@@ -46,11 +47,9 @@ def test_differences_without_variance():
 
 def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
     assert math.isnan(comparison.margin([1.0]))
-    assert comparison.margin([1.0, math.inf]) == math.inf
-    rows: list[dict[str, Any]] = [{}, {}]
-    comparison.add_differences(rows, [[1.0], [1.5]])
+    assert math.isnan(comparison.margin([1.0, math.inf]))
+    rows = comparison.add_differences([{}, {}], [[1.0], [1.5]])
     assert rows[1]["difference"] == 0.5 and rows[1]["p"] == "" and math.isnan(rows[1]["to"])
-    assert not comparison.is_significant(rows[1])
 
 
 def test_p_values_are_corrected_by_holm():
@@ -62,10 +61,9 @@ def test_p_values_are_corrected_by_holm():
 
 def test_differences_are_paired_by_seed():
     base = [1.0, 2.0, 3.0]  # chance is large, and common to both
-    rows: list[dict[str, Any]] = [{"name": name} for name in "abc"]
-    comparison.add_differences(rows, [base, [1.1, 2.1, 3.11], [3.0, 1.0, 2.0]])
+    named = [{"name": name} for name in "abc"]
+    rows = comparison.add_differences(named, [base, [1.1, 2.1, 3.11], [3.0, 1.0, 2.0]])
     assert list(rows[0].values()) == ["a", "", "", "", ""]
-    assert comparison.is_significant(rows[1]) and not comparison.is_significant(rows[2])
     # differences 0.1, 0.1, 0.11: standard error 0.01 / 3; t = 31, 2 degrees of freedom
     half = 4.30265 * 0.01 / 3
     assert rows[1]["difference"] == pytest.approx(0.31 / 3)
@@ -76,10 +74,23 @@ def test_differences_are_paired_by_seed():
 
 
 def test_rows_are_compared_to_their_own_bases():
-    rows: list[dict[str, Any]] = [{} for _ in range(4)]
     values = [[1.0, 1.0], [2.0, 2.5], [5.0, 5.0], [4.0, 4.5]]
-    comparison.add_differences(rows, values, bases=[0, 0, 2, 2])
+    rows = comparison.add_differences([{}, {}, {}, {}], values, bases=[0, 0, 2, 2])
     assert [row["difference"] for row in rows] == ["", 1.25, "", -0.75]
+
+
+def test_differences_are_plotted_with_their_significance():
+    losses = {"base": [1.0, 2.0, 3.0], "worse": [1.1, 2.1, 3.11], "other": [3.0, 1.0, 2.0]}
+    runs = {name: [{"val": v} for v in values] for name, values in losses.items()}
+    runs["lost"] = [{"val": math.inf}] * 3
+    axes = new_figure(4, 4).subplots()
+    comparison.plot_differences(axes, comparison.compare("name", runs), runs, "Title")
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_color() for line in dots] == [ORANGE, BLUE]
+    assert dots[1].get_xdata() == pytest.approx([2.0, -1.0, -1.0])
+    assert [line.get_ydata()[0] for line in dots] == [1, 2]  # the base, 0, is not drawn
+    assert [text.get_text() for text in axes.texts] == [" diverged"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(runs)
 
 
 def test_small_p_values_and_signs_in_tables():
@@ -93,8 +104,8 @@ def test_small_p_values_and_signs_in_tables():
 def test_results_are_accompanied_by_a_record(workplace: Path):
     words = ["--device=cpu", "--quick", "--data=data/input.txt", "--out_dir=somewhere"]
     some = study.parse_study("some", words, "")
-    study.with_seeds(some, "a", TINY)
-    study.write_results(some, {"Numbers": [{"n": 1}]}, mistakes.new_figure(2, 2))
+    some.with_seeds("a", TINY)
+    some.write_results({"Numbers": [{"n": 1}]}, new_figure(2, 2))
     record = json.loads(Path("checkpoints/studies/results/some_quick.json").read_text())
     assert record["command"] == ("python -m experiments.some --quick --seeds 3 --data input.txt")
     (made,) = record["made by"]
@@ -113,10 +124,10 @@ def test_results_are_accompanied_by_a_record(workplace: Path):
 def test_the_record_of_a_run_is_kept_with_it(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     some = study.parse_study("some", ["--device=cpu"], "")
     monkeypatch.setattr(provenance, "git_commit", lambda: "old")
-    study.make_run(some, "a", TINY)
+    some.make_run("a", TINY)
     monkeypatch.setattr(provenance, "git_commit", lambda: "new")
     for name in "ab":
-        study.make_run(some, name, TINY)
+        some.make_run(name, TINY)
     assert [record["commit"] for record in some.records] == ["old", "old", "new"]
     assert "commit old and commit new" in provenance.describe(some.records)
 
@@ -315,7 +326,7 @@ def test_the_grid_is_extended_until_the_best_rate_is_inside(monkeypatch: pytest.
         assert flags["seed"] == 0
         return {"val": (math.log10(flags["lr_max"]) + 0.5) ** 2}  # the best rate is 0.32
 
-    monkeypatch.setattr(optimizers, "make_run", parabola)
+    monkeypatch.setattr(study.Study, "make_run", parabola)
     some = study.parse_study("some", ["--device=cpu"], "")
     losses = optimizers.tune(some, "AdamW")
     assert tried == [0.00032, 0.001, 0.0032, 0.01, 0.032, 0.1, 0.32, 1.0]
