@@ -6,8 +6,8 @@ AdamW has the learning rate of the laptop preset, all other variants that of the
 that is tuned for the variant could make a difference smaller.
 """
 
-from experiments.comparison import compare, plot_differences
-from experiments.study import parse_study
+from experiments.comparison import plot_differences
+from experiments.study import compare, parse_study, val_losses
 from system.errors import run
 from training.setup import Flags
 from viz.curve import new_figure
@@ -37,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     study.n_runs = len(VARIANTS) * study.config.seeds
     base = {"preset": "fast"} | (QUICK if study.config.quick else {})
     runs = study.train_variants(base, VARIANTS)
-    rows = compare("variant", runs)
+    rows = compare(runs, lambda name: {"variant": name})
+    losses = {name: val_losses(some) for name, some in runs.items()}
     figure = new_figure(8, 5)
-    plot_differences(figure.subplots(), rows, runs, "Without one part of the fast preset")
+    plot_differences(figure.subplots(), rows, losses, "Without one part of the fast preset")
     study.write_results({"One part at a time": rows}, figure)
     return 0
 

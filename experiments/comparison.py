@@ -9,14 +9,12 @@ study tests many variants at once, and of twenty without any effect one would be
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from viz.curve import BLUE, ORANGE
-from viz.runs import read_run
 
 try:
     from scipy import stats
@@ -24,8 +22,6 @@ except ImportError:
     sys.exit("error: the studies need SciPy: pip install scipy")
 
 Row = dict[str, Any]  # of a table: column -> value
-Result = dict[str, Any]  # of a run: see `Study.make_run`
-Runs = dict[str, list[Result]]  # variant -> a run per seed
 
 COLUMNS = ("difference", "95% from", "to", "p")  # that `add_differences` adds to a table
 SIGNIFICANT = 0.05  # p-values below it
@@ -103,47 +99,6 @@ def add_differences(
     return rows
 
 
-# --- runs
-
-
-def log_values(result: Result, key: str) -> list[float]:
-    """A metric of each evaluation of a run."""
-    return [record[key] for record in result["log"]]
-
-
-def gradient_norms(runs: list[Result]) -> list[float]:
-    """The norm of the gradient before clipping, for each step of runs with log_every 1."""
-    logs = [read_run(Path(result["flags"]["out_dir"])).steps for result in runs]
-    return [line["grad_norm"] for steps in logs for line in steps if line["grad_norm"] is not None]
-
-
-def val_losses(runs: list[Result]) -> list[float]:
-    """The validation loss of each run."""
-    return [result["val"] for result in runs]
-
-
-def loss_columns(runs: list[Result]) -> Row:
-    """The mean of the validation losses, with the half width of its confidence interval."""
-    return mean_columns("validation loss", val_losses(runs))
-
-
-def time_column(runs: list[Result]) -> Row:
-    """The mean time of a training step, rounded."""
-    return {"ms per step": round(mean([result["ms_per_step"] for result in runs]), 1)}
-
-
-def compare(
-    column: str, runs: Runs, details: Callable[[str], Row] = lambda name: {}, timed: bool = False
-) -> list[Row]:
-    """A row for each variant: its name, the columns that details(name) returns, the loss, if timed
-    the time of a step, and the differences to the first variant."""
-    rows = []
-    for name, some in runs.items():
-        row = {column: name, **details(name), **loss_columns(some)}
-        rows.append(row | (time_column(some) if timed else {}))
-    return add_differences(rows, map(val_losses, runs.values()))
-
-
 # --- plots
 
 
@@ -159,14 +114,15 @@ def plot_seeds(axes: Axes, groups: dict[str, list[float]], colors: Sequence[str]
     axes.invert_yaxis()
 
 
-def plot_differences(axes: Axes, rows: list[Row], runs: Runs, title: str) -> None:
-    """The differences of the validation losses of each variant to those of the first one. rows:
-    those of `compare`, for the colors."""
-    (base, first), *others = runs.items()
+def plot_differences(
+    axes: Axes, rows: list[Row], losses: dict[str, list[float]], title: str
+) -> None:
+    """The differences of the losses of each variant to those of the first one. rows: those of
+    `add_differences`, for the colors."""
+    (base, first), *others = losses.items()
     groups: dict[str, list[float]] = {base: []}
-    for name, some in others:
-        pairs = zip(val_losses(first), val_losses(some), strict=True)
-        groups[name] = [b - a for a, b in pairs]
+    for name, values in others:
+        groups[name] = [b - a for a, b in zip(first, values, strict=True)]
     significant = [isinstance(row["p"], float) and row["p"] < SIGNIFICANT for row in rows]
     axes.axvline(0, color="gray", linewidth=1)
     plot_seeds(axes, groups, [ORANGE if yes else BLUE for yes in significant])

@@ -9,8 +9,8 @@ import math
 from matplotlib.axes import Axes
 
 from config import train_settings
-from experiments.comparison import LOSS, Row, Runs, compare, log_values, loss_columns, mean
-from experiments.study import Study, parse_study
+from experiments.comparison import LOSS, Row, mean
+from experiments.study import Runs, Study, compare, log_values, loss_columns, parse_study
 from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
@@ -148,11 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     base |= {"lr_max": best_rate(rates)}
     schedules, accumulation = train_schedules(study, base), train_accumulation(study, base)
     pairs = range_test(study, base)
-    schedule_rows = compare("schedule", schedules)
+    schedule_rows = compare(schedules, lambda name: {"schedule": name})
     tables = {
         "Rate by window": rates,
         "Schedules": schedule_rows,
-        "Accumulation": compare("batches per step", accumulation, timed=True),
+        "Accumulation": compare(accumulation, lambda name: {"batches per step": name}, timed=True),
         "Range test": [
             {"learning rate": f"{rate:.1e}", "training loss": loss} for rate, loss in pairs[::10]
         ],

@@ -9,11 +9,10 @@ loss is that of the last token of windows of text that no run reads, given only 
 it, which is what a sampler needs.
 """
 
-import contextlib
 import math
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,17 @@ import model as model_parts
 import train
 from corpus.corpus import Corpus
 from experiments import study as studies
-from experiments.comparison import (
+from experiments.comparison import Row, add_differences, mean, mean_columns
+from experiments.study import (
     Result,
-    Row,
     Runs,
-    add_differences,
+    Study,
+    folder_name,
     gradient_norms,
+    kept,
     log_values,
-    mean,
-    mean_columns,
+    parse_study,
 )
-from experiments.study import Study, folder_name, kept, parse_study
 from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
 from system.errors import run
 from training.setup import Flags
@@ -101,7 +100,7 @@ class LateClipping(train.Trainer):
 class NoEvalMode(train.Trainer):
     """Evaluates and samples without model.eval(): dropout stays on."""
 
-    @contextlib.contextmanager
+    @contextmanager
     def eval_mode(self) -> Iterator[None]:
         with torch.no_grad():
             yield
@@ -130,12 +129,11 @@ class Mistake:
 
     sign: str
     flags: Flags = field(default_factory=dict)
-    replacement: tuple[Any, str, Any] | None = None  # the owner of a part, its name, the new part
+    # The owner of a part, its name, and the new part; by default it is the same.
+    replacement: tuple[Any, str, Any] = (train, "Trainer", train.Trainer)
 
     def context(self) -> AbstractContextManager[Any]:
         """Within it, the mistake is made."""
-        if not self.replacement:
-            return contextlib.nullcontext()
         return patch.object(*self.replacement)
 
 

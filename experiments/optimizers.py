@@ -8,35 +8,22 @@ gradients clipped to a norm of 1, no weight decay (SGD's depends on the learning
 of clipping are compared at the rates that were tuned for a threshold of 1.
 """
 
-import contextlib
 import math
 import statistics
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
 from matplotlib.axes import Axes
 
 import train
-from experiments.comparison import (
-    LOSS,
-    Result,
-    Row,
-    Runs,
-    add_differences,
-    compare,
-    gradient_norms,
-    log_values,
-    loss_columns,
-    plot_band,
-    val_losses,
-)
-from experiments.study import Study, parse_study
+from experiments.comparison import LOSS, Row, plot_band
+from experiments.study import Runs, Study, compare, gradient_norms, log_values, parse_study
 from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
 Tuning = dict[str, dict[float, float]]  # optimizer -> learning rate -> validation loss
-Clipped = dict[tuple[str, float], list[Result]]  # (optimizer, threshold) -> a run per seed
 
 
 class PlainSGD(train.Trainer):
@@ -79,9 +66,9 @@ def named_flags(study: Study, name: str, rate: float, clip: float) -> tuple[str,
     return f"{name.replace(' ', '-')}-rate{rate:g}-clip{clip:g}", flags
 
 
-def trainer_of(name: str) -> contextlib.AbstractContextManager[Any]:
+def trainer_of(name: str) -> AbstractContextManager[Any]:
     """The context in which an optimizer trains."""
-    return patch.object(train, "Trainer", PlainSGD) if name == "SGD" else contextlib.nullcontext()
+    return patch.object(train, "Trainer", PlainSGD if name == "SGD" else train.Trainer)
 
 
 def tune(study: Study, name: str) -> dict[float, float]:
@@ -127,25 +114,23 @@ def tuning_rows(tuning: Tuning) -> list[Row]:
     ]
 
 
-def clipping_rows(clipped: Clipped) -> list[Row]:
+def clipping_rows(clipped: Runs) -> list[Row]:
     """A row per optimizer and threshold; differences are to no clipping."""
-    rows: list[Row] = []
-    for (name, clip), results in clipped.items():
-        norms = gradient_norms(results)
+
+    def columns(variant: tuple[str, float]) -> Row:
+        name, clip = variant
+        norms = gradient_norms(clipped[variant])
         share = sum(norm > (clip or math.inf) for norm in norms) / len(norms)
-        rows.append(
-            {
-                "optimizer": name,
-                "threshold": f"{clip:g}" if clip else "none",
-                "clipped steps": f"{share:.0%}",
-                "median gradient norm": statistics.median(norms),
-                "highest": max(norms),
-                **loss_columns(results),
-            }
-        )
+        return {
+            "optimizer": name,
+            "threshold": f"{clip:g}" if clip else "none",
+            "clipped steps": f"{share:.0%}",
+            "median gradient norm": statistics.median(norms),
+            "highest": max(norms),
+        }
+
     names = [name for name, _ in clipped]
-    bases = [names.index(name) for name in names]
-    return add_differences(rows, map(val_losses, clipped.values()), bases)
+    return compare(clipped, columns, bases=[names.index(name) for name in names])
 
 
 # --- the figure
@@ -173,7 +158,7 @@ def plot_tuning(axes: Axes, tuning: Tuning) -> None:
     axes.set_title("Tuning: one seed, colors as on the left")
 
 
-def plot_norms(axes: Axes, name: str, clipped: Clipped) -> None:
+def plot_norms(axes: Axes, name: str, clipped: Runs) -> None:
     """The gradient norms of the first seed for each threshold, which is a dotted line."""
     highest = 0.0
     for clip, color in zip(THRESHOLDS, COLORS, strict=False):
@@ -200,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
             tuning[name] = tune(study, name)
             best[name] = best_rate(tuning[name])
             runs[name] = study.with_seeds(*named_flags(study, name, best[name], CLIP))
-    clipped: Clipped = {}
+    clipped: Runs = {}
     for name in CLIPPED:
         for clip in THRESHOLDS:
             clipped[name, clip] = runs[name]
@@ -208,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
                 with trainer_of(name):
                     folder, flags = named_flags(study, name, best[name], clip)
                     clipped[name, clip] = study.with_seeds(folder, flags)
-    rows = compare("optimizer", runs, lambda name: {"learning rate": f"{best[name]:g}"}, timed=True)
+    rates = {name: {"optimizer": name, "learning rate": f"{best[name]:g}"} for name in FLAGS}
     figure = new_figure(12, 8.5)
     panels = figure.subplots(2, 2)
     plot_curves(panels[0, 0], best, runs)
@@ -216,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     for axes, name in zip(panels[1], CLIPPED, strict=True):
         plot_norms(axes, name, clipped)
     tables = {
-        "Optimizers at their best learning rates": rows,
+        "Optimizers at their best learning rates": compare(runs, rates.__getitem__, timed=True),
         "Clipping": clipping_rows(clipped),
         "Tuning": tuning_rows(tuning),
     }

@@ -23,17 +23,8 @@ import torch
 from matplotlib.axes import Axes
 
 from config import GPTConfig
-from experiments.comparison import (
-    LOSS,
-    Row,
-    loss_columns,
-    margin,
-    mean,
-    mean_columns,
-    time_column,
-    val_losses,
-)
-from experiments.study import Study, parse_study
+from experiments.comparison import LOSS, Row, margin, mean, mean_columns
+from experiments.study import Study, loss_columns, parse_study, val_losses
 from model import GPT
 from system.errors import run
 from system.settings import from_dict
@@ -183,8 +174,7 @@ def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Ro
         "weights": n,
         "steps": steps,
         "tokens": steps * tokens_per_step,
-        **loss_columns(runs),
-        **time_column(runs),
+        **loss_columns(runs, timed=True),
     }
     return row, val_losses(runs)
 

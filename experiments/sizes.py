@@ -5,25 +5,11 @@ python -m experiments.sizes --quick
 
 from matplotlib.axes import Axes
 
-from experiments.comparison import (
-    LOSS,
-    Result,
-    Row,
-    Runs,
-    add_differences,
-    log_values,
-    loss_columns,
-    margin,
-    mean,
-    mean_columns,
-    val_losses,
-)
-from experiments.study import Study, kept, parse_study
+from experiments.comparison import LOSS, Row, add_differences, margin, mean, mean_columns
+from experiments.study import Runs, Study, kept, log_values, loss_columns, parse_study, val_losses
 from system.errors import run
 from training.setup import Flags
 from viz.curve import BLUE, GREEN, ORANGE, new_figure
-
-TextRuns = dict[tuple[str, float], list[Result]]  # (amount of text, dropout) -> a run per seed
 
 SIZES: dict[bool, dict[str, Flags]] = {  # by --quick; the second size is the reference
     True: {
@@ -62,9 +48,9 @@ def equal_time(study: Study, base: Flags, timed: Runs) -> Runs:
     }
 
 
-def little_text(study: Study, base: Flags) -> TextRuns:
+def little_text(study: Study, base: Flags) -> Runs:
     """The middle size on a share of the text, with and without dropout, for three times as many
-    steps."""
+    steps. A variant is (amount of text, dropout)."""
     _, size, *_ = SIZES[study.config.quick].values()
     base = with_evaluations(base | size, 3 * base["max_steps"])
     return {
@@ -94,7 +80,7 @@ def size_rows(equal: str, group: Runs) -> list[Row]:
     ]
 
 
-def overfitting_rows(text_runs: TextRuns) -> list[Row]:
+def overfitting_rows(text_runs: Runs) -> list[Row]:
     """A row per amount of text and dropout: the best loss, and the loss at the end. Differences are
     to the same text without dropout."""
     rows = []
@@ -125,7 +111,7 @@ def plot_sizes(axes: Axes, group: Runs, color: str, label: str) -> None:
         axes.errorbar(x, mean(losses), margin(losses), fmt="_", color=color, capsize=4)
 
 
-def plot_overfitting(axes: Axes, text_runs: TextRuns) -> None:
+def plot_overfitting(axes: Axes, text_runs: Runs) -> None:
     """Loss over steps, by share of the text and dropout."""
     colors = dict(zip(SHARES, (ORANGE, GREEN, BLUE), strict=True))
     for (name, dropout), (result, *_) in text_runs.items():

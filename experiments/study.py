@@ -17,6 +17,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import train
 from config import DEVICE_HELP, TrainConfig, train_settings
 from corpus.corpus import Corpus, check_length
 from corpus.load import load_corpus
-from experiments.comparison import Result, Row, Runs, mean
+from experiments.comparison import Row, add_differences, mean, mean_columns
 from experiments.provenance import describe, run_record
 from model import GPT
 from system.command_line import parse_args
@@ -40,6 +41,9 @@ from training.task import Pretraining
 from utils import read_checkpoint
 from viz.curve import save_figure
 from viz.runs import read_run
+
+Result = dict[str, Any]  # of a run: see `Study.make_run`
+Runs = dict[Any, list[Result]]  # variant -> a run per seed
 
 NOT_RECORDED = ("out_dir", "results", "device")  # flags that do not change what is trained
 TABLE_NOTE = """\
@@ -61,6 +65,52 @@ class StudyConfig:
         "folder of the tables and plots; experiments/results replaces the published ones",
     )
     device: str = setting("auto", DEVICE_HELP)
+
+
+# --- numbers of runs
+
+
+def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
+    """The time of a run's training steps, without evaluations: seconds in total, ms_per_step."""
+    steps = [record["step"] for record in log]
+    ms = [record["ms_per_step"] or 0.0 for record in log[1:]]  # None after only one step
+    spans = [b - a for a, b in itertools.pairwise(steps)]
+    seconds = sum(n * m / 1000 for n, m in zip(spans, ms, strict=True))
+    return {"seconds": seconds, "ms_per_step": 1000 * seconds / max(1, steps[-1])}
+
+
+def log_values(result: Result, key: str) -> list[float]:
+    """A metric of each evaluation of a run."""
+    return [record[key] for record in result["log"]]
+
+
+def gradient_norms(runs: list[Result]) -> list[float]:
+    """The norm of the gradient before clipping, for each step of runs with log_every 1."""
+    logs = [read_run(Path(result["flags"]["out_dir"])).steps for result in runs]
+    return [line["grad_norm"] for steps in logs for line in steps if line["grad_norm"] is not None]
+
+
+def val_losses(runs: list[Result]) -> list[float]:
+    """The validation loss of each run."""
+    return [result["val"] for result in runs]
+
+
+def loss_columns(runs: list[Result], timed: bool = False) -> Row:
+    """The mean of the validation losses, with the half width of its confidence interval; if timed,
+    also the mean time of a training step."""
+    ms = round(mean([result["ms_per_step"] for result in runs]), 1)
+    return mean_columns("validation loss", val_losses(runs)) | (
+        {"ms per step": ms} if timed else {}
+    )
+
+
+def compare(
+    runs: Runs, columns: Callable[[Any], Row], timed: bool = False, bases: list[int] | None = None
+) -> list[Row]:
+    """A row for each variant: the columns that columns(variant) returns, those of `loss_columns`,
+    and those of `add_differences`."""
+    rows = [columns(variant) | loss_columns(some, timed) for variant, some in runs.items()]
+    return add_differences(rows, map(val_losses, runs.values()), bases)
 
 
 # --- tables and files
@@ -117,30 +167,7 @@ def write_file(path: Path, text: str) -> None:
 # --- studies
 
 
-def format_duration(seconds: float) -> str:
-    """A duration in one unit.
-
-    >>> [format_duration(s) for s in (59, 60, 5000, 8000)]
-    ['59 s', '1 min', '83 min', '2.2 h']
-    """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
-    """The time of a run's training steps, without evaluations: seconds in total, ms_per_step."""
-    steps = [record["step"] for record in log]
-    ms = [record["ms_per_step"] or 0.0 for record in log[1:]]  # None after only one step
-    spans = [b - a for a, b in itertools.pairwise(steps)]
-    seconds = sum(n * m / 1000 for n, m in zip(spans, ms, strict=True))
-    return {"seconds": seconds, "ms_per_step": 1000 * seconds / max(1, steps[-1])}
-
-
-@functools.lru_cache(maxsize=4)
-def cached_corpus(data: str, tokenizer: str, bpe_vocab_size: int) -> tuple[Tokenizer, Corpus]:
-    """`load_corpus`, once for all runs that share a text and a tokenizer."""
-    return load_corpus(data, tokenizer, bpe_vocab_size)
+cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs share a corpus
 
 
 @dataclass
@@ -170,9 +197,11 @@ class Study:
         """Which run is next, and about how long the rest will take if the remaining runs take as
         long as the finished ones."""
         n_done = len(self.seconds)
-        left = (self.n_runs - n_done) * mean(self.seconds) if n_done else 0
-        about = f", about {format_duration(left)} left" if n_done else ""
-        return f"run {n_done + 1} of {self.n_runs}{about}"
+        progress = f"run {n_done + 1} of {self.n_runs}"
+        if n_done:
+            left = round((self.n_runs - n_done) * mean(self.seconds))
+            progress += f", about {timedelta(seconds=left)} left"
+        return progress
 
     def corpus(self, flags: Flags) -> tuple[Tokenizer, Corpus]:
         """The tokenizer and the corpus of a run with these flags."""
@@ -320,8 +349,7 @@ def command_of(name: str, configs: list[Any], data: str) -> str:
             value, default = getattr(config, f.name), data if f.name == "data" else f.default
             if f.name in NOT_RECORDED or (value == default and f.name != "seeds"):
                 continue
-            if isinstance(value, bool):
-                words += ["--" + "no-" * (not value) + f.name]
-            else:
-                words += [f"--{f.name}", Path(value).name if f.name == "data" else f"{value}"]
+            words.append(f"--{f.name}")
+            if value is not True:
+                words.append(Path(value).name if f.name == "data" else f"{value}")
     return shlex.join(words)

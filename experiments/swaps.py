@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
 from config import GPTConfig, SampleConfig
-from experiments.comparison import Row, compare, plot_differences
-from experiments.study import parse_study
+from experiments.comparison import Row, plot_differences
+from experiments.study import compare, parse_study, val_losses
 from generate import generate
 from model import GPT
 from system.errors import run
@@ -91,11 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     study.n_runs = len(SWAPS) * study.config.seeds
     base = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL)
     runs = study.train_variants(base, SWAPS)
-    rows = compare("swap", runs, lambda name: {"parameters": runs[name][0]["params"]}, timed=True)
+    params = {name: some[0]["params"] for name, some in runs.items()}
+    rows = compare(runs, lambda name: {"swap": name, "parameters": params[name]}, timed=True)
     cache_rows = cache_speed(study.device, study.config.quick)
+    losses = {name: val_losses(some) for name, some in runs.items()}
     figure = new_figure(11, 5)
     left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    plot_differences(left, rows, runs, "One component at a time")
+    plot_differences(left, rows, losses, "One component at a time")
     plot_cache(right, cache_rows)
     tables = {"One component at a time": rows, "Cache: speed of generation": cache_rows}
     study.write_results(tables, figure)

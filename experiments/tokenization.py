@@ -19,17 +19,8 @@ from matplotlib.axes import Axes
 
 from corpus.encodings import from_tiktoken
 from corpus.load import is_dataset
-from experiments.comparison import (
-    Row,
-    Runs,
-    add_differences,
-    log_values,
-    mean,
-    mean_columns,
-    plot_seeds,
-    val_losses,
-)
-from experiments.study import Study, parse_study, write_json
+from experiments.comparison import Row, add_differences, mean, mean_columns, plot_seeds
+from experiments.study import Runs, Study, log_values, parse_study, val_losses, write_json
 from system.errors import run
 from system.settings import UserError, setting
 from training.setup import Flags
