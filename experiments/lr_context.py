@@ -4,6 +4,7 @@ divergence; and gradient accumulation compared with large batches.
     python -m experiments.lr_context --quick
 """
 
+import itertools
 import math
 
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ FULL: Flags = {"preset": "medium"}
 RATES = {True: (1e-3, 3e-3, 1e-2, 3e-2), False: (3e-4, 1e-3, 2e-3, 4e-3)}  # by --quick
 WINDOWS = {True: (32, 128, 256), False: (64, 256, 1024)}
 MICRO_BATCHES = (1, 2, 4)
+STYLES = ("-", "--", ":")  # of their curves
 SCHEDULES: dict[str, Flags] = {
     "cosine to 0": {"schedule": "cosine"},
     "cosine to a tenth": {"schedule": "cosine", "lr_min": 0.1},  # times the peak
@@ -40,11 +42,11 @@ def compare_rates(study: Study, base: Flags) -> list[Row]:
     """Each peak learning rate with each window length, with the same number of tokens per step."""
     rows = []
     tokens = base["batch_size"] * base["block_size"]
-    for window in WINDOWS[study.config.quick]:
-        for rate in RATES[study.config.quick]:
-            flags = base | {"block_size": window, "batch_size": tokens // window, "lr_max": rate}
-            runs = study.with_seeds(f"window{window}-rate{rate:g}", flags)
-            rows.append({"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)})
+    quick = study.config.quick
+    for window, rate in itertools.product(WINDOWS[quick], RATES[quick]):
+        flags = base | {"block_size": window, "batch_size": tokens // window, "lr_max": rate}
+        runs = study.with_seeds(f"window{window}-rate{rate:g}", flags)
+        rows.append({"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)})
     return rows
 
 
@@ -100,8 +102,7 @@ def plot_rates(axes: Axes, rows: list[Row]) -> None:
     for color, window in zip(COLORS, sorted({row["window"] for row in rows}), strict=False):
         chosen = [row for row in rows if row["window"] == window]
         rates = [float(row["peak rate"]) for row in chosen]
-        losses = [row["validation loss"] for row in chosen]
-        bars = [row["95% margin"] for row in chosen]
+        losses, bars = ([row[key] for row in chosen] for key in ("validation loss", "95% margin"))
         label = f"window {window}"
         axes.errorbar(rates, losses, bars, fmt="o-", capsize=3, color=color, label=label)
     axes.set(xscale="log", xlabel="peak learning rate", ylabel=LOSS)
@@ -113,9 +114,8 @@ def plot_range(axes: Axes, pairs: list[tuple[float, float]]) -> None:
     axes.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
     best, _ = min(pairs, key=lambda pair: pair[1])
     axes.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
-    axes.set_xlabel("learning rate, growing every step")
+    axes.set(title="Learning-rate range test", xlabel="learning rate, growing every step")
     axes.set_ylabel("training loss (nats per token), smoothed")
-    axes.set_title("Learning-rate range test")
     axes.legend()
 
 
@@ -129,8 +129,7 @@ def plot_schedules(axes: Axes, rows: list[Row]) -> None:
 
 def plot_accumulation(axes: Axes, runs: Runs) -> None:
     """The curves of the first seed."""
-    styles = zip(COLORS, ("-", "--", ":"), strict=False)
-    for (color, style), (name, (result, *_)) in zip(styles, runs.items(), strict=False):
+    for (name, (result, *_)), color, style in zip(runs.items(), COLORS, STYLES, strict=False):
         steps, losses = log_values(result, "step"), log_values(result, "val")
         axes.plot(steps, losses, style, color=color, label=name, linewidth=2)
     axes.set(xlabel="step", ylabel=LOSS, title="Gradient accumulation")
@@ -152,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     tables = {
         "Rate by window": rates,
         "Schedules": schedule_rows,
-        "Accumulation": compare(accumulation, lambda name: {"batches per step": name}, timed=True),
+        "Accumulation": compare(accumulation, lambda n: {"batches per step": n}, timed=True),
         "Range test": [
             {"learning rate": f"{rate:.1e}", "training loss": loss} for rate, loss in pairs[::10]
         ],

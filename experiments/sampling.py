@@ -17,7 +17,6 @@ small part of the text, read many times.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,12 +90,12 @@ def sample_config(plan: Plan, **settings: Any) -> SampleConfig:
     return SampleConfig(num_samples=plan.num_samples, max_new_tokens=plan.length, **settings)
 
 
-def split_loss(model: GPT, corpus: Corpus, split: str, doc_mask: bool) -> float:
+def split_loss(model: GPT, corpus: Corpus, split: str, train_config: dict[str, Any]) -> float:
     """The mean loss over the validation split, or over as much of the training split, in nats per
-    token."""
+    token. train_config: of the checkpoint; attention may be limited to documents."""
     corpus = replace(corpus, train_ids=corpus.train_ids[: len(corpus.val_ids)])
     config = EvaluateConfig(split=split, precision="float32")
-    return evaluate_split(model, corpus, config, doc_mask)["loss"]
+    return evaluate_split(model, corpus, config, bool(train_config.get("doc_mask")))["loss"]
 
 
 def table_row(point: Point) -> Row:
@@ -186,17 +185,24 @@ def evaluate_models(
     train_text = tokenizer.decode(corpus.train_ids[:].tolist())
     known = set(split_words(train_text))
     points = []
-    for step, model, doc_mask in saved_models(study, paths):
-        seeds = range(study.config.seeds)
-        texts = [sample_text(model, tokenizer, sample_config(plan, seed=seed)) for seed in seeds]
+    for i, path in enumerate([paths[0], *paths]):
+        model, _, state = load_checkpoint(path, study.device)
+        step, config = state["step"], state["train_config"]
+        if i == 0:
+            torch.manual_seed(config["seed"])
+            step, model = 0, GPT(model.config).to(study.device).eval()
+        texts = [
+            sample_text(model, tokenizer, sample_config(plan, seed=seed))
+            for seed in range(study.config.seeds)
+        ]
         ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
         copied = [[longest_copy(text, train_text) for text in by_seed] for by_seed in texts]
         sample = texts[0][0].strip()[:SHOWN]
         points.append(
             {
                 "step": step,
-                "training loss": split_loss(model, corpus, "train", doc_mask),
-                "validation loss": split_loss(model, corpus, "val", doc_mask),
+                "training loss": split_loss(model, corpus, "train", config),
+                "validation loss": split_loss(model, corpus, "val", config),
                 WORDS: [known_share(by_seed, known) for by_seed in texts],
                 "distinct-2": [distinct_ngrams(by_seed, 2) for by_seed in ids],
                 "characters copied": [mean(by_seed) for by_seed in copied],
@@ -204,27 +210,6 @@ def evaluate_models(
             }
         )
     return points
-
-
-def saved_models(study: Study, paths: list[Path]) -> Iterator[tuple[int, GPT, bool]]:
-    """The model with untrained weights and that of each checkpoint, each with its step, and whether
-    attention is limited to documents."""
-    for path in paths:
-        model, _, state = load_checkpoint(path, study.device)
-        doc_mask = bool(state["train_config"].get("doc_mask"))
-        if path == paths[0]:
-            torch.manual_seed(state["train_config"]["seed"])
-            yield 0, GPT(model.config).to(study.device).eval(), doc_mask
-        yield state["step"], model, doc_mask
-
-
-def overfitted_run(study: Study, corpus: Corpus, plan: Plan) -> tuple[list[Path], Corpus]:
-    """The checkpoints of a run on a small part of the text, and this part as a corpus."""
-    flags = plan.overfitting | {"data": study.config.data, "seed": 1}
-    result = study.make_run("overfitted", flags, SHARE)
-    some = corpus.train_ids[: round(len(corpus.train_ids) * SHARE)]
-    checkpoints = sorted(Path(result["flags"]["out_dir"]).glob("ckpt_*.pt"))
-    return checkpoints, replace(corpus, train_ids=some)
 
 
 # --- plots
@@ -288,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         study.make_run("model", plan.flags | {"seed": 1})
     model, tokenizer, state = load_checkpoint(path, study.device)
     saved = state["train_config"]
-    data, doc_mask = study.config.data or saved["data"], bool(saved.get("doc_mask"))
+    data = study.config.data or saved["data"]
     options = {"separator": saved.get("separator", ""), "hold_out": saved.get("hold_out", True)}
     tokenizer, corpus = load_corpus(data, tokenizer=tokenizer, **options)
     if corpus.info["sha256"] != state["corpus"]["sha256"]:
@@ -298,13 +283,16 @@ def main(argv: list[str] | None = None) -> int:
     if not paths:
         print(f"there are no ckpt_*.pt next to {path}, which --save_every keeps: using it alone")
     points = sweep(model, tokenizer, plan, study.config.seeds)
-    loss = split_loss(model, corpus, "val", doc_mask)
+    loss = split_loss(model, corpus, "val", saved)
     validation = validation_statistics(corpus, tokenizer, loss, plan)
     evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus, plan)}
     if not study.options.checkpoint:
-        paths, some = overfitted_run(study, corpus, plan)
+        flags = plan.overfitting | {"data": study.config.data, "seed": 1}
+        study.make_run("overfitted", flags, SHARE)
+        paths = sorted((study.folder / "overfitted").glob("ckpt_*.pt"))
+        part = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * SHARE)])
         title = f"Overfitting, on {SHARE:.0%} of the text"
-        evaluated[title] = evaluate_models(study, paths, tokenizer, some, plan)
+        evaluated[title] = evaluate_models(study, paths, tokenizer, part, plan)
     tables = {"Sampling settings, each varied alone": [table_row(point) for point in points]}
     for title, some_points in evaluated.items():
         tables[title] = [table_row(point) for point in some_points]

@@ -71,12 +71,13 @@ class StudyConfig:
 
 
 def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
-    """The time of a run's training steps, without evaluations: seconds in total, ms_per_step."""
-    steps = [record["step"] for record in log]
-    ms = [record["ms_per_step"] or 0.0 for record in log[1:]]  # None after only one step
-    spans = [b - a for a, b in itertools.pairwise(steps)]
-    seconds = sum(n * m / 1000 for n, m in zip(spans, ms, strict=True))
-    return {"seconds": seconds, "ms_per_step": 1000 * seconds / max(1, steps[-1])}
+    """The time of a run's training steps, without evaluations: seconds in total, ms_per_step. It is
+    unknown, None, after only one step."""
+    seconds = sum(
+        (record["step"] - before["step"]) * (record["ms_per_step"] or 0.0) / 1000
+        for before, record in itertools.pairwise(log)
+    )
+    return {"seconds": seconds, "ms_per_step": 1000 * seconds / max(1, log[-1]["step"])}
 
 
 def log_values(result: Result, key: str) -> list[float]:
@@ -98,10 +99,10 @@ def val_losses(runs: list[Result]) -> list[float]:
 def loss_columns(runs: list[Result], timed: bool = False) -> Row:
     """The mean of the validation losses, with the half width of its confidence interval; if timed,
     also the mean time of a training step."""
-    ms = round(mean([result["ms_per_step"] for result in runs]), 1)
-    return mean_columns("validation loss", val_losses(runs)) | (
-        {"ms per step": ms} if timed else {}
-    )
+    columns = mean_columns("validation loss", val_losses(runs))
+    if timed:
+        columns["ms per step"] = round(mean([result["ms_per_step"] for result in runs]), 1)
+    return columns
 
 
 def compare(
@@ -260,24 +261,26 @@ class Study:
         run_dir = Path(flags["out_dir"])
         latest = run_dir / "latest.pt"
         state = read_checkpoint(latest) if latest.exists() else None
-        final = {"val": math.inf, "bpb": math.inf}  # if it diverges
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 status, _ = train.run_training(trainer, state)
         except UserError as error:
             if not str(error).startswith("diverged"):
                 raise
-        else:
-            if status:
-                print("stopped; the same command resumes it")
-                raise KeyboardInterrupt
-            summary = read_run(run_dir).final
-            final = {key: summary[key] for key in final}
-        log = read_run(run_dir).log
+            status = 0
+        if status:
+            print("stopped; the same command resumes it")
+            raise KeyboardInterrupt
+        run = read_run(run_dir)
         info = trainer.task.format.entries["corpus"]
-        record = run_record(info, trainer.config.precision, self.device)
-        params = trainer.model.num_params()
-        return final | {"params": params, "log": log, "record": record} | step_times(log)
+        return {
+            "val": run.final.get("val", math.inf),
+            "bpb": run.final.get("bpb", math.inf),
+            "params": trainer.model.num_params(),
+            "log": run.log,
+            "record": run_record(info, trainer.config.precision, self.device),
+            **step_times(run.log),
+        }
 
     def with_seeds(self, name: str, flags: Flags, share: float = 1.0) -> list[Result]:
         """`make_run` with each seed."""
