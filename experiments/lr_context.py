@@ -7,7 +7,7 @@ divergence; and gradient accumulation compared with large batches.
 import itertools
 import math
 
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from config import train_settings
 from experiments.comparison import LOSS, Row, mean
@@ -22,7 +22,6 @@ FULL: Flags = {"preset": "medium"}
 RATES = {True: (1e-3, 3e-3, 1e-2, 3e-2), False: (3e-4, 1e-3, 2e-3, 4e-3)}  # by --quick
 WINDOWS = {True: (32, 128, 256), False: (64, 256, 1024)}
 MICRO_BATCHES = (1, 2, 4)
-STYLES = ("-", "--", ":")  # of their curves
 SCHEDULES: dict[str, Flags] = {
     "cosine to 0": {"schedule": "cosine"},
     "cosine to a tenth": {"schedule": "cosine", "lr_min": 0.1},  # times the peak
@@ -95,45 +94,42 @@ def range_test(study: Study, base: Flags) -> list[tuple[float, float]]:
     return pairs
 
 
-# --- plots
+def plot(
+    rates: list[Row], pairs: list[tuple[float, float]], schedules: list[Row], accumulation: Runs
+) -> Figure:
+    figure = new_figure(10, 7.5)
+    (by_rate, by_step), (by_schedule, curves) = figure.subplots(2, 2)
 
-
-def plot_rates(axes: Axes, rows: list[Row]) -> None:
-    for color, window in zip(COLORS, sorted({row["window"] for row in rows}), strict=False):
-        chosen = [row for row in rows if row["window"] == window]
-        rates = [float(row["peak rate"]) for row in chosen]
-        losses, bars = ([row[key] for row in chosen] for key in ("validation loss", "95% margin"))
+    for color, window in zip(COLORS, sorted({row["window"] for row in rates}), strict=False):
+        rows = [row for row in rates if row["window"] == window]
+        x = [float(row["peak rate"]) for row in rows]
+        losses, bars = [row["validation loss"] for row in rows], [row["95% margin"] for row in rows]
         label = f"window {window}"
-        axes.errorbar(rates, losses, bars, fmt="o-", capsize=3, color=color, label=label)
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel=LOSS)
-    axes.set_title("Peak learning rate by window, at equal tokens")
-    axes.legend()
+        by_rate.errorbar(x, losses, bars, fmt="o-", capsize=3, color=color, label=label)
+    by_rate.set(title="Peak learning rate by window, at equal tokens", xscale="log")
+    by_rate.set(xlabel="peak learning rate", ylabel=LOSS)
 
-
-def plot_range(axes: Axes, pairs: list[tuple[float, float]]) -> None:
-    axes.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
+    by_step.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
     best, _ = min(pairs, key=lambda pair: pair[1])
-    axes.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
-    axes.set(title="Learning-rate range test", xlabel="learning rate, growing every step")
-    axes.set_ylabel("training loss (nats per token), smoothed")
-    axes.legend()
+    by_step.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
+    by_step.set(title="Learning-rate range test", xlabel="learning rate, growing every step")
+    by_step.set_ylabel("training loss (nats per token), smoothed")
 
+    names, y = [row["schedule"] for row in schedules], range(len(schedules))
+    losses = [row["validation loss"] for row in schedules]
+    bars = [row["95% margin"] for row in schedules]
+    by_schedule.errorbar(losses, y, xerr=bars, fmt="o", capsize=3, color=COLORS[0])
+    by_schedule.set_yticks(y, names)
+    by_schedule.invert_yaxis()
+    by_schedule.set(xlabel=LOSS, title="Schedule")
 
-def plot_schedules(axes: Axes, rows: list[Row]) -> None:
-    losses, bars = ([row[key] for row in rows] for key in ("validation loss", "95% margin"))
-    axes.errorbar(losses, range(len(rows)), xerr=bars, fmt="o", capsize=3, color=COLORS[0])
-    axes.set_yticks(range(len(rows)), [row["schedule"] for row in rows])
-    axes.invert_yaxis()
-    axes.set(xlabel=LOSS, title="Schedule")
-
-
-def plot_accumulation(axes: Axes, runs: Runs) -> None:
-    """The curves of the first seed."""
-    for (name, (result, *_)), color, style in zip(runs.items(), COLORS, STYLES, strict=False):
-        steps, losses = log_values(result, "step"), log_values(result, "val")
-        axes.plot(steps, losses, style, color=color, label=name, linewidth=2)
-    axes.set(xlabel="step", ylabel=LOSS, title="Gradient accumulation")
-    axes.legend()
+    for (name, (first, *_)), color, style in zip(
+        accumulation.items(), COLORS, ("-", "--", ":"), strict=False
+    ):
+        x, losses = log_values(first, "step"), log_values(first, "val")
+        curves.plot(x, losses, style, color=color, label=name, linewidth=2)
+    curves.set(xlabel="step", ylabel=LOSS, title="Gradient accumulation")
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,13 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             {"learning rate": f"{rate:.1e}", "training loss": loss} for rate, loss in pairs[::10]
         ],
     }
-    figure = new_figure(10, 7.5)
-    panels = figure.subplots(2, 2)
-    plot_rates(panels[0, 0], rates)
-    plot_range(panels[0, 1], pairs)
-    plot_schedules(panels[1, 0], schedule_rows)
-    plot_accumulation(panels[1, 1], accumulation)
-    study.write_results(tables, figure)
+    study.write_results(tables, plot(rates, pairs, schedule_rows, accumulation))
     return 0
 
 

@@ -21,7 +21,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -289,31 +288,30 @@ def sign_rows(runs: Runs, vocab_size: int) -> list[Row]:
 
 # --- the figure
 
-
-def plot_curves(axes: Axes, result: Result, colors: tuple[str, str], labels: str) -> None:
-    """The training loss, dashed, and the validation loss of the evaluations of a run."""
-    steps, (train_color, val_color) = log_values(result, "step"), colors
-    train_losses, losses = log_values(result, "train"), log_values(result, "val")
-    axes.plot(steps, train_losses, "--", color=train_color, label=f"{labels}: training loss")
-    axes.plot(steps, losses, "-", color=val_color, label=f"{labels}: validation loss")
+GRAY = "#999999"
 
 
 def plot(runs: Runs, honest: dict[str, list[float]], top: float) -> Figure:
-    """The curves of the first seed of each mistake, over those of the correct run. top: the highest
-    loss that is shown."""
+    """The curves of the first seed of each mistake, over those of the correct run: the training
+    loss, dashed, and the validation loss. top: the highest loss that is shown."""
     figure = new_figure(13, 8.5)
-    panels = figure.subplots(3, 4, sharex=True, sharey=True)
-    *others, legend = panels.flat
+    *panels, legend = figure.subplots(3, 4, sharex=True, sharey=True).flat
     correct, *names = runs
-    for axes, name in zip(others, names, strict=False):
-        plot_curves(axes, runs[correct][0], ("#999999", "#999999"), "correct")
-        plot_curves(axes, runs[name][0], (ORANGE, BLUE), "with the mistake")
-        axes.set_title(f"{name}\nhonest loss: {mean(honest[name]):.2f}", fontsize=10)
+    titles = {name: f"{name}\nhonest loss: {mean(losses):.2f}" for name, losses in honest.items()}
+    for axes, name in zip(panels, names, strict=False):
+        for shown, colors in ((correct, (GRAY, GRAY)), (name, (ORANGE, BLUE))):
+            steps = log_values(runs[shown][0], "step")
+            axes.plot(steps, log_values(runs[shown][0], "train"), "--", color=colors[0])
+            axes.plot(steps, log_values(runs[shown][0], "val"), color=colors[1])
+        axes.set_title(titles[name], fontsize=10)
         axes.set_ylim(0, top)
-    for axes in (*others[len(names) :], legend):
+    for axes in (*panels[len(names) :], legend):
         axes.axis("off")
-    legend.legend(*others[0].get_legend_handles_labels(), loc="center", frameon=False)
-    legend.set_title(f"correct\nhonest loss: {mean(honest[correct]):.2f}", fontsize=10)
+    for label, colors in (("correct", (GRAY, GRAY)), ("with the mistake", (ORANGE, BLUE))):
+        legend.plot([], "--", color=colors[0], label=f"{label}: training loss")
+        legend.plot([], color=colors[1], label=f"{label}: validation loss")
+    legend.legend(loc="center", frameon=False)
+    legend.set_title(titles[correct], fontsize=10)
     figure.supxlabel("step")
     figure.supylabel("loss (nats per token)")
     return figure

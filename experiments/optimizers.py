@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import train
 from experiments.comparison import LOSS, Row, plot_band
@@ -103,15 +103,7 @@ def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-# --- tables
-
-
-def tuning_rows(tuning: Tuning) -> list[Row]:
-    return [
-        {"optimizer": name, "learning rate": f"{rate:g}", "validation loss": loss}
-        for name, losses in tuning.items()
-        for rate, loss in losses.items()
-    ]
+# --- tables and plots
 
 
 def clipping_rows(clipped: Runs) -> list[Row]:
@@ -133,44 +125,36 @@ def clipping_rows(clipped: Runs) -> list[Row]:
     return compare(clipped, columns, bases=[names.index(name) for name in names])
 
 
-# --- the figure
-
-
-def plot_curves(axes: Axes, best: dict[str, float], runs: Runs) -> None:
-    """The validation loss over the steps, as far as all seeds got."""
+def plot(tuning: Tuning, runs: Runs, clipped: Runs) -> Figure:
+    figure = new_figure(12, 8.5)
+    (left, right), bottom = figure.subplots(2, 2)
     for (name, results), color in zip(runs.items(), COLORS, strict=False):
-        logs = [log_values(result, "val") for result in results]
-        by_step = [list(losses) for losses in zip(*logs, strict=False)]
+        logs = zip(*(log_values(result, "val") for result in results), strict=False)
+        by_step = [list(losses) for losses in logs]  # as far as all seeds got
         steps = log_values(results[0], "step")[: len(by_step)]
-        plot_band(axes, steps, by_step, "-", color, f"{name}, learning rate {best[name]:g}")
-    axes.set(xlabel="step", ylabel=LOSS)
-    axes.set_title("At the best learning rates: mean, lowest and highest seed")
-    axes.legend()
+        label = f"{name}, learning rate {best_rate(tuning[name]):g}"
+        plot_band(left, steps, by_step, "-", color, label)
+    left.set(xlabel="step", ylabel=LOSS)
+    left.set_title("At the best learning rates: mean, lowest and highest seed")
 
-
-def plot_tuning(axes: Axes, tuning: Tuning) -> None:
-    """The loss over the learning rate, without those that diverged; a star at the best one."""
     for losses, color in zip(tuning.values(), COLORS, strict=False):
         finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-        axes.semilogx(list(finite), list(finite.values()), ".-", color=color)
-        axes.plot(best_rate(losses), min(losses.values()), "*", color=color, markersize=14)
-    axes.set(xlabel="peak learning rate", ylabel=LOSS)
-    axes.set_title("Tuning: one seed, colors as on the left")
+        right.semilogx(list(finite), list(finite.values()), ".-", color=color)
+        right.plot(best_rate(losses), min(losses.values()), "*", color=color, markersize=14)
+    right.set(xlabel="peak learning rate", ylabel=LOSS)
+    right.set_title("Tuning: one seed, colors as on the left")
 
-
-def plot_norms(axes: Axes, name: str, clipped: Runs) -> None:
-    """The gradient norms of the first seed for each threshold, which is a dotted line."""
-    highest = 0.0
-    for clip, color in zip(THRESHOLDS, COLORS, strict=False):
-        norms = gradient_norms(clipped[name, clip][:1])
-        label = f"clipped to {clip:g}" if clip else "not clipped"
-        axes.semilogy(norms, color=color, linewidth=0.8, label=label)
-        if clip:
-            axes.axhline(clip, color=color, linestyle=":")
-        highest = max(highest, *norms)
-    axes.set_ylim(top=6 * highest)  # room for the legend
-    axes.set(xlabel="step", ylabel="gradient norm before clipping", title=f"{name}, one seed")
-    axes.legend(loc="upper right", ncols=2)
+    for axes, name in zip(bottom, CLIPPED, strict=True):
+        for clip, color in zip(THRESHOLDS, COLORS, strict=False):
+            norms = gradient_norms(clipped[name, clip][:1])
+            label = f"clipped to {clip:g}" if clip else "not clipped"
+            axes.semilogy(norms, color=color, linewidth=0.8, label=label)
+            if clip:
+                axes.axhline(clip, color=color, linestyle=":")
+        axes.margins(y=0.3)  # room for the legend
+        axes.set(xlabel="step", ylabel="gradient norm before clipping", title=f"{name}, one seed")
+        axes.legend(loc="upper right", ncols=2)
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,18 +178,16 @@ def main(argv: list[str] | None = None) -> int:
                     folder, flags = named_flags(study, name, best[name], clip)
                     clipped[name, clip] = study.with_seeds(folder, flags)
     rates = {name: {"optimizer": name, "learning rate": f"{best[name]:g}"} for name in FLAGS}
-    figure = new_figure(12, 8.5)
-    panels = figure.subplots(2, 2)
-    plot_curves(panels[0, 0], best, runs)
-    plot_tuning(panels[0, 1], tuning)
-    for axes, name in zip(panels[1], CLIPPED, strict=True):
-        plot_norms(axes, name, clipped)
     tables = {
         "Optimizers at their best learning rates": compare(runs, rates.__getitem__, timed=True),
         "Clipping": clipping_rows(clipped),
-        "Tuning": tuning_rows(tuning),
+        "Tuning": [
+            {"optimizer": name, "learning rate": f"{rate:g}", "validation loss": loss}
+            for name, losses in tuning.items()
+            for rate, loss in losses.items()
+        ],
     }
-    study.write_results(tables, figure)
+    study.write_results(tables, plot(tuning, runs, clipped))
     return 0
 
 

@@ -54,29 +54,20 @@ WORDS = "words of the training text"  # a column: their share of the words of sa
 SHOWN = 100  # characters of a sample in the tables
 
 
-@dataclass
-class Plan:
-    """What is trained and sampled."""
-
-    flags: Flags  # of the run
-    num_samples: int  # per seed
-    length: int  # of a sample, in tokens
-    overfitting: Flags  # of the second run, on SHARE of the text
-
-
-SHARE = 0.05
-QUICK = Plan(
-    {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80},
-    num_samples=8,
-    length=250,
-    overfitting={"preset": "quick", "max_steps": 1500, "eval_every": 150, "save_every": 150},
-)
-FULL = Plan(
-    {"preset": "medium", "save_every": 500},
-    num_samples=32,
-    length=500,
-    overfitting={"preset": "medium", "save_every": 500},
-)
+# By --quick: the flags of the run, those of the run that overfits, and the size of the samples.
+RUN: dict[bool, Flags] = {
+    True: {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80},
+    False: {"preset": "medium", "save_every": 500},
+}
+OVERFITTED: dict[bool, Flags] = {
+    True: {"preset": "quick", "max_steps": 1500, "eval_every": 150, "save_every": 150},
+    False: {"preset": "medium", "save_every": 500},
+}
+SAMPLES = {
+    True: {"num_samples": 8, "max_new_tokens": 250},
+    False: {"num_samples": 32, "max_new_tokens": 500},
+}
+SHARE = 0.05  # of the text is what the run that overfits reads
 
 
 @dataclass
@@ -84,10 +75,6 @@ class SamplingConfig:
     """Settings of this study only."""
 
     checkpoint: str = setting("", "default: train a model for this study", positional=True)
-
-
-def sample_config(plan: Plan, **settings: Any) -> SampleConfig:
-    return SampleConfig(num_samples=plan.num_samples, max_new_tokens=plan.length, **settings)
 
 
 def split_loss(model: GPT, corpus: Corpus, split: str, train_config: dict[str, Any]) -> float:
@@ -112,14 +99,14 @@ def table_row(point: Point) -> Row:
 # --- sampling settings
 
 
-def sweep(model: GPT, tokenizer: Tokenizer, plan: Plan, n_seeds: int) -> list[Point]:
+def sweep(study: Study, model: GPT, tokenizer: Tokenizer) -> list[Point]:
     """The statistics of samples for each value of each sampling setting."""
     points = []
     for name, value in [(name, value) for name, values in SWEEPS.items() for value in values]:
-        config = sample_config(plan, **(OFF | {name: value}))
+        settings = SAMPLES[study.config.quick] | OFF | {name: value}
         by_seed = [
-            sample_with_statistics(model, tokenizer, replace(config, seed=seed))[1]
-            for seed in range(n_seeds)
+            sample_with_statistics(model, tokenizer, SampleConfig(**settings, seed=seed))[1]
+            for seed in range(study.config.seeds)
         ]
         for found in by_seed:
             found["surprise"] = -found["log-probability"]
@@ -129,12 +116,13 @@ def sweep(model: GPT, tokenizer: Tokenizer, plan: Plan, n_seeds: int) -> list[Po
 
 
 def validation_statistics(
-    corpus: Corpus, tokenizer: Tokenizer, loss: float, plan: Plan
+    study: Study, corpus: Corpus, tokenizer: Tokenizer, loss: float
 ) -> dict[str, float]:
     """The statistics of the validation text, of as many pieces as are sampled."""
     ids, train_text = corpus.val_ids, tokenizer.decode(corpus.train_ids[:].tolist())
-    starts = even_starts(len(ids), plan.length, plan.num_samples)
-    pieces = [ids[start : start + plan.length].tolist() for start in starts]
+    number, length = SAMPLES[study.config.quick].values()
+    starts = even_starts(len(ids), length, number)
+    pieces = [ids[start : start + length].tolist() for start in starts]
     distinct = {f"distinct-{n}": distinct_ngrams(pieces, n) for n in (1, 2)}
     copied = [longest_copy(tokenizer.decode(piece), train_text) for piece in pieces]
     return {"surprise": loss} | distinct | {"characters copied": mean(copied)}
@@ -177,13 +165,14 @@ def longest_copy(text: str, source: str) -> int:
 
 
 def evaluate_models(
-    study: Study, paths: list[Path], tokenizer: Tokenizer, corpus: Corpus, plan: Plan
+    study: Study, paths: list[Path], tokenizer: Tokenizer, corpus: Corpus
 ) -> list[Point]:
     """For the untrained model and each checkpoint: the losses; of its samples at temperature 0.8,
     with every seed, the share of words that occur in the training text, distinct-2, and the mean
     length of the longest passage copied from the training text; and the beginning of a sample."""
     train_text = tokenizer.decode(corpus.train_ids[:].tolist())
     known = set(split_words(train_text))
+    samples = SAMPLES[study.config.quick]
     points = []
     for i, path in enumerate([paths[0], *paths]):
         model, _, state = load_checkpoint(path, study.device)
@@ -192,7 +181,7 @@ def evaluate_models(
             torch.manual_seed(config["seed"])
             step, model = 0, GPT(model.config).to(study.device).eval()
         texts = [
-            sample_text(model, tokenizer, sample_config(plan, seed=seed))
+            sample_text(model, tokenizer, SampleConfig(**samples, seed=seed))
             for seed in range(study.config.seeds)
         ]
         ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
@@ -212,18 +201,24 @@ def evaluate_models(
     return points
 
 
-# --- plots
+# --- the figure
 
 
-def plot_sweeps(panels: Any, points: list[Point], validation: dict[str, float]) -> None:
+def plot(
+    points: list[Point], validation: dict[str, float], evaluated: dict[str, list[Point]]
+) -> Figure:
     """A column per sampling setting: the statistics in nats above, the shares below; dotted lines
-    for the validation text. panels: an array of axes, (2, settings)."""
+    for the validation text. Then a column per run: the losses above, samples below."""
+    figure = new_figure(16, 6.5)
+    parts: Any = figure.subfigures(1, 2, width_ratios=[len(SWEEPS), len(evaluated)])
+    panels = parts[0].subplots(2, len(SWEEPS), sharex="col", sharey="row")
     for name, column in zip(SWEEPS, panels.T, strict=True):
         some = [point for point in points if point["setting"] == name]
         x = [float(point["value"]) for point in some]
         for i, key in enumerate(STATISTICS):
             axes, color = column[i // 2], (BLUE, ORANGE)[i % 2]
-            plot_band(axes, x, [point[key] for point in some], ".-", color, key)
+            label = key if axes in panels[:, 0] else ""
+            plot_band(axes, x, [point[key] for point in some], ".-", color, label)
             if key in validation:
                 axes.axhline(validation[key], color=color, linestyle=":")
         column[0].set_title(name.replace("_", "-"))
@@ -231,46 +226,29 @@ def plot_sweeps(panels: Any, points: list[Point], validation: dict[str, float]) 
         if name == "top_k":
             column[1].set_xscale("log", base=2)
             column[1].set_xticks(x, [f"{k:g}" for k in x])
-    for axes, label in zip(panels[:, 0], ("nats per token", "share"), strict=True):
-        axes.set_ylabel(f"{label}; dotted: validation text")
-        axes.legend()
+    panels[0, 0].set_ylabel("nats per token; dotted: validation text")
+    panels[1, 0].set_ylabel("share; dotted: validation text")
 
-
-def plot_checkpoints(panels: Any, points: list[Point], title: str) -> None:
-    """Two axes: the losses over the steps of a run, and the statistics of samples below."""
-    top, bottom = panels
-    steps = [point["step"] for point in points]
-    for key, style in (("training loss", ".--"), ("validation loss", ".-")):
-        top.plot(steps, [point[key] for point in points], style, color=BLACK, label=key)
-    for key, color in ((WORDS, GREEN), ("distinct-2", ORANGE)):
-        plot_band(bottom, steps, [point[key] for point in points], ".-", color, key)
-    top.set_title(title)
-    bottom.set(xlabel="step", ylim=(0, 1))
-    top.legend()
-    bottom.legend(loc="center right", fontsize="small")
-
-
-def plot(
-    points: list[Point], validation: dict[str, float], evaluated: dict[str, list[Point]]
-) -> Figure:
-    figure = new_figure(16, 6.5)
-    parts: Any = figure.subfigures(1, 2, width_ratios=[len(SWEEPS), len(evaluated)])
-    left, right = parts
-    plot_sweeps(left.subplots(2, len(SWEEPS), sharex="col", sharey="row"), points, validation)
-    panels = right.subplots(2, len(evaluated), sharex="col", squeeze=False)
-    for column, (title, some) in zip(panels.T, evaluated.items(), strict=True):
-        plot_checkpoints(column, some, title)
+    panels = parts[1].subplots(2, len(evaluated), sharex="col", squeeze=False)
+    for (top, bottom), (title, some) in zip(panels.T, evaluated.items(), strict=True):
+        steps = [point["step"] for point in some]
+        for key, style in (("training loss", ".--"), ("validation loss", ".-")):
+            top.plot(steps, [point[key] for point in some], style, color=BLACK, label=key)
+        for key, color in ((WORDS, GREEN), ("distinct-2", ORANGE)):
+            plot_band(bottom, steps, [point[key] for point in some], ".-", color, key)
+        top.set_title(title)
+        bottom.set(xlabel="step", ylim=(0, 1))
+        bottom.legend(loc="center right", fontsize="small")
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("sampling", argv, __doc__, SamplingConfig, data="")
-    plan = QUICK if study.config.quick else FULL
     path = Path(study.options.checkpoint or study.folder / "model" / "best.pt")
     if not study.options.checkpoint:
         study.config.data = study.config.data or "shakespeare"
         study.n_runs = 2
-        study.make_run("model", plan.flags | {"seed": 1})
+        study.make_run("model", RUN[study.config.quick] | {"seed": 1})
     model, tokenizer, state = load_checkpoint(path, study.device)
     saved = state["train_config"]
     data = study.config.data or saved["data"]
@@ -282,17 +260,17 @@ def main(argv: list[str] | None = None) -> int:
     paths = sorted(path.parent.glob("ckpt_*.pt"))
     if not paths:
         print(f"there are no ckpt_*.pt next to {path}, which --save_every keeps: using it alone")
-    points = sweep(model, tokenizer, plan, study.config.seeds)
+    points = sweep(study, model, tokenizer)
     loss = split_loss(model, corpus, "val", saved)
-    validation = validation_statistics(corpus, tokenizer, loss, plan)
-    evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus, plan)}
+    validation = validation_statistics(study, corpus, tokenizer, loss)
+    evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus)}
     if not study.options.checkpoint:
-        flags = plan.overfitting | {"data": study.config.data, "seed": 1}
+        flags = OVERFITTED[study.config.quick] | {"data": study.config.data, "seed": 1}
         study.make_run("overfitted", flags, SHARE)
         paths = sorted((study.folder / "overfitted").glob("ckpt_*.pt"))
         part = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * SHARE)])
         title = f"Overfitting, on {SHARE:.0%} of the text"
-        evaluated[title] = evaluate_models(study, paths, tokenizer, part, plan)
+        evaluated[title] = evaluate_models(study, paths, tokenizer, part)
     tables = {"Sampling settings, each varied alone": [table_row(point) for point in points]}
     for title, some_points in evaluated.items():
         tables[title] = [table_row(point) for point in some_points]

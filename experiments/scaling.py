@@ -17,10 +17,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from config import GPTConfig
 from experiments.comparison import LOSS, Row, margin, mean, mean_columns
@@ -79,19 +80,16 @@ HOFFMANN = {"weights": "0.49", "tokens": "0.51", "loss": ""}  # the exponents th
 # --- fits
 
 
-@dataclass
-class Best:
+class Best(NamedTuple):
     """The best size for a budget."""
 
     weights: float
-    tokens: float
     loss: float  # nats per token
     minimum: str  # how it was found
 
 
-def parabola_minimum(sizes: list[int], losses: list[float]) -> tuple[float, float, str]:
-    """The size at the minimum of a parabola fitted to the losses over log(size), the loss there,
-    and how the minimum was found.
+def parabola_minimum(sizes: list[int], losses: list[float]) -> Best:
+    """The size at the minimum of a parabola fitted to the losses over log(size).
 
     The parabola is not valid outside the range of the trained sizes: if its minimum is outside, the
     nearest of them is returned. If it has no minimum, the size with the lowest loss is.
@@ -100,11 +98,11 @@ def parabola_minimum(sizes: list[int], losses: list[float]) -> tuple[float, floa
     curvature, slope, height = np.polyfit(logs, losses, 2) if len(sizes) > 2 else (0, 0, 0)
     if curvature <= 0:
         i = int(np.argmin(losses))
-        return sizes[i], losses[i], "no minimum: the lowest loss"
+        return Best(sizes[i], losses[i], "no minimum: the lowest loss")
     bottom = -slope / (2 * curvature)
     nearest = min(max(bottom, logs.min()), logs.max())
     found = "within the sizes" if nearest == bottom else "beyond the sizes: the nearest"
-    return math.exp(nearest), float(np.polyval((curvature, slope, height), nearest)), found
+    return Best(math.exp(nearest), np.polyval((curvature, slope, height), nearest), found)
 
 
 def fit_power_law(x: list[float], y: list[float]) -> Law:
@@ -127,8 +125,7 @@ def best_sizes(
     for budget, profile in profiles.items():
         losses = {n: loss_of(by_seed) for n, by_seed in profile.items()}
         kept = {n: loss for n, loss in losses.items() if math.isfinite(loss)}
-        n, loss, minimum = parabola_minimum(list(kept), list(kept.values()))
-        found[budget] = Best(n, budget / (6 * n), loss, minimum)
+        found[budget] = parabola_minimum(list(kept), list(kept.values()))
     return found
 
 
@@ -139,8 +136,12 @@ def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
     this law does not: it holds for nearby budgets only, and predicts slightly too low a loss beyond
     them.
     """
-    names = ("weights", "tokens", "loss")
-    return {n: fit_power_law(list(best), [getattr(b, n) for b in best.values()]) for n in names}
+    sizes = {
+        "weights": [b.weights for b in best.values()],
+        "tokens": [budget / (6 * b.weights) for budget, b in best.items()],
+        "loss": [b.loss for b in best.values()],
+    }
+    return {name: fit_power_law(list(best), values) for name, values in sizes.items()}
 
 
 # --- runs
@@ -188,7 +189,7 @@ def nearest_width(study: Study, plan: Plan, n: float) -> int:
     return min(candidates, key=lambda w: abs(weights_of_width(study, plan, w) - n))
 
 
-# --- tables
+# --- tables and plots
 
 
 def best_rows(best: dict[float, Best]) -> list[Row]:
@@ -196,8 +197,8 @@ def best_rows(best: dict[float, Best]) -> list[Row]:
         {
             "TFLOP": budget / 1e12,
             "weights": round(b.weights),
-            "tokens": round(b.tokens),
-            "tokens per weight": round(b.tokens / b.weights, 1),
+            "tokens": round(budget / (6 * b.weights)),
+            "tokens per weight": round(budget / (6 * b.weights) / b.weights, 1),
             "validation loss": b.loss,
             "minimum": b.minimum,
         }
@@ -235,47 +236,49 @@ def check_row(
     }
 
 
-# --- plots
-
-
-def plot_profiles(axes: Axes, profiles: dict[float, Profile], best: dict[float, Best]) -> None:
-    """The losses over the size for each budget and seed, with the parabolas and their minima."""
-    for (budget, profile), color in zip(profiles.items(), COLORS, strict=False):
+def plot(
+    profiles: dict[float, Profile],
+    best: dict[float, Best],
+    laws: dict[str, Law],
+    budget: float,
+    measured: list[float],
+) -> Figure:
+    """Left: the losses over the size for each budget and seed, with the parabolas and their minima.
+    Right: the loss at the best size over compute, and the law that predicts the measured losses of
+    a run with a further budget."""
+    figure = new_figure(11, 5)
+    left, right = figure.subplots(1, 2)
+    for (c, profile), color in zip(profiles.items(), COLORS, strict=False):
         sizes, means = list(profile), [mean(losses) for losses in profile.values()]
         for n, losses in profile.items():
-            axes.semilogx([n] * len(losses), losses, "o", color=color, alpha=0.4)
+            left.semilogx([n] * len(losses), losses, "o", color=color, alpha=0.4)
         if len(sizes) > 2 and all(map(math.isfinite, means)):
             x = np.geomspace(min(sizes), max(sizes))
             y = np.polyval(np.polyfit(np.log(sizes), means, 2), np.log(x))
-            axes.plot(x, y, color=color, label=f"{budget / 1e12:g} TFLOP")
-        axes.plot(best[budget].weights, best[budget].loss, "*", color=color, markersize=16)
+            left.plot(x, y, color=color, label=f"{c / 1e12:g} TFLOP")
+        left.plot(best[c].weights, best[c].loss, "*", color=color, markersize=16)
+        right.loglog(c, best[c].loss, "*", color=color, markersize=16)
     all_sizes = [n for profile in profiles.values() for n in profile]
     ticks = np.geomspace(min(all_sizes), max(all_sizes), 5)
-    axes.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
-    axes.set(xlabel="weights N", ylabel=LOSS)
-    axes.set_title("Equal compute: parabolas and their minima")
+    left.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
+    left.set(xlabel="weights N", ylabel=LOSS, title="Equal compute: parabolas and their minima")
 
-
-def plot_laws(
-    axes: Axes, best: dict[float, Best], laws: dict[str, Law], budget: float, measured: list[float]
-) -> None:
-    """The loss at the best size over compute, and the law that predicts the measured losses of a
-    run with a further budget."""
-    for (c, b), color in zip(best.items(), COLORS, strict=False):
-        axes.loglog(c, b.loss, "*", color=color, markersize=16)
-    predicted = evaluate_law(laws["loss"], budget)
     for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
-        axes.plot(ends, [evaluate_law(laws["loss"], c) for c in ends], style, color=BLACK)
-    (star,) = axes.plot(budget, predicted, "*", color="white", markersize=16, label="predicted")
+        right.plot(ends, [evaluate_law(laws["loss"], c) for c in ends], style, color=BLACK)
+    predicted = evaluate_law(laws["loss"], budget)
+    (star,) = right.plot(budget, predicted, "*", color="white", markersize=16, label="predicted")
     star.set_markeredgecolor(BLACK)
     label = "measured, one dot per seed"
-    axes.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
-    axes.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
-    ticks = np.linspace(*axes.get_ylim(), 7)[1:-1]
-    axes.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
-    axes.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
+    right.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
+    right.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
+    ticks = np.linspace(*right.get_ylim(), 7)[1:-1]
+    right.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
+    right.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
     pairs = zip("NDL", laws.values(), strict=True)
-    axes.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
+    right.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
+    for axes in (left, right):
+        axes.minorticks_off()
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,13 +299,6 @@ def main(argv: list[str] | None = None) -> int:
     ]
     width = nearest_width(study, plan, evaluate_law(laws["weights"], plan.check_budget))
     row, measured = train_width(study, plan, plan.check_budget, width)
-    figure = new_figure(11, 5)
-    left, right = figure.subplots(1, 2)
-    plot_profiles(left, profiles, best)
-    plot_laws(right, best, laws, plan.check_budget, measured)
-    for axes in (left, right):
-        axes.minorticks_off()
-        axes.legend()
     tables = {
         "Best size for each budget": best_rows(best),
         "Laws: powers of compute": law_rows(laws, laws_by_seed),
@@ -311,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
         "Runs": [*rows, row],
     }
-    study.write_results(tables, figure)
+    study.write_results(tables, plot(profiles, best, laws, plan.check_budget, measured))
     return 0
 
 

@@ -3,7 +3,7 @@
 python -m experiments.sizes --quick
 """
 
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from experiments.comparison import LOSS, Row, add_differences, margin, mean, mean_columns
 from experiments.study import Runs, Study, kept, log_values, loss_columns, parse_study, val_losses
@@ -100,26 +100,27 @@ def overfitting_rows(text_runs: Runs) -> list[Row]:
     return add_differences(rows, map(val_losses, text_runs.values()), first)
 
 
-def plot_sizes(axes: Axes, group: Runs, color: str, label: str) -> None:
-    """Loss over parameters: a dot per seed, a line through the means and their intervals."""
-    params = [runs[0]["params"] / 1e6 for runs in group.values()]
-    means = [mean(val_losses(runs)) for runs in group.values()]
-    axes.plot(params, means, "-", color=color, label=label)
-    for x, runs in zip(params, group.values(), strict=True):
-        losses = val_losses(runs)
-        axes.plot([x] * len(losses), losses, "o", color=color, alpha=0.5)
-        axes.errorbar(x, mean(losses), margin(losses), fmt="_", color=color, capsize=4)
+def plot(tokens: Runs, time: Runs, text_runs: Runs) -> Figure:
+    figure = new_figure(12, 4.5)
+    left, right = figure.subplots(1, 2)
+    for group, color, label in ((tokens, BLUE, "equal tokens"), (time, ORANGE, "equal time")):
+        params = [runs[0]["params"] / 1e6 for runs in group.values()]
+        means = [mean(val_losses(runs)) for runs in group.values()]
+        left.plot(params, means, "-", color=color, label=label)
+        for x, losses in zip(params, map(val_losses, group.values()), strict=True):
+            left.plot([x] * len(losses), losses, "o", color=color, alpha=0.5)
+            left.errorbar(x, mean(losses), margin(losses), fmt="_", color=color, capsize=4)
+    left.set(xscale="log", xlabel="parameters (millions)", ylabel=LOSS)
+    left.set_title("Size: a dot per seed, bars: 95% interval")
 
-
-def plot_overfitting(axes: Axes, text_runs: Runs) -> None:
-    """Loss over steps, by share of the text and dropout."""
     colors = dict(zip(SHARES, (ORANGE, GREEN, BLUE), strict=True))
     for (name, dropout), (result, *_) in text_runs.items():
         steps, losses = log_values(result, "step")[1:], log_values(result, "val")[1:]
         label = f"{name} of the text" + (f", dropout {dropout}" if dropout else "")
-        axes.plot(steps, losses, "--" if dropout else "-", color=colors[name], label=label)
-    axes.set(xlabel="step", ylabel=LOSS, title="Little text, one seed")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        right.plot(steps, losses, "--" if dropout else "-", color=colors[name], label=label)
+    right.set(xlabel="step", ylabel=LOSS, title="Little text, one seed")
+    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,19 +132,11 @@ def main(argv: list[str] | None = None) -> int:
     tokens = {n: study.with_seeds(f"{n}-tokens", base | size) for n, size in sizes.items()}
     time = equal_time(study, base, tokens)
     text_runs = little_text(study, base)
-    figure = new_figure(12, 4.5)
-    left, right = figure.subplots(1, 2)
-    plot_sizes(left, tokens, BLUE, "equal tokens")
-    plot_sizes(left, time, ORANGE, "equal time")
-    left.set(xscale="log", xlabel="parameters (millions)", ylabel=LOSS)
-    left.set_title("Size: a dot per seed, bars: 95% interval")
-    left.legend()
-    plot_overfitting(right, text_runs)
     tables = {
         "Sizes": size_rows("tokens", tokens) + size_rows("time", time),
         "Overfitting": overfitting_rows(text_runs),
     }
-    study.write_results(tables, figure)
+    study.write_results(tables, plot(tokens, time, text_runs))
     return 0
 
 

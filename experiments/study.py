@@ -71,9 +71,8 @@ class StudyConfig:
 
 
 def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
-    """The time of a run's training steps, without evaluations: seconds in total, ms_per_step. It is
-    unknown, None, after only one step."""
-    seconds = sum(
+    """The time of a run's training steps, without evaluations: seconds in total, ms_per_step."""
+    seconds = sum(  # the time of a step is None after only one
         (record["step"] - before["step"]) * (record["ms_per_step"] or 0.0) / 1000
         for before, record in itertools.pairwise(log)
     )
@@ -313,6 +312,8 @@ class Study:
         write_file(path.with_suffix(".md"), "\n\n".join(text) + "\n")
         for axes in figure.axes:
             axes.grid(alpha=0.3)
+            if axes.get_legend_handles_labels()[0] and not axes.get_legend():
+                axes.legend()
         save_figure(figure, path.with_suffix(".png"))
         print(f"\nresults: {path}.md, .csv, .json and .png")
 

@@ -26,18 +26,10 @@ from system.settings import UserError, setting
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
-
-@dataclass
-class Plan:
-    """What is trained."""
-
-    flags: Flags  # of all runs
-    bpe_vocab_sizes: tuple[int, ...]
-    seconds: float  # of training per run
-
-
-QUICK = Plan({"preset": "quick", "eval_windows": 32}, (500, 2000), 20.0)
-FULL = Plan({"preset": "medium"}, (500, 2000, 8000), 600.0)
+QUICK: Flags = {"preset": "quick", "eval_windows": 32}
+FULL: Flags = {"preset": "medium"}
+BPE_VOCAB_SIZES = {True: (500, 2000), False: (500, 2000, 8000)}  # by --quick
+SECONDS = {True: 20.0, False: 600.0}  # of training per run
 BASE = "characters"
 EVALUATIONS = 6  # per run
 # Steps per timed span. The first span is not counted: it includes compilation and filling caches.
@@ -102,9 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     study = parse_study("tokenization", argv, __doc__, TokenizationConfig, data="plays")
     if is_dataset(study.config.data):
         raise UserError(f"{study.config.data} already has a tokenizer: give --data a text")
-    plan = QUICK if study.config.quick else FULL
-    seconds = study.options.seconds or plan.seconds
-    choices = tokenizer_flags(plan.bpe_vocab_sizes)
+    quick = study.config.quick
+    seconds = study.options.seconds or SECONDS[quick]
+    choices = tokenizer_flags(BPE_VOCAB_SIZES[quick])
     study.n_runs = len(choices) * study.config.seeds
     rows: list[Row] = []
     runs: Runs = {}
@@ -112,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, choice in choices.items():
         tokenizer, corpus = study.corpus(choice)
         folder = f"{'-'.join(map(str, choice.values()))}-{seconds:g}s"
-        flags = plan.flags | choice
+        flags = (QUICK if quick else FULL) | choice
         steps = steps_within(study, folder, flags, seconds)
         flags |= {"max_steps": steps, "eval_every": math.ceil(steps / EVALUATIONS)}
         runs[name] = study.with_seeds(folder, flags)
