@@ -25,6 +25,10 @@ import pytest
         "training.run_log",
         "explore",
         "viz.internals",
+        "experiments.comparison",
+        "experiments.optimizers",
+        "experiments.sampling",
+        "experiments.speedrun",
     ],
 )
 def test_docstring_examples(name: str):
