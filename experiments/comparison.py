@@ -23,7 +23,6 @@ except ImportError:
 
 Row = dict[str, Any]  # of a table: column -> value
 
-COLUMNS = ("difference", "95% from", "to", "p")  # that `add_differences` adds to a table
 SIGNIFICANT = 0.05  # p-values below it
 LOSS = "validation loss (nats per token)"  # the label of an axis
 
@@ -74,13 +73,13 @@ def holm(p_values: list[float]) -> list[float]:
 def add_differences(
     rows: list[Row], values: Iterable[list[float]], bases: list[int] | None = None
 ) -> list[Row]:
-    """The rows of a table with COLUMNS. values: of each row, one per seed; bases: the row that each
-    one is compared to, by default the first one. A row that is its own base is not compared.
+    """The rows of a table with further columns. values: of each row, one per seed; bases: the row
+    that each one is compared to, by default the first one. A row that is its own base is not.
 
     The columns are the mean difference to the base, its confidence interval, and the p-value, which
     is corrected for all comparisons of the table. A variant that diverged has only that word.
     """
-    rows = [row | dict.fromkeys(COLUMNS, "") for row in rows]
+    rows = [row | dict.fromkeys(("difference", "95% from", "to", "p"), "") for row in rows]
     values = list(values)
     tested: list[tuple[Row, float]] = []
     for i, base in enumerate(bases or [0] * len(rows)):

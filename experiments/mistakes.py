@@ -266,13 +266,6 @@ def loss_rows(runs: Runs) -> list[Row]:
     return add_differences(rows, val.values())
 
 
-def honest_rows(honest: dict[str, list[float]]) -> list[Row]:
-    rows = [
-        {"mistake": name, **mean_columns("honest loss", losses)} for name, losses in honest.items()
-    ]
-    return add_differences(rows, honest.values())
-
-
 def sign_rows(runs: Runs, vocab_size: int) -> list[Row]:
     """The verdict and the sample of the first seed, and how to recognize each mistake."""
     return [
@@ -327,10 +320,11 @@ def main(argv: list[str] | None = None) -> int:
         with mistake.context():
             runs[name] = study.with_seeds(folder_name(name), base | mistake.flags, SHARE)
             honest[name] = [honest_loss(study, result) for result in runs[name]]
+    honest_rows = [{"mistake": n, **mean_columns("honest loss", v)} for n, v in honest.items()]
     vocab_size = study.corpus(base)[0].vocab_size
     tables = {
         "What the runs show": loss_rows(runs),
-        "Honest losses": honest_rows(honest),
+        "Honest losses": add_differences(honest_rows, honest.values()),
         "Signs": sign_rows(runs, vocab_size),
     }
     study.write_results(tables, plot(runs, honest, top=1.1 * math.log(vocab_size)))

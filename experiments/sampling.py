@@ -63,7 +63,7 @@ OVERFITTED: dict[bool, Flags] = {
     True: {"preset": "quick", "max_steps": 1500, "eval_every": 150, "save_every": 150},
     False: {"preset": "medium", "save_every": 500},
 }
-SAMPLES = {
+SAMPLES: dict[bool, Flags] = {
     True: {"num_samples": 8, "max_new_tokens": 250},
     False: {"num_samples": 32, "max_new_tokens": 500},
 }

@@ -7,10 +7,9 @@ compute, a large one on few tokens, a small one on many. The minimum of a parabo
 losses is the best size for this budget. The best sizes of several budgets give power laws, which
 predict the loss for a larger budget; a run that the laws were not fitted to checks the prediction.
 
-Compute is C = 6 N D. N is the number of weights in the matrices that each token is multiplied with,
-including the output layer (the embedding is a table lookup, even if it is tied to the output
-layer), and D the number of training tokens. The products of queries, keys and values are not
-counted.
+Compute is C = 6 N D: N weights in the matrices that each token is multiplied with, including the
+output layer but not the embedding, which is a lookup, and D training tokens. The products of
+queries, keys and values are not counted.
 """
 
 import math
@@ -102,7 +101,8 @@ def parabola_minimum(sizes: list[int], losses: list[float]) -> Best:
     bottom = -slope / (2 * curvature)
     nearest = min(max(bottom, logs.min()), logs.max())
     found = "within the sizes" if nearest == bottom else "beyond the sizes: the nearest"
-    return Best(math.exp(nearest), np.polyval((curvature, slope, height), nearest), found)
+    loss = float(np.polyval((curvature, slope, height), nearest))
+    return Best(math.exp(nearest), loss, found)
 
 
 def fit_power_law(x: list[float], y: list[float]) -> Law:
@@ -192,8 +192,12 @@ def nearest_width(study: Study, plan: Plan, n: float) -> int:
 # --- tables and plots
 
 
-def best_rows(best: dict[float, Best]) -> list[Row]:
-    return [
+def result_tables(
+    best: dict[float, Best], laws_by_seed: list[dict[str, Law]], row: Row, measured: list[float]
+) -> dict[str, list[Row]]:
+    """The tables of the best sizes, of the laws, and of what they predict for the budget of a run,
+    whose row and losses are given."""
+    best_rows = [
         {
             "TFLOP": budget / 1e12,
             "weights": round(b.weights),
@@ -204,28 +208,21 @@ def best_rows(best: dict[float, Best]) -> list[Row]:
         }
         for budget, b in best.items()
     ]
-
-
-def law_rows(laws: dict[str, Law], laws_by_seed: list[dict[str, Law]]) -> list[Row]:
-    return [
+    laws = fit_laws(best)
+    law_rows = [
         {
             "at the best size": name,
             "exponent": exponent,
-            "95% margin": margin([laws_[name][1] for laws_ in laws_by_seed]),
+            "95% margin": margin([by_name[name][1] for by_name in laws_by_seed]),
             "Hoffmann et al.": HOFFMANN[name],
         }
         for name, (_, exponent) in laws.items()
     ]
-
-
-def check_row(
-    row: Row, measured: list[float], laws: dict[str, Law], laws_by_seed: list[dict[str, Law]]
-) -> Row:
-    """What the laws predict for the budget of a run, whose row and losses are given."""
     budget = 1e12 * row["TFLOP"]
-    predicted = evaluate_law(laws["loss"], budget)
-    predictions = [evaluate_law(laws_["loss"], budget) for laws_ in laws_by_seed]
-    return {
+    predicted, *predictions = (
+        evaluate_law(by_name["loss"], budget) for by_name in (laws, *laws_by_seed)
+    )
+    check_row = {
         "TFLOP": row["TFLOP"],
         "predicted size": round(evaluate_law(laws["weights"], budget)),
         "trained size": row["weights"],
@@ -233,6 +230,11 @@ def check_row(
         "95% margin of the prediction": margin(predictions),
         **mean_columns("measured loss", measured),
         "measured - predicted": mean(measured) - predicted,
+    }
+    return {
+        "Best size for each budget": best_rows,
+        "Laws: powers of compute": law_rows,
+        "Check: a run that the laws were not fitted to": [check_row],
     }
 
 
@@ -266,12 +268,12 @@ def plot(
     for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
         right.plot(ends, [evaluate_law(laws["loss"], c) for c in ends], style, color=BLACK)
     predicted = evaluate_law(laws["loss"], budget)
-    (star,) = right.plot(budget, predicted, "*", color="white", markersize=16, label="predicted")
-    star.set_markeredgecolor(BLACK)
+    right.plot(budget, predicted, "*k", fillstyle="none", markersize=16, label="predicted")
     label = "measured, one dot per seed"
     right.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
     right.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
-    ticks = np.linspace(*right.get_ylim(), 7)[1:-1]
+    low, high = right.get_ylim()
+    ticks = np.linspace(low, high, 7)[1:-1]
     right.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
     right.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
     pairs = zip("NDL", laws.values(), strict=True)
@@ -299,14 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     width = nearest_width(study, plan, evaluate_law(laws["weights"], plan.check_budget))
     row, measured = train_width(study, plan, plan.check_budget, width)
-    tables = {
-        "Best size for each budget": best_rows(best),
-        "Laws: powers of compute": law_rows(laws, laws_by_seed),
-        "Check: a run that the laws were not fitted to": [
-            check_row(row, measured, laws, laws_by_seed)
-        ],
-        "Runs": [*rows, row],
-    }
+    tables = result_tables(best, laws_by_seed, row, measured) | {"Runs": [*rows, row]}
     study.write_results(tables, plot(profiles, best, laws, plan.check_budget, measured))
     return 0
 
