@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_experiments import TINY, results, run_twice, table
+from test_experiments import TINY, parse_tiny_study, results, run_twice, table
 from torch import nn
 
 import train
@@ -23,10 +23,10 @@ X = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
 Y = torch.tensor([[1, 4, 1, 5, 2, 6, 5, 3]])
 
 
-def tiny_trainer(**flags: Any) -> train.Trainer:
-    """A trainer; it makes the mistake in whose context it is called."""
-    some = study.parse_study("some", ["--device=cpu"], "")
-    return some.make_trainer(TINY | MODEL | {"warmup_steps": 0} | flags)
+def tiny_trainer(mistake: str = mistakes.BASE, **flags: Any) -> train.Trainer:
+    """A trainer that makes a mistake."""
+    with mistakes.MISTAKES[mistake].context():
+        return parse_tiny_study().make_trainer(TINY | MODEL | {"warmup_steps": 0} | flags)
 
 
 # --- statistics
@@ -81,16 +81,16 @@ def test_rows_are_compared_to_their_own_bases():
 
 def test_differences_are_plotted_with_their_significance():
     losses = {"base": [1.0, 2.0, 3.0], "worse": [1.1, 2.1, 3.11], "other": [3.0, 1.0, 2.0]}
-    runs = {name: [{"val": v} for v in values] for name, values in losses.items()}
-    runs["lost"] = [{"val": math.inf}] * 3
+    losses["lost"] = [1.0, 2.0, math.inf]
+    rows = comparison.add_differences([{}, {}, {}, {}], losses.values())
     axes = new_figure(4, 4).subplots()
-    comparison.plot_differences(axes, comparison.compare("name", runs), runs, "Title")
+    comparison.plot_differences(axes, rows, losses, "Title")
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_color() for line in dots] == [ORANGE, BLUE]
     assert dots[1].get_xdata() == pytest.approx([2.0, -1.0, -1.0])
     assert [line.get_ydata()[0] for line in dots] == [1, 2]  # the base, 0, is not drawn
     assert [text.get_text() for text in axes.texts] == [" diverged"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == list(runs)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(losses)
 
 
 def test_small_p_values_and_signs_in_tables():
@@ -102,8 +102,7 @@ def test_small_p_values_and_signs_in_tables():
 
 
 def test_results_are_accompanied_by_a_record(workplace: Path):
-    words = ["--device=cpu", "--quick", "--data=data/input.txt", "--out_dir=somewhere"]
-    some = study.parse_study("some", words, "")
+    some = parse_tiny_study("--quick", "--data=data/input.txt", "--out_dir=somewhere")
     some.with_seeds("a", TINY)
     some.write_results({"Numbers": [{"n": 1}]}, new_figure(2, 2))
     record = json.loads(Path("checkpoints/studies/results/some_quick.json").read_text())
@@ -122,7 +121,7 @@ def test_results_are_accompanied_by_a_record(workplace: Path):
 
 
 def test_the_record_of_a_run_is_kept_with_it(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    some = study.parse_study("some", ["--device=cpu"], "")
+    some = parse_tiny_study()
     monkeypatch.setattr(provenance, "git_commit", lambda: "old")
     some.make_run("a", TINY)
     monkeypatch.setattr(provenance, "git_commit", lambda: "new")
@@ -178,20 +177,16 @@ def test_targets_that_are_not_shifted_are_the_inputs():
 
 
 def test_without_zero_grad_gradients_add_up(workplace: Path):
-    flags = {"overfit_batch": True, "lr_max": 1e-9, "grad_clip": 0.0}  # the same gradient each time
-    with mistakes.MISTAKES["no zero_grad"].context():
-        trainer = tiny_trainer(**flags)
-        norms = [trainer.train_step()["grad_norm"].item() for _ in range(3)]
+    trainer = tiny_trainer("no zero_grad", overfit_batch=True, lr_max=1e-9, grad_clip=0.0)
+    norms = [trainer.train_step()["grad_norm"].item() for _ in range(3)]  # of the same gradient
     assert norms == pytest.approx([norms[0], 2 * norms[0], 3 * norms[0]], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [mistakes.BASE, "clipping after the step"])
 def test_clipping_after_the_step_does_not_limit_it(name: str, workplace: Path):
-    flags = {"optimizer": "sgd", "lr_max": 1.0, "grad_clip": 1e-3, "weight_decay": 0.0}
-    with mistakes.MISTAKES[name].context():
-        trainer = tiny_trainer(**flags)
-        before = [p.detach().clone() for p in trainer.model.parameters()]
-        norm = trainer.train_step()["grad_norm"].item()
+    trainer = tiny_trainer(name, optimizer="sgd", lr_max=1.0, grad_clip=1e-3, weight_decay=0.0)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    norm = trainer.train_step()["grad_norm"].item()
     pairs = list(zip(trainer.model.parameters(), before, strict=True))
     moved = math.sqrt(sum((p - old).square().sum().item() for p, old in pairs))
     assert norm > 0.01
@@ -204,8 +199,7 @@ def test_clipping_after_the_step_does_not_limit_it(name: str, workplace: Path):
 def test_without_warmup_the_first_step_has_the_peak_learning_rate(workplace: Path):
     flags = mistakes.MISTAKES["high learning rate, no warmup"].flags
     assert train.get_lr(0, tiny_trainer(**flags).config) == mistakes.HIGH_RATE
-    with_warmup = mistakes.MISTAKES["high learning rate"].flags | {"warmup_steps": 3}
-    assert train.get_lr(0, tiny_trainer(**with_warmup).config) == 0
+    assert mistakes.MISTAKES["high learning rate"].flags == {"lr_max": mistakes.HIGH_RATE}
 
 
 def test_without_residual_connections_the_input_of_a_block_is_lost():
@@ -231,32 +225,25 @@ def test_unscaled_scores_are_plain_products():
 
 @pytest.mark.parametrize("name", [mistakes.BASE, "dropout in evaluation"])
 def test_with_dropout_two_evaluations_differ(name: str, workplace: Path):
-    with mistakes.MISTAKES[name].context():
-        trainer = tiny_trainer(dropout=0.5)
-        losses = {trainer.evaluate()["val"] for _ in range(2)}
+    trainer = tiny_trainer(name, dropout=0.5)
+    losses = {trainer.evaluate()["val"] for _ in range(2)}
     assert len(losses) == (1 if name == mistakes.BASE else 2)
     assert trainer.model.training
 
 
 def test_training_on_validation_data(workplace: Path):
-    correct = tiny_trainer().task
-    with mistakes.MISTAKES["training on validation data"].context():
-        task = tiny_trainer().task
-    assert task.train_ids.tolist() == [
-        *correct.train_ids.tolist(),
-        *correct.corpus.val_ids.tolist(),
-    ]
+    correct, task = tiny_trainer().task, tiny_trainer("training on validation data").task
+    both = [*correct.train_ids.tolist(), *correct.corpus.val_ids.tolist()]
+    assert task.train_ids.tolist() == both
     assert task.corpus.val_ids.tolist() == correct.corpus.val_ids.tolist()
 
 
 def test_shuffled_tokens(workplace: Path):
-    correct = tiny_trainer().task
-    with mistakes.MISTAKES["shuffled tokens"].context():
-        task = tiny_trainer().task
+    tasks = tiny_trainer().task, tiny_trainer("shuffled tokens").task
     for name in ("train_ids", "val_ids"):
-        before, after = (getattr(t.corpus, name).tolist() for t in (correct, task))
+        before, after = (getattr(task.corpus, name).tolist() for task in tasks)
         assert before != after and sorted(before) == sorted(after)
-    assert task.train_ids.tolist() == task.corpus.train_ids.tolist()
+    assert tasks[1].train_ids.tolist() == tasks[1].corpus.train_ids.tolist()
 
 
 # --- the studies
@@ -327,7 +314,7 @@ def test_the_grid_is_extended_until_the_best_rate_is_inside(monkeypatch: pytest.
         return {"val": (math.log10(flags["lr_max"]) + 0.5) ** 2}  # the best rate is 0.32
 
     monkeypatch.setattr(study.Study, "make_run", parabola)
-    some = study.parse_study("some", ["--device=cpu"], "")
+    some = parse_tiny_study()
     losses = optimizers.tune(some, "AdamW")
     assert tried == [0.00032, 0.001, 0.0032, 0.01, 0.032, 0.1, 0.32, 1.0]
     assert optimizers.best_rate(losses) == 0.32 and some.n_runs == 3
@@ -336,5 +323,5 @@ def test_the_grid_is_extended_until_the_best_rate_is_inside(monkeypatch: pytest.
 def test_plain_sgd_has_no_momentum(workplace: Path):
     for name, momentum in (("SGD", 0.0), ("SGD with momentum", 0.9)):
         with optimizers.trainer_of(name):
-            trainer = tiny_trainer(optimizer="sgd")
+            trainer = parse_tiny_study().make_trainer(TINY | {"optimizer": "sgd"})
         assert {g["momentum"] for g in trainer.optimizers["sgd"].param_groups} == {momentum}
