@@ -115,19 +115,16 @@ def plot(
     by_step.set(title="Learning-rate range test", xlabel="learning rate, growing every step")
     by_step.set_ylabel("training loss (nats per token), smoothed")
 
-    names, y = [row["schedule"] for row in schedules], range(len(schedules))
-    losses = [row["validation loss"] for row in schedules]
-    bars = [row["95% margin"] for row in schedules]
-    by_schedule.errorbar(losses, y, xerr=bars, fmt="o", capsize=3, color=COLORS[0])
-    by_schedule.set_yticks(y, names)
+    for y, row in enumerate(schedules):
+        x, bar = row["validation loss"], row["95% margin"]
+        by_schedule.errorbar(x, y, xerr=bar, fmt="o", capsize=3, color=COLORS[0])
+    by_schedule.set_yticks(range(len(schedules)), [row["schedule"] for row in schedules])
     by_schedule.invert_yaxis()
     by_schedule.set(xlabel=LOSS, title="Schedule")
 
-    for (name, (first, *_)), color, style in zip(
-        accumulation.items(), COLORS, ("-", "--", ":"), strict=False
-    ):
-        x, losses = log_values(first, "step"), log_values(first, "val")
-        curves.plot(x, losses, style, color=color, label=name, linewidth=2)
+    for i, (name, (first, *_)) in enumerate(accumulation.items()):
+        steps, losses = log_values(first, "step"), log_values(first, "val")
+        curves.plot(steps, losses, ("-", "--", ":")[i], color=COLORS[i], label=name, linewidth=2)
     curves.set(xlabel="step", ylabel=LOSS, title="Gradient accumulation")
     return figure
 

@@ -29,16 +29,7 @@ import train
 from corpus.corpus import Corpus
 from experiments import study as studies
 from experiments.comparison import Row, add_differences, mean, mean_columns
-from experiments.study import (
-    Result,
-    Runs,
-    Study,
-    folder_name,
-    gradient_norms,
-    kept,
-    log_values,
-    parse_study,
-)
+from experiments.study import Result, Runs, Study, kept, log_values, parse_study
 from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
 from system.errors import run
 from training.setup import Flags
@@ -253,7 +244,7 @@ def loss_rows(runs: Runs) -> list[Row]:
     rows: list[Row] = []
     val = {name: final_losses(results, "val") for name, results in runs.items()}
     for name, results in runs.items():
-        norms = gradient_norms(results)
+        norms = studies.gradient_norms(results)
         rows.append(
             {
                 "mistake": name,
@@ -318,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     honest: dict[str, list[float]] = {}
     for name, mistake in MISTAKES.items():
         with mistake.context():
-            runs[name] = study.with_seeds(folder_name(name), base | mistake.flags, SHARE)
+            runs[name] = study.with_seeds(studies.folder_name(name), base | mistake.flags, SHARE)
             honest[name] = [honest_loss(study, result) for result in runs[name]]
     honest_rows = [{"mistake": n, **mean_columns("honest loss", v)} for n, v in honest.items()]
     vocab_size = study.corpus(base)[0].vocab_size

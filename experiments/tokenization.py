@@ -15,7 +15,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from corpus.encodings import from_tiktoken
 from corpus.load import is_dataset
@@ -79,15 +79,22 @@ def steps_within(study: Study, name: str, flags: Flags, seconds: float) -> int:
     return steps[name]
 
 
-def plot_curves(axes: Axes, runs: Runs) -> None:
-    """The bits per byte of each evaluation over the training time."""
+def plot(runs: Runs, bits: dict[str, list[float]]) -> Figure:
+    """Left: the bits per byte of each tokenizer. Right: those of each evaluation over the training
+    time."""
+    figure = new_figure(10, 4.5)
+    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    plot_seeds(left, bits, COLORS)
+    left.set(xlabel="bits per byte, validation split")
+    left.set_title("At equal time: one dot per seed, bars: 95% interval")
     for (name, results), color in zip(runs.items(), COLORS, strict=False):
-        for i, result in enumerate(results):
+        for result in results:
             seconds = [n * result["ms_per_step"] / 1000 for n in log_values(result, "step")]
-            bits, label = log_values(result, "bpb"), name if i == 0 else None
-            axes.plot(seconds, bits, ".-", color=color, alpha=0.6, label=label)
-    axes.set(xlabel="training time (s)", ylabel="bits per byte", title="During training")
-    axes.legend()
+            label = name if result is results[0] else None
+            curve = log_values(result, "bpb")
+            right.plot(seconds, curve, ".-", color=color, alpha=0.6, label=label)
+    right.set(xlabel="training time (s)", ylabel="bits per byte", title="During training")
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,14 +128,8 @@ def main(argv: list[str] | None = None) -> int:
                 **mean_columns("bits per byte", bits[name]),
             }
         )
-    figure = new_figure(10, 4.5)
-    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
-    plot_seeds(left, bits, COLORS)
-    left.set(xlabel="bits per byte, validation split")
-    left.set_title("At equal time: one dot per seed, bars: 95% interval")
-    plot_curves(right, runs)
     tables = {"Tokenizers at equal time": add_differences(rows, bits.values())}
-    study.write_results(tables, figure)
+    study.write_results(tables, plot(runs, bits))
     return 0
 
 

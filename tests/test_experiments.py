@@ -289,6 +289,8 @@ def test_tables_as_markdown_and_csv():
         ["| a | 1.2346 | 1,234,567 |", "| b | - | 2 |"],
     )
     assert study.to_csv(rows).splitlines() == ["name,loss,n", "a,1.23456,1234567", "b,nan,2"]
+    row = {"difference": 0.5, "95% from": -0.25, "to": 1.25, "p": 3e-6}
+    assert study.to_markdown([row]).splitlines()[2] == "| +0.5000 | -0.2500 | +1.2500 | 3e-06 |"
 
 
 # --- scaling
