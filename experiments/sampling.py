@@ -120,9 +120,9 @@ def validation_statistics(
 ) -> dict[str, float]:
     """The statistics of the validation text, of as many pieces as are sampled."""
     ids, train_text = corpus.val_ids, tokenizer.decode(corpus.train_ids[:].tolist())
-    number, length = SAMPLES[study.config.quick].values()
-    starts = even_starts(len(ids), length, number)
-    pieces = [ids[start : start + length].tolist() for start in starts]
+    samples = SAMPLES[study.config.quick]
+    starts = even_starts(len(ids), samples["max_new_tokens"], samples["num_samples"])
+    pieces = [ids[start : start + samples["max_new_tokens"]].tolist() for start in starts]
     distinct = {f"distinct-{n}": distinct_ngrams(pieces, n) for n in (1, 2)}
     copied = [longest_copy(tokenizer.decode(piece), train_text) for piece in pieces]
     return {"surprise": loss} | distinct | {"characters copied": mean(copied)}
