@@ -241,8 +241,8 @@ def test_finished_runs_of_a_resumed_study_count(workplace: Path, capsys: pytest.
     for name in "ab":
         resumed.with_seeds(name, TINY)
     one, two = capsys.readouterr().out.splitlines()
-    assert one.startswith("some, run 3 of 4, about 0:00:00 left: b-1")
-    assert two.startswith("some, run 4 of 4, about 0:00:00 left: b-2")
+    assert re.match(r"some, run 3 of 4, about 0:00:\d\d left: b-1", one)
+    assert re.match(r"some, run 4 of 4, about 0:00:\d\d left: b-2", two)
     log = resumed.make_run("a-1", TINY | {"seed": 1})["log"]
     assert resumed.seconds[0] == log[-1]["seconds"] > 0  # of the earlier command
 
