@@ -6,17 +6,11 @@ AdamW has the learning rate of the laptop preset, all other variants that of the
 that is tuned for the variant could make a difference smaller.
 """
 
-import re
-from typing import TYPE_CHECKING
-
-from experiments.comparison import Row, add_differences, plot_differences
-from experiments.study import loss_columns, parse_study, val_losses, with_seeds, write_results
+from experiments.comparison import plot_differences
+from experiments.study import compare, parse_study, val_losses
 from system.errors import run
 from training.setup import Flags
 from viz.curve import new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BASE = "fast"
 VARIANTS: dict[str, Flags] = {
@@ -38,27 +32,16 @@ VARIANTS: dict[str, Flags] = {
 QUICK: Flags = {"max_steps": 500, "eval_every": 500}
 
 
-def plot(rows: list[Row], losses: list[list[float]]) -> "Figure":
-    figure = new_figure(8, 5)
-    axes = figure.subplots()
-    plot_differences(axes, list(VARIANTS), rows, losses, "Without one part of the fast preset")
-    axes.grid(alpha=0.3)
-    return figure
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("ablation", argv, __doc__)
     study.n_runs = len(VARIANTS) * study.config.seeds
-    rows: list[Row] = []
-    losses: list[list[float]] = []
-    for name, change in VARIANTS.items():
-        flags = {"preset": "fast"} | (QUICK if study.config.quick else {}) | change
-        runs = with_seeds(study, re.sub(r"\W+", "-", name), flags)
-        losses.append(val_losses(runs))
-        rows.append({"variant": name, **loss_columns(runs)})
-    add_differences(rows, losses)
-    write_results(study, {"One part at a time": rows}, plot(rows, losses))
+    base = {"preset": "fast"} | (QUICK if study.config.quick else {})
+    runs = study.train_variants(base, VARIANTS)
+    rows = compare(runs, lambda name: {"variant": name})
+    losses = {name: val_losses(some) for name, some in runs.items()}
+    figure = new_figure(8, 5)
+    plot_differences(figure.subplots(), rows, losses, "Without one part of the fast preset")
+    study.write_results({"One part at a time": rows}, figure)
     return 0
 
 

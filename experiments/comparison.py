@@ -9,8 +9,10 @@ study tests many variants at once, and of twenty without any effect one would be
 
 import math
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from viz.curve import BLUE, ORANGE
 
@@ -19,15 +21,10 @@ try:
 except ImportError:
     sys.exit("error: the studies need SciPy: pip install scipy")
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 Row = dict[str, Any]  # of a table: column -> value
 
-CONFIDENCE = 0.95
 SIGNIFICANT = 0.05  # p-values below it
-
-COLUMNS = ("difference", "95% from", "to", "p")  # that `add_differences` adds to a table
+LOSS = "validation loss (nats per token)"  # the label of an axis
 
 
 def mean(values: Sequence[float]) -> float:
@@ -38,14 +35,17 @@ def mean(values: Sequence[float]) -> float:
 
 
 def margin(values: list[float]) -> float:
-    """The half width of the confidence interval of the mean; NaN for a single value, infinite if
-    one of the values is."""
-    if not all(map(math.isfinite, values)):
-        return math.inf
-    if len(values) < 2:
+    """The half width of the confidence interval of the mean; NaN if there is none: for a single
+    value, or if one of them is infinite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
-    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    quantile = stats.t.ppf(0.975, len(values) - 1)
     return float(quantile * stats.sem(values))
+
+
+def mean_columns(name: str, values: list[float], margin_name: str = "95% margin") -> Row:
+    """The columns of a table for these values: the mean and the margin."""
+    return {name: mean(values), margin_name: margin(values)}
 
 
 def p_value(differences: list[float]) -> float:
@@ -71,52 +71,68 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def add_differences(
-    rows: list[Row], values: list[list[float]], bases: list[int] | None = None
-) -> None:
-    """Add COLUMNS to the rows of a table. values: of each row, one per seed; bases: the row that
-    each one is compared to, by default the first one. A row that is its own base is not compared.
+    rows: list[Row], values: Iterable[list[float]], bases: list[int] | None = None
+) -> list[Row]:
+    """The rows of a table with further columns. values: of each row, one per seed; bases: the row
+    that each one is compared to, by default the first one. A row that is its own base is not.
 
     The columns are the mean difference to the base, its confidence interval, and the p-value, which
     is corrected for all comparisons of the table. A variant that diverged has only that word.
     """
-    bases = bases or [0] * len(rows)
+    rows = [row | dict.fromkeys(("difference", "95% from", "to", "p"), "") for row in rows]
+    values = list(values)
     tested: list[tuple[Row, float]] = []
-    for i, (row, base) in enumerate(zip(rows, bases, strict=True)):
-        row |= dict.fromkeys(COLUMNS, "")
+    for i, base in enumerate(bases or [0] * len(rows)):
         if base == i:
             continue
         differences = [b - a for a, b in zip(values[base], values[i], strict=True)]
         if not all(map(math.isfinite, differences)):
-            row["difference"] = "diverged"
+            rows[i]["difference"] = "diverged"
             continue
         center, half = mean(differences), margin(differences)
-        row |= {"difference": center, "95% from": center - half, "to": center + half}
+        rows[i] |= {"difference": center, "95% from": center - half, "to": center + half}
         if len(differences) > 1:
-            tested.append((row, p_value(differences)))
+            tested.append((rows[i], p_value(differences)))
     for (row, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
         row["p"] = p
+    return rows
 
 
-def is_significant(row: Row) -> bool:
-    """Whether the difference in a row of `add_differences` is."""
-    return isinstance(row["p"], float) and row["p"] < SIGNIFICANT
+# --- plots
 
 
-def plot_differences(axes: "Axes", names: list[str], rows: list[Row], values: list[list[float]],
-                     title: str) -> None:  # fmt: skip
-    """The difference of each row to the first one: a dot per seed and the confidence interval of
-    the mean. Rows and values are those of `add_differences`."""
-    axes.axvline(0, color="gray", linewidth=1)
-    for y, (row, losses) in enumerate(zip(rows, values, strict=True)):
-        color = ORANGE if is_significant(row) else BLUE
-        if row["difference"] == "diverged":
-            axes.text(0, y, " diverged", color=ORANGE, va="center")
-        elif y:
-            pairs = zip(values[0], losses, strict=True)
-            axes.plot([b - a for a, b in pairs], [y] * len(losses), "o", color=color, alpha=0.4)
-            half = row["to"] - row["difference"]
-            axes.errorbar(row["difference"], y, xerr=half, fmt="|", color=color, capsize=4)
-    axes.set_yticks(range(len(names)), names)
+def plot_seeds(axes: Axes, groups: dict[str, list[float]], colors: Sequence[str]) -> None:
+    """The values of each name, from top to bottom: a dot per seed, the mean and its interval."""
+    for y, (values, color) in enumerate(zip(groups.values(), colors, strict=False)):
+        if not all(map(math.isfinite, values)):
+            axes.text(0, y, " diverged", color=color, va="center")
+        elif values:
+            axes.plot(values, [y] * len(values), "o", color=color, alpha=0.4)
+            axes.errorbar(mean(values), y, xerr=margin(values), fmt="|", color=color, capsize=4)
+    axes.set_yticks(range(len(groups)), list(groups))
     axes.invert_yaxis()
-    axes.set(xlabel=f"validation loss minus that of {names[0]} (nats per token)")
+
+
+def plot_differences(
+    axes: Axes, rows: list[Row], losses: dict[str, list[float]], title: str
+) -> None:
+    """The differences of the losses of each variant to those of the first one. rows: those of
+    `add_differences`, for the colors."""
+    (base, first), *others = losses.items()
+    groups: dict[str, list[float]] = {base: []}
+    for name, values in others:
+        groups[name] = [b - a for a, b in zip(first, values, strict=True)]
+    significant = [isinstance(row["p"], float) and row["p"] < SIGNIFICANT for row in rows]
+    axes.axvline(0, color="gray", linewidth=1)
+    plot_seeds(axes, groups, [ORANGE if yes else BLUE for yes in significant])
+    axes.set(xlabel=f"validation loss minus that of {base} (nats per token)")
     axes.set_title(f"{title}\none dot per seed, bars: 95% interval, orange: significant")
+
+
+def plot_band(
+    axes: Axes, x: list[float], values: list[list[float]], style: str, color: str, label: str
+) -> None:
+    """A line through the means over the seeds, in a band from the lowest to the highest value."""
+    axes.plot(x, [mean(v) for v in values], style, color=color, label=label)
+    lowest, highest = [min(v) for v in values], [max(v) for v in values]
+    axes.fill_between(x, lowest, highest, color=color, alpha=0.25)

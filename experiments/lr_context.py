@@ -4,27 +4,17 @@ divergence; and gradient accumulation compared with large batches.
     python -m experiments.lr_context --quick
 """
 
+import itertools
 import math
-from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
 
 from config import train_settings
-from experiments.comparison import Row, add_differences, mean
-from experiments.study import (
-    Study,
-    loss_columns,
-    make_trainer,
-    mean_ms_per_step,
-    parse_study,
-    val_losses,
-    with_seeds,
-    write_results,
-)
+from experiments.comparison import LOSS, Row, mean
+from experiments.study import Runs, Study, compare, log_values, loss_columns, parse_study
 from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 QUICK: Flags = {"preset": "tiny", "batch_size": 12, "max_steps": 300, "eval_every": 50}
 QUICK |= {"compile": False}
@@ -51,59 +41,45 @@ def compare_rates(study: Study, base: Flags) -> list[Row]:
     """Each peak learning rate with each window length, with the same number of tokens per step."""
     rows = []
     tokens = base["batch_size"] * base["block_size"]
-    for window in WINDOWS[study.config.quick]:
-        for rate in RATES[study.config.quick]:
-            flags = base | {"block_size": window, "batch_size": tokens // window, "lr_max": rate}
-            runs = with_seeds(study, f"window{window}-rate{rate:g}", flags)
-            rows.append({"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)})
+    quick = study.config.quick
+    for window, rate in itertools.product(WINDOWS[quick], RATES[quick]):
+        flags = base | {"block_size": window, "batch_size": tokens // window, "lr_max": rate}
+        runs = study.with_seeds(f"window{window}-rate{rate:g}", flags)
+        rows.append({"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)})
     return rows
 
 
 def best_rate(rows: list[Row]) -> float:
     """The peak learning rate with the lowest mean loss over all windows."""
-    means = {
-        rate: mean([row["validation loss"] for row in rows if row["peak rate"] == rate])
-        for rate in {row["peak rate"] for row in rows}
-    }
-    return float(min(means, key=means.__getitem__))
+    losses: dict[str, list[float]] = {}
+    for row in rows:
+        losses.setdefault(row["peak rate"], []).append(row["validation loss"])
+    return float(min(losses, key=lambda rate: mean(losses[rate])))
 
 
-def compare_schedules(study: Study, base: Flags) -> list[Row]:
-    """Each schedule with the same peak learning rate; differences are to the first one."""
-    rows: list[Row] = []
-    losses: list[list[float]] = []
+def train_schedules(study: Study, base: Flags) -> Runs:
+    """Each schedule with the same peak learning rate."""
+    runs = {}
     for name, schedule in SCHEDULES.items():
-        lr_min = schedule.get("lr_min", 0.0) * base["lr_max"]
-        runs = with_seeds(study, name.replace(" ", "-"), base | schedule | {"lr_min": lr_min})
-        losses.append(val_losses(runs))
-        rows.append({"schedule": name, **loss_columns(runs)})
-    add_differences(rows, losses)
-    return rows
+        flags = base | schedule | {"lr_min": schedule.get("lr_min", 0.0) * base["lr_max"]}
+        runs[name] = study.with_seeds(name.replace(" ", "-"), flags)
+    return runs
 
 
-def compare_accumulation(study: Study, base: Flags) -> tuple[list[Row], dict[str, Any]]:
-    """The same windows per step as one batch or as several micro-batches. Returns the rows, and
-    the log of the first seed by name."""
-    rows: list[Row] = []
-    logs: dict[str, Any] = {}
-    losses: list[list[float]] = []
+def train_accumulation(study: Study, base: Flags) -> Runs:
+    """The same windows per step as one batch or as several micro-batches."""
+    runs = {}
     for n in MICRO_BATCHES:
         flags = base | {"batch_size": base["batch_size"] // n, "grad_accum": n}
-        name = f"{n} x {flags['batch_size']} windows"
-        runs = with_seeds(study, f"accumulate{n}", flags)
-        losses.append(val_losses(runs))
-        logs[name] = runs[0]["log"]
-        row = {"batches per step": name, **loss_columns(runs)}
-        rows.append(row | {"ms per step": mean_ms_per_step(runs)})
-    add_differences(rows, losses)
-    return rows, logs
+        runs[f"{n} x {flags['batch_size']} windows"] = study.with_seeds(f"accumulate{n}", flags)
+    return runs
 
 
 def range_test(study: Study, base: Flags) -> list[tuple[float, float]]:
     """The learning-rate range test of Smith (2017): pairs of learning rate and smoothed training
     loss while the rate grows from FIRST_RATE towards LAST_RATE, until the loss has risen."""
     # With a schedule this long, the learning rate is lr_max, which is set before each step.
-    trainer = make_trainer(study, base | {"warmup_steps": 0, "max_steps": 10**9})
+    trainer = study.make_trainer(base | {"warmup_steps": 0, "max_steps": 10**9})
     pairs: list[tuple[float, float]] = []
     smoothed = math.log(trainer.model.config.vocab_size)  # the loss of uniform guessing
     for i in range(RANGE_STEPS):
@@ -118,93 +94,62 @@ def range_test(study: Study, base: Flags) -> list[tuple[float, float]]:
     return pairs
 
 
-# --- plots
+def plot(
+    rates: list[Row], pairs: list[tuple[float, float]], schedules: list[Row], accumulation: Runs
+) -> Figure:
+    figure = new_figure(10, 7.5)
+    (by_rate, by_step), (by_schedule, curves) = figure.subplots(2, 2)
 
+    for color, window in zip(COLORS, sorted({row["window"] for row in rates}), strict=False):
+        rows = [row for row in rates if row["window"] == window]
+        x = [float(row["peak rate"]) for row in rows]
+        losses, bars = [row["validation loss"] for row in rows], [row["95% margin"] for row in rows]
+        label = f"window {window}"
+        by_rate.errorbar(x, losses, bars, fmt="o-", capsize=3, color=color, label=label)
+    by_rate.set(title="Peak learning rate by window, at equal tokens", xscale="log")
+    by_rate.set(xlabel="peak learning rate", ylabel=LOSS)
 
-def margins(rows: list[Row]) -> list[float]:
-    """The lengths of the error bars."""
-    return [row["95% margin"] if math.isfinite(row["95% margin"]) else 0.0 for row in rows]
-
-
-def plot_rates(axes: "Axes", rows: list[Row]) -> None:
-    for color, window in zip(COLORS, sorted({row["window"] for row in rows}), strict=False):
-        chosen = [row for row in rows if row["window"] == window]
-        axes.errorbar(
-            [float(row["peak rate"]) for row in chosen],
-            [row["validation loss"] for row in chosen],
-            margins(chosen),
-            fmt="o-",
-            capsize=3,
-            color=color,
-            label=f"window {window}",
-        )
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats per token)")
-    axes.set_title("Peak learning rate by window, at equal tokens")
-    axes.legend()
-
-
-def plot_range(axes: "Axes", pairs: list[tuple[float, float]]) -> None:
-    axes.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
+    by_step.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
     best, _ = min(pairs, key=lambda pair: pair[1])
-    axes.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
-    axes.set(
-        xlabel="learning rate, growing every step",
-        ylabel="training loss (nats per token), smoothed",
-    )
-    axes.set_title("Learning-rate range test")
-    axes.legend()
+    by_step.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
+    by_step.set(title="Learning-rate range test", xlabel="learning rate, growing every step")
+    by_step.set_ylabel("training loss (nats per token), smoothed")
 
+    for y, row in enumerate(schedules):
+        x, bar = row["validation loss"], row["95% margin"]
+        by_schedule.errorbar(x, y, xerr=bar, fmt="o", capsize=3, color=COLORS[0])
+    by_schedule.set_yticks(range(len(schedules)), [row["schedule"] for row in schedules])
+    by_schedule.invert_yaxis()
+    by_schedule.set(xlabel=LOSS, title="Schedule")
 
-def plot_schedules(axes: "Axes", rows: list[Row]) -> None:
-    values = [row["validation loss"] for row in rows]
-    y = range(len(rows))
-    axes.errorbar(values, y, xerr=margins(rows), fmt="o", capsize=3, color=COLORS[0])
-    axes.set_yticks(y, [row["schedule"] for row in rows])
-    axes.invert_yaxis()
-    axes.set(xlabel="validation loss (nats per token)", title="Schedule")
-
-
-def plot_accumulation(axes: "Axes", logs: dict[str, Any]) -> None:
-    for color, style, (name, log) in zip(COLORS, ("-", "--", ":"), logs.items(), strict=False):
-        steps, values = ([record[key] for record in log] for key in ("step", "val"))
-        axes.plot(steps, values, style, color=color, label=name, linewidth=2)
-    axes.set(
-        xlabel="step", ylabel="validation loss (nats per token)", title="Gradient accumulation"
-    )
-    axes.legend()
+    for i, (name, (first, *_)) in enumerate(accumulation.items()):
+        steps, losses = log_values(first, "step"), log_values(first, "val")
+        curves.plot(steps, losses, ("-", "--", ":")[i], color=COLORS[i], label=name, linewidth=2)
+    curves.set(xlabel="step", ylabel=LOSS, title="Gradient accumulation")
+    return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("lr_context", argv, __doc__)
     n_settings = len(WINDOWS[study.config.quick]) * len(RATES[study.config.quick])
-    n_settings += len(SCHEDULES) + len(MICRO_BATCHES)
-    study.n_runs = n_settings * study.config.seeds
+    study.n_runs = (n_settings + len(SCHEDULES) + len(MICRO_BATCHES)) * study.config.seeds
     base = QUICK if study.config.quick else FULL
     gpt, config = train_settings(base, study.device.type)
     base = base | {"block_size": gpt.block_size, "batch_size": config.batch_size}
     rates = compare_rates(study, base)
     base |= {"lr_max": best_rate(rates)}
-    schedules = compare_schedules(study, base)
-    accumulation, logs = compare_accumulation(study, base)
+    schedules, accumulation = train_schedules(study, base), train_accumulation(study, base)
     pairs = range_test(study, base)
+    schedule_rows = compare(schedules, lambda name: {"schedule": name})
     tables = {
         "Rate by window": rates,
-        "Schedules": schedules,
-        "Accumulation": accumulation,
+        "Schedules": schedule_rows,
+        "Accumulation": compare(accumulation, lambda n: {"batches per step": n}, timed=True),
         "Range test": [
             {"learning rate": f"{rate:.1e}", "training loss": loss} for rate, loss in pairs[::10]
         ],
     }
-    figure = new_figure(10, 7.5)
-    panels = figure.subplots(2, 2)
-    plot_rates(panels[0, 0], rates)
-    plot_range(panels[0, 1], pairs)
-    plot_schedules(panels[1, 0], schedules)
-    plot_accumulation(panels[1, 1], logs)
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
-    write_results(study, tables, figure)
+    study.write_results(tables, plot(rates, pairs, schedule_rows, accumulation))
     return 0
 
 

@@ -9,37 +9,27 @@ loss is that of the last token of windows of text that no run reads, given only 
 it, which is what a sampler needs.
 """
 
-import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import model as model_parts
 import train
 from corpus.corpus import Corpus
 from experiments import study as studies
-from experiments.comparison import Row, add_differences, margin, mean
-from experiments.study import (
-    Result,
-    Study,
-    gradient_norms,
-    parse_study,
-    replaced,
-    study_corpus,
-    with_seeds,
-    write_json,
-    write_results,
-)
+from experiments.comparison import Row, add_differences, mean, mean_columns
+from experiments.study import Result, Runs, Study, kept, log_values, parse_study
 from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
 from system.errors import run
 from training.setup import Flags
@@ -47,10 +37,6 @@ from training.task import Pretraining
 from utils import even_starts, load_checkpoint, windows
 from viz.curve import BLUE, ORANGE, new_figure
 from viz.verdict import verdict
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # --- the mistakes
 
@@ -104,7 +90,7 @@ class LateClipping(train.Trainer):
 class NoEvalMode(train.Trainer):
     """Evaluates and samples without model.eval(): dropout stays on."""
 
-    @contextlib.contextmanager
+    @contextmanager
     def eval_mode(self) -> Iterator[None]:
         with torch.no_grad():
             yield
@@ -133,11 +119,12 @@ class Mistake:
 
     sign: str
     flags: Flags = field(default_factory=dict)
-    replacement: tuple[Any, str, Any] | None = None  # the owner of a part, its name, the new part
+    # The owner of a part, its name, and the new part; by default it is the same.
+    replacement: tuple[Any, str, Any] = (train, "Trainer", train.Trainer)
 
-    def context(self) -> AbstractContextManager[None]:
+    def context(self) -> AbstractContextManager[Any]:
         """Within it, the mistake is made."""
-        return replaced(*self.replacement) if self.replacement else contextlib.nullcontext()
+        return patch.object(*self.replacement)
 
 
 BASE = "correct"
@@ -205,14 +192,15 @@ def honest_loss(study: Study, result: Result) -> float:
     which may be a part of the model. It is kept in the folder of the run."""
     if not math.isfinite(result["val"]):
         return math.inf
-    file = Path(result["flags"]["out_dir"], "honest.json")
-    if not file.exists():
-        model, _, _ = load_checkpoint(file.with_name("latest.pt"), study.device)
-        _, corpus = study_corpus(study, result["flags"])
+    folder = Path(result["flags"]["out_dir"])
+
+    def measure() -> float:
+        model, _, _ = load_checkpoint(folder / "latest.pt", study.device)
+        _, corpus = study.corpus(result["flags"])
         text = corpus.train_ids[round(len(corpus.train_ids) * SHARE) :]
-        write_json(file, last_token_loss(model, text, study.device))
-    loss: float = json.loads(file.read_text())
-    return loss
+        return last_token_loss(model, text, study.device)
+
+    return kept(folder / "honest.json", measure)
 
 
 @torch.no_grad()
@@ -251,30 +239,25 @@ def short_verdict(result: Result, vocab_size: int) -> str:
     return re.split("[:;]", verdict(result["log"], result["flags"] | {"vocab_size": vocab_size}))[0]
 
 
-def loss_rows(runs: dict[str, list[Result]]) -> list[Row]:
+def loss_rows(runs: Runs) -> list[Row]:
     """What the runs show: the losses at the end, and the gradient norms before clipping."""
     rows: list[Row] = []
-    val = [final_losses(results, "val") for results in runs.values()]
-    for (name, results), losses in zip(runs.items(), val, strict=True):
-        norms = [norm for result in results for norm in gradient_norms(result)]
-        row: Row = {"mistake": name, "training loss": mean(final_losses(results, "train"))}
-        row["lowest gradient norm"] = min(norms, default=math.nan)
-        row["highest"] = max(norms, default=math.nan)
-        rows.append(row | {"validation loss": mean(losses), "95% margin": margin(losses)})
-    add_differences(rows, val)
-    return rows
+    val = {name: final_losses(results, "val") for name, results in runs.items()}
+    for name, results in runs.items():
+        norms = studies.gradient_norms(results)
+        rows.append(
+            {
+                "mistake": name,
+                "training loss": mean(final_losses(results, "train")),
+                "lowest gradient norm": min(norms, default=math.nan),
+                "highest": max(norms, default=math.nan),
+                **mean_columns("validation loss", val[name]),
+            }
+        )
+    return add_differences(rows, val.values())
 
 
-def honest_rows(honest: dict[str, list[float]]) -> list[Row]:
-    rows: list[Row] = [
-        {"mistake": name, "honest loss": mean(losses), "95% margin": margin(losses)}
-        for name, losses in honest.items()
-    ]
-    add_differences(rows, list(honest.values()))
-    return rows
-
-
-def sign_rows(runs: dict[str, list[Result]], vocab_size: int) -> list[Row]:
+def sign_rows(runs: Runs, vocab_size: int) -> list[Row]:
     """The verdict and the sample of the first seed, and how to recognize each mistake."""
     return [
         {
@@ -289,58 +272,53 @@ def sign_rows(runs: dict[str, list[Result]], vocab_size: int) -> list[Row]:
 
 # --- the figure
 
-
-def plot_curves(axes: "Axes", result: Result, colors: tuple[str, str], labels: str) -> None:
-    """The training loss, dashed, and the validation loss of the evaluations of a run."""
-    steps = [record["step"] for record in result["log"]]
-    for split, style, color in zip(("train", "val"), ("--", "-"), colors, strict=True):
-        label = f"{labels}: {'training' if split == 'train' else 'validation'} loss"
-        axes.plot(steps, [r[split] for r in result["log"]], style, color=color, label=label)
+GRAY = "#999999"
 
 
-def plot(runs: dict[str, list[Result]], honest: dict[str, list[float]], top: float) -> "Figure":
-    """The curves of the first seed of each mistake, over those of the correct run. top: the highest
-    loss that is shown."""
+def plot(runs: Runs, honest: dict[str, list[float]], top: float) -> Figure:
+    """The curves of the first seed of each mistake, over those of the correct run: the training
+    loss, dashed, and the validation loss. top: the highest loss that is shown."""
     figure = new_figure(13, 8.5)
-    panels = figure.subplots(3, 4, sharex=True, sharey=True)
-    names = [name for name in runs if name != BASE]
-    for axes, name in zip(panels.flat, names, strict=False):
-        plot_curves(axes, runs[BASE][0], ("#999999", "#999999"), "correct")
-        plot_curves(axes, runs[name][0], (ORANGE, BLUE), "with the mistake")
-        axes.set_title(f"{name}\nhonest loss: {mean(honest[name]):.2f}", fontsize=10)
+    *panels, legend = figure.subplots(3, 4, sharex=True, sharey=True).flat
+    correct, *names = runs
+    titles = {name: f"{name}\nhonest loss: {mean(losses):.2f}" for name, losses in honest.items()}
+    for axes, name in zip(panels, names, strict=False):
+        for shown, colors in ((correct, (GRAY, GRAY)), (name, (ORANGE, BLUE))):
+            steps = log_values(runs[shown][0], "step")
+            axes.plot(steps, log_values(runs[shown][0], "train"), "--", color=colors[0])
+            axes.plot(steps, log_values(runs[shown][0], "val"), color=colors[1])
+        axes.set_title(titles[name], fontsize=10)
         axes.set_ylim(0, top)
-        axes.grid(alpha=0.3)
-    for axes in list(panels.flat)[len(names) :]:
+    for axes in (*panels[len(names) :], legend):
         axes.axis("off")
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    panels.flat[-1].legend(handles, labels, loc="center", frameon=False)
-    panels.flat[-1].set_title(f"correct\nhonest loss: {mean(honest[BASE]):.2f}", fontsize=10)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("loss (nats per token)")
-    for i in range(len(names) - panels.shape[1], len(names)):
-        panels.flat[i].set_xlabel("step")
-        panels.flat[i].tick_params(labelbottom=True)
+    for label, colors in (("correct", (GRAY, GRAY)), ("with the mistake", (ORANGE, BLUE))):
+        legend.plot([], "--", color=colors[0], label=f"{label}: training loss")
+        legend.plot([], color=colors[1], label=f"{label}: validation loss")
+    legend.legend(loc="center", frameon=False)
+    legend.set_title(titles[correct], fontsize=10)
+    figure.supxlabel("step")
+    figure.supylabel("loss (nats per token)")
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("mistakes", argv, __doc__)
     study.n_runs = len(MISTAKES) * study.config.seeds
-    runs: dict[str, list[Result]] = {}
+    base = COMMON | (QUICK if study.config.quick else FULL)
+    runs: Runs = {}
     honest: dict[str, list[float]] = {}
     for name, mistake in MISTAKES.items():
-        flags = COMMON | (QUICK if study.config.quick else FULL) | mistake.flags
         with mistake.context():
-            runs[name] = with_seeds(study, re.sub(r"\W+", "-", name), flags, SHARE)
+            runs[name] = study.with_seeds(studies.folder_name(name), base | mistake.flags, SHARE)
             honest[name] = [honest_loss(study, result) for result in runs[name]]
-    vocab_size = study_corpus(study, flags)[0].vocab_size
+    honest_rows = [{"mistake": n, **mean_columns("honest loss", v)} for n, v in honest.items()]
+    vocab_size = study.corpus(base)[0].vocab_size
     tables = {
         "What the runs show": loss_rows(runs),
-        "Honest losses": honest_rows(honest),
+        "Honest losses": add_differences(honest_rows, honest.values()),
         "Signs": sign_rows(runs, vocab_size),
     }
-    write_results(study, tables, plot(runs, honest, top=1.1 * math.log(vocab_size)))
+    study.write_results(tables, plot(runs, honest, top=1.1 * math.log(vocab_size)))
     return 0
 
 

@@ -8,33 +8,22 @@ gradients clipped to a norm of 1, no weight decay (SGD's depends on the learning
 of clipping are compared at the rates that were tuned for a threshold of 1.
 """
 
-import contextlib
 import math
 import statistics
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+from matplotlib.figure import Figure
 
 import train
-from experiments.comparison import Row, add_differences, mean
-from experiments.study import (
-    Result,
-    Study,
-    gradient_norms,
-    loss_columns,
-    make_run,
-    mean_ms_per_step,
-    parse_study,
-    replaced,
-    val_losses,
-    with_seeds,
-    write_results,
-)
+from experiments.comparison import LOSS, Row, plot_band
+from experiments.study import Runs, Study, compare, gradient_norms, log_values, parse_study
 from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+Tuning = dict[str, dict[float, float]]  # optimizer -> learning rate -> validation loss
 
 
 class PlainSGD(train.Trainer):
@@ -70,20 +59,16 @@ COMMON: Flags = {"weight_decay": 0.0, "log_every": 1}
 # --- runs
 
 
-def run_flags(study: Study, name: str, rate: float, clip: float = CLIP) -> Flags:
-    """The flags of an optimizer with a learning rate and a clipping threshold."""
+def named_flags(study: Study, name: str, rate: float, clip: float) -> tuple[str, Flags]:
+    """The folder and the flags of an optimizer's runs at a learning rate and a threshold."""
     size = QUICK if study.config.quick else FULL
-    return COMMON | size | FLAGS[name] | {"lr_max": rate, "grad_clip": clip}
+    flags = COMMON | size | FLAGS[name] | {"lr_max": rate, "grad_clip": clip}
+    return f"{name.replace(' ', '-')}-rate{rate:g}-clip{clip:g}", flags
 
 
-def run_name(name: str, rate: float, clip: float = CLIP) -> str:
-    """The folder of these runs."""
-    return f"{name.replace(' ', '-')}-rate{rate:g}-clip{clip:g}"
-
-
-def trainer_of(name: str) -> contextlib.AbstractContextManager[None]:
+def trainer_of(name: str) -> AbstractContextManager[Any]:
     """The context in which an optimizer trains."""
-    return replaced(train, "Trainer", PlainSGD) if name == "SGD" else contextlib.nullcontext()
+    return patch.object(train, "Trainer", PlainSGD if name == "SGD" else train.Trainer)
 
 
 def tune(study: Study, name: str) -> dict[float, float]:
@@ -96,8 +81,8 @@ def tune(study: Study, name: str) -> dict[float, float]:
     while todo:
         for n in todo:
             rate = rate_of(n)
-            flags = run_flags(study, name, rate) | {"seed": TUNING_SEED}
-            result = make_run(study, f"{run_name(name, rate)}-{TUNING_SEED}", flags)
+            folder, flags = named_flags(study, name, rate, CLIP)
+            result = study.make_run(f"{folder}-{TUNING_SEED}", flags | {"seed": TUNING_SEED})
             losses[n] = result["val"]
         best = min(losses, key=losses.__getitem__)
         todo = [n for n in (best - 1, best + 1) if n not in losses and len(losses) < limit]
@@ -118,140 +103,91 @@ def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-# --- tables
+# --- tables and plots
 
 
-def optimizer_rows(best: dict[str, float], runs: dict[str, list[Result]]) -> list[Row]:
-    """A row per optimizer at its best learning rate; differences are to AdamW."""
-    rows: list[Row] = [
-        {
-            "optimizer": name,
-            "learning rate": f"{best[name]:g}",
-            **loss_columns(results),
-            "ms per step": mean_ms_per_step(results),
-        }
-        for name, results in runs.items()
-    ]
-    add_differences(rows, [val_losses(results) for results in runs.values()])
-    return rows
-
-
-def tuning_rows(tuning: dict[str, dict[float, float]]) -> list[Row]:
-    return [
-        {"optimizer": name, "learning rate": f"{rate:g}", "validation loss": loss}
-        for name, losses in tuning.items()
-        for rate, loss in losses.items()
-    ]
-
-
-def clipping_rows(clipped: dict[tuple[str, float], list[Result]]) -> list[Row]:
+def clipping_rows(clipped: Runs) -> list[Row]:
     """A row per optimizer and threshold; differences are to no clipping."""
-    rows: list[Row] = []
-    for (name, clip), results in clipped.items():
-        norms = [norm for result in results for norm in gradient_norms(result)]
+
+    def columns(variant: tuple[str, float]) -> Row:
+        name, clip = variant
+        norms = gradient_norms(clipped[variant])
         share = sum(norm > (clip or math.inf) for norm in norms) / len(norms)
-        rows.append(
-            {
-                "optimizer": name,
-                "threshold": f"{clip:g}" if clip else "none",
-                "clipped steps": f"{share:.0%}",
-                "median gradient norm": statistics.median(norms),
-                "highest": max(norms),
-                **loss_columns(results),
-            }
-        )
+        return {
+            "optimizer": name,
+            "threshold": f"{clip:g}" if clip else "none",
+            "clipped steps": f"{share:.0%}",
+            "median gradient norm": statistics.median(norms),
+            "highest": max(norms),
+        }
+
     names = [name for name, _ in clipped]
-    values = [val_losses(results) for results in clipped.values()]
-    add_differences(rows, values, bases=[names.index(name) for name in names])
-    return rows
+    return compare(clipped, columns, bases=[names.index(name) for name in names])
 
 
-# --- the figure
-
-
-def plot_curves(axes: "Axes", best: dict[str, float], runs: dict[str, list[Result]]) -> None:
-    """The mean validation loss over the steps, in a band from the lowest to the highest seed."""
+def plot(tuning: Tuning, runs: Runs, clipped: Runs) -> Figure:
+    figure = new_figure(12, 8.5)
+    (left, right), bottom = figure.subplots(2, 2)
     for (name, results), color in zip(runs.items(), COLORS, strict=False):
-        logs = [result["log"] for result in results]
-        by_step = [[record["val"] for record in some] for some in zip(*logs, strict=False)]
-        steps = [record["step"] for record in logs[0]][: len(by_step)]
-        label = f"{name}, learning rate {best[name]:g}"
-        axes.plot(steps, [mean(v) for v in by_step], color=color, label=label)
-        low, high = [min(v) for v in by_step], [max(v) for v in by_step]
-        axes.fill_between(steps, low, high, color=color, alpha=0.25)
-    axes.set(xlabel="step", ylabel="validation loss (nats per token)")
-    axes.set_title("At the best learning rates: mean, lowest and highest seed")
-    axes.legend()
+        logs = zip(*(log_values(result, "val") for result in results), strict=False)
+        by_step = [list(losses) for losses in logs]  # as far as all seeds got
+        steps = log_values(results[0], "step")[: len(by_step)]
+        label = f"{name}, learning rate {best_rate(tuning[name]):g}"
+        plot_band(left, steps, by_step, "-", color, label)
+    left.set(xlabel="step", ylabel=LOSS)
+    left.set_title("At the best learning rates: mean, lowest and highest seed")
 
-
-def plot_tuning(axes: "Axes", tuning: dict[str, dict[float, float]]) -> None:
-    """The loss over the learning rate, without those that diverged; a star at the best one."""
     for losses, color in zip(tuning.values(), COLORS, strict=False):
         finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-        axes.semilogx(list(finite), list(finite.values()), ".-", color=color)
-        axes.plot(best_rate(losses), min(losses.values()), "*", color=color, markersize=14)
-    axes.set(xlabel="peak learning rate", ylabel="validation loss (nats per token)")
-    axes.set_title("Tuning: one seed, colors as on the left")
+        right.semilogx(list(finite), list(finite.values()), ".-", color=color)
+        right.plot(best_rate(losses), min(losses.values()), "*", color=color, markersize=14)
+    right.set(xlabel="peak learning rate", ylabel=LOSS)
+    right.set_title("Tuning: one seed, colors as on the left")
 
-
-def plot_norms(axes: "Axes", name: str, clipped: dict[tuple[str, float], list[Result]]) -> None:
-    """The gradient norms of the first seed for each threshold, which is a dotted line."""
-    highest = 0.0
-    for clip, color in zip(THRESHOLDS, COLORS, strict=False):
-        norms = gradient_norms(clipped[name, clip][0])
-        label = f"clipped to {clip:g}" if clip else "not clipped"
-        axes.semilogy(norms, color=color, linewidth=0.8, label=label)
-        if clip:
-            axes.axhline(clip, color=color, linestyle=":")
-        highest = max(highest, *norms)
-    axes.set_ylim(top=6 * highest)  # room for the legend
-    axes.set(xlabel="step", ylabel="gradient norm before clipping", title=f"{name}, one seed")
-    axes.legend(loc="upper right", ncols=2)
-
-
-def plot(
-    tuning: dict[str, dict[float, float]],
-    runs: dict[str, list[Result]],
-    clipped: dict[tuple[str, float], list[Result]],
-) -> "Figure":
-    figure = new_figure(12, 8.5)
-    panels = figure.subplots(2, 2)
-    plot_curves(panels[0, 0], {name: best_rate(losses) for name, losses in tuning.items()}, runs)
-    plot_tuning(panels[0, 1], tuning)
-    for axes, name in zip(panels[1], CLIPPED, strict=True):
-        plot_norms(axes, name, clipped)
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
+    for axes, name in zip(bottom, CLIPPED, strict=True):
+        for clip, color in zip(THRESHOLDS, COLORS, strict=False):
+            norms = gradient_norms(clipped[name, clip][:1])
+            label = f"clipped to {clip:g}" if clip else "not clipped"
+            axes.semilogy(norms, color=color, linewidth=0.8, label=label)
+            if clip:
+                axes.axhline(clip, color=color, linestyle=":")
+        axes.margins(y=0.3)  # room for the legend
+        axes.set(xlabel="step", ylabel="gradient norm before clipping", title=f"{name}, one seed")
+        axes.legend(loc="upper right", ncols=2)
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("optimizers", argv, __doc__)
     n_clipping = len(CLIPPED) * (len(THRESHOLDS) - 1)  # with CLIP, the runs are those of `runs`
     study.n_runs = len(FLAGS) * (2 * GRID + 1) + (len(FLAGS) + n_clipping) * study.config.seeds
-    tuning: dict[str, dict[float, float]] = {}
-    runs: dict[str, list[Result]] = {}
+    tuning: Tuning = {}
+    best: dict[str, float] = {}
+    runs: Runs = {}
     for name in FLAGS:
         with trainer_of(name):
             tuning[name] = tune(study, name)
-            rate = best_rate(tuning[name])
-            runs[name] = with_seeds(study, run_name(name, rate), run_flags(study, name, rate))
-    best = {name: best_rate(losses) for name, losses in tuning.items()}
-    clipped: dict[tuple[str, float], list[Result]] = {}
+            best[name] = best_rate(tuning[name])
+            runs[name] = study.with_seeds(*named_flags(study, name, best[name], CLIP))
+    clipped: Runs = {}
     for name in CLIPPED:
         for clip in THRESHOLDS:
-            flags = run_flags(study, name, best[name], clip)
-            folder = run_name(name, best[name], clip)
-            with trainer_of(name):
-                again = [] if clip == CLIP else with_seeds(study, folder, flags)
-            clipped[name, clip] = again or runs[name]
+            clipped[name, clip] = runs[name]
+            if clip != CLIP:
+                with trainer_of(name):
+                    folder, flags = named_flags(study, name, best[name], clip)
+                    clipped[name, clip] = study.with_seeds(folder, flags)
+    rates = {name: {"optimizer": name, "learning rate": f"{best[name]:g}"} for name in FLAGS}
     tables = {
-        "Optimizers at their best learning rates": optimizer_rows(best, runs),
+        "Optimizers at their best learning rates": compare(runs, rates.__getitem__, timed=True),
         "Clipping": clipping_rows(clipped),
-        "Tuning": tuning_rows(tuning),
+        "Tuning": [
+            {"optimizer": name, "learning rate": f"{rate:g}", "validation loss": loss}
+            for name, losses in tuning.items()
+            for rate, loss in losses.items()
+        ],
     }
-    write_results(study, tables, plot(tuning, runs, clipped))
+    study.write_results(tables, plot(tuning, runs, clipped))
     return 0
 
 

@@ -19,7 +19,7 @@ from scipy import optimize
 
 from corpus.sources import find_sources
 from experiments.comparison import Row, margin, mean
-from experiments.study import Study, make_run, parse_study, study_corpus, write_results
+from experiments.study import Study, parse_study
 from system.errors import run
 from training.law import Law, Pilot, Run
 from training.plan import SIZES, block_params, settings, size_flags, step_tokens
@@ -124,10 +124,10 @@ def train_all(study: Study) -> list[Row]:
             flags = run_flags(study, text, size, dropout, decay, steps)
             name = f"{text}-{size}-{dropout}-{decay}-{steps}-{seed}"
             name = name.replace(", ", "-").replace(" ", "")
-            result = make_run(study, name, flags | {"seed": seed})
+            result = study.make_run(name, flags | {"seed": seed})
             for file in (study.folder / name).glob("*.pt"):
                 file.unlink()
-            tokenizer, corpus = study_corpus(study, flags)
+            tokenizer, corpus = study.corpus(flags)
             gpt, config = settings(flags | {"vocab_size": tokenizer.vocab_size})
             last, best = result["log"][-1], min(record["val"] for record in result["log"])
             rows += [
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
         "Fit: runs that the law was fitted to": prediction_rows(rows, law, "fit"),
         "Law": [asdict(law)],
     }
-    write_results(study, tables, plot(rows, law))
+    study.write_results(tables, plot(rows, law))
     print(f"\nLAW = {law}")
     return 0
 

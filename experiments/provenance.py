@@ -2,6 +2,7 @@
 
 import functools
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,10 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def cpu_model() -> str:
     """The name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    info = Path("/proc/cpuinfo")  # on Linux
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def describe(records: list[dict[str, Any]]) -> str:

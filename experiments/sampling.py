@@ -17,20 +17,20 @@ small part of the text, read many times.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from config import SampleConfig
 from corpus.corpus import Corpus
 from corpus.load import load_corpus
 from evaluate import EvaluateConfig, evaluate_split
-from experiments.comparison import Row, margin, mean
+from experiments.comparison import Row, mean, mean_columns, plot_band
 from experiments.provenance import run_record
-from experiments.study import Study, make_run, parse_study, write_results
+from experiments.study import Study, parse_study
 from explore import distinct_ngrams, sample_with_statistics
 from generate import sample_text
 from model import GPT
@@ -41,11 +41,7 @@ from training.setup import Flags
 from utils import even_starts, load_checkpoint
 from viz.curve import BLACK, BLUE, GREEN, ORANGE, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Sweep = dict[str, list[dict[str, Any]]]  # see `sweep`
+Point = dict[str, Any]  # column -> a value, or a list with one per seed
 
 SWEEPS: dict[str, tuple[float, ...]] = {
     "temperature": (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
@@ -54,32 +50,24 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 }
 OFF: Flags = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 STATISTICS = ("entropy", "surprise", "distinct-1", "distinct-2")
+WORDS = "words of the training text"  # a column: their share of the words of samples
 SHOWN = 100  # characters of a sample in the tables
 
 
-@dataclass
-class Plan:
-    """What is trained and sampled."""
-
-    flags: Flags  # of the run
-    num_samples: int  # per seed
-    length: int  # of a sample, in tokens
-    overfitting: Flags  # of the second run, on SHARE of the text
-
-
-SHARE = 0.05
-QUICK = Plan(
-    {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80},
-    num_samples=8,
-    length=250,
-    overfitting={"preset": "quick", "max_steps": 1500, "eval_every": 150, "save_every": 150},
-)
-FULL = Plan(
-    {"preset": "medium", "save_every": 500},
-    num_samples=32,
-    length=500,
-    overfitting={"preset": "medium", "save_every": 500},
-)
+# By --quick: the flags of the run, those of the run that overfits, and the size of the samples.
+RUN: dict[bool, Flags] = {
+    True: {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80},
+    False: {"preset": "medium", "save_every": 500},
+}
+OVERFITTED: dict[bool, Flags] = {
+    True: {"preset": "quick", "max_steps": 1500, "eval_every": 150, "save_every": 150},
+    False: {"preset": "medium", "save_every": 500},
+}
+SAMPLES: dict[bool, Flags] = {
+    True: {"num_samples": 8, "max_new_tokens": 250},
+    False: {"num_samples": 32, "max_new_tokens": 500},
+}
+SHARE = 0.05  # of the text is what the run that overfits reads
 
 
 @dataclass
@@ -89,78 +77,55 @@ class SamplingConfig:
     checkpoint: str = setting("", "default: train a model for this study", positional=True)
 
 
-def find_checkpoint(study: Study, plan: Plan) -> Path:
-    """The checkpoint given by the user, or the best one of a run made for the study."""
-    if study.options.checkpoint:
-        return Path(study.options.checkpoint)
-    study.config.data = study.config.data or "shakespeare"
-    study.n_runs = 2
-    make_run(study, "model", plan.flags | {"seed": 1})
-    return study.folder / "model" / "best.pt"
-
-
-def check_unchanged(corpus: Corpus, data: str, path: Path, state: dict[str, Any]) -> None:
-    """Raise UserError if a checkpoint was trained on another corpus."""
-    if corpus.info["sha256"] != state["corpus"]["sha256"]:
-        raise UserError(f"{path} was not trained on {data}: give --data its text")
-
-
-def sample_config(plan: Plan, **settings: Any) -> SampleConfig:
-    return SampleConfig(num_samples=plan.num_samples, max_new_tokens=plan.length, **settings)
-
-
-def split_loss(model: GPT, corpus: Corpus, split: str, doc_mask: bool) -> float:
+def split_loss(model: GPT, corpus: Corpus, split: str, train_config: dict[str, Any]) -> float:
     """The mean loss over the validation split, or over as much of the training split, in nats per
-    token."""
+    token. train_config: of the checkpoint; attention may be limited to documents."""
     corpus = replace(corpus, train_ids=corpus.train_ids[: len(corpus.val_ids)])
     config = EvaluateConfig(split=split, precision="float32")
-    return evaluate_split(model, corpus, config, doc_mask)["loss"]
+    return evaluate_split(model, corpus, config, bool(train_config.get("doc_mask")))["loss"]
+
+
+def table_row(point: Point) -> Row:
+    """A point with the mean and the margin of each list."""
+    row: Row = {}
+    for name, value in point.items():
+        if isinstance(value, list):
+            row |= mean_columns(name, value, f"95% margin of {name.split()[0]}")
+        else:
+            row[name] = value
+    return row
 
 
 # --- sampling settings
 
 
-def sweep(model: GPT, tokenizer: Tokenizer, plan: Plan, n_seeds: int) -> Sweep:
-    """The statistics of samples for each value of each sampling setting: {setting: a list of
-    {"value": value, statistic: [one per seed]}}."""
-    found: Sweep = {}
-    for name, values in SWEEPS.items():
-        found[name] = []
-        for value in values:
-            config = sample_config(plan, **(OFF | {name: value}))
-            by_seed = [
-                sample_with_statistics(model, tokenizer, replace(config, seed=s))[1]
-                for s in range(n_seeds)
-            ]
-            point: dict[str, Any] = {"value": value}
-            point |= {key: [each[key] for each in by_seed] for key in by_seed[0]}
-            point["surprise"] = [-p for p in point.pop("log-probability")]
-            found[name].append(point)
-    return found
+def sweep(study: Study, model: GPT, tokenizer: Tokenizer) -> list[Point]:
+    """The statistics of samples for each value of each sampling setting."""
+    points = []
+    for name, value in [(name, value) for name, values in SWEEPS.items() for value in values]:
+        settings = SAMPLES[study.config.quick] | OFF | {name: value}
+        by_seed = [
+            sample_with_statistics(model, tokenizer, SampleConfig(**settings, seed=seed))[1]
+            for seed in range(study.config.seeds)
+        ]
+        for found in by_seed:
+            found["surprise"] = -found["log-probability"]
+        point: Point = {"setting": name, "value": f"{value:g}"}
+        points.append(point | {key: [found[key] for found in by_seed] for key in STATISTICS})
+    return points
 
 
 def validation_statistics(
-    corpus: Corpus, tokenizer: Tokenizer, loss: float, plan: Plan
+    study: Study, corpus: Corpus, tokenizer: Tokenizer, loss: float
 ) -> dict[str, float]:
     """The statistics of the validation text, of as many pieces as are sampled."""
     ids, train_text = corpus.val_ids, tokenizer.decode(corpus.train_ids[:].tolist())
-    starts = even_starts(len(ids), plan.length, plan.num_samples)
-    pieces = [ids[start : start + plan.length].tolist() for start in starts]
+    samples = SAMPLES[study.config.quick]
+    starts = even_starts(len(ids), samples["max_new_tokens"], samples["num_samples"])
+    pieces = [ids[start : start + samples["max_new_tokens"]].tolist() for start in starts]
     distinct = {f"distinct-{n}": distinct_ngrams(pieces, n) for n in (1, 2)}
     copied = [longest_copy(tokenizer.decode(piece), train_text) for piece in pieces]
     return {"surprise": loss} | distinct | {"characters copied": mean(copied)}
-
-
-def sweep_rows(found: Sweep) -> list[Row]:
-    """The means over the seeds, each with the half width of its confidence interval."""
-    rows = []
-    for name, points in found.items():
-        for point in points:
-            row: Row = {"setting": name, "value": f"{point['value']:g}"}
-            for key in STATISTICS:
-                row |= {key: mean(point[key]), f"95% margin of {key}": margin(point[key])}
-            rows.append(row)
-    return rows
 
 
 # --- checkpoints
@@ -200,171 +165,117 @@ def longest_copy(text: str, source: str) -> int:
 
 
 def evaluate_models(
-    study: Study, paths: list[Path], tokenizer: Tokenizer, corpus: Corpus, plan: Plan
-) -> list[dict[str, Any]]:
+    study: Study, paths: list[Path], tokenizer: Tokenizer, corpus: Corpus
+) -> list[Point]:
     """For the untrained model and each checkpoint: the losses; of its samples at temperature 0.8,
     with every seed, the share of words that occur in the training text, distinct-2, and the mean
     length of the longest passage copied from the training text; and the beginning of a sample."""
     train_text = tokenizer.decode(corpus.train_ids[:].tolist())
     known = set(split_words(train_text))
-    found = []
-    for step, model, doc_mask in saved_models(study, paths):
-        seeds = range(study.config.seeds)
-        texts = [sample_text(model, tokenizer, sample_config(plan, seed=seed)) for seed in seeds]
+    samples = SAMPLES[study.config.quick]
+    points = []
+    for i, path in enumerate([paths[0], *paths]):
+        model, _, state = load_checkpoint(path, study.device)
+        step, config = state["step"], state["train_config"]
+        if i == 0:
+            torch.manual_seed(config["seed"])
+            step, model = 0, GPT(model.config).to(study.device).eval()
+        texts = [
+            sample_text(model, tokenizer, SampleConfig(**samples, seed=seed))
+            for seed in range(study.config.seeds)
+        ]
         ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
         copied = [[longest_copy(text, train_text) for text in by_seed] for by_seed in texts]
-        found.append(
+        sample = texts[0][0].strip()[:SHOWN]
+        points.append(
             {
                 "step": step,
-                "train": split_loss(model, corpus, "train", doc_mask),
-                "val": split_loss(model, corpus, "val", doc_mask),
-                "known": [known_share(by_seed, known) for by_seed in texts],
+                "training loss": split_loss(model, corpus, "train", config),
+                "validation loss": split_loss(model, corpus, "val", config),
+                WORDS: [known_share(by_seed, known) for by_seed in texts],
                 "distinct-2": [distinct_ngrams(by_seed, 2) for by_seed in ids],
-                "copied": [mean(by_seed) for by_seed in copied],
-                "sample": texts[0][0].strip()[:SHOWN],
+                "characters copied": [mean(by_seed) for by_seed in copied],
+                "beginning of a sample": sample.replace("\n", " / ").replace("|", "\\|"),
             }
         )
-    return found
+    return points
 
 
-def saved_models(study: Study, paths: list[Path]) -> Iterator[tuple[int, GPT, bool]]:
-    """The model with untrained weights and that of each checkpoint, each with its step, and whether
-    attention is limited to documents."""
-    for path in paths:
-        model, _, state = load_checkpoint(path, study.device)
-        doc_mask = bool(state["train_config"].get("doc_mask"))
-        if path == paths[0]:
-            torch.manual_seed(state["train_config"]["seed"])
-            yield 0, GPT(model.config).to(study.device).eval(), doc_mask
-        yield state["step"], model, doc_mask
-
-
-def overfitted_run(study: Study, corpus: Corpus, plan: Plan) -> tuple[list[Path], Corpus]:
-    """The checkpoints of a run on a small part of the text, and this part as a corpus."""
-    flags = plan.overfitting | {"data": study.config.data, "seed": 1}
-    result = make_run(study, "overfitted", flags, SHARE)
-    some = corpus.train_ids[: round(len(corpus.train_ids) * SHARE)]
-    checkpoints = sorted(Path(result["flags"]["out_dir"]).glob("ckpt_*.pt"))
-    return checkpoints, replace(corpus, train_ids=some)
-
-
-def checkpoint_rows(evaluated: list[dict[str, Any]]) -> list[Row]:
-    return [
-        {
-            "step": each["step"],
-            "training loss": each["train"],
-            "validation loss": each["val"],
-            "words of the training text": mean(each["known"]),
-            "95% margin of words": margin(each["known"]),
-            "distinct-2": mean(each["distinct-2"]),
-            "95% margin of distinct-2": margin(each["distinct-2"]),
-            "characters copied": mean(each["copied"]),
-            "95% margin of characters": margin(each["copied"]),
-            "beginning of a sample": each["sample"].replace("\n", " / ").replace("|", "\\|"),
-        }
-        for each in evaluated
-    ]
-
-
-# --- plots
-
-
-def plot_band(
-    axes: "Axes", x: list[Any], values: list[list[float]], color: str, label: str
-) -> None:
-    """A line through the mean over the seeds, in a band from the lowest to the highest."""
-    axes.plot(x, [mean(v) for v in values], ".-", color=color, label=label)
-    lowest, highest = [min(v) for v in values], [max(v) for v in values]
-    axes.fill_between(x, lowest, highest, color=color, alpha=0.25)
-
-
-def plot_sweeps(panels: Any, found: Sweep, validation: dict[str, float]) -> None:
-    """A column per sampling setting: the statistics in nats above, the shares below; dotted lines
-    for the validation text. panels: an array of axes, (2, settings)."""
-    colors = {"entropy": BLUE, "surprise": ORANGE, "distinct-1": BLUE, "distinct-2": ORANGE}
-    for (name, points), column in zip(found.items(), panels.T, strict=False):
-        x = [point["value"] for point in points]
-        for key, color in colors.items():
-            axes = column[int(key.startswith("distinct"))]
-            plot_band(axes, x, [point[key] for point in points], color, key)
-            if key in validation:
-                axes.axhline(validation[key], color=color, linestyle=":")
-        top, bottom = column
-        top.set_title(name.replace("_", "-"))
-        bottom.set_xlabel(name.replace("_", "-"))
-        if name == "top_k":
-            bottom.set_xscale("log", base=2)
-            bottom.set_xticks(x, [f"{k:g}" for k in x])
-    for row in panels:  # one scale per row
-        limits = [axes.get_ylim() for axes in row]
-        for axes in row:
-            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-    panels[0, 0].set_ylabel("nats per token")
-    panels[1, 0].set_ylabel("share; dotted: validation text")
-    for axes in panels[:, 0]:
-        axes.legend()
-
-
-def plot_checkpoints(panels: Any, evaluated: list[dict[str, Any]], title: str) -> None:
-    """Two axes: the losses over the steps of a run, and the statistics of samples below."""
-    top, bottom = panels
-    steps = [each["step"] for each in evaluated]
-    for split, style in (("train", "--"), ("val", "-")):
-        label = "training loss" if split == "train" else "validation loss"
-        top.plot(steps, [each[split] for each in evaluated], f".{style}", color=BLACK, label=label)
-    plot_band(bottom, steps, [e["known"] for e in evaluated], GREEN, "words of the training text")
-    plot_band(bottom, steps, [e["distinct-2"] for e in evaluated], ORANGE, "distinct-2")
-    top.set_title(title)
-    bottom.set_xlabel("step")
-    bottom.set_ylim(0, 1)
-    top.legend()
-    bottom.legend(loc="center right", fontsize="small")
+# --- the figure
 
 
 def plot(
-    found: Sweep, validation: dict[str, float], evaluated: dict[str, list[dict[str, Any]]]
-) -> "Figure":
+    points: list[Point], validation: dict[str, float], evaluated: dict[str, list[Point]]
+) -> Figure:
+    """A column per sampling setting: the statistics in nats above, the shares below; dotted lines
+    for the validation text. Then a column per run: the losses above, samples below."""
     figure = new_figure(16, 6.5)
-    panels = figure.subplots(2, len(SWEEPS) + len(evaluated), sharex="col")
-    plot_sweeps(panels[:, : len(SWEEPS)], found, validation)
-    for column, (title, each) in zip(panels.T[len(SWEEPS) :], evaluated.items(), strict=True):
-        plot_checkpoints(column, each, title)
-    for axes in panels.flat:
-        axes.grid(alpha=0.3)
+    parts: Any = figure.subfigures(1, 2, width_ratios=[len(SWEEPS), len(evaluated)])
+    panels = parts[0].subplots(2, len(SWEEPS), sharex="col", sharey="row")
+    for name, column in zip(SWEEPS, panels.T, strict=True):
+        some = [point for point in points if point["setting"] == name]
+        x = [float(point["value"]) for point in some]
+        for i, key in enumerate(STATISTICS):
+            axes, color = column[i // 2], (BLUE, ORANGE)[i % 2]
+            label = key if axes in panels[:, 0] else ""
+            plot_band(axes, x, [point[key] for point in some], ".-", color, label)
+            if key in validation:
+                axes.axhline(validation[key], color=color, linestyle=":")
+        column[0].set_title(name.replace("_", "-"))
+        column[1].set_xlabel(name.replace("_", "-"))
+        if name == "top_k":
+            column[1].set_xscale("log", base=2)
+            column[1].set_xticks(x, [f"{k:g}" for k in x])
+    panels[0, 0].set_ylabel("nats per token; dotted: validation text")
+    panels[1, 0].set_ylabel("share; dotted: validation text")
+
+    panels = parts[1].subplots(2, len(evaluated), sharex="col", squeeze=False)
+    for (top, bottom), (title, some) in zip(panels.T, evaluated.items(), strict=True):
+        steps = [point["step"] for point in some]
+        for key, style in (("training loss", ".--"), ("validation loss", ".-")):
+            top.plot(steps, [point[key] for point in some], style, color=BLACK, label=key)
+        for key, color in ((WORDS, GREEN), ("distinct-2", ORANGE)):
+            plot_band(bottom, steps, [point[key] for point in some], ".-", color, key)
+        top.set_title(title)
+        bottom.set(xlabel="step", ylim=(0, 1))
+        bottom.legend(loc="center right", fontsize="small")
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("sampling", argv, __doc__, SamplingConfig, data="")
-    plan = QUICK if study.config.quick else FULL
-    path = find_checkpoint(study, plan)
+    path = Path(study.options.checkpoint or study.folder / "model" / "best.pt")
+    if not study.options.checkpoint:
+        study.config.data = study.config.data or "shakespeare"
+        study.n_runs = 2
+        study.make_run("model", RUN[study.config.quick] | {"seed": 1})
     model, tokenizer, state = load_checkpoint(path, study.device)
     saved = state["train_config"]
-    data, separator = study.config.data or saved["data"], saved.get("separator", "")
-    hold_out = saved.get("hold_out", True)
-    tokenizer, corpus = load_corpus(
-        data, tokenizer=tokenizer, separator=separator, hold_out=hold_out
-    )
-    check_unchanged(corpus, data, path, state)
+    data = study.config.data or saved["data"]
+    options = {"separator": saved.get("separator", ""), "hold_out": saved.get("hold_out", True)}
+    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer, **options)
+    if corpus.info["sha256"] != state["corpus"]["sha256"]:
+        raise UserError(f"{path} was not trained on {data}: give --data its text")
     study.records.append(run_record(corpus.info, "float32", study.device))  # of the samples
     paths = sorted(path.parent.glob("ckpt_*.pt"))
     if not paths:
         print(f"there are no ckpt_*.pt next to {path}, which --save_every keeps: using it alone")
-    found = sweep(model, tokenizer, plan, study.config.seeds)
-    loss = split_loss(model, corpus, "val", bool(saved.get("doc_mask")))
-    validation = validation_statistics(corpus, tokenizer, loss, plan)
-    evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus, plan)}
+    points = sweep(study, model, tokenizer)
+    loss = split_loss(model, corpus, "val", saved)
+    validation = validation_statistics(study, corpus, tokenizer, loss)
+    evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus)}
     if not study.options.checkpoint:
-        paths, some = overfitted_run(study, corpus, plan)
+        flags = OVERFITTED[study.config.quick] | {"data": study.config.data, "seed": 1}
+        study.make_run("overfitted", flags, SHARE)
+        paths = sorted((study.folder / "overfitted").glob("ckpt_*.pt"))
+        part = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * SHARE)])
         title = f"Overfitting, on {SHARE:.0%} of the text"
-        evaluated[title] = evaluate_models(study, paths, tokenizer, some, plan)
-    tables = {
-        "Sampling settings, each varied alone": sweep_rows(found),
-        **{title: checkpoint_rows(each) for title, each in evaluated.items()},
-        "Validation text": [validation],
-    }
-    write_results(study, tables, plot(found, validation, evaluated))
+        evaluated[title] = evaluate_models(study, paths, tokenizer, part)
+    tables = {"Sampling settings, each varied alone": [table_row(point) for point in points]}
+    for title, some_points in evaluated.items():
+        tables[title] = [table_row(point) for point in some_points]
+    tables["Validation text"] = [validation]
+    study.write_results(tables, plot(points, validation, evaluated))
     return 0
 
 

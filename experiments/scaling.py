@@ -7,42 +7,31 @@ compute, a large one on few tokens, a small one on many. The minimum of a parabo
 losses is the best size for this budget. The best sizes of several budgets give power laws, which
 predict the loss for a larger budget; a run that the laws were not fitted to checks the prediction.
 
-Compute is C = 6 N D. N is the number of weights in the matrices that each token is multiplied with,
-including the output layer (the embedding is a table lookup, even if it is tied to the output
-layer), and D the number of training tokens. The products of queries, keys and values are not
-counted.
+Compute is C = 6 N D: N weights in the matrices that each token is multiplied with, including the
+output layer but not the embedding, which is a lookup, and D training tokens. The products of
+queries, keys and values are not counted.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from config import GPTConfig
-from experiments.comparison import Row, margin, mean
-from experiments.study import (
-    Study,
-    loss_columns,
-    mean_ms_per_step,
-    parse_study,
-    study_corpus,
-    val_losses,
-    with_seeds,
-    write_results,
-)
+from experiments.comparison import LOSS, Row, margin, mean, mean_columns
+from experiments.study import Study, loss_columns, parse_study, val_losses
 from model import GPT
 from system.errors import run
 from system.settings import from_dict
 from training.setup import Flags
 from viz.curve import BLACK, COLORS, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-LossBySize = dict[int, float]  # weights -> validation loss
+Profile = dict[int, list[float]]  # weights -> the validation loss of each seed
 Law = tuple[float, float]  # factor k and exponent a of y = k x^a
 
 
@@ -90,19 +79,16 @@ HOFFMANN = {"weights": "0.49", "tokens": "0.51", "loss": ""}  # the exponents th
 # --- fits
 
 
-@dataclass
-class Best:
+class Best(NamedTuple):
     """The best size for a budget."""
 
     weights: float
-    tokens: float
     loss: float  # nats per token
     minimum: str  # how it was found
 
 
-def parabola_minimum(sizes: list[int], losses: list[float]) -> tuple[float, float, str]:
-    """The size at the minimum of a parabola fitted to the losses over log(size), the loss there,
-    and how the minimum was found.
+def parabola_minimum(sizes: list[int], losses: list[float]) -> Best:
+    """The size at the minimum of a parabola fitted to the losses over log(size).
 
     The parabola is not valid outside the range of the trained sizes: if its minimum is outside, the
     nearest of them is returned. If it has no minimum, the size with the lowest loss is.
@@ -111,11 +97,12 @@ def parabola_minimum(sizes: list[int], losses: list[float]) -> tuple[float, floa
     curvature, slope, height = np.polyfit(logs, losses, 2) if len(sizes) > 2 else (0, 0, 0)
     if curvature <= 0:
         i = int(np.argmin(losses))
-        return sizes[i], losses[i], "no minimum: the lowest loss"
+        return Best(sizes[i], losses[i], "no minimum: the lowest loss")
     bottom = -slope / (2 * curvature)
     nearest = min(max(bottom, logs.min()), logs.max())
     found = "within the sizes" if nearest == bottom else "beyond the sizes: the nearest"
-    return math.exp(nearest), float(np.polyval((curvature, slope, height), nearest)), found
+    loss = float(np.polyval((curvature, slope, height), nearest))
+    return Best(math.exp(nearest), loss, found)
 
 
 def fit_power_law(x: list[float], y: list[float]) -> Law:
@@ -129,13 +116,16 @@ def evaluate_law(law: Law, x: float) -> float:
     return law[0] * x ** law[1]
 
 
-def best_sizes(losses: dict[float, LossBySize]) -> dict[float, Best]:
-    """The best size for each budget. Diverged runs, with an infinite loss, are left out."""
+def best_sizes(
+    profiles: dict[float, Profile], loss_of: Callable[[list[float]], float]
+) -> dict[float, Best]:
+    """The best size for each budget. loss_of: the loss of a size from those of its seeds; a size
+    with an infinite loss, which has diverged, is left out."""
     found = {}
-    for budget, by_size in losses.items():
-        kept = {n: loss for n, loss in by_size.items() if math.isfinite(loss)}
-        n, loss, minimum = parabola_minimum(list(kept), list(kept.values()))
-        found[budget] = Best(n, budget / (6 * n), loss, minimum)
+    for budget, profile in profiles.items():
+        losses = {n: loss_of(by_seed) for n, by_seed in profile.items()}
+        kept = {n: loss for n, loss in losses.items() if math.isfinite(loss)}
+        found[budget] = parabola_minimum(list(kept), list(kept.values()))
     return found
 
 
@@ -146,8 +136,12 @@ def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
     this law does not: it holds for nearby budgets only, and predicts slightly too low a loss beyond
     them.
     """
-    names = ("weights", "tokens", "loss")
-    return {n: fit_power_law(list(best), [getattr(b, n) for b in best.values()]) for n in names}
+    sizes = {
+        "weights": [b.weights for b in best.values()],
+        "tokens": [budget / (6 * b.weights) for budget, b in best.items()],
+        "loss": [b.loss for b in best.values()],
+    }
+    return {name: fit_power_law(list(best), values) for name, values in sizes.items()}
 
 
 # --- runs
@@ -162,7 +156,7 @@ def matrix_weights(gpt: GPTConfig) -> int:
 
 def weights_of_width(study: Study, plan: Plan, width: int) -> int:
     """N of the model of this width."""
-    vocab_size = study_corpus(study, plan.flags)[0].vocab_size
+    vocab_size = study.corpus(plan.flags)[0].vocab_size
     settings = plan.flags | {"n_embd": width, "vocab_size": vocab_size}
     return matrix_weights(from_dict(GPTConfig, settings))
 
@@ -174,15 +168,14 @@ def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Ro
     tokens_per_step = plan.flags["batch_size"] * plan.flags["block_size"]
     steps = max(1, round(budget / (6 * n * tokens_per_step)))
     flags = plan.flags | {"n_embd": width, "max_steps": steps, "eval_every": steps}
-    runs = with_seeds(study, f"{budget:.1e}-{width}", flags)
+    runs = study.with_seeds(f"{budget:.1e}-{width}", flags)
     row = {
         "TFLOP": budget / 1e12,
         "channels": width,
         "weights": n,
         "steps": steps,
         "tokens": steps * tokens_per_step,
-        **loss_columns(runs),
-        "ms per step": mean_ms_per_step(runs),
+        **loss_columns(runs, timed=True),
     }
     return row, val_losses(runs)
 
@@ -196,174 +189,120 @@ def nearest_width(study: Study, plan: Plan, n: float) -> int:
     return min(candidates, key=lambda w: abs(weights_of_width(study, plan, w) - n))
 
 
-# --- tables
+# --- tables and plots
 
 
-def best_rows(best: dict[float, Best]) -> list[Row]:
-    return [
+def result_tables(
+    best: dict[float, Best], laws_by_seed: list[dict[str, Law]], row: Row, measured: list[float]
+) -> dict[str, list[Row]]:
+    """The tables of the best sizes, of the laws, and of what they predict for the budget of a run,
+    whose row and losses are given."""
+    best_rows = [
         {
             "TFLOP": budget / 1e12,
             "weights": round(b.weights),
-            "tokens": round(b.tokens),
-            "tokens per weight": round(b.tokens / b.weights, 1),
+            "tokens": round(budget / (6 * b.weights)),
+            "tokens per weight": round(budget / (6 * b.weights) / b.weights, 1),
             "validation loss": b.loss,
             "minimum": b.minimum,
         }
         for budget, b in best.items()
     ]
-
-
-def law_rows(laws: dict[str, Law], laws_by_seed: list[dict[str, Law]]) -> list[Row]:
-    return [
+    laws = fit_laws(best)
+    law_rows = [
         {
             "at the best size": name,
             "exponent": exponent,
-            "95% margin": margin([laws_[name][1] for laws_ in laws_by_seed]),
+            "95% margin": margin([by_name[name][1] for by_name in laws_by_seed]),
             "Hoffmann et al.": HOFFMANN[name],
         }
         for name, (_, exponent) in laws.items()
     ]
-
-
-def check_row(
-    budget: float,
-    laws: dict[str, Law],
-    laws_by_seed: list[dict[str, Law]],
-    weights: int,
-    measured: list[float],
-) -> Row:
-    """What the laws predict for a budget, and the measured losses of a run with this budget."""
-    predicted = evaluate_law(laws["loss"], budget)
-    predictions = [evaluate_law(laws_["loss"], budget) for laws_ in laws_by_seed]
-    return {
-        "TFLOP": budget / 1e12,
+    budget = 1e12 * row["TFLOP"]
+    predicted, *predictions = (
+        evaluate_law(by_name["loss"], budget) for by_name in (laws, *laws_by_seed)
+    )
+    check_row = {
+        "TFLOP": row["TFLOP"],
         "predicted size": round(evaluate_law(laws["weights"], budget)),
-        "trained size": weights,
+        "trained size": row["weights"],
         "predicted loss": predicted,
         "95% margin of the prediction": margin(predictions),
-        "measured loss": mean(measured),
-        "95% margin": margin(measured),
+        **mean_columns("measured loss", measured),
         "measured - predicted": mean(measured) - predicted,
     }
-
-
-# --- plots
-
-
-def plot_profiles(
-    axes: "Axes", losses: dict[float, list[LossBySize]], best: dict[float, Best]
-) -> None:
-    """The losses over the size for each budget and seed, with the parabolas and their minima."""
-    for (budget, by_seed), color in zip(losses.items(), COLORS, strict=False):
-        for by_size in by_seed:
-            axes.semilogx(list(by_size), list(by_size.values()), "o", color=color, alpha=0.4)
-        sizes = list(by_seed[0])
-        means = [mean([by_size[n] for by_size in by_seed]) for n in sizes]
-        if len(sizes) > 2 and all(map(math.isfinite, means)):
-            x = np.geomspace(min(sizes), max(sizes))
-            y = np.polyval(np.polyfit(np.log(sizes), means, 2), np.log(x))
-            axes.plot(x, y, color=color, label=f"{budget / 1e12:g} TFLOP")
-        axes.plot(best[budget].weights, best[budget].loss, "*", color=color, markersize=16)
-    sizes = [n for by_seed in losses.values() for n in by_seed[0]]
-    ticks = np.geomspace(min(sizes), max(sizes), 5)
-    axes.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
-    axes.set(xlabel="weights N", ylabel="validation loss (nats per token)")
-    axes.set_title("Equal compute: parabolas and their minima")
-    axes.legend()
-
-
-def plot_laws(
-    axes: "Axes",
-    best: dict[float, Best],
-    laws: dict[str, Law],
-    check: tuple[float, list[float]],
-) -> None:
-    """The loss at the best size over compute, and the law that predicts the check, (budget,
-    measured losses)."""
-    for (budget, b), color in zip(best.items(), COLORS, strict=False):
-        axes.loglog(budget, b.loss, "*", color=color, markersize=16)
-    budget, measured = check
-    law = laws["loss"]
-    for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
-        axes.plot(ends, [evaluate_law(law, c) for c in ends], style, color=BLACK)
-    star: dict[str, Any] = {
-        "color": "white",
-        "markeredgecolor": BLACK,
-        "markersize": 16,
-        "label": "predicted",
+    return {
+        "Best size for each budget": best_rows,
+        "Laws: powers of compute": law_rows,
+        "Check: a run that the laws were not fitted to": [check_row],
     }
-    axes.plot(budget, evaluate_law(law, budget), "*", **star)
-    label = "measured, one dot per seed"
-    axes.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
-    axes.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
-    values = [b.loss for b in best.values()] + [v for v in measured if math.isfinite(v)]
-    ticks = np.linspace(min(values), max(values), 5)
-    axes.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
-    axes.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
-    pairs = zip("NDL", laws.values(), strict=True)
-    axes.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
-    axes.legend()
 
 
 def plot(
-    losses: dict[float, list[LossBySize]],
+    profiles: dict[float, Profile],
     best: dict[float, Best],
     laws: dict[str, Law],
-    check: tuple[float, list[float]],
-) -> "Figure":
+    budget: float,
+    measured: list[float],
+) -> Figure:
+    """Left: the losses over the size for each budget and seed, with the parabolas and their minima.
+    Right: the loss at the best size over compute, and the law that predicts the measured losses of
+    a run with a further budget."""
     figure = new_figure(11, 5)
     left, right = figure.subplots(1, 2)
-    plot_profiles(left, losses, best)
-    plot_laws(right, best, laws, check)
+    for (c, profile), color in zip(profiles.items(), COLORS, strict=False):
+        sizes, means = list(profile), [mean(losses) for losses in profile.values()]
+        for n, losses in profile.items():
+            left.semilogx([n] * len(losses), losses, "o", color=color, alpha=0.4)
+        if len(sizes) > 2 and all(map(math.isfinite, means)):
+            x = np.geomspace(min(sizes), max(sizes))
+            y = np.polyval(np.polyfit(np.log(sizes), means, 2), np.log(x))
+            left.plot(x, y, color=color, label=f"{c / 1e12:g} TFLOP")
+        left.plot(best[c].weights, best[c].loss, "*", color=color, markersize=16)
+        right.loglog(c, best[c].loss, "*", color=color, markersize=16)
+    all_sizes = [n for profile in profiles.values() for n in profile]
+    ticks = np.geomspace(min(all_sizes), max(all_sizes), 5)
+    left.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
+    left.set(xlabel="weights N", ylabel=LOSS, title="Equal compute: parabolas and their minima")
+
+    for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
+        right.plot(ends, [evaluate_law(laws["loss"], c) for c in ends], style, color=BLACK)
+    predicted = evaluate_law(laws["loss"], budget)
+    right.plot(budget, predicted, "*k", fillstyle="none", markersize=16, label="predicted")
+    label = "measured, one dot per seed"
+    right.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
+    right.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
+    low, high = right.get_ylim()
+    ticks = np.linspace(low, high, 7)[1:-1]
+    right.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
+    right.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
+    pairs = zip("NDL", laws.values(), strict=True)
+    right.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
     for axes in (left, right):
         axes.minorticks_off()
-        axes.grid(alpha=0.3)
     return figure
 
 
-def train_all(study: Study, plan: Plan) -> tuple[list[Row], dict[float, list[LossBySize]]]:
-    """Train all widths with all budgets: the rows of the table of runs, and for each budget the
-    losses of each seed."""
-    rows = []
-    losses: dict[float, list[LossBySize]] = {}
-    for budget, widths in plan.widths.items():
-        losses[budget] = [{} for _ in range(study.config.seeds)]
-        for width in widths:
-            row, values = train_width(study, plan, budget, width)
-            rows.append(row)
-            for by_size, loss in zip(losses[budget], values, strict=True):
-                by_size[row["weights"]] = loss
-    return rows, losses
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("scaling", argv, __doc__, data="plays")
     plan = QUICK if study.config.quick else FULL
     study.n_runs = (sum(map(len, plan.widths.values())) + 1) * study.config.seeds
-    rows, losses = train_all(study, plan)
-    means = {
-        budget: {n: mean([by_size[n] for by_size in by_seed]) for n in by_seed[0]}
-        for budget, by_seed in losses.items()
-    }
-    best = best_sizes(means)
+    rows = []
+    profiles: dict[float, Profile] = {budget: {} for budget in plan.widths}
+    for budget, widths in plan.widths.items():
+        for width in widths:
+            row, losses = train_width(study, plan, budget, width)
+            rows.append(row)
+            profiles[budget][row["weights"]] = losses
+    best = best_sizes(profiles, mean)
     laws = fit_laws(best)
     laws_by_seed = [
-        fit_laws(best_sizes({budget: by_seed[i] for budget, by_seed in losses.items()}))
-        for i in range(study.config.seeds)
+        fit_laws(best_sizes(profiles, itemgetter(i))) for i in range(study.config.seeds)
     ]
-    budget = plan.check_budget
-    width = nearest_width(study, plan, evaluate_law(laws["weights"], budget))
-    row, measured = train_width(study, plan, budget, width)
-    tables = {
-        "Best size for each budget": best_rows(best),
-        "Laws: powers of compute": law_rows(laws, laws_by_seed),
-        "Check: a run that the laws were not fitted to": [
-            check_row(budget, laws, laws_by_seed, row["weights"], measured)
-        ],
-        "Runs": [*rows, row],
-    }
-    write_results(study, tables, plot(losses, best, laws, (budget, measured)))
+    width = nearest_width(study, plan, evaluate_law(laws["weights"], plan.check_budget))
+    row, measured = train_width(study, plan, plan.check_budget, width)
+    tables = result_tables(best, laws_by_seed, row, measured) | {"Runs": [*rows, row]}
+    study.write_results(tables, plot(profiles, best, laws, plan.check_budget, measured))
     return 0
 
 

@@ -5,31 +5,20 @@
 Also measured: how much the KV cache speeds up generation.
 """
 
-import re
 import time
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from config import GPTConfig, SampleConfig
-from experiments.comparison import Row, add_differences, plot_differences
-from experiments.study import (
-    loss_columns,
-    mean_ms_per_step,
-    parse_study,
-    val_losses,
-    with_seeds,
-    write_results,
-)
+from experiments.comparison import Row, plot_differences
+from experiments.study import compare, parse_study, val_losses
 from generate import generate
 from model import GPT
 from system.errors import run
 from training.setup import Flags
 from viz.curve import BLUE, ORANGE, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BASE = "GPT-2's architecture"
 SWAPS: dict[str, Flags] = {
@@ -84,10 +73,8 @@ def cache_speed(device: torch.device, quick: bool) -> list[Row]:
     return rows
 
 
-def plot_cache(axes: "Axes", rows: list[Row]) -> None:
+def plot_cache(axes: Axes, rows: list[Row]) -> None:
     """Tokens per second over the length of the text, with and without a cache."""
-    from matplotlib.ticker import LogLocator  # slow to import
-
     n = [row["tokens generated"] for row in rows]
     for key, color in (("tokens/s with cache", BLUE), ("tokens/s without", ORANGE)):
         axes.loglog(n, [row[key] for row in rows], "o-", color=color, label=key)
@@ -99,32 +86,21 @@ def plot_cache(axes: "Axes", rows: list[Row]) -> None:
     axes.legend(loc="lower left")
 
 
-def plot(rows: list[Row], losses: list[list[float]], cache_rows: list[Row]) -> "Figure":
-    figure = new_figure(11, 5)
-    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
-    plot_differences(left, list(SWAPS), rows, losses, "One component at a time")
-    plot_cache(right, cache_rows)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    return figure
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("swaps", argv, __doc__)
     study.n_runs = len(SWAPS) * study.config.seeds
-    rows: list[Row] = []
-    losses: list[list[float]] = []
-    for name, swap in SWAPS.items():
-        flags = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL) | swap
-        runs = with_seeds(study, re.sub(r"\W+", "-", name), flags)
-        losses.append(val_losses(runs))
-        row = {"swap": name, "parameters": runs[0]["params"], **loss_columns(runs)}
-        rows.append(row | {"ms per step": mean_ms_per_step(runs)})
-    add_differences(rows, losses)
+    base = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL)
+    runs = study.train_variants(base, SWAPS)
+    params = {name: some[0]["params"] for name, some in runs.items()}
+    rows = compare(runs, lambda name: {"swap": name, "parameters": params[name]}, timed=True)
     cache_rows = cache_speed(study.device, study.config.quick)
+    losses = {name: val_losses(some) for name, some in runs.items()}
+    figure = new_figure(11, 5)
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    plot_differences(left, rows, losses, "One component at a time")
+    plot_cache(right, cache_rows)
     tables = {"One component at a time": rows, "Cache: speed of generation": cache_rows}
-    write_results(study, tables, plot(rows, losses, cache_rows))
+    study.write_results(tables, figure)
     return 0
 
 

@@ -14,43 +14,22 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from corpus.bpe import from_tiktoken
 from corpus.load import is_dataset
-from experiments.comparison import Row, add_differences, margin, mean
-from experiments.study import (
-    Result,
-    Study,
-    make_trainer,
-    parse_study,
-    study_corpus,
-    val_losses,
-    with_seeds,
-    write_json,
-    write_results,
-)
+from experiments.comparison import Row, add_differences, mean, mean_columns, plot_seeds
+from experiments.study import Runs, Study, log_values, parse_study, val_losses, write_json
 from system.errors import run
 from system.settings import UserError, setting
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-@dataclass
-class Plan:
-    """What is trained."""
-
-    flags: Flags  # of all runs
-    bpe_vocab_sizes: tuple[int, ...]
-    seconds: float  # of training per run
-
-
-QUICK = Plan({"preset": "quick", "eval_windows": 32}, (500, 2000), 20.0)
-FULL = Plan({"preset": "medium"}, (500, 2000, 8000), 600.0)
+QUICK: Flags = {"preset": "quick", "eval_windows": 32}
+FULL: Flags = {"preset": "medium"}
+BPE_VOCAB_SIZES = {True: (500, 2000), False: (500, 2000, 8000)}  # by --quick
+SECONDS = {True: 20.0, False: 600.0}  # of training per run
 BASE = "characters"
 EVALUATIONS = 6  # per run
 # Steps per timed span. The first span is not counted: it includes compilation and filling caches.
@@ -79,7 +58,7 @@ def tokenizer_flags(bpe_vocab_sizes: tuple[int, ...]) -> dict[str, Flags]:
 
 def step_seconds(study: Study, flags: Flags) -> float:
     """The time of a training step: the median over a few short spans."""
-    trainer = make_trainer(study, flags)
+    trainer = study.make_trainer(flags)
     times = []
     for n in SPANS:
         start = time.perf_counter()
@@ -96,83 +75,61 @@ def steps_within(study: Study, name: str, flags: Flags, seconds: float) -> int:
     steps = json.loads(file.read_text()) if file.exists() else {}
     if name not in steps:
         steps[name] = max(1, round(seconds / step_seconds(study, flags)))
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, steps)
     return steps[name]
 
 
-def bpb_values(runs: list[Result]) -> list[float]:
-    return [result["bpb"] for result in runs]
-
-
-def plot_final(axes: "Axes", results: dict[str, list[Result]]) -> None:
-    """The bits per byte of each tokenizer: a dot per seed, the mean and its confidence interval."""
-    for y, (runs, color) in enumerate(zip(results.values(), COLORS, strict=False)):
-        values = bpb_values(runs)
-        axes.plot(values, [y] * len(values), "o", color=color, alpha=0.5)
-        axes.errorbar(mean(values), y, xerr=margin(values), fmt="|", color=color, capsize=4)
-    axes.set_yticks(range(len(results)), list(results))
-    axes.set_ylim(len(results) - 0.5, -0.5)
-    axes.set(xlabel="bits per byte, validation split")
-    axes.set_title("At equal time: one dot per seed, bars: 95% interval")
-
-
-def plot_curves(axes: "Axes", results: dict[str, list[Result]]) -> None:
-    """The bits per byte of each evaluation over the training time."""
-    for (name, runs), color in zip(results.items(), COLORS, strict=False):
-        for i, result in enumerate(runs):
-            seconds = [record["step"] * result["ms_per_step"] / 1000 for record in result["log"]]
-            values = [record["bpb"] for record in result["log"]]
-            label = name if i == 0 else None
-            axes.plot(seconds, values, ".-", color=color, alpha=0.6, label=label)
-    axes.set(xlabel="training time (s)", ylabel="bits per byte", title="During training")
-    axes.legend()
-
-
-def plot(results: dict[str, list[Result]]) -> "Figure":
+def plot(runs: Runs, bits: dict[str, list[float]]) -> Figure:
+    """Left: the bits per byte of each tokenizer. Right: those of each evaluation over the training
+    time."""
     figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
-    plot_final(left, results)
-    plot_curves(right, results)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    plot_seeds(left, bits, COLORS)
+    left.set(xlabel="bits per byte, validation split")
+    left.set_title("At equal time: one dot per seed, bars: 95% interval")
+    for (name, results), color in zip(runs.items(), COLORS, strict=False):
+        for result in results:
+            seconds = [n * result["ms_per_step"] / 1000 for n in log_values(result, "step")]
+            label = name if result is results[0] else None
+            curve = log_values(result, "bpb")
+            right.plot(seconds, curve, ".-", color=color, alpha=0.6, label=label)
+    right.set(xlabel="training time (s)", ylabel="bits per byte", title="During training")
     return figure
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("tokenization", argv, __doc__, TokenizationConfig, data="plays")
     if is_dataset(study.config.data):
         raise UserError(f"{study.config.data} already has a tokenizer: give --data a text")
-    plan = QUICK if study.config.quick else FULL
-    seconds = study.options.seconds or plan.seconds
-    rows: list[Row] = []
-    results: dict[str, list[Result]] = {}
-    choices = tokenizer_flags(plan.bpe_vocab_sizes)
+    quick = study.config.quick
+    seconds = study.options.seconds or SECONDS[quick]
+    choices = tokenizer_flags(BPE_VOCAB_SIZES[quick])
     study.n_runs = len(choices) * study.config.seeds
+    rows: list[Row] = []
+    runs: Runs = {}
+    bits: dict[str, list[float]] = {}
     for name, choice in choices.items():
-        tokenizer, corpus = study_corpus(study, choice)
+        tokenizer, corpus = study.corpus(choice)
         folder = f"{'-'.join(map(str, choice.values()))}-{seconds:g}s"
-        flags = plan.flags | choice
+        flags = (QUICK if quick else FULL) | choice
         steps = steps_within(study, folder, flags, seconds)
         flags |= {"max_steps": steps, "eval_every": math.ceil(steps / EVALUATIONS)}
-        results[name] = runs = with_seeds(study, folder, flags)
-        values = bpb_values(runs)
+        runs[name] = study.with_seeds(folder, flags)
+        bits[name] = [result["bpb"] for result in runs[name]]
         rows.append(
             {
                 "tokenizer": name,
                 "vocabulary": tokenizer.vocab_size,
                 "bytes per token": round(corpus.bytes_per_token, 2),
-                "parameters": runs[0]["params"],
+                "parameters": runs[name][0]["params"],
                 "steps": steps,
-                "seconds": mean([result["seconds"] for result in runs]),
-                "loss per token": mean(val_losses(runs)),
-                "bits per byte": mean(values),
-                "95% margin": margin(values),
+                "seconds": mean([result["seconds"] for result in runs[name]]),
+                "loss per token": mean(val_losses(runs[name])),
+                **mean_columns("bits per byte", bits[name]),
             }
         )
-    add_differences(rows, [bpb_values(runs) for runs in results.values()])
-    write_results(study, {"Tokenizers at equal time": rows}, plot(results))
+    tables = {"Tokenizers at equal time": add_differences(rows, bits.values())}
+    study.write_results(tables, plot(runs, bits))
     return 0
 
 

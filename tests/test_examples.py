@@ -22,7 +22,6 @@ from experiments import swaps
 from finetuning.records import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
-from viz.curve import new_figure
 
 DATA = Path(__file__).parent.parent / "data"
 # The 65 characters of TinyShakespeare, as its author lists them.
@@ -104,7 +103,7 @@ def test_git_ignores_what_the_commands_write_by_default(trained, monkeypatch):
     monkeypatch.setattr(swaps, "QUICK", {"n_layer": 1, "n_embd": 16, "n_head": 2, "max_steps": 2})
     monkeypatch.setattr(swaps, "SWAPS", {swaps.BASE: {}})
     monkeypatch.setattr(swaps, "cache_speed", lambda *args: [{"tokens generated": 1}])
-    monkeypatch.setattr(swaps, "plot", lambda *args: new_figure(2, 2))
+    monkeypatch.setattr(swaps, "plot_cache", lambda *args: None)
     assert swaps.main(["--quick", "--device=cpu", "--seeds=1"]) == 0
     assert prepare.main(["data/input.txt", "--tokenizer=char"]) == 0
     assert plots.main(["checkpoints"]) == 0

@@ -9,34 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from test_experiments import TINY, results, run_twice, table
+from test_experiments import TINY, parse_tiny_study, results, run_twice, table
 from torch import nn
 
 import train
 from config import GPTConfig
 from experiments import comparison, mistakes, optimizers, provenance, study
 from model import GPT
+from viz.curve import BLUE, ORANGE, new_figure
 
 MODEL = {"n_layer": 2, "n_embd": 16, "n_head": 2, "block_size": 8}
 X = torch.tensor([[3, 1, 4, 1, 5, 2, 6, 5]])
 Y = torch.tensor([[1, 4, 1, 5, 2, 6, 5, 3]])
 
 
-def tiny_trainer(**flags: Any) -> train.Trainer:
-    """A trainer; it makes the mistake in whose context it is called."""
-    some = study.parse_study("some", ["--device=cpu"], "")
-    return study.make_trainer(some, TINY | MODEL | {"warmup_steps": 0} | flags)
+def tiny_trainer(mistake: str = mistakes.BASE, **flags: Any) -> train.Trainer:
+    """A trainer that makes a mistake."""
+    with mistakes.MISTAKES[mistake].context():
+        return parse_tiny_study().make_trainer(TINY | MODEL | {"warmup_steps": 0} | flags)
 
 
 # --- statistics
-
-
-def test_the_test_of_three_pairs():
-    # mean 2, standard deviation 1: t = 2 sqrt(3); with 2 degrees of freedom P(|T| < t) is
-    # t / sqrt(2 + t^2) = sqrt(12 / 14). scipy.stats.ttest_1samp([1, 2, 3], 0): 0.0741799
-    assert comparison.p_value([1.0, 2.0, 3.0]) == pytest.approx(1 - math.sqrt(12 / 14))
-    assert comparison.p_value([-3.0, -1.0, -2.0]) == pytest.approx(0.0741799)
-    assert comparison.margin([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / math.sqrt(3), abs=1e-5)
 
 
 def test_differences_without_variance():
@@ -46,11 +39,9 @@ def test_differences_without_variance():
 
 def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
     assert math.isnan(comparison.margin([1.0]))
-    assert comparison.margin([1.0, math.inf]) == math.inf
-    rows: list[dict[str, Any]] = [{}, {}]
-    comparison.add_differences(rows, [[1.0], [1.5]])
+    assert math.isnan(comparison.margin([1.0, math.inf]))
+    rows = comparison.add_differences([{}, {}], [[1.0], [1.5]])
     assert rows[1]["difference"] == 0.5 and rows[1]["p"] == "" and math.isnan(rows[1]["to"])
-    assert not comparison.is_significant(rows[1])
 
 
 def test_p_values_are_corrected_by_holm():
@@ -62,10 +53,9 @@ def test_p_values_are_corrected_by_holm():
 
 def test_differences_are_paired_by_seed():
     base = [1.0, 2.0, 3.0]  # chance is large, and common to both
-    rows: list[dict[str, Any]] = [{"name": name} for name in "abc"]
-    comparison.add_differences(rows, [base, [1.1, 2.1, 3.11], [3.0, 1.0, 2.0]])
+    named = [{"name": name} for name in "abc"]
+    rows = comparison.add_differences(named, [base, [1.1, 2.1, 3.11], [3.0, 1.0, 2.0]])
     assert list(rows[0].values()) == ["a", "", "", "", ""]
-    assert comparison.is_significant(rows[1]) and not comparison.is_significant(rows[2])
     # differences 0.1, 0.1, 0.11: standard error 0.01 / 3; t = 31, 2 degrees of freedom
     half = 4.30265 * 0.01 / 3
     assert rows[1]["difference"] == pytest.approx(0.31 / 3)
@@ -76,27 +66,34 @@ def test_differences_are_paired_by_seed():
 
 
 def test_rows_are_compared_to_their_own_bases():
-    rows: list[dict[str, Any]] = [{} for _ in range(4)]
     values = [[1.0, 1.0], [2.0, 2.5], [5.0, 5.0], [4.0, 4.5]]
-    comparison.add_differences(rows, values, bases=[0, 0, 2, 2])
+    rows = comparison.add_differences([{}, {}, {}, {}], values, bases=[0, 0, 2, 2])
     assert [row["difference"] for row in rows] == ["", 1.25, "", -0.75]
 
 
-def test_small_p_values_and_signs_in_tables():
-    row = {"difference": 0.5, "95% from": -0.25, "to": 1.25, "p": 3e-6}
-    assert study.to_markdown([row]).splitlines()[2] == "| +0.5000 | -0.2500 | +1.2500 | 3e-06 |"
+def test_differences_are_plotted_with_their_significance():
+    losses = {"base": [1.0, 2.0, 3.0], "worse": [1.1, 2.1, 3.11], "other": [3.0, 1.0, 2.0]}
+    losses["lost"] = [1.0, 2.0, math.inf]
+    rows = comparison.add_differences([{}, {}, {}, {}], losses.values())
+    axes = new_figure(4, 4).subplots()
+    comparison.plot_differences(axes, rows, losses, "Title")
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_color() for line in dots] == [ORANGE, BLUE]
+    assert dots[1].get_xdata() == pytest.approx([2.0, -1.0, -1.0])
+    assert [line.get_ydata()[0] for line in dots] == [1, 2]  # the base, 0, is not drawn
+    assert [text.get_text() for text in axes.texts] == [" diverged"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(losses)
 
 
 # --- records
 
 
 def test_results_are_accompanied_by_a_record(workplace: Path):
-    words = ["--device=cpu", "--quick", "--data=data/input.txt", "--out_dir=somewhere"]
-    some = study.parse_study("some", words, "")
-    study.with_seeds(some, "a", TINY)
-    study.write_results(some, {"Numbers": [{"n": 1}]}, mistakes.new_figure(2, 2))
+    some = parse_tiny_study("--quick", "--data=data/input.txt", "--out_dir=somewhere")
+    some.with_seeds("a", TINY)
+    some.write_results({"Numbers": [{"n": 1}]}, new_figure(2, 2))
     record = json.loads(Path("checkpoints/studies/results/some_quick.json").read_text())
-    assert record["command"] == ("python -m experiments.some --quick --seeds 3 --data input.txt")
+    assert record["command"] == "python -m experiments.some --quick --seeds 3 --data input.txt"
     (made,) = record["made by"]
     text = Path("data/input.txt").read_bytes()
     digest = subprocess.run(["sha256sum", "data/input.txt"], capture_output=True, text=True)
@@ -111,12 +108,12 @@ def test_results_are_accompanied_by_a_record(workplace: Path):
 
 
 def test_the_record_of_a_run_is_kept_with_it(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    some = study.parse_study("some", ["--device=cpu"], "")
+    some = parse_tiny_study()
     monkeypatch.setattr(provenance, "git_commit", lambda: "old")
-    study.make_run(some, "a", TINY)
+    some.make_run("a", TINY)
     monkeypatch.setattr(provenance, "git_commit", lambda: "new")
     for name in "ab":
-        study.make_run(some, name, TINY)
+        some.make_run(name, TINY)
     assert [record["commit"] for record in some.records] == ["old", "old", "new"]
     assert "commit old and commit new" in provenance.describe(some.records)
 
@@ -167,20 +164,16 @@ def test_targets_that_are_not_shifted_are_the_inputs():
 
 
 def test_without_zero_grad_gradients_add_up(workplace: Path):
-    flags = {"overfit_batch": True, "lr_max": 1e-9, "grad_clip": 0.0}  # the same gradient each time
-    with mistakes.MISTAKES["no zero_grad"].context():
-        trainer = tiny_trainer(**flags)
-        norms = [trainer.train_step()["grad_norm"].item() for _ in range(3)]
+    trainer = tiny_trainer("no zero_grad", overfit_batch=True, lr_max=1e-9, grad_clip=0.0)
+    norms = [trainer.train_step()["grad_norm"].item() for _ in range(3)]  # of the same gradient
     assert norms == pytest.approx([norms[0], 2 * norms[0], 3 * norms[0]], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [mistakes.BASE, "clipping after the step"])
 def test_clipping_after_the_step_does_not_limit_it(name: str, workplace: Path):
-    flags = {"optimizer": "sgd", "lr_max": 1.0, "grad_clip": 1e-3, "weight_decay": 0.0}
-    with mistakes.MISTAKES[name].context():
-        trainer = tiny_trainer(**flags)
-        before = [p.detach().clone() for p in trainer.model.parameters()]
-        norm = trainer.train_step()["grad_norm"].item()
+    trainer = tiny_trainer(name, optimizer="sgd", lr_max=1.0, grad_clip=1e-3, weight_decay=0.0)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    norm = trainer.train_step()["grad_norm"].item()
     pairs = list(zip(trainer.model.parameters(), before, strict=True))
     moved = math.sqrt(sum((p - old).square().sum().item() for p, old in pairs))
     assert norm > 0.01
@@ -193,8 +186,7 @@ def test_clipping_after_the_step_does_not_limit_it(name: str, workplace: Path):
 def test_without_warmup_the_first_step_has_the_peak_learning_rate(workplace: Path):
     flags = mistakes.MISTAKES["high learning rate, no warmup"].flags
     assert train.get_lr(0, tiny_trainer(**flags).config) == mistakes.HIGH_RATE
-    with_warmup = mistakes.MISTAKES["high learning rate"].flags | {"warmup_steps": 3}
-    assert train.get_lr(0, tiny_trainer(**with_warmup).config) == 0
+    assert mistakes.MISTAKES["high learning rate"].flags == {"lr_max": mistakes.HIGH_RATE}
 
 
 def test_without_residual_connections_the_input_of_a_block_is_lost():
@@ -220,32 +212,25 @@ def test_unscaled_scores_are_plain_products():
 
 @pytest.mark.parametrize("name", [mistakes.BASE, "dropout in evaluation"])
 def test_with_dropout_two_evaluations_differ(name: str, workplace: Path):
-    with mistakes.MISTAKES[name].context():
-        trainer = tiny_trainer(dropout=0.5)
-        losses = {trainer.evaluate()["val"] for _ in range(2)}
+    trainer = tiny_trainer(name, dropout=0.5)
+    losses = {trainer.evaluate()["val"] for _ in range(2)}
     assert len(losses) == (1 if name == mistakes.BASE else 2)
     assert trainer.model.training
 
 
 def test_training_on_validation_data(workplace: Path):
-    correct = tiny_trainer().task
-    with mistakes.MISTAKES["training on validation data"].context():
-        task = tiny_trainer().task
-    assert task.train_ids.tolist() == [
-        *correct.train_ids.tolist(),
-        *correct.corpus.val_ids.tolist(),
-    ]
+    correct, task = tiny_trainer().task, tiny_trainer("training on validation data").task
+    both = [*correct.train_ids.tolist(), *correct.corpus.val_ids.tolist()]
+    assert task.train_ids.tolist() == both
     assert task.corpus.val_ids.tolist() == correct.corpus.val_ids.tolist()
 
 
 def test_shuffled_tokens(workplace: Path):
-    correct = tiny_trainer().task
-    with mistakes.MISTAKES["shuffled tokens"].context():
-        task = tiny_trainer().task
+    tasks = tiny_trainer().task, tiny_trainer("shuffled tokens").task
     for name in ("train_ids", "val_ids"):
-        before, after = (getattr(t.corpus, name).tolist() for t in (correct, task))
+        before, after = (getattr(task.corpus, name).tolist() for task in tasks)
         assert before != after and sorted(before) == sorted(after)
-    assert task.train_ids.tolist() == task.corpus.train_ids.tolist()
+    assert tasks[1].train_ids.tolist() == tasks[1].corpus.train_ids.tolist()
 
 
 # --- the studies
@@ -315,8 +300,8 @@ def test_the_grid_is_extended_until_the_best_rate_is_inside(monkeypatch: pytest.
         assert flags["seed"] == 0
         return {"val": (math.log10(flags["lr_max"]) + 0.5) ** 2}  # the best rate is 0.32
 
-    monkeypatch.setattr(optimizers, "make_run", parabola)
-    some = study.parse_study("some", ["--device=cpu"], "")
+    monkeypatch.setattr(study.Study, "make_run", parabola)
+    some = parse_tiny_study()
     losses = optimizers.tune(some, "AdamW")
     assert tried == [0.00032, 0.001, 0.0032, 0.01, 0.032, 0.1, 0.32, 1.0]
     assert optimizers.best_rate(losses) == 0.32 and some.n_runs == 3
@@ -325,5 +310,5 @@ def test_the_grid_is_extended_until_the_best_rate_is_inside(monkeypatch: pytest.
 def test_plain_sgd_has_no_momentum(workplace: Path):
     for name, momentum in (("SGD", 0.0), ("SGD with momentum", 0.9)):
         with optimizers.trainer_of(name):
-            trainer = tiny_trainer(optimizer="sgd")
+            trainer = parse_tiny_study().make_trainer(TINY | {"optimizer": "sgd"})
         assert {g["momentum"] for g in trainer.optimizers["sgd"].param_groups} == {momentum}
