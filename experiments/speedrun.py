@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 
 import torch
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from corpus.load import find_corpus
 from corpus.text import file_info
 from experiments.baselines import nanogpt_command
 from experiments.provenance import run_record
-from experiments.timing import Timed, median, time_losses
+from experiments.timing import Timed, time_losses
 from system.command_line import parse_args
 from system.device import pick_device
 from system.errors import run
@@ -108,7 +109,7 @@ def table(results: dict[str, list[Timed]]) -> str:
     unit = 0.0
     for name, runs in results.items():
         seconds, losses = zip(*runs, strict=True)
-        middle = median(list(seconds))
+        middle = median_high(seconds)
         unit = unit or middle
         lines.append(
             f"| {name} | {', '.join(f'{s:.1f}' for s in seconds)} | {middle:.1f} | "
