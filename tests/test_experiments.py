@@ -530,7 +530,7 @@ def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
     paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
     with pytest.raises(UserError, match="two or more checkpoints"):
         ensemble.main(paths[:1])
-    with pytest.raises(UserError, match=r"different windows \(block_size\)"):
+    with pytest.raises(UserError, match="different values of block_size"):
         ensemble.main(paths)
 
 
