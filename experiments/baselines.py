@@ -44,6 +44,13 @@ def with_window(gpt: GPTConfig, n: int) -> GPTConfig:
 # --- nanoGPT
 
 
+def nanogpt_problems(checkout: str) -> list[str]:
+    """Why this is not the path of nanoGPT's repository; empty if it is, or if there is none."""
+    if not checkout or Path(checkout, "train.py").exists():
+        return []
+    return [f"{checkout} is not a checkout of nanoGPT: it has no train.py"]
+
+
 def nanogpt_model(checkout: str, gpt: GPTConfig) -> Any:
     """nanoGPT's model with the sizes of ours. checkout: the path of its repository."""
     spec = importlib.util.spec_from_file_location("nanogpt", Path(checkout, "model.py"))

@@ -24,25 +24,10 @@ from corpus.bpe import count_pieces, train_bpe
 from corpus.documents import iter_documents
 from corpus.folder import map_token_files
 from corpus.load import find_corpus
-from experiments.baselines import (
-    Functions,
-    hf_samplers,
-    hf_tokenizer,
-    llama_cpp_samplers,
-    nanogpt_samplers,
-)
+from experiments import baselines, timing
+from experiments.baselines import Functions
 from experiments.gpu import bench_gpu
-from experiments.timing import (
-    VOCAB_SIZE,
-    Row,
-    Training,
-    median_seconds,
-    memory_bandwidth,
-    sample,
-    time_once,
-    to_table,
-    training_rows,
-)
+from experiments.timing import Row, Training
 from model import GPT
 from sampling.quantize import Int8Linear, lower_precision
 from system.command_line import parse_args
@@ -70,10 +55,14 @@ class BenchConfig:
     device: str = setting("cpu", DEVICE_HELP)
     repeats: int = setting(3, "timings of each, of which the median counts", low=1)
 
+    def problems(self) -> list[str]:
+        """Wrong paths."""
+        return baselines.nanogpt_problems(self.nanogpt)
+
 
 def model_flags(config: BenchConfig) -> Flags:
     """The flags of the model that is measured."""
-    flags = {"preset": config.preset, "vocab_size": VOCAB_SIZE}
+    flags = {"preset": config.preset, "vocab_size": timing.VOCAB_SIZE}
     return flags | ({"arch": config.arch} if config.arch else {})
 
 
@@ -107,9 +96,9 @@ def bench_tokenizers(config: BenchConfig) -> list[Row]:
         "ours, encode": lambda: ours.encode(text),
         "tiktoken, encode": lambda: ours.encoding.encode_ordinary(text),
     }
-    functions |= compared(lambda: hf_tokenizer(texts, config.bpe_vocab_size))
+    functions |= compared(lambda: baselines.hf_tokenizer(texts, config.bpe_vocab_size))
     rows = [Row(f"{path}", f"{megabytes:.2f} MB, {config.bpe_vocab_size} tokens")]
-    for name, seconds in median_seconds(functions, config.repeats).items():
+    for name, seconds in timing.median_seconds(functions, config.repeats).items():
         rows.append(Row(name, f"{seconds:.2f} s, {megabytes / seconds:.1f} MB/s"))
     return rows
 
@@ -122,24 +111,24 @@ def bench_generate(config: BenchConfig) -> list[Row]:
     in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
     llama.cpp's, which is greedy, on a CPU."""
     device, n = pick_device(config.device), config.tokens
-    bandwidth = memory_bandwidth(device)
+    bandwidth = timing.memory_bandwidth(device)
     gpt, _ = train_settings(model_flags(config), device.type)
     samplers: Functions = {}
     weight_bytes: dict[str, int] = {}
     for name, settings in sample_configs(n).items():
         model = GPT(gpt).to(device).eval()
         lower_precision(model, settings.precision)
-        samplers[f"ours, {name}"] = functools.partial(sample, model, settings)
+        samplers[f"ours, {name}"] = functools.partial(timing.sample, model, settings)
         weight_bytes[f"ours, {name}"] = linear_bytes(model)
-    samplers |= compared(lambda: hf_samplers(n, gpt, device))
-    samplers |= compared(lambda: nanogpt_samplers(config.nanogpt, n, gpt, device))
+    samplers |= compared(lambda: baselines.hf_samplers(n, gpt, device))
+    samplers |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
     if device.type == "cpu":
-        samplers |= compared(lambda: llama_cpp_samplers(n, gpt))
+        samplers |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
     for sampler in samplers.values():
         sampler()  # warm up, and compile
     machine = f"{device}, {torch.get_num_threads()} threads, {bandwidth / 1e9:.0f} GB/s"
     rows = [Row(f"{config.preset}, {n} tokens", machine)]
-    for name, seconds in median_seconds(samplers, config.repeats).items():
+    for name, seconds in timing.median_seconds(samplers, config.repeats).items():
         result = f"{n / seconds:,.0f} tokens/s"
         if n_bytes := weight_bytes.get(name):
             share = n * n_bytes / seconds / bandwidth
@@ -185,7 +174,7 @@ def bench_train(config: BenchConfig) -> list[Row]:
         f"batches of {train_config.batch_size} x {gpt.block_size}",
         f"{device}, {torch.get_num_threads()} threads",
     )
-    return [head, *training_rows(trainings, config.steps, config.repeats)]
+    return [head, *timing.training_rows(trainings, config.steps, config.repeats)]
 
 
 # --- reading batches
@@ -205,7 +194,7 @@ def bench_data(config: BenchConfig) -> list[Row]:
                     file.truncate(size // n_files)
             ids = map_token_files(paths, "uint16")
             read = functools.partial(get_batch, ids, gpt.block_size, train_config.batch_size, 0)
-            times = [time_once(functools.partial(read, i)) for i in range(200)]
+            times = [timing.time_once(functools.partial(read, i)) for i in range(200)]
             rows.append(Row(name, f"{1000 * median_high(times):.2f} ms per batch"))
     return rows
 
@@ -222,10 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         "data": bench_data,
         "gpu": lambda config: bench_gpu(config.nanogpt),
     }
-    try:
-        print(to_table(functions[config.benchmark](config)))
-    except OSError as error:
-        raise UserError(str(error)) from None
+    print(timing.to_table(functions[config.benchmark](config)))
     return 0
 
 
