@@ -68,13 +68,10 @@ def nanogpt_step(checkout: str, flags: Flags, device: torch.device) -> Callable[
     model: Any = nanogpt_model(checkout, gpt).to(device).train()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
     model = torch.compile(model) if config.compile else model
-    ids = torch.randint(gpt.vocab_size, (1_000_000,))
-    T = gpt.block_size
 
     def step() -> Tensor:
-        starts = torch.randint(len(ids) - T, (config.batch_size,))
-        x = to_device(torch.stack([ids[i : i + T] for i in starts]), device)
-        y = to_device(torch.stack([ids[i + 1 : i + 1 + T] for i in starts]), device)
+        ids = torch.randint(gpt.vocab_size, (2, config.batch_size, gpt.block_size))
+        x, y = to_device(ids[0], device), to_device(ids[1], device)
         with autocast(device, config.precision):
             loss: Tensor = model(x, y)[1]
         loss.backward()

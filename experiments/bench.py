@@ -166,11 +166,12 @@ def bench_train(config: BenchConfig) -> list[Row]:
     trainings = []
     for compiled, precision in itertools.product((False, True), ("float32", "bfloat16")):
         own = tuple((flags | {"precision": precision, "compile": compiled}).items())
-        trainings.append(Training(config.preset, own, device))
+        name = f"{precision}, {'compiled' if compiled else 'eager'}"
+        trainings.append(Training(f"ours, {name}", own, device))
         if config.nanogpt:
-            trainings.append(Training(config.preset, own, device, config.nanogpt))
+            trainings.append(Training(f"nanoGPT, {name}", own, device, config.nanogpt))
     head = Row(
-        f"{config.arch or config.preset} architecture, {count_params(gpt)[0]:,} parameters, "
+        f"{config.preset}, {count_params(gpt)[0]:,} parameters, "
         f"batches of {train_config.batch_size} x {gpt.block_size}",
         f"{device}, {torch.get_num_threads()} threads",
     )

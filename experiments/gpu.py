@@ -129,7 +129,7 @@ def cuda_graphs_rows(name: str, flags: Flags, device: torch.device, n_steps: int
     largest = (without - with_graphs).abs().max().item()
     times = [time_once(functools.partial(losses, trainer, n_steps)) for trainer in trainers]
     result = f"losses within {largest:.1g}, {times[0] / times[1]:.2f} times as fast"
-    return [Row(f"CUDA graphs, {name}, {flags['precision']}", result, not largest < 0.05)]
+    return [Row(f"CUDA graphs, {name}", result, not largest < 0.05)]
 
 
 def sampling_rows(name: str, flags: Flags, device: torch.device, n_tokens: int) -> list[Row]:
@@ -188,12 +188,15 @@ def bench_gpu(nanogpt: str = "") -> list[Row]:
     torch.set_float32_matmul_precision("highest")  # TF32 rounds factors to 10 bits
     for check in (check_losses, check_precisions, check_sampling, check_runs):
         rows += attempt(check.__name__, check, device)  # check_runs, the last, allows TF32
-    settings = {"precision": pick_precision("auto", device)[0], "compile": is_cuda}
+    precision, _ = pick_precision("auto", device)
+    rows.append(Row("precision of the measurements", precision))
+    settings = {"precision": precision, "compile": is_cuda}
     models = {name: flags | settings for name, flags in models.items()}
     for name, flags in models.items():
         for checkout in ("", nanogpt) if nanogpt else ("",):
-            training = Training(name, tuple(flags.items()), device, checkout)
-            rows += attempt(f"training, {name}", training_rows, [training], n_steps, 1)
+            what = f"{'nanoGPT' if checkout else 'training'}, {name}"
+            training = Training(what, tuple(flags.items()), device, checkout)
+            rows += attempt(what, training_rows, [training], n_steps, 1)
     small = next(iter(models.items()))
     rows += attempt("speed of sampling", sampling_rows, *small, device, n_tokens)
     rows += attempt("CUDA graphs", cuda_graphs_rows, *small, device, n_steps)

@@ -24,9 +24,9 @@ from generate import generate
 from model import GPT
 from system.settings import UserError
 from tokenizer import CharTokenizer
-from train import Trainer
+from train import Trainer, new_trainer
 from training.checks import flops_per_token
-from training.setup import Flags, keep_freed_memory, memory_estimate
+from training.setup import Data, Flags, keep_freed_memory, memory_estimate
 from training.task import Pretraining
 
 VOCAB_SIZE = 65  # the characters of TinyShakespeare
@@ -81,6 +81,7 @@ def memory_bandwidth(device: torch.device) -> float:
     return x.numel() * 4 / best_seconds(lambda: x.sum().item(), 10)
 
 
+@functools.cache
 def matmul_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations per second in the product of two large matrices, at best."""
     n = 2048 if device.type == "cpu" else 8192
@@ -106,28 +107,19 @@ def peak_memory(device: torch.device) -> float:
 class Training(NamedTuple):
     """Training steps to measure."""
 
-    model: str  # its name
+    name: str
     flags: tuple[tuple[str, Any], ...]  # of train.py, with the precision
     device: torch.device
     nanogpt: str = ""  # path of nanoGPT's repository: a step of its model instead of ours
-
-    @property
-    def name(self) -> str:
-        """What the step is, for a table."""
-        config = train_settings(dict(self.flags), self.device.type)[1]
-        mode = "compiled" if config.compile else "eager"
-        return f"{self.model}, {'nanoGPT' if self.nanogpt else 'ours'}, {config.precision}, {mode}"
 
 
 def make_trainer(flags: Flags, device: torch.device) -> Trainer:
     """A trainer on a sequence that can be learned in part."""
     gpt, config = train_settings(flags, device.type)
-    torch.manual_seed(0)
     ids = (np.arange(1_000_000) ** 2 // 7 % VOCAB_SIZE).astype(np.uint8)
     corpus = Corpus(ids, ids, {"name": "numbers"}, len(ids), len(ids))
     tokenizer = CharTokenizer([chr(i) for i in range(VOCAB_SIZE)])
-    task = Pretraining(corpus, tokenizer, gpt.block_size, config, device)
-    return Trainer(GPT(gpt), task, config, device)
+    return new_trainer(Pretraining, Data(tokenizer, corpus), device, gpt, config)
 
 
 @functools.cache
@@ -163,22 +155,20 @@ def training_rows(trainings: list[Training], n_steps: int, repeats: int) -> list
         runs: Functions = {t.name: functools.partial(run, t) for t in trainings}
         memory = {name: run() for name, run in runs.items()}  # warms up, and compiles
         seconds = median_seconds(runs, repeats)
-    rows, peaks = [], {}
+    rows = []
     for training in trainings:
         gpt, config = train_settings(dict(training.flags), training.device.type)
-        if config.precision not in peaks:
-            peaks[config.precision] = peak = matmul_flops(training.device, config.precision)
-            rows.append(Row(f"matrix products, {config.precision}", f"{peak / 1e9:,.0f} GFLOP/s"))
         step_seconds = seconds[training.name] / n_steps
         rate = config.batch_size * gpt.block_size / step_seconds
         flops = rate * flops_per_token(gpt)
-        result = f"{rate:,.0f} tokens/s, {1000 * step_seconds:.1f} ms/step, "
-        result += f"{flops / 1e9:,.0f} GFLOP/s, MFU {flops / peaks[config.precision]:.0%}, "
+        peak = matmul_flops(training.device, config.precision)
+        result = f"{rate:,.0f} tokens/s, {1000 * step_seconds:.1f} ms/step, {flops / 1e9:,.0f} of "
+        result += f"{peak / 1e9:,.0f} GFLOP/s (MFU {flops / peak:.0%}), "
         result += f"{memory[training.name] / 1e6:,.0f} MB"
         if not training.nanogpt:
             estimate = sum(memory_estimate(gpt, config).values())
             result += f" (estimate of train.py: {estimate / 1e6:,.0f} MB)"
-        rows.append(Row(f"training, {training.name}", result))
+        rows.append(Row(training.name, result))
     return rows
 
 
