@@ -17,7 +17,6 @@ from statistics import median_high
 from typing import Any
 
 import torch
-from torch import nn
 
 from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
 from corpus.bpe import count_pieces, train_bpe
@@ -28,8 +27,6 @@ from experiments import baselines, timing
 from experiments.baselines import Functions
 from experiments.gpu import bench_gpu
 from experiments.timing import Row, Training
-from model import GPT
-from sampling.quantize import Int8Linear, lower_precision
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
 from system.errors import run
@@ -111,30 +108,14 @@ def bench_generate(config: BenchConfig) -> list[Row]:
     in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
     llama.cpp's, which is greedy, on a CPU."""
     device, n = pick_device(config.device), config.tokens
-    bandwidth = timing.memory_bandwidth(device)
     gpt, _ = train_settings(model_flags(config), device.type)
-    samplers: Functions = {}
-    weight_bytes: dict[str, int] = {}
-    for name, settings in sample_configs(n).items():
-        model = GPT(gpt).to(device).eval()
-        lower_precision(model, settings.precision)
-        samplers[f"ours, {name}"] = functools.partial(timing.sample, model, settings)
-        weight_bytes[f"ours, {name}"] = linear_bytes(model)
-    samplers |= compared(lambda: baselines.hf_samplers(n, gpt, device))
-    samplers |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
+    others = compared(lambda: baselines.hf_samplers(n, gpt, device))
+    others |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
     if device.type == "cpu":
-        samplers |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
-    for sampler in samplers.values():
-        sampler()  # warm up, and compile
-    machine = f"{device}, {torch.get_num_threads()} threads, {bandwidth / 1e9:.0f} GB/s"
-    rows = [Row(f"{config.preset}, {n} tokens", machine)]
-    for name, seconds in timing.median_seconds(samplers, config.repeats).items():
-        result = f"{n / seconds:,.0f} tokens/s"
-        if n_bytes := weight_bytes.get(name):
-            share = n * n_bytes / seconds / bandwidth
-            result += f", {n_bytes / 1e6:.1f} MB per token, {share:.0%} of the bandwidth"
-        rows.append(Row(name, result))
-    return rows
+        others |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
+    head = Row(f"{config.preset}, {n} tokens", f"{device}, {torch.get_num_threads()} threads")
+    rows = timing.sampling_rows(gpt, device, sample_configs(n), others, config.repeats)
+    return [head, *rows]
 
 
 def sample_configs(n_tokens: int) -> dict[str, SampleConfig]:
@@ -146,14 +127,7 @@ def sample_configs(n_tokens: int) -> dict[str, SampleConfig]:
         settings[f"cache, {p}, compiled"] = {"precision": p, "compile": True}
     for p in ("float32", "bfloat16"):
         settings[f"cache, {p}, ten samples"] = {"precision": p, "num_samples": 10}
-    return {name: SampleConfig(**(base | more)) for name, more in settings.items()}
-
-
-def linear_bytes(model: GPT) -> int:
-    """The size of the weights of the linear layers, which are read for each token."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
-    tensors = [t for m in linears for t in m.state_dict().values()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return {f"ours, {name}": SampleConfig(**(base | more)) for name, more in settings.items()}
 
 
 # --- training

@@ -20,20 +20,9 @@ from torch import Tensor
 
 import train
 from config import SampleConfig, train_settings
+from experiments import timing
 from experiments.provenance import git_commit
-from experiments.timing import (
-    VOCAB_SIZE,
-    Row,
-    Training,
-    best_seconds,
-    make_trainer,
-    sample,
-    time_losses,
-    time_once,
-    training_rows,
-)
-from model import GPT
-from sampling.quantize import lower_precision
+from experiments.timing import Row, Training, make_trainer, sample
 from system.errors import first_line
 from system.settings import UserError
 from train import Trainer
@@ -44,9 +33,9 @@ ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
 RUN_SECONDS = 180
 TARGET_LOSS = 1.4697  # nanoGPT's for TinyShakespeare on one A100, in three minutes
 TINY: Flags = {"preset": "laptop", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
-TINY |= {"batch_size": 4, "lr_max": 3e-3, "warmup_steps": 5, "vocab_size": VOCAB_SIZE}
+TINY |= {"batch_size": 4, "lr_max": 3e-3, "warmup_steps": 5, "vocab_size": timing.VOCAB_SIZE}
 MODELS: dict[str, Flags] = {
-    "medium": {"preset": "medium", "vocab_size": VOCAB_SIZE},
+    "medium": {"preset": "medium", "vocab_size": timing.VOCAB_SIZE},
     "124 M": {"preset": "gpt2", "arch": "gpt2", "vocab_size": 50304},
 }
 
@@ -127,23 +116,9 @@ def cuda_graphs_rows(name: str, flags: Flags, device: torch.device, n_steps: int
         trainers[0].model.compile(dynamic=False)
     without, with_graphs = (losses(trainer, 50) for trainer in trainers)
     largest = (without - with_graphs).abs().max().item()
-    times = [time_once(functools.partial(losses, trainer, n_steps)) for trainer in trainers]
+    times = [timing.time_once(functools.partial(losses, trainer, n_steps)) for trainer in trainers]
     result = f"losses within {largest:.1g}, {times[0] / times[1]:.2f} times as fast"
     return [Row(f"CUDA graphs, {name}", result, not largest < 0.05)]
-
-
-def sampling_rows(name: str, flags: Flags, device: torch.device, n_tokens: int) -> list[Row]:
-    """Tokens per second at several batch sizes."""
-    model = GPT(train_settings(flags, device.type)[0]).to(device).eval()
-    lower_precision(model, flags["precision"])
-    more = {"precision": flags["precision"], "compile": flags["compile"]}
-    rows = []
-    for batch in (1, 8, 64):
-        torch.compiler.reset()  # or later batch sizes would get more general kernels
-        config = SampleConfig(max_new_tokens=n_tokens, num_samples=batch, seed=1, **more)
-        rate = batch * n_tokens / best_seconds(functools.partial(sample, model, config), 1)
-        rows.append(Row(f"sampling {name}, batch size {batch}", f"{rate:,.0f} tokens/s"))
-    return rows
 
 
 def run_rows(flags: str) -> list[Row]:
@@ -152,7 +127,7 @@ def run_rows(flags: str) -> list[Row]:
     torch.cuda.empty_cache()  # for the other process
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", *flags.split(), "--out_dir", folder]
-        evaluations = time_losses(command, str(ROOT), dict(os.environ), RUN_SECONDS)
+        evaluations = timing.time_losses(command, str(ROOT), dict(os.environ), RUN_SECONDS)
     best = min(evaluations, key=lambda evaluation: evaluation.loss)
     reached = [f"{e.seconds:.1f} s" for e in evaluations if e.loss <= TARGET_LOSS]
     result = f"loss {TARGET_LOSS}: {(reached or ['not reached'])[0]}; "
@@ -190,14 +165,20 @@ def bench_gpu(nanogpt: str = "") -> list[Row]:
         rows += attempt(check.__name__, check, device)  # check_runs, the last, allows TF32
     precision, _ = pick_precision("auto", device)
     rows.append(Row("precision of the measurements", precision))
-    settings = {"precision": precision, "compile": is_cuda}
+    settings: dict[str, Any] = {"precision": precision, "compile": is_cuda}
     models = {name: flags | settings for name, flags in models.items()}
     for name, flags in models.items():
         for checkout in ("", nanogpt) if nanogpt else ("",):
             what = f"{'nanoGPT' if checkout else 'training'}, {name}"
             training = Training(what, tuple(flags.items()), device, checkout)
-            rows += attempt(what, training_rows, [training], n_steps, 1)
-    small = next(iter(models.items()))
-    rows += attempt("speed of sampling", sampling_rows, *small, device, n_tokens)
-    rows += attempt("CUDA graphs", cuda_graphs_rows, *small, device, n_steps)
+            rows += attempt(what, timing.training_rows, [training], n_steps, 1)
+    name, flags = next(iter(models.items()))
+    settings |= {"max_new_tokens": n_tokens, "seed": 1}
+    configs = {
+        f"sampling {name}, batch size {batch}": SampleConfig(**settings, num_samples=batch)
+        for batch in (1, 8, 64)
+    }
+    gpt, _ = train_settings(flags, device.type)
+    rows += attempt("speed of sampling", timing.sampling_rows, gpt, device, configs, {}, 1)
+    rows += attempt("CUDA graphs", cuda_graphs_rows, name, flags, device, n_steps)
     return rows + attempt("run", run_rows, run)

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from config import SampleConfig, train_settings
+from config import GPTConfig, SampleConfig, train_settings
 from corpus.corpus import Corpus
 from experiments.baselines import Functions, nanogpt_step
 from generate import generate
 from model import GPT
+from sampling.quantize import Int8Linear, lower_precision
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from train import Trainer, new_trainer
@@ -179,6 +180,45 @@ def sample(model: GPT, config: SampleConfig) -> Tensor:
     """The tokens that follow a prompt of one token, (num_samples, max_new_tokens), on the CPU."""
     prompt = torch.zeros(1, dtype=torch.long, device=model.tok.weight.device)
     return torch.stack([step.ids for step in generate(model, prompt, config)], dim=1).cpu()
+
+
+def sampling_rows(
+    gpt: GPTConfig,
+    device: torch.device,
+    configs: dict[str, SampleConfig],
+    others: Functions,
+    repeats: int,
+) -> list[Row]:
+    """Tokens per second in texts of the same length, of our model with these settings and of other
+    samplers, in turns. How much of the memory bandwidth ours use."""
+    bandwidth = memory_bandwidth(device)
+    samplers: Functions = {}
+    n_bytes: dict[str, int] = {}
+    for name, config in configs.items():
+        model = GPT(gpt).to(device).eval()
+        lower_precision(model, config.precision)
+        samplers[name] = functools.partial(sample, model, config)
+        n_bytes[name] = linear_bytes(model)
+    torch._dynamo.config.automatic_dynamic_shapes = False  # kernels for each batch size
+    for sampler in (samplers | others).values():
+        sampler()  # warms up, and compiles
+    rows = []
+    n_tokens = max(config.max_new_tokens for config in configs.values())
+    for name, seconds in median_seconds(samplers | others, repeats).items():
+        rate = n_tokens / seconds
+        result = f"{rate:,.0f} tokens/s"
+        if name in configs:
+            result = f"{configs[name].num_samples} x {result}, {n_bytes[name] / 1e6:.1f} MB per "
+            result += f"token, {rate * n_bytes[name] / bandwidth:.0%} of {bandwidth / 1e9:.0f} GB/s"
+        rows.append(Row(name, result))
+    return rows
+
+
+def linear_bytes(model: GPT) -> int:
+    """The size of the weights of the linear layers, which are read for each token."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
+    tensors = [t for m in linears for t in m.state_dict().values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 # --- whole runs

@@ -356,7 +356,7 @@ def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, m
     assert rows["sampling in float32"] == "equals the CPU's"
     step = r"[\d,]+ tokens/s, [\d.]+ ms/step, [\d,]+ of [\d,]+ GFLOP/s \(MFU \d+%\), [\d,]+ MB"
     assert re.match(step, rows["training, toy"])
-    assert re.fullmatch(r"[\d,]+ tokens/s", rows["sampling toy, batch size 8"])
+    assert re.match(r"8 x [\d,]+ tokens/s, 0.1 MB per token", rows["sampling toy, batch size 8"])
     assert rows["CUDA graphs, toy"].startswith("losses within 0, ")
     assert re.search(r"not reached; best \d\.\d+ after", lines[-1])
 
