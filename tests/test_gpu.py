@@ -2,6 +2,7 @@
 numbers, and an operation on tensors of two devices raises."""
 
 import ctypes
+import itertools
 import re
 import shutil
 import subprocess
@@ -142,11 +143,21 @@ def fake_trainer(gpu: torch.device, gpt: dict[str, Any], **settings: Any) -> Tra
     return Trainer(make_fake(gpu, gpt), task, config, gpu)
 
 
-def train_on(
-    gpu: torch.device, monkeypatch: pytest.MonkeyPatch, gpt: dict[str, Any], **settings: Any
-) -> tuple[Trainer, Operations]:
-    """A trainer after two steps, and the operations of these steps."""
-    trainer = fake_trainer(gpu, gpt, **settings)
+PRECISIONS = ("float32", "bfloat16", "float16")
+HARD = {"grad_accum": 2, "doc_mask": True, "grow_windows": True, "grad_checkpoint": True}
+TRAININGS = [(components, {"optimizer": "muon"}) for components in COMPONENTS]
+TRAININGS += [
+    ({"dropout": 0.1, "token_shift": True}, HARD | {"precision": precision, "optimizer": optimizer})
+    for precision, optimizer in itertools.product(PRECISIONS, ("adamw", "muon", "sgd"))
+]
+
+
+@pytest.mark.parametrize(("components", "settings"), TRAININGS, ids=str)
+def test_training_on_a_gpu(gpu, monkeypatch, components, settings):
+    """Two steps."""
+    default = "bfloat16" if gpu.type == "cuda" else "float32"
+    trainer = fake_trainer(gpu, components, **{"precision": default} | settings)
+    precision = trainer.config.precision
     backward = stand_in_for_backward(list(trainer.model.parameters()))
     monkeypatch.setattr(Tensor, "backward", backward)
     with Operations() as operations:
@@ -158,64 +169,28 @@ def train_on(
     for optimizer in trainer.optimizers.values():
         for state in optimizer.state.values():
             assert {t.device.type for t in state.values() if t.dim()} == {gpu.type}
-    return trainer, operations
-
-
-@pytest.mark.parametrize("components", COMPONENTS, ids=str)
-def test_every_architecture_trains_on_a_gpu(gpu, monkeypatch, components):
-    precision = "bfloat16" if gpu.type == "cuda" else "float32"
-    _, operations = train_on(gpu, monkeypatch, components, precision=precision, optimizer="muon")
     assert ("mps", torch.float64) not in operations.results  # MPS has none
-    assert operations.reads == []
-    computed = {dtype for device, dtype in operations.results if device == gpu.type}
-    assert torch.bfloat16 in computed
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_every_optimizer_trains_in_every_precision_on_a_gpu(gpu, monkeypatch, precision, optimizer):
-    settings = {"grad_accum": 2, "doc_mask": True, "grow_windows": True, "grad_checkpoint": True}
-    trainer, operations = train_on(
-        gpu, monkeypatch, {"dropout": 0.1, "token_shift": True},
-        precision=precision, optimizer=optimizer, **settings,
-    )  # fmt: skip
-    assert ("mps", torch.float64) not in operations.results
-    computed = {dtype for device, dtype in operations.results if device == gpu.type}
-    assert precision == "float32" or getattr(torch, precision) in computed
+    assert (gpu.type, getattr(torch, precision)) in operations.results
     assert trainer.scaler.is_enabled() == (precision == "float16")
-    if precision != "float16":
-        assert operations.reads == []
+    assert operations.reads == [] or precision == "float16"
 
 
-@pytest.mark.parametrize("components", COMPONENTS, ids=str)
-def test_every_architecture_generates_on_a_gpu(gpu, monkeypatch, components):
-    sample_on(gpu, monkeypatch, components, "float32")
+FILTERS = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
+SAMPLINGS = [(components, {}) for components in COMPONENTS]
+SAMPLINGS += [(components, {"compile": True}) for components in SOME]
+SAMPLINGS += [
+    ({"token_shift": True}, FILTERS | {"precision": precision, "cache": cache})
+    for precision, cache in itertools.product((*PRECISIONS, "int8"), (False, True))
+]
 
 
-@pytest.mark.parametrize("components", SOME, ids=str)
-def test_compiled_steps_on_a_gpu(gpu, monkeypatch, components):
-    sample_on(gpu, monkeypatch, components, "float32", compile=True)
-
-
-@pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "int8"])
-def test_every_precision_generates_on_a_gpu(gpu, monkeypatch, precision, cache):
-    settings = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
-    sample_on(gpu, monkeypatch, {"token_shift": True}, precision, cache=cache, **settings)
-
-
-def sample_on(
-    gpu: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-    gpt: dict[str, Any],
-    precision: str,
-    **settings: Any,
-) -> None:
-    """Generate three texts beyond the window, and check each step."""
+@pytest.mark.parametrize(("components", "settings"), SAMPLINGS, ids=str)
+def test_sampling_on_a_gpu(gpu, monkeypatch, components, settings):
+    """Three texts, beyond the window."""
     monkeypatch.setattr("sampling.compiled.compile_step", lambda step, device: step)
-    model = make_fake(gpu, gpt).eval()
-    lower_precision(model, precision)
-    config = SampleConfig(precision=precision, num_samples=3, max_new_tokens=11, seed=0, **settings)
+    model = make_fake(gpu, components).eval()
+    config = SampleConfig(num_samples=3, max_new_tokens=11, seed=0, **settings)
+    lower_precision(model, config.precision)
     prompt = torch.zeros(4, dtype=torch.long, device=gpu)
     with Operations() as operations:
         for step in generate(model, prompt, config, ends=[2]):
