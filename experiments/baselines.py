@@ -3,9 +3,9 @@ tokenizers."""
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -53,13 +53,10 @@ def nanogpt_problems(checkout: str) -> list[str]:
 
 def nanogpt_model(checkout: str, gpt: GPTConfig) -> Any:
     """nanoGPT's model with the sizes of ours. checkout: the path of its repository."""
-    spec = importlib.util.spec_from_file_location("nanogpt", Path(checkout, "model.py"))
-    assert spec and spec.loader
-    nanogpt = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt"] = nanogpt
-    spec.loader.exec_module(nanogpt)
+    nanogpt = runpy.run_path(str(Path(checkout, "model.py")))
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
-    return nanogpt.GPT(nanogpt.GPTConfig(**{name: getattr(gpt, name) for name in names}))
+    sizes = {name: getattr(gpt, name) for name in names}
+    return nanogpt["GPT"](nanogpt["GPTConfig"](**sizes))
 
 
 def nanogpt_step(checkout: str, flags: Flags, device: torch.device) -> Callable[[], Tensor]:
@@ -165,11 +162,7 @@ def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> Functions:
         no_ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         config = transformers.AutoConfig.for_model(**config_to_hf(own, arch, no_ends))
         model = transformers.AutoModelForCausalLM.from_config(config).to(device).eval()
-
-        def sample(model: Any = model) -> None:
-            model.generate(ids, **settings)[0].tolist()
-
-        samplers[f"Hugging Face, {name}"] = sample
+        samplers[f"Hugging Face, {name}"] = functools.partial(model.generate, ids, **settings)
     return samplers
 
 

@@ -122,10 +122,9 @@ def sample_configs(n_tokens: int) -> dict[str, SampleConfig]:
     """The ways of sampling to compare, by name."""
     base = {"max_new_tokens": n_tokens, "temperature": 0.8, "top_k": 40, "seed": 1337}
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
-    settings |= {f"cache, {p}": {"precision": p} for p in ("float32", "bfloat16", "int8")}
     for p in ("float32", "bfloat16", "int8"):
+        settings[f"cache, {p}"] = {"precision": p}
         settings[f"cache, {p}, compiled"] = {"precision": p, "compile": True}
-    for p in ("float32", "bfloat16"):
         settings[f"cache, {p}, ten samples"] = {"precision": p, "num_samples": 10}
     return {f"ours, {name}": SampleConfig(**(base | more)) for name, more in settings.items()}
 
