@@ -18,11 +18,9 @@ import prepare
 import train
 from corpus.load import load_corpus
 from corpus.records import read_pairs, read_records
-from experiments import swaps
 from finetuning.tasks import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
-from viz.curve import new_figure
 
 DATA = Path(__file__).parent.parent / "data"
 # The 65 characters of TinyShakespeare, as its author lists them.
@@ -93,15 +91,10 @@ def test_the_example_questions_load():
     assert {"Who are you?", "What is RoPE?"} <= trained  # the README and docs/ ask these
 
 
-def test_git_ignores_what_the_commands_write_by_default(trained, monkeypatch):
+def test_git_ignores_what_the_commands_write_by_default(trained):
     pytest.importorskip("safetensors")
     shutil.copy(DATA.parent / ".gitignore", ".")
     subprocess.run(["git", "init", "--quiet"], check=True)
-    monkeypatch.setattr(swaps, "QUICK", {"n_layer": 1, "n_embd": 16, "n_head": 2, "max_steps": 2})
-    monkeypatch.setattr(swaps, "SWAPS", {swaps.BASE: {}})
-    monkeypatch.setattr(swaps, "cache_speed", lambda *args: [{"tokens generated": 1}])
-    monkeypatch.setattr(swaps, "plot", lambda *args: new_figure(2, 2))
-    assert swaps.main(["--quick", "--device=cpu", "--seeds=1"]) == 0
     assert prepare.main(["data/input.txt", "--tokenizer=char"]) == 0
     assert plots.main(["checkpoints"]) == 0
     assert plots.main(["checkpoints/best.pt", "--picture=embeddings"]) == 0
