@@ -36,11 +36,6 @@ NANOGPT_CPU_FLAGS = (
 )
 
 
-def with_window(gpt: GPTConfig, n: int) -> GPTConfig:
-    """The same sizes, with a window of at least n new tokens."""
-    return dataclasses.replace(gpt, block_size=max(gpt.block_size, n + 1))
-
-
 # --- nanoGPT
 
 
@@ -121,7 +116,7 @@ def llama_cpp_samplers(n: int, gpt: GPTConfig) -> Functions:
     processes end with this one. Raises UserError if it is not installed or lacks a component."""
     if not llama_cpp_command(Path(), 1, "fast"):
         raise UserError("llama.cpp: npm install -g node-llama-cpp")
-    model = GPT(with_window(gpt, n))
+    model = GPT(dataclasses.replace(gpt, block_size=max(gpt.block_size, n + 1)))
     tokenizer = CharTokenizer([chr(i) for i in range(gpt.vocab_size)])
     samplers: Functions = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -156,9 +151,10 @@ def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> Functions:
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     settings: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "do_sample": True}
     settings |= {"max_new_tokens": n, "min_new_tokens": n}
+    window = max(gpt.block_size, n + 1)
     samplers: Functions = {}
     for name, arch in (("GPT-2", "gpt2"), ("Llama", "llama")):
-        own = dataclasses.replace(with_window(gpt, n), **ARCHS[arch], n_inner=0)
+        own = dataclasses.replace(gpt, **ARCHS[arch], n_inner=0, block_size=window)
         no_ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         config = transformers.AutoConfig.for_model(**config_to_hf(own, arch, no_ends))
         model = transformers.AutoModelForCausalLM.from_config(config).to(device).eval()

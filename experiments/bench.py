@@ -109,24 +109,19 @@ def bench_generate(config: BenchConfig) -> list[Row]:
     llama.cpp's, which is greedy, on a CPU."""
     device, n = pick_device(config.device), config.tokens
     gpt, _ = train_settings(model_flags(config), device.type)
-    others = compared(lambda: baselines.hf_samplers(n, gpt, device))
-    others |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
-    if device.type == "cpu":
-        others |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
-    head = Row(f"{config.preset}, {n} tokens", f"{device}, {torch.get_num_threads()} threads")
-    rows = timing.sampling_rows(gpt, device, sample_configs(n), others, config.repeats)
-    return [head, *rows]
-
-
-def sample_configs(n_tokens: int) -> dict[str, SampleConfig]:
-    """The ways of sampling to compare, by name."""
-    base = {"max_new_tokens": n_tokens, "temperature": 0.8, "top_k": 40, "seed": 1337}
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
     for p in ("float32", "bfloat16", "int8"):
         settings[f"cache, {p}"] = {"precision": p}
         settings[f"cache, {p}, compiled"] = {"precision": p, "compile": True}
         settings[f"cache, {p}, ten samples"] = {"precision": p, "num_samples": 10}
-    return {f"ours, {name}": SampleConfig(**(base | more)) for name, more in settings.items()}
+    base = {"max_new_tokens": n, "temperature": 0.8, "top_k": 40, "seed": 1337}
+    ours = {f"ours, {name}": SampleConfig(**(base | more)) for name, more in settings.items()}
+    others = compared(lambda: baselines.hf_samplers(n, gpt, device))
+    others |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
+    if device.type == "cpu":
+        others |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
+    head = Row(f"{config.preset}, {n} tokens", f"{device}, {torch.get_num_threads()} threads")
+    return [head, *timing.sampling_rows(gpt, device, ours, others, config.repeats)]
 
 
 # --- training

@@ -8,10 +8,8 @@ pilot, a short run of the smallest model. It must then predict the runs marked `
 not used for the fit. Copy the constants that this prints to LAW in training/law.py.
 """
 
-import csv
 import itertools
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -128,14 +126,6 @@ def train_all(study: Study) -> list[Row]:
 
 
 # --- fit
-
-
-def read_runs(path: Path) -> list[Row]:
-    """The table of runs that a study wrote."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows: list[Row] = list(csv.DictReader(file))
-    words = ("use", "text", "size")
-    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
 
 
 def run_of(row: Row) -> Run:
