@@ -1,4 +1,7 @@
-"""Measure times side by side, in turns, because the speed of a machine varies over time."""
+"""The speed of functions, of the machine, of training steps, of sampling, and of whole runs.
+
+What is compared is measured in turns, because the speed of a machine varies over time.
+"""
 
 import contextlib
 import functools
