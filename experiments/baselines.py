@@ -3,9 +3,9 @@ tokenizers."""
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from config import GPTConfig, train_settings
+from config import ARCHS, GPTConfig, train_settings
 from exporting.gguf_file import gguf_writer, write_gguf
+from exporting.hf_model import config_to_hf
 from model import GPT
-from system.device import pick_device
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from training.setup import Flags
@@ -39,45 +39,33 @@ NANOGPT_CPU_FLAGS = (
 # --- nanoGPT
 
 
-def nanogpt_model(checkout: str, gpt: GPTConfig) -> nn.Module:
+def nanogpt_problems(checkout: str) -> list[str]:
+    """Why this is not the path of nanoGPT's repository; empty if it is, or if there is none."""
+    if not checkout or Path(checkout, "train.py").exists():
+        return []
+    return [f"{checkout} is not a checkout of nanoGPT: it has no train.py"]
+
+
+def nanogpt_model(checkout: str, gpt: GPTConfig) -> Any:
     """nanoGPT's model with the sizes of ours. checkout: the path of its repository."""
-    spec = importlib.util.spec_from_file_location("nanogpt", Path(checkout, "model.py"))
-    assert spec and spec.loader
-    nanogpt = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt"] = nanogpt
-    spec.loader.exec_module(nanogpt)
+    nanogpt = runpy.run_path(str(Path(checkout, "model.py")))
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
-    return nanogpt.GPT(nanogpt.GPTConfig(**{name: getattr(gpt, name) for name in names}))
+    sizes = {name: getattr(gpt, name) for name in names}
+    return nanogpt["GPT"](nanogpt["GPTConfig"](**sizes))
 
 
-def nanogpt_sampler(checkout: str, n: int, gpt: GPTConfig, device: torch.device) -> Functions:
-    """nanoGPT's sampler of n tokens; none, with a hint, if there is no checkout."""
-    if not checkout:
-        print("to compare with nanoGPT, give --nanogpt the path of its repository")
-        return {}
-    model: Any = nanogpt_model(checkout, gpt).to(device).eval()
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    return {"nanoGPT": lambda: model.generate(ids, n, temperature=0.8, top_k=40).tolist()}
-
-
-def nanogpt_step(
-    checkout: str, flags: Flags, precision: str, compiled: bool, device_name: str
-) -> Callable[[], Tensor]:
+def nanogpt_step(checkout: str, flags: Flags, device: torch.device) -> Callable[[], Tensor]:
     """A training step of nanoGPT's model and optimizer, on random tokens."""
-    gpt, config = train_settings(flags, "")
-    device = pick_device(device_name)
+    gpt, config = train_settings(flags, device.type)
     model: Any = nanogpt_model(checkout, gpt).to(device).train()
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device.type)
-    model = torch.compile(model) if compiled else model
-    ids = torch.randint(gpt.vocab_size, (1_000_000,))
-    T = gpt.block_size
+    model = torch.compile(model) if config.compile else model
 
     def step() -> Tensor:
-        starts = torch.randint(len(ids) - T, (config.batch_size,))
-        x = to_device(torch.stack([ids[i : i + T] for i in starts]), device)
-        y = to_device(torch.stack([ids[i + 1 : i + 1 + T] for i in starts]), device)
-        with autocast(device, precision):
-            _, loss = model(x, y)
+        ids = torch.randint(gpt.vocab_size, (2, config.batch_size, gpt.block_size))
+        x, y = to_device(ids[0], device), to_device(ids[1], device)
+        with autocast(device, config.precision):
+            loss: Tensor = model(x, y)[1]
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -85,6 +73,15 @@ def nanogpt_step(
         return loss.detach()
 
     return step
+
+
+def nanogpt_samplers(checkout: str, n: int, gpt: GPTConfig, device: torch.device) -> Functions:
+    """nanoGPT's sampler of n tokens."""
+    if not checkout:
+        raise UserError("nanoGPT: give --nanogpt the path of its repository")
+    model = nanogpt_model(checkout, gpt).to(device).eval()
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    return {"nanoGPT": lambda: model.generate(ids, n, temperature=0.8, top_k=40).tolist()}
 
 
 def nanogpt_command(checkout: str, text: Path, out_dir: str) -> list[str]:
@@ -115,23 +112,17 @@ def llama_cpp_command(model: Path, threads: int, mode: str) -> list[str]:
 
 
 def llama_cpp_samplers(n: int, gpt: GPTConfig) -> Functions:
-    """llama.cpp's greedy generation of n tokens on a CPU, with models of the same sizes; none, with
-    a hint, if something that this needs is not installed, or llama.cpp lacks a component. Its
-    processes end with this one."""
+    """llama.cpp's greedy generation of n tokens on a CPU, with models of the same sizes. Its
+    processes end with this one. Raises UserError if it is not installed or lacks a component."""
     if not llama_cpp_command(Path(), 1, "fast"):
-        print("to compare with llama.cpp: npm install -g node-llama-cpp")
-        return {}
+        raise UserError("llama.cpp: npm install -g node-llama-cpp")
     model = GPT(dataclasses.replace(gpt, block_size=max(gpt.block_size, n + 1)))
     tokenizer = CharTokenizer([chr(i) for i in range(gpt.vocab_size)])
     samplers: Functions = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for precision in ("float16", "int8"):
             path = Path(folder, f"{precision}.gguf")
-            try:
-                write_gguf(gguf_writer(model, tokenizer, precision), path)
-            except UserError as error:
-                print(f"no comparison with llama.cpp: {error}")
-                return {}
+            write_gguf(gguf_writer(model, tokenizer, precision), path)
             command = llama_cpp_command(path, torch.get_num_threads(), "fast")
             pipe = subprocess.PIPE
             process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
@@ -153,51 +144,29 @@ def ask(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
 
 
 def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> Functions:
-    """Hugging Face's samplers of n tokens, with models of the same sizes; none, with a hint, if
-    transformers is not installed."""
-    try:
-        import transformers  # optional package
-    except ImportError:
-        print("to compare with Hugging Face: pip install transformers")
-        return {}
+    """Hugging Face's samplers of n tokens, with models of the same sizes."""
+    import transformers  # optional package
+
     transformers.logging.set_verbosity_error()
-    common: dict[str, Any] = {"vocab_size": gpt.vocab_size}
-    common |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    configs = {
-        "GPT-2": transformers.GPT2Config(
-            **common, n_layer=gpt.n_layer, n_head=gpt.n_head, n_embd=gpt.n_embd, n_positions=2048
-        ),
-        "Llama": transformers.LlamaConfig(
-            **common, num_hidden_layers=gpt.n_layer, num_attention_heads=gpt.n_head,
-            hidden_size=gpt.n_embd, intermediate_size=gpt.n_inner, max_position_embeddings=2048,
-        ),
-    }  # fmt: skip
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    settings: dict[str, Any] = {
-        "max_new_tokens": n,
-        "min_new_tokens": n,
-        "temperature": 0.8,
-        "top_k": 40,
-    }
+    settings: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "do_sample": True}
+    settings |= {"max_new_tokens": n, "min_new_tokens": n}
+    window = max(gpt.block_size, n + 1)
     samplers: Functions = {}
-    for name, config in configs.items():
+    for name, arch in (("GPT-2", "gpt2"), ("Llama", "llama")):
+        own = dataclasses.replace(gpt, **ARCHS[arch], n_inner=0, block_size=window)
+        no_ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        config = transformers.AutoConfig.for_model(**config_to_hf(own, arch, no_ends))
         model = transformers.AutoModelForCausalLM.from_config(config).to(device).eval()
-
-        def sample(model: Any = model) -> None:
-            model.generate(ids, do_sample=True, **settings)[0].tolist()
-
-        samplers[f"Hugging Face, {name}"] = sample
+        samplers[f"Hugging Face, {name}"] = functools.partial(model.generate, ids, **settings)
     return samplers
 
 
 def hf_tokenizer(texts: list[str], vocab_size: int) -> Functions:
     """Training and encoding with Hugging Face's tokenizers, in this order: encoding uses what was
-    learned. None, with a hint, if they are not installed."""
-    try:
-        import tokenizers  # optional package
-    except ImportError:
-        print("to compare with Hugging Face: pip install tokenizers")
-        return {}
+    learned."""
+    import tokenizers  # optional package
+
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     text = "\n".join(texts)
 

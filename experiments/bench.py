@@ -8,57 +8,33 @@ python -m experiments.bench gpu --nanogpt path/to/nanoGPT
 """
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
 from corpus.bpe import count_pieces, train_bpe
-from corpus.corpus import Corpus
 from corpus.documents import iter_documents
 from corpus.folder import map_token_files
 from corpus.load import find_corpus
-from experiments.baselines import (
-    Functions,
-    hf_samplers,
-    hf_tokenizer,
-    llama_cpp_samplers,
-    nanogpt_sampler,
-    nanogpt_step,
-)
+from experiments import baselines, timing
+from experiments.baselines import Functions
 from experiments.gpu import bench_gpu
-from experiments.timing import (
-    StepMaker,
-    matmul_flops,
-    median,
-    median_seconds,
-    memory_bandwidth,
-    step_costs,
-    time_once,
-)
-from generate import generate
-from model import GPT
-from sampling.quantize import Int8Linear, lower_precision
+from experiments.timing import Row, Training
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
 from system.errors import run
 from system.settings import UserError, setting
-from tokenizer import CharTokenizer
-from train import Trainer
-from training.checks import flops_per_token
 from training.setup import Flags
-from training.task import Pretraining
 from utils import count_params, get_batch
 
-ROOT = Path(__file__).parent.parent
 BENCHMARKS = ("tokenizers", "generate", "train", "data", "gpu")
-VOCAB_SIZE = 65  # of the models: the characters of TinyShakespeare
 
 
 @dataclass
@@ -76,24 +52,40 @@ class BenchConfig:
     device: str = setting("cpu", DEVICE_HELP)
     repeats: int = setting(3, "timings of each, of which the median counts", low=1)
 
+    def problems(self) -> list[str]:
+        """Wrong paths."""
+        return baselines.nanogpt_problems(self.nanogpt)
+
 
 def model_flags(config: BenchConfig) -> Flags:
     """The flags of the model that is measured."""
-    flags = {"preset": config.preset, "vocab_size": VOCAB_SIZE}
+    flags = {"preset": config.preset, "vocab_size": timing.VOCAB_SIZE}
     return flags | ({"arch": config.arch} if config.arch else {})
+
+
+def compared(functions: Callable[[], Functions]) -> Functions:
+    """The functions of another implementation; none, with a hint, if it is not installed."""
+    try:
+        return functions()
+    except (ImportError, UserError) as error:
+        print(f"not compared: {error}")
+        return {}
 
 
 # --- tokenizers
 
 
-def bench_tokenizers(config: BenchConfig) -> str:
+def bench_tokenizers(config: BenchConfig) -> list[Row]:
     """Training and encoding: ours, Hugging Face's tokenizers if they are installed, and tiktoken's
     encoder with the vocabulary that ours learned."""
     path = find_corpus(config.data or "plays")
     texts = [text for text, _ in iter_documents(path)]
     text = "\n".join(texts)
     megabytes = len(text.encode()) / 1e6
-    train = functools.partial(learn_bpe, texts, config.bpe_vocab_size)
+
+    def train() -> Any:
+        return train_bpe(count_pieces(texts), config.bpe_vocab_size)
+
     ours = train()
     ours.encode(text[:1000])  # builds its encoder
     functions: Functions = {
@@ -101,144 +93,67 @@ def bench_tokenizers(config: BenchConfig) -> str:
         "ours, encode": lambda: ours.encode(text),
         "tiktoken, encode": lambda: ours.encoding.encode_ordinary(text),
     }
-    functions |= hf_tokenizer(texts, config.bpe_vocab_size)
-    lines = [f"{path}: {megabytes:.2f} MB, {config.bpe_vocab_size} tokens"]
-    for name, seconds in median_seconds(functions, config.repeats).items():
-        lines.append(f"{name:24}{seconds:8.2f} s{megabytes / seconds:10.1f} MB/s")
-    return "\n".join(lines)
-
-
-def learn_bpe(texts: list[str], vocab_size: int) -> Any:
-    return train_bpe(count_pieces(texts), vocab_size)
+    functions |= compared(lambda: baselines.hf_tokenizer(texts, config.bpe_vocab_size))
+    rows = [Row(f"{path}", f"{megabytes:.2f} MB, {config.bpe_vocab_size} tokens")]
+    for name, seconds in timing.median_seconds(functions, config.repeats).items():
+        rows.append(Row(name, f"{seconds:.2f} s, {megabytes / seconds:.1f} MB/s"))
+    return rows
 
 
 # --- generation
 
 
-def bench_generate(config: BenchConfig) -> str:
+def bench_generate(config: BenchConfig) -> list[Row]:
     """Tokens per second and sample at temperature 0.8 and top-k 40: ours without and with a cache,
     in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
     llama.cpp's, which is greedy, on a CPU."""
-    device = pick_device(config.device)
-    bandwidth = memory_bandwidth(device)
+    device, n = pick_device(config.device), config.tokens
     gpt, _ = train_settings(model_flags(config), device.type)
-    samplers: Functions = {}
-    weight_bytes: dict[str, int] = {}
-    for name, sample in sample_configs(config.tokens).items():
-        model = GPT(gpt).to(device).eval()
-        lower_precision(model, sample.precision)
-        samplers[f"ours, {name}"] = functools.partial(sample_ours, model, sample)
-        weight_bytes[f"ours, {name}"] = linear_bytes(model)
-    samplers |= hf_samplers(config.tokens, gpt, device)
-    samplers |= nanogpt_sampler(config.nanogpt, config.tokens, gpt, device)
-    if device.type == "cpu":
-        samplers |= llama_cpp_samplers(config.tokens, gpt)
-    for sampler in samplers.values():
-        sampler()  # warm up, and compile
-    lines = [
-        f"{config.preset}, {config.tokens} tokens, {device}, {torch.get_num_threads()} threads",
-        f"memory bandwidth: {bandwidth / 1e9:.0f} GB/s",
-        f"{'':34}{'tokens/s':>8}{'MB per token':>15}{'of the bandwidth':>19}",
-    ]
-    for name, seconds in median_seconds(samplers, config.repeats).items():
-        rate = config.tokens / seconds
-        line = f"{name:34}{rate:8.0f}"
-        if n_bytes := weight_bytes.get(name):
-            line += f"{n_bytes / 1e6:15.1f}{rate * n_bytes / bandwidth:19.0%}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def sample_configs(n_tokens: int) -> dict[str, SampleConfig]:
-    """The ways of sampling to compare, by name."""
-    base = {"max_new_tokens": n_tokens, "temperature": 0.8, "top_k": 40, "seed": 1337}
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
-    settings |= {f"cache, {p}": {"precision": p} for p in ("float32", "bfloat16", "int8")}
     for p in ("float32", "bfloat16", "int8"):
+        settings[f"cache, {p}"] = {"precision": p}
         settings[f"cache, {p}, compiled"] = {"precision": p, "compile": True}
-    for p in ("float32", "bfloat16"):
         settings[f"cache, {p}, ten samples"] = {"precision": p, "num_samples": 10}
-    return {name: SampleConfig(**(base | more)) for name, more in settings.items()}
-
-
-def sample_ours(model: GPT, sample: SampleConfig) -> None:
-    """Generate from a prompt of one token."""
-    prompt = torch.zeros(1, dtype=torch.long, device=model.tok.weight.device)
-    for step in generate(model, prompt, sample):
-        last = step.ids
-    last.tolist()  # wait for the GPU
-
-
-def linear_bytes(model: GPT) -> int:
-    """The size of the weights of the linear layers, which are read for each token."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
-    tensors = [t for m in linears for t in m.state_dict().values()]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    base = {"max_new_tokens": n, "temperature": 0.8, "top_k": 40, "seed": 1337}
+    ours = {f"ours, {name}": SampleConfig(**(base | more)) for name, more in settings.items()}
+    others = compared(lambda: baselines.hf_samplers(n, gpt, device))
+    others |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
+    if device.type == "cpu":
+        others |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
+    head = Row(f"{config.preset}, {n} tokens", f"{device}, {torch.get_num_threads()} threads")
+    return [head, *timing.sampling_rows(gpt, device, ours, others, config.repeats)]
 
 
 # --- training
 
 
-def bench_train(config: BenchConfig) -> str:
-    """Training steps, eager and compiled, in each precision: tokens per second, model FLOP
-    utilization (MFU: the share of the rate at which this machine multiplies matrices), peak memory;
-    nanoGPT's model for comparison. Each has its own process, and they take turns."""
-    device = pick_device(config.device)
-    flags = model_flags(config)
+def bench_train(config: BenchConfig) -> list[Row]:
+    """Training steps, eager and compiled, in each precision, of nanoGPT's model too."""
+    device, flags = pick_device(config.device), model_flags(config)
     gpt, train_config = train_settings(flags, device.type)
-    flops = flops_per_token(gpt)
-    tokens = train_config.batch_size * gpt.block_size
-    peaks = {p: matmul_flops(device, p) for p in ("float32", "bfloat16")}
-    products = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {p}" for p, peak in peaks.items())
-    lines = [
-        f"{config.preset}, {config.arch or 'its own'} architecture, {count_params(gpt)[0]:,} "
-        f"parameters, batches of {train_config.batch_size} x {gpt.block_size}, {device}, "
-        f"{torch.get_num_threads()} threads",
-        f"matrix products: {products}",
-        f"{'':34}tokens/s   ms/step   GFLOP/s    MFU   peak MB",
-    ]
-    makers: dict[str, StepMaker] = {}
-    precisions: dict[str, str] = {}
-    for compiled in (False, True):
-        for precision in peaks:
-            name = f"{precision}, {'compiled' if compiled else 'eager'}"
-            args = (flags, precision, compiled, config.device)
-            makers[f"ours, {name}"] = (our_step, args)
-            if config.nanogpt:
-                makers[f"nanoGPT, {name}"] = (nanogpt_step, (config.nanogpt, *args))
-            precisions |= {f"ours, {name}": precision, f"nanoGPT, {name}": precision}
-    for name, cost in step_costs(makers, config.steps, config.repeats).items():
-        rate = tokens / cost.seconds
-        lines.append(
-            f"{name:34}{rate:8,.0f}{1000 * cost.seconds:10.1f}{rate * flops / 1e9:10.0f}"
-            f"{rate * flops / peaks[precisions[name]]:7.0%}{cost.memory / 1e6:10,.0f}"
-        )
-    return "\n".join(lines)
-
-
-def our_step(
-    flags: Flags, precision: str, compiled: bool, device_name: str
-) -> Callable[[], Tensor]:
-    """A training step of train.py, on random tokens."""
-    gpt, config = train_settings(flags, "")
-    config.precision, config.compile = precision, compiled
-    device = pick_device(device_name)
-    ids = np.random.default_rng(0).integers(VOCAB_SIZE, size=1_000_000).astype(np.uint8)
-    corpus = Corpus(ids, ids, {"name": "random"}, len(ids), len(ids))
-    tokenizer = CharTokenizer([chr(i) for i in range(VOCAB_SIZE)])
-    task = Pretraining(corpus, tokenizer, gpt.block_size, config, device)
-    trainer = Trainer(GPT(gpt), task, config, device)
-    return lambda: trainer.train_step()["loss"]
+    trainings = []
+    for compiled, precision in itertools.product((False, True), ("float32", "bfloat16")):
+        own = tuple((flags | {"precision": precision, "compile": compiled}).items())
+        name = f"{precision}, {'compiled' if compiled else 'eager'}"
+        trainings.append(Training(f"ours, {name}", own, device))
+        if config.nanogpt:
+            trainings.append(Training(f"nanoGPT, {name}", own, device, config.nanogpt))
+    head = Row(
+        f"{config.preset}, {count_params(gpt)[0]:,} parameters, "
+        f"batches of {train_config.batch_size} x {gpt.block_size}",
+        f"{device}, {torch.get_num_threads()} threads",
+    )
+    return [head, *timing.training_rows(trainings, config.steps, config.repeats)]
 
 
 # --- reading batches
 
 
-def bench_data(config: BenchConfig) -> str:
+def bench_data(config: BenchConfig) -> list[Row]:
     """The time to read a batch from data sets of 10 MB and 10 GB, in one file and in several, which
     are memory-mapped as those of prepare.py. (The files are sparse, so they take no disk space.)"""
     gpt, train_config = train_settings({"preset": config.preset}, "")
-    lines = [f"batches of {train_config.batch_size} x {gpt.block_size} tokens"]
+    rows = [Row("data set", f"batches of {train_config.batch_size} x {gpt.block_size} tokens")]
     datasets = {"10 MB": (10**7, 1), "10 GB": (10**10, 1), "10 GB in 20 files": (10**10, 20)}
     with tempfile.TemporaryDirectory() as folder:
         for name, (size, n_files) in datasets.items():
@@ -246,12 +161,11 @@ def bench_data(config: BenchConfig) -> str:
             for path in paths:
                 with open(path, "wb") as file:
                     file.truncate(size // n_files)
-            read = functools.partial(
-                get_batch, map_token_files(paths, "uint16"), gpt.block_size, train_config.batch_size
-            )
-            times = [time_once(functools.partial(read, 0, number)) for number in range(200)]
-            lines.append(f"{name:34}{1000 * median(times):8.2f} ms per batch")
-    return "\n".join(lines)
+            ids = map_token_files(paths, "uint16")
+            read = functools.partial(get_batch, ids, gpt.block_size, train_config.batch_size, 0)
+            times = [timing.time_once(functools.partial(read, i)) for i in range(200)]
+            rows.append(Row(name, f"{1000 * median_high(times):.2f} ms per batch"))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,10 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         "data": bench_data,
         "gpu": lambda config: bench_gpu(config.nanogpt),
     }
-    try:
-        print(functions[config.benchmark](config))
-    except OSError as error:
-        raise UserError(str(error)) from None
+    print(timing.to_table(functions[config.benchmark](config)))
     return 0
 
 

@@ -34,9 +34,8 @@ class EnsembleConfig:
 
     def problems(self) -> list[str]:
         """Too few checkpoints."""
-        return (
-            [] if len(set(self.checkpoints)) > 1 else ["give the paths of two or more checkpoints"]
-        )
+        enough = len(set(self.checkpoints)) > 1
+        return [] if enough else ["give the paths of two or more checkpoints"]
 
 
 class Ensemble(nn.Module):
@@ -44,7 +43,8 @@ class Ensemble(nn.Module):
 
     def __init__(self, models: list[GPT]):
         super().__init__()
-        self.models, self.config = nn.ModuleList(models), models[0].config
+        self.models = nn.ModuleList(models)
+        self.config, self.tok = models[0].config, models[0].tok  # which an evaluation reads
 
     def forward(self, idx: Tensor, targets: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities (B, T, V) and their mean loss, as from a GPT."""
@@ -55,15 +55,12 @@ class Ensemble(nn.Module):
 
 def check_alike(states: dict[str, dict[str, Any]]) -> None:
     """Raise UserError if models have different tokenizers, windows or texts."""
-    (first, one), *others = states.items()
+    settings = {n: s["train_config"] | s["gpt_config"] | s for n, s in states.items()}
+    (first, one), *others = settings.items()
     for name, other in others:
-        for what in ("tokenizer", "corpus"):
-            if one[what] != other[what]:
+        for what in ("tokenizer", "corpus", "block_size", "doc_mask"):
+            if one.get(what) != other.get(what):
                 raise UserError(f"{first} and {name} have different values of {what}")
-        if one["train_config"].get("doc_mask") != other["train_config"].get("doc_mask"):
-            raise UserError(f"{first} and {name} have different values of doc_mask")
-        if one["gpt_config"]["block_size"] != other["gpt_config"]["block_size"]:
-            raise UserError(f"{first} and {name} have different windows (block_size)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,22 +68,20 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_args(
         EnsembleConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )
-    loaded = {
-        name: load_checkpoint(name, pick_device(config.device)) for name in config.checkpoints
-    }
+    device = pick_device(config.device)
+    loaded = {name: load_checkpoint(name, device) for name in config.checkpoints}
     check_alike({name: state for name, (_, _, state) in loaded.items()})
-    models = [model for model, _, _ in loaded.values()]
     _, tokenizer, state = loaded[config.checkpoints[0]]
     corpus = training_corpus(tokenizer, state)
     doc_mask = bool(state["train_config"].get("doc_mask"))
     settings = EvaluateConfig(precision="float32")
-    rows = [
-        {"model": name, "loss": evaluate_split(model, corpus, settings, doc_mask)["loss"]}
-        for name, model in zip(loaded, models, strict=True)
-    ]
-    together = cast(GPT, Ensemble(models))  # it has what an evaluation uses
-    loss = evaluate_split(together, corpus, settings, doc_mask)["loss"]
-    print(to_markdown([*rows, {"model": f"all {len(models)}", "loss": loss}]))
+    models = {name: model for name, (model, _, _) in loaded.items()}
+    models[f"all {len(models)}"] = cast(GPT, Ensemble(list(models.values())))
+    rows = []
+    for name, model in models.items():
+        loss = evaluate_split(model, corpus, settings, doc_mask)["loss"]
+        rows.append({"model": name, "loss": loss})
+    print(to_markdown(rows))
     return 0
 
 

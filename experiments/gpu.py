@@ -3,97 +3,41 @@
 import contextlib
 import copy
 import functools
-import gc
 import io
-import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import train
 from config import SampleConfig, train_settings
-from corpus.corpus import Corpus
-from experiments.baselines import nanogpt_step
-from experiments.timing import time_losses, time_once
-from generate import generate
-from model import GPT
-from sampling.quantize import lower_precision
+from experiments import timing
+from experiments.provenance import git_commit
+from experiments.timing import Row, Training, make_trainer, sample
+from system.errors import first_line
 from system.settings import UserError
-from tokenizer import CharTokenizer
 from train import Trainer
-from training.checks import flops_per_token
-from training.setup import Flags, memory_estimate, pick_precision
-from training.task import Pretraining
+from training.setup import Flags, pick_precision
 from utils import read_checkpoint
 
 ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
-VOCAB_SIZE = 65
 RUN_SECONDS = 180
 TARGET_LOSS = 1.4697  # nanoGPT's for TinyShakespeare on one A100, in three minutes
-# Dense bfloat16 (before Ampere float16) TFLOP/s with sums in float32, from NVIDIA's data sheets.
-PEAKS = {
-    **{"T4": 65, "V100": 125, "A10G": 70, "A10": 125, "A100": 312, "L4": 121, "L40S": 362},
-    **{"RTX 3090": 71, "RTX 4090": 165, "H100 PCIe": 756, "H100": 989, "H200": 989, "B200": 2250},
+TINY: Flags = {"preset": "laptop", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
+TINY |= {"batch_size": 4, "lr_max": 3e-3, "warmup_steps": 5, "vocab_size": timing.VOCAB_SIZE}
+MODELS: dict[str, Flags] = {
+    "medium": {"preset": "medium", "vocab_size": timing.VOCAB_SIZE},
+    "124 M": {"preset": "gpt2", "arch": "gpt2", "vocab_size": 50304},
 }
-TINY: Flags = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4}
-TINY |= {"vocab_size": VOCAB_SIZE, "lr_max": 3e-3, "warmup_steps": 5, "compile": False}
-
-
-class Scale(NamedTuple):
-    """How much is measured."""
-
-    models: dict[str, Flags]
-    steps: int  # timed, after as many to warm up
-    n_tokens: int  # sampled
-    batch_sizes: tuple[int, ...]
-    run: str  # flags of the run that is timed
-    compile: bool
-
-
-FULL = Scale(
-    {"medium": {"preset": "medium", "vocab_size": VOCAB_SIZE},
-     "124 M": {"preset": "gpt2", "arch": "gpt2", "vocab_size": 50304}},
-    20, 250, (1, 8, 64), "--preset medium --data shakespeare", True,
-)  # fmt: skip
-TOY = Scale(
-    {"toy": TINY}, 2, 40, (1, 2),
-    f"--preset quick --device cpu --max_steps 20 --eval_every 10 --data {ROOT}/data/example.txt",
-    False,
-)  # fmt: skip
-
-
-class Row(NamedTuple):
-    what: str
-    result: str
-    problem: bool = False
-
-
-# --- models
-
-
-def make_trainer(
-    flags: Flags, device: torch.device, precision: str = "float32", compiled: bool = False
-) -> Trainer:
-    """A trainer on a sequence that can be learned in part."""
-    gpt, config = train_settings(flags, device.type)
-    config.precision, config.compile = precision, compiled
-    torch.manual_seed(0)
-    ids = (np.arange(1_000_000) ** 2 // 7 % VOCAB_SIZE).astype(np.uint8)
-    corpus = Corpus(ids, ids, {"name": "numbers"}, len(ids), len(ids))
-    tokenizer = CharTokenizer([chr(i) for i in range(VOCAB_SIZE)])
-    task = Pretraining(corpus, tokenizer, gpt.block_size, config, device)
-    return Trainer(GPT(gpt), task, config, device)
 
 
 def losses(trainer: Trainer, n_steps: int) -> Tensor:
@@ -104,20 +48,21 @@ def losses(trainer: Trainer, n_steps: int) -> Tensor:
 # --- checks
 
 
-def check_losses(device: torch.device) -> Row:
+def check_losses(device: torch.device) -> list[Row]:
     """50 steps in float32, on the device and on the CPU: rounding differs, by less than 0.001."""
-    ours, theirs = (losses(make_trainer(TINY, d), 50) for d in (device, CPU))
+    flags = TINY | {"precision": "float32"}
+    ours, theirs = (losses(make_trainer(flags, d), 50) for d in (device, CPU))
     largest = (ours - theirs).abs().max().item()
-    return Row(
-        "losses of 50 steps, float32", f"within {largest:.1g} of the CPU's", not largest < 1e-3
-    )
+    result = f"within {largest:.1g} of the CPU's"
+    return [Row("losses of 50 steps, float32", result, not largest < 1e-3)]
 
 
 def check_precisions(device: torch.device) -> list[Row]:
     """40 steps in each precision: the last losses are those of float32, with a margin of 0.05."""
     means = {}
     for precision in ("float32", "bfloat16", "float16"):
-        means[precision] = losses(make_trainer(TINY, device, precision), 40)[-10:].mean().item()
+        trainer = make_trainer(TINY | {"precision": precision}, device)
+        means[precision] = losses(trainer, 40)[-10:].mean().item()
     exact = means.pop("float32")
     return [
         Row(f"loss in {p}", f"{mean:.4f}, float32 {exact:.4f}", not abs(mean - exact) < 0.05)
@@ -125,190 +70,115 @@ def check_precisions(device: torch.device) -> list[Row]:
     ]
 
 
-def check_generation(device: torch.device) -> Row:
+def check_sampling(device: torch.device) -> list[Row]:
     """The tokens that a trained model samples in float32, with each cache, and on the CPU."""
-    trainer = make_trainer(TINY, device)
+    trainer = make_trainer(TINY | {"precision": "float32"}, device)
     losses(trainer, 40)
     model = trainer.model.eval()
-    texts = [sample(model, device, 3, 50, cache=cache) for cache in (True, False)]
-    texts.append(sample(copy.deepcopy(model).to(CPU), CPU, 3, 50))
+    config = SampleConfig(max_new_tokens=50, num_samples=3, seed=1)
+    texts = [sample(model, config), sample(model, replace(config, cache=False))]
+    texts.append(sample(copy.deepcopy(model).to(CPU), config))
     same = all(torch.equal(text, texts[0]) for text in texts)
-    return Row("sampling in float32", "equals the CPU's" if same else "differs", not same)
+    return [Row("sampling in float32", "equals the CPU's" if same else "differs", not same)]
 
 
 def check_runs(device: torch.device) -> list[Row]:
     """A run with train.py; the same resumed in the middle; the same with DDP in one process."""
-    text = Path(ROOT, "data", "example.txt")
-    flags = f"--preset quick --max_steps 20 --eval_every 10 --save_every 10 --data {text} "
-    flags += f"--device {device.type} --no-compile --precision float32 --sample_tokens 0"
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {name: Path(folder, name) for name in ("whole", "resumed", "ddp")}
-        run_train(f"{flags} --out_dir {runs['whole']}")
-        runs["resumed"].mkdir()
-        for path in runs["whole"].iterdir():
-            name = {"latest.pt": "", "ckpt_00010.pt": "latest.pt"}.get(path.name, path.name)
-            if name and path.is_file():
-                shutil.copy(path, runs["resumed"] / name)
-        run_train(f"--resume --out_dir {runs['resumed']}")
-        torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "1"}
-        torchrun |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    flags = "--preset quick --max_steps 20 --eval_every 10 --save_every 10 --sample_tokens 0 "
+    flags += f"--device {device} --precision float32 --no-compile"
+    words = [*flags.split(), f"--data={ROOT / 'data/example.txt'}"]
+    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "1"}
+    torchrun |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        whole, resumed, ddp = (Path(folder, name) for name in ("whole", "resumed", "ddp"))
+        train.main([*words, f"--out_dir={whole}"])
+        shutil.copytree(whole, resumed)
+        (resumed / "ckpt_00010.pt").replace(resumed / "latest.pt")
+        train.main(["--resume", f"--out_dir={resumed}"])
         with mock.patch.dict(os.environ, torchrun):
-            run_train(f"{flags} --out_dir {runs['ddp']}")
-        models = {n: read_checkpoint(path / "latest.pt")["model"] for n, path in runs.items()}
-    weights = {name: torch.cat([t.flatten() for t in m.values()]) for name, m in models.items()}
-    errors = {n: (weights[n] - weights["whole"]).abs().max().item() for n in ("resumed", "ddp")}
-    return [Row(f"{n} run", f"weights within {e:.1g}", not e < 1e-3) for n, e in errors.items()]
-
-
-def run_train(flags: str) -> None:
-    """train.py, silently, in this process."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(flags.split())
+            train.main([*words, f"--out_dir={ddp}"])
+        models = [read_checkpoint(run / "latest.pt")["model"] for run in (whole, resumed, ddp)]
+    weights, *others = (torch.cat([t.flatten() for t in m.values()]) for m in models)
+    errors = [(other - weights).abs().max().item() for other in others]
+    return [
+        Row(f"{name} run", f"weights within {error:.1g}", not error < 1e-3)
+        for name, error in zip(("resumed", "ddp"), errors, strict=True)
+    ]
 
 
 # --- measurements
 
 
-def peak_flops(name: str) -> float | None:
-    """The peak of a card, if it is known, from the longest name in the table that fits.
-
-    >>> peak_flops("NVIDIA H100 PCIe"), peak_flops("NVIDIA L40S"), peak_flops("Quadro")
-    (756000000000000.0, 362000000000000.0, None)
-    """
-    found = [card for card in PEAKS if re.search(rf"\b{card}\b", name)]
-    return 1e12 * PEAKS[max(found, key=len)] if found else None
-
-
-def training_row(name: str, flags: Flags, scale: Scale, device: torch.device, nanogpt: str) -> Row:
-    """Tokens per second, milliseconds per step, MFU, and peak memory in the best precision: of
-    train.py's step, or of nanoGPT's if a checkout is given."""
-    precision = pick_precision("auto", device)[0]
-    gpt, config = train_settings(flags | {"precision": precision}, device.type)
-    step: Callable[[], Any]
-    if nanogpt:
-        step = nanogpt_step(nanogpt, flags, precision, scale.compile, str(device))
-    else:
-        step = make_trainer(flags, device, precision, scale.compile).train_step
-
-    def steps() -> None:
-        for _ in range(scale.steps):
-            step()
-        torch.zeros(1, device=device).item()  # wait for the device
-
-    if device.type == "cuda":
-        gc.collect()  # a compiled model refers to itself
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    steps()  # warm up, and compile
-    seconds = time_once(steps) / scale.steps
-    rate = config.batch_size * gpt.block_size / seconds
-    result = f"{rate:,.0f} tokens/s, {1000 * seconds:.1f} ms/step"
-    if device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(device))
-        result += f", MFU {rate * flops_per_token(gpt) / peak:.3f}" if peak else ""
-        result += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
-    estimate = sum(memory_estimate(gpt, config).values()) / 1e9
-    result += "" if nanogpt else f" (estimate {estimate:.2f} GB)"
-    return Row(f"{'nanoGPT' if nanogpt else 'training'}, {name}, {precision}", result)
-
-
-def cuda_graphs_row(name: str, flags: Flags, scale: Scale, device: torch.device) -> Row:
+def cuda_graphs_rows(name: str, flags: Flags, device: torch.device, n_steps: int) -> list[Row]:
     """What CUDA graphs change, which launch all kernels of a small model at once: not the loss."""
-    precision = pick_precision("auto", device)[0]
-    trainers = [make_trainer(flags, device, precision, scale.compile) for _ in range(2)]
-    if scale.compile:
+    trainers = [make_trainer(flags, device) for _ in range(2)]
+    if flags["compile"]:
         trainers[0].model.compile(dynamic=False)
     without, with_graphs = (losses(trainer, 50) for trainer in trainers)
     largest = (without - with_graphs).abs().max().item()
-    times = [time_once(functools.partial(losses, trainer, scale.steps)) for trainer in trainers]
+    times = [timing.time_once(functools.partial(losses, trainer, n_steps)) for trainer in trainers]
     result = f"losses within {largest:.1g}, {times[0] / times[1]:.2f} times as fast"
-    return Row(f"CUDA graphs, {name}, {precision}", result, not largest < 0.05)
+    return [Row(f"CUDA graphs, {name}", result, not largest < 0.05)]
 
 
-def sample(model: GPT, device: torch.device, batch: int, n: int, **settings: Any) -> Tensor:
-    """n tokens of each of a batch of texts, (batch, n), on the CPU."""
-    prompt = torch.zeros(1, dtype=torch.long, device=device)
-    config = SampleConfig(max_new_tokens=n, num_samples=batch, seed=1, **settings)
-    return torch.stack([step.ids for step in generate(model, prompt, config)], dim=1).cpu()
-
-
-def sampling_rows(scale: Scale, device: torch.device) -> list[Row]:
-    """Tokens per second of the first model at several batch sizes, in the best precision."""
-    name, flags = next(iter(scale.models.items()))
-    precision = pick_precision("auto", device)[0]
-    model = GPT(train_settings(flags, device.type)[0]).to(device).eval()
-    lower_precision(model, precision)
-    rows = []
-    for batch in scale.batch_sizes:
-        settings = {"precision": precision, "compile": scale.compile}
-        torch.compiler.reset()  # or later batch sizes would get more general kernels
-        run = functools.partial(sample, model, device, batch, scale.n_tokens, **settings)
-        run()  # compile
-        rate = batch * scale.n_tokens / time_once(run)
-        rows.append(Row(f"sampling {name}, batch size {batch}", f"{rate:,.0f} tokens/s"))
-    return rows
-
-
-def run_row(scale: Scale) -> Row:
+def run_rows(flags: str) -> list[Row]:
     """A run of train.py: when its loss is TARGET_LOSS, with the start of the command, and its best
     loss in the time."""
     torch.cuda.empty_cache()  # for the other process
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", *scale.run.split(), "--out_dir", folder]
-        evaluations = time_losses(command, str(ROOT), dict(os.environ), RUN_SECONDS)
+        command = [sys.executable, "train.py", *flags.split(), "--out_dir", folder]
+        evaluations = timing.time_losses(command, str(ROOT), dict(os.environ), RUN_SECONDS)
     best = min(evaluations, key=lambda evaluation: evaluation.loss)
     reached = [f"{e.seconds:.1f} s" for e in evaluations if e.loss <= TARGET_LOSS]
-    return Row(
-        f"train.py {scale.run.partition(' --data')[0]}",
-        f"loss {TARGET_LOSS}: {(reached or ['not reached'])[0]}; "
-        f"best {best.loss:.4f} after {best.seconds:.1f} s",
-    )
+    result = f"loss {TARGET_LOSS}: {(reached or ['not reached'])[0]}; "
+    result += f"best {best.loss:.4f} after {best.seconds:.1f} s"
+    return [Row(f"train.py {flags.partition(' --data')[0]}", result)]
 
 
 # --- the table
 
 
-def output_of(command: str) -> str:
-    """What a command prints; "?" if it does not work."""
-    status, output = subprocess.getstatusoutput(f"cd '{ROOT}' && {command}")
-    return "?" if status else output.splitlines()[0]
-
-
-def attempt(what: str, measure: Callable[[], Row | list[Row]]) -> list[Row]:
+def attempt(what: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
     """The rows of a measurement, or its error: the others are measured all the same."""
     try:
-        rows = measure()
+        return measure(*args)
     except (RuntimeError, UserError) as error:  # also those of PyTorch, CUDA and the compiler
-        return [Row(what, (str(error).splitlines() or [repr(error)])[0], True)]
-    return rows if isinstance(rows, list) else [rows]
+        return [Row(what, first_line(error), True)]
 
 
-def bench_gpu(nanogpt: str = "") -> str:
-    """The checks and measurements as a Markdown table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_cuda = device.type == "cuda"
-    scale = FULL if is_cuda else TOY
+def bench_gpu(nanogpt: str = "") -> list[Row]:
+    """The checks and measurements."""
+    is_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if is_cuda else "cpu")
+    card, driver = "no GPU: a test with a tiny model", "none"
+    run = "--preset quick --device cpu --max_steps 20 --eval_every 10 --data data/example.txt"
+    models, n_steps, n_tokens = {"toy": TINY}, 2, 40
+    if is_cuda:
+        card = torch.cuda.get_device_name(device)
+        query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        driver = subprocess.getoutput(query).splitlines()[0]
+        run = "--preset medium --data shakespeare"
+        models, n_steps, n_tokens = MODELS, 20, 250
+    rows = [Row(card, f"driver {driver}, torch {torch.__version__}, commit {git_commit()}")]
     torch.set_float32_matmul_precision("highest")  # TF32 rounds factors to 10 bits
-    measurements: dict[str, Callable[[], Row | list[Row]]] = {
-        "losses": functools.partial(check_losses, device),
-        "precisions": functools.partial(check_precisions, device),
-        "sampling": functools.partial(check_generation, device),
-        "runs": functools.partial(check_runs, device),  # train.py allows TF32 from here on
+    for check in (check_losses, check_precisions, check_sampling, check_runs):
+        rows += attempt(check.__name__, check, device)  # check_runs, the last, allows TF32
+    precision, _ = pick_precision("auto", device)
+    rows.append(Row("precision of the measurements", precision))
+    settings: dict[str, Any] = {"precision": precision, "compile": is_cuda}
+    models = {name: flags | settings for name, flags in models.items()}
+    for name, flags in models.items():
+        for checkout in ("", nanogpt) if nanogpt else ("",):
+            what = f"{'nanoGPT' if checkout else 'training'}, {name}"
+            training = Training(what, tuple(flags.items()), device, checkout)
+            rows += attempt(what, timing.training_rows, [training], n_steps, 1)
+    name, flags = next(iter(models.items()))
+    settings |= {"max_new_tokens": n_tokens, "seed": 1}
+    configs = {
+        f"sampling {name}, batch size {batch}": SampleConfig(**settings, num_samples=batch)
+        for batch in (1, 8, 64)
     }
-    checkouts = ["", nanogpt] if nanogpt else [""]
-    for (name, flags), path in itertools.product(scale.models.items(), checkouts):
-        measure = functools.partial(training_row, name, flags, scale, device, path)
-        measurements[f"{'nanoGPT' if path else 'training'}, {name}"] = measure
-    small = next(iter(scale.models.items()))
-    measurements |= {
-        "speed of sampling": functools.partial(sampling_rows, scale, device),
-        "CUDA graphs": functools.partial(cuda_graphs_row, *small, scale, device),
-        "run": functools.partial(run_row, scale),
-    }
-    rows = [row for what, measure in measurements.items() for row in attempt(what, measure)]
-    card = torch.cuda.get_device_name(device) if is_cuda else "no GPU: a test with a tiny model"
-    driver = output_of("nvidia-smi --query-gpu=driver_version --format=csv,noheader")
-    commit = output_of("git rev-parse --short HEAD")
-    head = f"| {card} | driver {driver}, torch {torch.__version__}, commit {commit} |\n|---|---|"
-    lines = (f"| {r.what} | {'WRONG: ' * r.problem}{r.result} |" for r in rows)
-    return "\n".join([head, *lines])
+    gpt, _ = train_settings(flags, device.type)
+    rows += attempt("speed of sampling", timing.sampling_rows, gpt, device, configs, {}, 1)
+    rows += attempt("CUDA graphs", cuda_graphs_rows, name, flags, device, n_steps)
+    return rows + attempt("run", run_rows, run)

@@ -8,10 +8,8 @@ pilot, a short run of the smallest model. It must then predict the runs marked `
 not used for the fit. Copy the constants that this prints to LAW in training/law.py.
 """
 
-import csv
 import itertools
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +33,7 @@ TEXTS: dict[str, Flags] = {
     "shakespeare, BPE": BPE,
     "plays": {"data": "plays"},
     "plays, BPE": BPE | {"data": "plays"},
-    "100 kB": {"data": "short.txt"},  # the first 100 kB of shakespeare, in the folder of the study
+    "100 kB": {},  # the first 100 kB of shakespeare, in the folder of the study
 }
 # text, size (its number in SIZES), dropout, weight decay: steps of the runs for the fit, and of
 # those for the check
@@ -76,52 +74,28 @@ RUNS: dict[tuple[str, int, float, float], tuple[tuple[int, ...], tuple[int, ...]
 }
 PILOTS = (150, 600)  # steps: of the plan for one minute and for longer times here
 OVERFITTED = 0.1  # nats above the best loss: there, the weight of a run in the fit is a half
-START = (
-    0.2,
-    0.2,
-    0.2,
-    0.3,
-    0.04,
-    0.01,
-    0.3,
-    0.35,
-    6.0,
-    0.03,
-    1.0,
-)  # of the fit: constants of this order
+# Where the fit starts: constants of this order
+START = (0.2, 0.2, 0.2, 0.3, 0.04, 0.01, 0.3, 0.35, 6.0, 0.03, 1.0)
 PRIOR = 0.1  # nats that a constant costs that differs from these by a factor of e
 
 
 # --- runs
 
 
-def run_flags(
-    study: Study, text: str, size: int, dropout: float, decay: float, steps: int
-) -> Flags:
-    """The flags of a run, without its seed."""
-    fixed = TEXTS[text] | {"dropout": dropout, "weight_decay": decay, "max_steps": steps}
-    flags = size_flags(SIZES[size], fixed)
-    if flags.get("data") == "short.txt":
-        flags["data"] = str(study.folder / flags["data"])
-    return flags | {"eval_every": max(1, steps // 5)}
-
-
-def write_short_text(study: Study) -> None:
-    """Write the first 100 kB of the text of the study."""
-    path = study.folder / "short.txt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(find_sources([study.config.data])[0].path.read_bytes()[:100_000])
-
-
 def train_all(study: Study) -> list[Row]:
     """The table of all runs. Their checkpoints, which take gigabytes, are deleted."""
+    short_text = study.folder / "short.txt"
+    short_text.parent.mkdir(parents=True, exist_ok=True)
+    short_text.write_bytes(find_sources([study.config.data])[0].path.read_bytes()[:100_000])
+    study.n_runs = study.config.seeds * sum(len(n) for uses in RUNS.values() for n in uses)
     rows: list[Row] = []
     for seed, (key, uses) in itertools.product(range(1, study.config.seeds + 1), RUNS.items()):
         text, size, dropout, decay = key
-        labeled = [("fit", n) for n in uses[0]] + [("check", n) for n in uses[1]]
-        for use, steps in labeled:
-            flags = run_flags(study, text, size, dropout, decay, steps)
+        for use, steps in [("fit", n) for n in uses[0]] + [("check", n) for n in uses[1]]:
+            flags = TEXTS[text] | {"dropout": dropout, "weight_decay": decay, "max_steps": steps}
+            if text == "100 kB":
+                flags["data"] = str(short_text)
+            flags = size_flags(SIZES[size], flags) | {"eval_every": max(1, steps // 5)}
             name = f"{text}-{size}-{dropout}-{decay}-{steps}-{seed}"
             name = name.replace(", ", "-").replace(" ", "")
             result = study.make_run(name, flags | {"seed": seed})
@@ -130,7 +104,7 @@ def train_all(study: Study) -> list[Row]:
             tokenizer, corpus = study.corpus(flags)
             gpt, config = settings(flags | {"vocab_size": tokenizer.vocab_size})
             last, best = result["log"][-1], min(record["val"] for record in result["log"])
-            rows += [
+            rows.append(
                 {
                     "use": use,
                     "text": text,
@@ -147,19 +121,11 @@ def train_all(study: Study) -> list[Row]:
                     "loss": round(result["val"] if last["val"] == best else last["val"], 4),
                     "best": round(result["val"], 4),
                 }
-            ]
+            )
     return rows
 
 
 # --- fit
-
-
-def read_runs(path: Path) -> list[Row]:
-    """The table of runs that a study wrote."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows: list[Row] = list(csv.DictReader(file))
-    words = ("use", "text", "size")
-    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
 
 
 def run_of(row: Row) -> Run:
@@ -168,13 +134,11 @@ def run_of(row: Row) -> Run:
     return Run(*size, row["dropout"], row["weight decay"])
 
 
-def pilots(rows: list[Row]) -> dict[tuple[str, int, int], Pilot]:
+def pilots(rows: list[Row]) -> dict[tuple[str, float, float], Pilot]:
     """The pilots by text, steps and seed."""
     smallest = min(row["params"] for row in rows)
     return {
-        (row["text"], int(row["steps"]), int(row["seed"])): Pilot(
-            run_of(row), row["unique"], row["loss"]
-        )
+        (row["text"], row["steps"], row["seed"]): Pilot(run_of(row), row["unique"], row["loss"])
         for row in rows
         if row["params"] == smallest and row["steps"] in PILOTS
     }
@@ -187,7 +151,7 @@ def pairs(rows: list[Row], use: str) -> list[tuple[Pilot, Row]]:
         (pilot, row)
         for (text, _, seed), pilot in pilots(rows).items()
         for row in rows
-        if row["use"] == use and (row["text"], row["seed"]) == (text, seed)
+        if (row["use"], row["text"], row["seed"]) == (use, text, seed)
         if row["params"] > pilot.run.n_params or row["steps"] > pilot.run.steps
     ]
 
@@ -221,27 +185,23 @@ def fit(rows: list[Row]) -> Law:
 
 def summary_rows(rows: list[Row], law: Law) -> list[Row]:
     """How far the predictions of the runs with each use are off, by text and pilot."""
-    table = []
+    groups: dict[tuple[str, str, float], list[float]] = {}
     for use in ("check", "fit"):
-        for text, steps in sorted({(text, steps) for text, steps, _ in pilots(rows)}):
-            errors = [
-                abs(error(pilot, row, law))
-                for pilot, row in pairs(rows, use)
-                if (row["text"], pilot.run.steps) == (text, steps)
-            ]
-            if errors:
-                table.append(
-                    {
-                        "runs": use,
-                        "text": text,
-                        "steps of the pilot": steps,
-                        "number": len(errors),
-                        "mean error": mean(errors),
-                        "largest error": max(errors),
-                        "within 0.05": sum(error <= 0.05 for error in errors),
-                    }
-                )
-    return table
+        for pilot, row in pairs(rows, use):
+            key = (use, row["text"], int(pilot.run.steps))
+            groups.setdefault(key, []).append(abs(error(pilot, row, law)))
+    return [
+        {
+            "runs": use,
+            "text": text,
+            "steps of the pilot": steps,
+            "number": len(errors),
+            "mean error": mean(errors),
+            "largest error": max(errors),
+            "within 0.05": sum(error <= 0.05 for error in errors),
+        }
+        for (use, text, steps), errors in sorted(groups.items())
+    ]
 
 
 def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
@@ -252,18 +212,14 @@ def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
     for row in rows:
         if row["use"] == use:
             groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    found = pilots(rows)
     table = []
     for key, group in groups.items():
         losses = [row["loss"] for row in group]
         cells = dict(zip(names, key, strict=True)) | {"steps": int(group[0]["steps"])}
         cells |= {"measured": mean(losses), "95% margin": margin(losses)}
         for steps in PILOTS:
-            errors = [
-                error(pilot, row, law)
-                for row in group
-                for (text, n, seed), pilot in pilots(rows).items()
-                if (text, n, seed) == (row["text"], steps, row["seed"])
-            ]
+            errors = [error(found[row["text"], steps, row["seed"]], row, law) for row in group]
             cells[f"error from {steps} steps"] = mean(errors)
             cells[f"95% margin, {steps} steps"] = margin(errors)
         table.append(cells)
@@ -292,8 +248,6 @@ def plot(rows: list[Row], law: Law) -> "Figure":
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     study = parse_study("planner", argv, __doc__)
-    study.n_runs = study.config.seeds * sum(len(n) for uses in RUNS.values() for n in uses)
-    write_short_text(study)
     rows = train_all(study)
     law = fit(rows)
     tables = {

@@ -27,10 +27,9 @@ from utils import load_checkpoint, read_checkpoint
 
 PAIRS_FILE = Path("data/short_speeches.jsonl")
 TAG = "short"  # of the fine-tuned run
+SHORT = range(61)  # characters of a chosen speech
+LONG = range(110, 161)  # of a rejected one
 SPEAKERS = ("ROMEO", "KING RICHARD III", "First Citizen", "JULIET")
-SAMPLES_PER_SPEAKER = 25
-MAX_NEW_TOKENS = 400  # per sampled speech
-LONG_RANGE = 50  # a rejected speech has at most this many characters more than --long
 
 
 @dataclass
@@ -39,8 +38,6 @@ class SpeechesConfig:
 
     checkpoint: str = setting("checkpoints/best.pt", "model trained on the plays", positional=True)
     pairs: int = setting(600, "number of training pairs", low=2)
-    short: int = setting(60, "maximum length of a chosen speech, in characters", low=1)
-    long: int = setting(110, "minimum length of a rejected speech, in characters", low=1)
     seed: int = setting(1337, "seed of the pairs and the samples", low=0)
 
 
@@ -48,9 +45,8 @@ def make_pairs(text: str, config: SpeechesConfig) -> list[dict[str, str]]:
     """Preference records: a short speech is preferred to a long one, both after the name of the
     short one's speaker."""
     speeches = [s.split(":\n", 1) for s in text.split("\n\n") if ":\n" in s]
-    short = [(name, speech) for name, speech in speeches if len(speech) <= config.short]
-    max_long = config.long + LONG_RANGE
-    long = [speech for _, speech in speeches if config.long <= len(speech) <= max_long]
+    short = [(name, speech) for name, speech in speeches if len(speech) in SHORT]
+    long = [speech for _, speech in speeches if len(speech) in LONG]
     rng = np.random.default_rng(config.seed)
     chosen = rng.permutation(len(short))[: config.pairs]
     rejected = rng.permutation(len(long))[: config.pairs]
@@ -71,11 +67,7 @@ def sample_speeches(path: Path, config: SpeechesConfig) -> list[str]:
     for i, name in enumerate(SPEAKERS):
         prompt = f"\n{name}:\n"
         settings = SampleConfig(
-            prompt=prompt,
-            num_samples=SAMPLES_PER_SPEAKER,
-            max_new_tokens=MAX_NEW_TOKENS,
-            stop="\n\n",
-            seed=config.seed + i,
+            prompt=prompt, num_samples=25, max_new_tokens=400, stop="\n\n", seed=config.seed + i
         )
         speeches += [text[len(prompt) :] for text in sample_text(model, tokenizer, settings)]
     return speeches

@@ -17,20 +17,21 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_high
 
 import torch
 from tqdm import tqdm
 
 from corpus.load import find_corpus
 from corpus.text import file_info
-from experiments.baselines import nanogpt_command
+from experiments.baselines import nanogpt_command, nanogpt_problems
 from experiments.provenance import run_record
-from experiments.timing import Timed, median, time_losses
+from experiments.timing import Timed, time_losses
 from system.command_line import parse_args
 from system.device import pick_device
 from system.errors import run
 from system.files import folder_problems
-from system.settings import UserError, setting
+from system.settings import setting
 
 ROOT = Path(__file__).parent.parent
 # Repeated texts need much more weight decay than usual, and larger models more (Kim et al. 2025).
@@ -62,32 +63,28 @@ class SpeedrunConfig:
     )
 
     def problems(self) -> list[str]:
-        """Names that do not exist."""
+        """Names and paths that do not exist."""
         unknown = [name for name in self.recipes.split(",") if name not in RECIPES]
         found = [f"no recipe {name!r}: choose from {', '.join(RECIPES)}" for name in unknown]
         if not all(seed.isdecimal() for seed in self.seeds.split(",")):
             found.append(f"seeds must be numbers separated by commas, not {self.seeds!r}")
-        return found + folder_problems(Path(self.results))
+        return found + nanogpt_problems(self.nanogpt) + folder_problems(Path(self.results))
 
 
 def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
     """The seconds and the loss of one run, with empty caches of compiled code."""
-    data = find_corpus(config.data).resolve()
+    data, flags = find_corpus(config.data).resolve(), RECIPES.get(name, "")
     with tempfile.TemporaryDirectory() as folder:
-        caches = {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
-        command, cwd = ["train.py", *RECIPES.get(name, "").split()], str(ROOT)
-        command += f"--data {data} --out_dir {folder} --seed {seed}".split()
+        command, cwd = ["train.py", *flags.split(), "--data", str(data)], str(ROOT)
+        command += ["--out_dir", folder, "--seed", seed]
         if name == BASELINE:
             command, cwd = nanogpt_command(config.nanogpt, data, folder), config.nanogpt
+        caches = {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
         losses = time_losses([sys.executable, *command], cwd, os.environ | caches)
     precision = "float32" if name == BASELINE else "auto"
-    record = run_record(file_info(data), precision, pick_device("auto")) | {
-        "date": f"{datetime.date.today()}",
-        "recipe": name,
-        "flags": RECIPES.get(name, ""),
-        "seed": seed,
-        "losses": [loss._asdict() for loss in losses],
-    }
+    record = run_record(file_info(data), precision, pick_device("auto"))
+    record |= {"date": f"{datetime.date.today()}", "recipe": name, "flags": flags, "seed": seed}
+    record |= {"losses": [loss._asdict() for loss in losses]}
     with open(Path(config.results, "speedrun.jsonl"), "a") as file:
         file.write(json.dumps(record) + "\n")
     return losses[-1]
@@ -108,7 +105,7 @@ def table(results: dict[str, list[Timed]]) -> str:
     unit = 0.0
     for name, runs in results.items():
         seconds, losses = zip(*runs, strict=True)
-        middle = median(list(seconds))
+        middle = median_high(seconds)
         unit = unit or middle
         lines.append(
             f"| {name} | {', '.join(f'{s:.1f}' for s in seconds)} | {middle:.1f} | "
@@ -121,8 +118,6 @@ def table(results: dict[str, list[Timed]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     config = parse_args(SpeedrunConfig, argv, __doc__)
-    if config.nanogpt and not Path(config.nanogpt, "train.py").exists():
-        raise UserError(f"{config.nanogpt} is not a checkout of nanoGPT: it has no train.py")
     Path(config.results).mkdir(parents=True, exist_ok=True)
     names = [BASELINE] * bool(config.nanogpt) + config.recipes.split(",")
     results: dict[str, list[Timed]] = {name: [] for name in names}

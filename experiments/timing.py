@@ -1,21 +1,53 @@
-"""Measure times side by side, in turns, because the speed of a machine varies over time."""
+"""The speed of functions, of the machine, of training steps, of sampling, and of whole runs.
 
+What is compared is measured in turns, because the speed of a machine varies over time.
+"""
+
+import contextlib
+import functools
 import math
 import multiprocessing
 import re
-import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from statistics import median_high
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from config import GPTConfig, SampleConfig, train_settings
+from corpus.corpus import Corpus
+from experiments.baselines import Functions, nanogpt_step
+from generate import generate
+from model import GPT
+from sampling.quantize import Int8Linear, lower_precision
 from system.settings import UserError
-from training.setup import keep_freed_memory
+from tokenizer import CharTokenizer
+from train import Trainer, new_trainer
+from training.checks import flops_per_token
+from training.setup import Data, Flags, keep_freed_memory, memory_estimate
+from training.task import Pretraining
 
-WARMUP_STEPS = 3
+VOCAB_SIZE = 65  # the characters of TinyShakespeare
+
+
+class Row(NamedTuple):
+    """What was measured or checked, and the result."""
+
+    what: str
+    result: str
+    problem: bool = False
+
+
+def to_table(rows: list[Row]) -> str:
+    """Rows as a Markdown table. The first one is its head."""
+    head, *lines = (f"| {r.what} | {'WRONG: ' * r.problem}{r.result} |" for r in rows)
+    return "\n".join([head, "|---|---|", *lines])
 
 
 # --- functions
@@ -34,19 +66,14 @@ def best_seconds(function: Callable[[], Any], repeats: int) -> float:
     return min(time_once(function) for _ in range(repeats))
 
 
-def median_seconds(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
     """The median time of each function. They are called in turns, so that a machine that becomes
     slower does so for all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
             times[name].append(time_once(function))
-    return {name: median(seconds) for name, seconds in times.items()}
-
-
-def median(values: list[float]) -> float:
-    """The median; of an even number of values the higher one of the middle two."""
-    return sorted(values)[len(values) // 2]
+    return {name: median_high(seconds) for name, seconds in times.items()}
 
 
 # --- the machine
@@ -58,6 +85,7 @@ def memory_bandwidth(device: torch.device) -> float:
     return x.numel() * 4 / best_seconds(lambda: x.sum().item(), 10)
 
 
+@functools.cache
 def matmul_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations per second in the product of two large matrices, at best."""
     n = 2048 if device.type == "cpu" else 8192
@@ -65,56 +93,135 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     return 2 * n**3 / best_seconds(lambda: (a @ a)[0, 0].item(), 8)  # item() waits for the GPU
 
 
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has used so far, in bytes: on a GPU that of its tensors."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 # --- training steps
 
 
-class StepCost(NamedTuple):
-    seconds: float  # per step, the median
-    memory: float  # peak, in bytes
+class Training(NamedTuple):
+    """Training steps to measure."""
+
+    name: str
+    flags: tuple[tuple[str, Any], ...]  # of train.py, with the precision
+    device: torch.device
+    nanogpt: str = ""  # path of nanoGPT's repository: a step of its model instead of ours
 
 
-# A function that returns a training step, which returns its loss, and the function's arguments.
-StepMaker = tuple[Callable[..., Callable[[], Tensor]], tuple[Any, ...]]
+def make_trainer(flags: Flags, device: torch.device) -> Trainer:
+    """A trainer on a sequence that can be learned in part."""
+    gpt, config = train_settings(flags, device.type)
+    ids = (np.arange(1_000_000) ** 2 // 7 % VOCAB_SIZE).astype(np.uint8)
+    corpus = Corpus(ids, ids, {"name": "numbers"}, len(ids), len(ids))
+    tokenizer = CharTokenizer([chr(i) for i in range(VOCAB_SIZE)])
+    return new_trainer(Pretraining, Data(tokenizer, corpus), device, gpt, config)
 
 
-def step_costs(makers: dict[str, StepMaker], n_steps: int, repeats: int) -> dict[str, StepCost]:
-    """The cost of a training step for each maker. Each has its own process, and they take turns of
-    n_steps steps."""
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for name, (make_step, args) in makers.items():
-        pipes[name], child_pipe = context.Pipe()
-        process_args = (child_pipe, make_step, args)
-        context.Process(target=serve_steps, args=process_args, daemon=True).start()
-        pipes[name].recv()  # it has warmed up
-    times: dict[str, list[float]] = {name: [] for name in makers}
-    memory: dict[str, float] = {}
-    for _ in range(repeats):
-        for name, pipe in pipes.items():
-            pipe.send(n_steps)
-            seconds, memory[name] = pipe.recv()
-            times[name].append(seconds)
-    for pipe in pipes.values():
-        pipe.send(0)  # stop
-    return {name: StepCost(median(times[name]), memory[name]) for name in makers}
+@functools.cache
+def make_step(training: Training) -> Callable[[], Tensor]:
+    """A function that makes a training step and returns its loss."""
+    if training.nanogpt:
+        return nanogpt_step(training.nanogpt, dict(training.flags), training.device)
+    trainer = make_trainer(dict(training.flags), training.device)
+    return lambda: trainer.train_step()["loss"]
 
 
-def serve_steps(pipe: Any, make_step: Callable[..., Callable[[], Tensor]], args: Any) -> None:
-    """The process of a maker: warm up, then run as many steps as the pipe asks for, and answer with
-    the seconds per step and the peak memory, until it asks for 0."""
+def run_steps(training: Training, n: int) -> float:
+    """Make n training steps, in a process of their own. Returns its peak memory."""
     keep_freed_memory()
-    step = make_step(*args)
-    for _ in range(WARMUP_STEPS):
-        step().item()
-    pipe.send(None)
-    while n := pipe.recv():
-        start = time.perf_counter()
-        for _ in range(n):
-            loss = step()
-        loss.item()  # wait for the GPU
-        seconds = (time.perf_counter() - start) / n
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-        pipe.send((seconds, torch.cuda.max_memory_allocated() if loss.is_cuda else peak))
+    step = make_step(training)
+    for _ in range(n):
+        loss = step()
+    loss.item()  # wait for the GPU
+    return peak_memory(training.device)
+
+
+def training_rows(trainings: list[Training], n_steps: int, repeats: int) -> list[Row]:
+    """Tokens per second, time per step, model FLOP utilization (MFU: the share of the rate at which
+    this machine multiplies matrices), and peak memory. Each training has its own process, and they
+    take turns."""
+    context = multiprocessing.get_context("spawn")
+
+    def run(training: Training) -> float:
+        return pools[training.name].submit(run_steps, training, n_steps).result()
+
+    with contextlib.ExitStack() as stack:
+        pools = {t.name: stack.enter_context(ProcessPoolExecutor(1, context)) for t in trainings}
+        runs: Functions = {t.name: functools.partial(run, t) for t in trainings}
+        memory = {name: run() for name, run in runs.items()}  # warms up, and compiles
+        seconds = median_seconds(runs, repeats)
+    rows = []
+    for training in trainings:
+        gpt, config = train_settings(dict(training.flags), training.device.type)
+        step_seconds = seconds[training.name] / n_steps
+        rate = config.batch_size * gpt.block_size / step_seconds
+        flops = rate * flops_per_token(gpt)
+        peak = matmul_flops(training.device, config.precision)
+        result = f"{rate:,.0f} tokens/s, {1000 * step_seconds:.1f} ms/step, {flops / 1e9:,.0f} of "
+        result += f"{peak / 1e9:,.0f} GFLOP/s (MFU {flops / peak:.0%}), "
+        result += f"{memory[training.name] / 1e6:,.0f} MB"
+        if not training.nanogpt:
+            estimate = sum(memory_estimate(gpt, config).values())
+            result += f" (estimate of train.py: {estimate / 1e6:,.0f} MB)"
+        rows.append(Row(training.name, result))
+    return rows
+
+
+# --- sampling
+
+
+def sample(model: GPT, config: SampleConfig) -> Tensor:
+    """The tokens that follow a prompt of one token, (num_samples, max_new_tokens), on the CPU."""
+    prompt = torch.zeros(1, dtype=torch.long, device=model.tok.weight.device)
+    return torch.stack([step.ids for step in generate(model, prompt, config)], dim=1).cpu()
+
+
+def sampling_rows(
+    gpt: GPTConfig,
+    device: torch.device,
+    configs: dict[str, SampleConfig],
+    others: Functions,
+    repeats: int,
+) -> list[Row]:
+    """Tokens per second in texts of the same length, of our model with these settings and of other
+    samplers, in turns. How much of the memory bandwidth ours use."""
+    bandwidth = memory_bandwidth(device)
+    samplers: Functions = {}
+    n_bytes: dict[str, int] = {}
+    for name, config in configs.items():
+        model = GPT(gpt).to(device).eval()
+        lower_precision(model, config.precision)
+        samplers[name] = functools.partial(sample, model, config)
+        n_bytes[name] = linear_bytes(model)
+    torch._dynamo.config.automatic_dynamic_shapes = False  # kernels for each batch size
+    for sampler in (samplers | others).values():
+        sampler()  # warms up, and compiles
+    rows = []
+    n_tokens = max(config.max_new_tokens for config in configs.values())
+    for name, seconds in median_seconds(samplers | others, repeats).items():
+        rate = n_tokens / seconds
+        result = f"{rate:,.0f} tokens/s"
+        if name in configs:
+            result = f"{configs[name].num_samples} x {result}, {n_bytes[name] / 1e6:.1f} MB per "
+            result += f"token, {rate * n_bytes[name] / bandwidth:.0%} of {bandwidth / 1e9:.0f} GB/s"
+        rows.append(Row(name, result))
+    return rows
+
+
+def linear_bytes(model: GPT) -> int:
+    """The size of the weights of the linear layers, which are read for each token."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
+    tensors = [t for m in linears for t in m.state_dict().values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 # --- whole runs
@@ -130,28 +237,27 @@ def time_losses(
 ) -> list[Timed]:
     """Run a training command, and terminate it after `limit` seconds. Returns each validation loss
     that it prints with the seconds since its start. Raises UserError if it fails or prints none."""
-    environment = environment | {"PYTHONUNBUFFERED": "1"}
     losses = []
+    last_line = ""
     stopped = False
     start = time.perf_counter()
     with subprocess.Popen(
         command,
         cwd=cwd,
-        env=environment,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        bufsize=1,
     ) as process:
-        assert process.stdout and process.stderr  # pipes, as requested
+        assert process.stdout  # a pipe, as requested
         for line in process.stdout:
+            last_line = line.strip() or last_line
             seconds = time.perf_counter() - start
             if found := re.search(r"\bval(?:idation)?(?: loss)? ([\d.]+)", line):
                 losses.append(Timed(round(seconds, 1), float(found[1])))
             if seconds > limit and not stopped:  # a second signal would end train.py at once
                 process.terminate()
                 stopped = True
-        errors = process.stderr.read()
     if not losses or (process.returncode and not stopped):
-        raise UserError(f"{' '.join(command[1:3])} failed: {errors.strip().splitlines()[-1:]}")
+        raise UserError(f"{' '.join(command[1:3])} failed: {last_line}")
     return losses

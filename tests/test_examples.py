@@ -18,7 +18,6 @@ import prepare
 import train
 from corpus.load import load_corpus
 from corpus.records import read_pairs, read_records
-from experiments import swaps
 from finetuning.records import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
@@ -51,17 +50,13 @@ def test_the_example_text_is_plain_prose():
 
 
 def test_a_model_is_trained_on_the_example_text(workplace, capsys):
-    flags = ["--data", str(DATA / "example.txt"), "--tag=mine"]
-    assert train.main([*TINY_RUN, *flags]) == 0
+    _, corpus = load_corpus(str(DATA / "example.txt"))
+    assert len(corpus.val_ids) > 10 * DEFAULT_WINDOW
+    assert train.main([*TINY_RUN, f"--data={DATA / 'example.txt'}", "--tag=mine"]) == 0
     capsys.readouterr()
     prompt = ["--prompt", "Bram the badger", "--max_new_tokens=5", "--device=cpu"]
     assert generate.main(["checkpoints/mine/best.pt", *prompt]) == 0
     assert capsys.readouterr().out.startswith("Bram the badger")
-
-
-def test_the_example_text_fits_the_default_window():
-    _, corpus = load_corpus(str(DATA / "example.txt"))
-    assert len(corpus.val_ids) > 10 * DEFAULT_WINDOW
 
 
 def test_the_example_pairs_prefer_short_courteous_speeches_in_characters_of_tinyshakespeare():
@@ -96,15 +91,10 @@ def test_the_example_questions_load():
     assert {"Who are you?", "What is RoPE?"} <= trained  # the README and docs/ ask these
 
 
-def test_git_ignores_what_the_commands_write_by_default(trained, monkeypatch):
+def test_git_ignores_what_the_commands_write_by_default(trained):
     pytest.importorskip("safetensors")
     shutil.copy(DATA.parent / ".gitignore", ".")
     subprocess.run(["git", "init", "--quiet"], check=True)
-    monkeypatch.setattr(swaps, "QUICK", {"n_layer": 1, "n_embd": 16, "n_head": 2, "max_steps": 2})
-    monkeypatch.setattr(swaps, "SWAPS", {swaps.BASE: {}})
-    monkeypatch.setattr(swaps, "cache_speed", lambda *args: [{"tokens generated": 1}])
-    monkeypatch.setattr(swaps, "plot_cache", lambda *args: None)
-    assert swaps.main(["--quick", "--device=cpu", "--seeds=1"]) == 0
     assert prepare.main(["data/input.txt", "--tokenizer=char"]) == 0
     assert plots.main(["checkpoints"]) == 0
     assert plots.main(["checkpoints/best.pt", "--picture=embeddings"]) == 0
