@@ -113,7 +113,9 @@ class StopSignal:
 
     def requested(self) -> bool:
         """Whether any of the processes has received a signal; then all of them stop."""
-        agreed = int(all_reduce(torch.tensor(self.number), dist.ReduceOp.MAX))
+        agreed = self.number
+        if world_size() > 1:
+            agreed = int(all_reduce(torch.tensor(agreed), dist.ReduceOp.MAX))
         self.number = agreed or self.number  # a signal may have arrived meanwhile
         return agreed > 0
 
