@@ -27,7 +27,6 @@ from experiments import (
     lr_context,
     sampling,
     scaling,
-    short_speeches,
     sizes,
     speedrun,
     study,
@@ -125,8 +124,6 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(swaps, "QUICK", TINY)
     some = (swaps.BASE, "learned positions to RoPE", "post-norm")
     monkeypatch.setattr(swaps, "SWAPS", {name: swaps.SWAPS[name] for name in some})
-    cache_rows = [{"tokens generated": 64, "tokens/s with cache": 9, "tokens/s without": 3}]
-    monkeypatch.setattr(swaps, "cache_speed", lambda *args: cache_rows)
     rows = run_twice(swaps, monkeypatch)
     runs = results("swaps_quick")
     assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
@@ -496,16 +493,6 @@ def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
         ensemble.main(paths[:1])
     with pytest.raises(UserError, match="different values of block_size"):
         ensemble.main(paths)
-
-
-# --- short speeches
-
-
-def test_pairs_prefer_a_short_speech_to_a_long_one_of_another_speaker():
-    short, long, longer = "Ay.", "x" * 120, "y" * 300  # the last one is too long
-    text = f"A:\n{short}\n\nB:\n{long}\n\nC:\n{longer}\n\nno speaker"
-    pairs = short_speeches.make_pairs(text, short_speeches.SpeechesConfig())
-    assert pairs == [{"prompt": "\nA:\n", "chosen": "Ay.\n\n", "rejected": f"{long}\n\n"}]
 
 
 # --- benchmarks
