@@ -1,6 +1,6 @@
 """From GPT-2's architecture to today's, one component at a time: what does each one gain?
 
-    python -m experiments.swaps --quick
+python -m experiments.swaps --quick
 """
 
 from experiments.comparison import plot_differences
