@@ -77,7 +77,6 @@ COMMANDS = (
     f"plots --picture=embeddings {CHAR}",
     f"plots --picture=temperatures {CHAR} --text=the",
     f"demo {CHAR}",
-    f"experiments.sampling {CHAR} --quick --results=out",
     "experiments.swaps --quick --data=data/input.txt --results=out",
     "experiments.bench data --data=data/input.txt --steps=1",
 )

@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import re
-import shutil
 import signal
 import sys
 import time
@@ -425,7 +424,7 @@ def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
 # --- sampling
 
 
-def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     flags = TINY | {"save_every": 2}
     samples = {"num_samples": 2, "max_new_tokens": 20}
     for name, value in (("RUN", flags), ("OVERFITTED", flags), ("SAMPLES", samples)):
@@ -451,15 +450,6 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
     (validation,) = table("sampling_quick_validation")
     assert float(validation["surprise"]) == pytest.approx(run["val"], abs=1e-5)
-
-    shutil.copy(best, "alone.pt")  # the user's own
-    assert sampling.main(["alone.pt", "--quick", "--seeds=2", "--device=cpu"]) == 0
-    assert "no ckpt_*.pt next to alone.pt" in capsys.readouterr().out
-    assert table("sampling_quick") == rows
-    assert table("sampling_quick_checkpoints") == [checkpoints[0], checkpoints[-1]]
-    Path("data/input.txt").write_text("something else " * 100, encoding="utf-8")
-    with pytest.raises(UserError, match=r"alone\.pt was not trained on"):
-        sampling.main(["alone.pt", "--quick", "--device=cpu"])
 
 
 # --- ensemble
