@@ -23,8 +23,8 @@ from config import SampleConfig
 from corpus.corpus import Corpus
 from evaluate import EvaluateConfig, evaluate_split
 from experiments.comparison import Row, mean, mean_columns, plot_band
-from experiments.provenance import run_record
 from experiments.study import Study, parse_study
+from experiments.timing import run_record
 from explore import distinct_ngrams, sample_with_statistics
 from generate import sample_text
 from model import GPT

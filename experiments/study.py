@@ -29,7 +29,7 @@ from config import DEVICE_HELP, TrainConfig, train_settings
 from corpus.corpus import Corpus, check_length
 from corpus.load import load_corpus
 from experiments.comparison import Row, add_differences, mean, mean_columns
-from experiments.provenance import describe, run_record
+from experiments.timing import run_record
 from model import GPT
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
@@ -144,6 +144,21 @@ def to_csv(rows: list[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([list(rows[0]), *(row.values() for row in rows)])
     return text.getvalue()
+
+
+def describe(records: list[dict[str, Any]]) -> str:
+    """The values that occur in these records, in one sentence."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        corpus = record.get("corpus")
+        words = record | {
+            "commit": f"commit {record.get('commit', 'unknown')}",
+            "corpus": corpus and f"{corpus['name']} (sha256 {corpus['sha256'][:12]})",
+        }
+        for name, value in words.items():
+            if value and value not in found.setdefault(name, []):
+                found[name].append(value)
+    return "; ".join(" and ".join(values) for values in found.values())
 
 
 def kept(file: Path, compute: Callable[[], Any]) -> Any:

@@ -1,4 +1,5 @@
-"""The speed of functions, of the machine, of training steps, of sampling, and of whole runs.
+"""The speed of functions, of the machine, of training steps, of sampling, and of whole runs; and
+what measured numbers depend on: commit, corpus, precision, machine, versions.
 
 What is compared is measured in turns, because the speed of a machine varies over time.
 """
@@ -7,12 +8,14 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from statistics import median_high
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from training.checks import flops_per_token
 from training.setup import Data, Flags, keep_freed_memory, memory_estimate
 from training.task import Pretraining
 
+ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 65  # the characters of TinyShakespeare
 
 
@@ -48,6 +52,54 @@ def to_table(rows: list[Row]) -> str:
     """Rows as a Markdown table. The first one is its head."""
     head, *lines = (f"| {r.what} | {'WRONG: ' * r.problem}{r.result} |" for r in rows)
     return "\n".join([head, "|---|---|", *lines])
+
+
+# --- what the numbers depend on
+
+
+def run_record(corpus: dict[str, Any], precision: str, device: torch.device) -> dict[str, Any]:
+    """What a run depends on besides its flags. corpus: the `info` of a Corpus."""
+    return {
+        "commit": git_commit(),
+        "corpus": {name: corpus.get(name) for name in ("name", "bytes", "sha256")},
+        "precision": precision,
+        "machine": device_name(device),
+        "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    }
+
+
+@functools.cache
+def git_commit() -> str:
+    """The commit of the code at the first call, and whether its Python files were changed since."""
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("diff", "--name-only", "HEAD", "--", "*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + (" with changes" if changed else "")
+
+
+def git(*words: str) -> str:
+    """The output of a git command in the folder of the project."""
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware that the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    n = torch.get_num_threads()
+    return f"{device.type}, {n} thread{'s' * (n > 1)}, {cpu_model()}"
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The name of the processor."""
+    info = Path("/proc/cpuinfo")  # on Linux
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 # --- functions
