@@ -112,12 +112,6 @@ def time_once(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def best_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The shortest of several calls, after one to warm up."""
-    function()
-    return min(time_once(function) for _ in range(repeats))
-
-
 def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
     """The median time of each function. They are called in turns, so that a machine that becomes
     slower does so for all of them."""
@@ -131,18 +125,13 @@ def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
 # --- the machine
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second that the sum of a large tensor reads, at best."""
-    x = torch.ones(1 << 26, device=device)  # 256 MB, more than any cache
-    return x.numel() * 4 / best_seconds(lambda: x.sum().item(), 10)
-
-
 @functools.cache
 def matmul_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations per second in the product of two large matrices, at best."""
     n = 2048 if device.type == "cpu" else 8192
     a = torch.ones(n, n, device=device, dtype=getattr(torch, precision))
-    return 2 * n**3 / best_seconds(lambda: (a @ a)[0, 0].item(), 8)  # item() waits for the GPU
+    times = [time_once(lambda: (a @ a)[0, 0].item()) for _ in range(9)]  # item() waits for the GPU
+    return 2 * n**3 / min(times)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -245,15 +234,14 @@ def sampling_rows(
     repeats: int,
 ) -> list[Row]:
     """Tokens per second in texts of the same length, of our model with these settings and of other
-    samplers, in turns. How much of the memory bandwidth ours use."""
-    bandwidth = memory_bandwidth(device)
+    samplers, in turns; of ours, also the size of the weights that are read for each token."""
     samplers: Functions = {}
-    n_bytes: dict[str, int] = {}
+    megabytes: dict[str, float] = {}
     for name, config in configs.items():
         model = GPT(gpt).to(device).eval()
         lower_precision(model, config.precision)
         samplers[name] = functools.partial(sample, model, config)
-        n_bytes[name] = linear_bytes(model)
+        megabytes[name] = linear_bytes(model) / 1e6
     torch._dynamo.config.automatic_dynamic_shapes = False  # kernels for each batch size
     for sampler in (samplers | others).values():
         sampler()  # warms up, and compiles
@@ -263,8 +251,7 @@ def sampling_rows(
         rate = n_tokens / seconds
         result = f"{rate:,.0f} tokens/s"
         if name in configs:
-            result = f"{configs[name].num_samples} x {result}, {n_bytes[name] / 1e6:.1f} MB per "
-            result += f"token, {rate * n_bytes[name] / bandwidth:.0%} of {bandwidth / 1e9:.0f} GB/s"
+            result = f"{configs[name].num_samples} x {result}, {megabytes[name]:.1f} MB per token"
         rows.append(Row(name, result))
     return rows
 
