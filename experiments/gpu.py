@@ -21,15 +21,14 @@ from torch import Tensor
 import train
 from config import SampleConfig, train_settings
 from experiments import timing
-from experiments.provenance import git_commit
-from experiments.timing import Row, Training, make_trainer, sample
+from experiments.timing import ROOT, Row, Training, git_commit, make_trainer, sample
 from system.errors import first_line
 from system.settings import UserError
 from train import Trainer
 from training.setup import Flags, pick_precision
 from utils import read_checkpoint
 
-ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
+CPU = torch.device("cpu")
 RUN_SECONDS = 180
 TARGET_LOSS = 1.4697  # nanoGPT's for TinyShakespeare on one A100, in three minutes
 TINY: Flags = {"preset": "laptop", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}

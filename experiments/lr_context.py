@@ -1,11 +1,10 @@
-"""The learning rate: its peak for each window length, its schedule, the highest rate before
-divergence; and gradient accumulation compared with large batches.
+"""The learning rate: its peak for each window length, and its schedule; and gradient accumulation
+compared with large batches.
 
     python -m experiments.lr_context --quick
 """
 
 import itertools
-import math
 
 from matplotlib.figure import Figure
 
@@ -29,12 +28,6 @@ SCHEDULES: dict[str, Flags] = {
     "cosine to 0, no warmup": {"schedule": "cosine", "warmup_steps": 0},
     "constant": {"schedule": "linear", "lr_min": 1.0},
 }
-
-# The range test: the learning rate grows by a constant factor per step, until the loss has risen.
-FIRST_RATE, LAST_RATE = 1e-5, 1.0
-RANGE_STEPS = 150
-SMOOTHING = 0.1  # weight of the newest loss: an average over about ten steps
-MAX_RISE = 1.3  # stop at this multiple of the lowest loss
 
 
 def compare_rates(study: Study, base: Flags) -> list[Row]:
@@ -75,30 +68,9 @@ def train_accumulation(study: Study, base: Flags) -> Runs:
     return runs
 
 
-def range_test(study: Study, base: Flags) -> list[tuple[float, float]]:
-    """The learning-rate range test of Smith (2017): pairs of learning rate and smoothed training
-    loss while the rate grows from FIRST_RATE towards LAST_RATE, until the loss has risen."""
-    # With a schedule this long, the learning rate is lr_max, which is set before each step.
-    trainer = study.make_trainer(base | {"warmup_steps": 0, "max_steps": 10**9})
-    pairs: list[tuple[float, float]] = []
-    smoothed = math.log(trainer.model.config.vocab_size)  # the loss of uniform guessing
-    for i in range(RANGE_STEPS):
-        rate = FIRST_RATE * (LAST_RATE / FIRST_RATE) ** (i / RANGE_STEPS)
-        trainer.config.lr_max = rate
-        smoothed += SMOOTHING * (trainer.train_step()["loss"].item() - smoothed)
-        if not math.isfinite(smoothed):
-            break
-        pairs.append((rate, smoothed))
-        if smoothed > MAX_RISE * min(loss for _, loss in pairs):
-            break
-    return pairs
-
-
-def plot(
-    rates: list[Row], pairs: list[tuple[float, float]], schedules: list[Row], accumulation: Runs
-) -> Figure:
-    figure = new_figure(10, 7.5)
-    (by_rate, by_step), (by_schedule, curves) = figure.subplots(2, 2)
+def plot(rates: list[Row], schedules: list[Row], accumulation: Runs) -> Figure:
+    figure = new_figure(15, 4)
+    by_rate, by_schedule, curves = figure.subplots(1, 3)
 
     for color, window in zip(COLORS, sorted({row["window"] for row in rates}), strict=False):
         rows = [row for row in rates if row["window"] == window]
@@ -108,12 +80,6 @@ def plot(
         by_rate.errorbar(x, losses, bars, fmt="o-", capsize=3, color=color, label=label)
     by_rate.set(title="Peak learning rate by window, at equal tokens", xscale="log")
     by_rate.set(xlabel="peak learning rate", ylabel=LOSS)
-
-    by_step.semilogx(*zip(*pairs, strict=True), color=COLORS[0])
-    best, _ = min(pairs, key=lambda pair: pair[1])
-    by_step.axvline(best, color=COLORS[1], linestyle="--", label=f"lowest loss at {best:.1g}")
-    by_step.set(title="Learning-rate range test", xlabel="learning rate, growing every step")
-    by_step.set_ylabel("training loss (nats per token), smoothed")
 
     for y, row in enumerate(schedules):
         x, bar = row["validation loss"], row["95% margin"]
@@ -139,17 +105,13 @@ def main(argv: list[str] | None = None) -> int:
     rates = compare_rates(study, base)
     base |= {"lr_max": best_rate(rates)}
     schedules, accumulation = train_schedules(study, base), train_accumulation(study, base)
-    pairs = range_test(study, base)
     schedule_rows = compare(schedules, lambda name: {"schedule": name})
     tables = {
         "Rate by window": rates,
         "Schedules": schedule_rows,
         "Accumulation": compare(accumulation, lambda n: {"batches per step": n}, timed=True),
-        "Range test": [
-            {"learning rate": f"{rate:.1e}", "training loss": loss} for rate, loss in pairs[::10]
-        ],
     }
-    study.write_results(tables, plot(rates, pairs, schedule_rows, accumulation))
+    study.write_results(tables, plot(rates, schedule_rows, accumulation))
     return 0
 
 

@@ -289,8 +289,7 @@ def plot(runs: Runs, honest: dict[str, list[float]], top: float) -> Figure:
             axes.plot(steps, log_values(runs[shown][0], "val"), color=colors[1])
         axes.set_title(titles[name], fontsize=10)
         axes.set_ylim(0, top)
-    for axes in (*panels[len(names) :], legend):
-        axes.axis("off")
+    legend.axis("off")
     for label, colors in (("correct", (GRAY, GRAY)), ("with the mistake", (ORANGE, BLUE))):
         legend.plot([], "--", color=colors[0], label=f"{label}: training loss")
         legend.plot([], color=colors[1], label=f"{label}: validation loss")

@@ -10,9 +10,10 @@ not used for the fit. Copy the constants that this prints to LAW in training/law
 
 import itertools
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy import optimize
 
 from corpus.sources import find_sources
@@ -23,9 +24,6 @@ from training.law import Law, Pilot, Run
 from training.plan import SIZES, block_params, settings, size_flags, step_tokens
 from training.setup import Flags
 from viz.curve import BLACK, COLORS, new_figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 BPE: Flags = {"tokenizer": "bpe", "bpe_vocab_size": 2000}
 TEXTS: dict[str, Flags] = {
@@ -226,7 +224,7 @@ def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
     return table
 
 
-def plot(rows: list[Row], law: Law) -> "Figure":
+def plot(rows: list[Row], law: Law) -> Figure:
     """The predicted loss over the measured one, relative to the pilot's."""
     figure = new_figure(6, 5)
     axes = figure.subplots()
@@ -240,7 +238,6 @@ def plot(rows: list[Row], law: Law) -> "Figure":
     axes.set(
         xlabel="measured loss / loss of the pilot", ylabel="predicted loss / loss of the pilot"
     )
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     return figure
 

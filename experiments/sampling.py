@@ -1,10 +1,6 @@
 """What do temperature, top-k and top-p do to samples, and when in training do samples become words?
 
     python -m experiments.sampling --quick
-    python -m experiments.sampling checkpoints/mine/best.pt
-
-The second form uses a model of yours, and the ckpt_*.pt next to it, which --save_every keeps. By
-default --data is the text that the model was trained on.
 
 Each sampling setting is varied alone, with the others off. Measured are the entropy of the
 distributions that the tokens are sampled from; the surprise, which is minus the mean
@@ -17,8 +13,7 @@ small part of the text, read many times.
 """
 
 import re
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,16 +21,14 @@ from matplotlib.figure import Figure
 
 from config import SampleConfig
 from corpus.corpus import Corpus
-from corpus.load import load_corpus
 from evaluate import EvaluateConfig, evaluate_split
 from experiments.comparison import Row, mean, mean_columns, plot_band
-from experiments.provenance import run_record
 from experiments.study import Study, parse_study
+from experiments.timing import run_record
 from explore import distinct_ngrams, sample_with_statistics
 from generate import sample_text
 from model import GPT
 from system.errors import run
-from system.settings import UserError, setting
 from tokenizer import Tokenizer
 from training.setup import Flags
 from utils import even_starts, load_checkpoint
@@ -70,19 +63,12 @@ SAMPLES: dict[bool, Flags] = {
 SHARE = 0.05  # of the text is what the run that overfits reads
 
 
-@dataclass
-class SamplingConfig:
-    """Settings of this study only."""
-
-    checkpoint: str = setting("", "default: train a model for this study", positional=True)
-
-
-def split_loss(model: GPT, corpus: Corpus, split: str, train_config: dict[str, Any]) -> float:
+def split_loss(model: GPT, corpus: Corpus, split: str) -> float:
     """The mean loss over the validation split, or over as much of the training split, in nats per
-    token. train_config: of the checkpoint; attention may be limited to documents."""
+    token."""
     corpus = replace(corpus, train_ids=corpus.train_ids[: len(corpus.val_ids)])
     config = EvaluateConfig(split=split, precision="float32")
-    return evaluate_split(model, corpus, config, bool(train_config.get("doc_mask")))["loss"]
+    return evaluate_split(model, corpus, config, doc_mask=False)["loss"]
 
 
 def table_row(point: Point) -> Row:
@@ -116,7 +102,7 @@ def sweep(study: Study, model: GPT, tokenizer: Tokenizer) -> list[Point]:
 
 
 def validation_statistics(
-    study: Study, corpus: Corpus, tokenizer: Tokenizer, loss: float
+    study: Study, model: GPT, tokenizer: Tokenizer, corpus: Corpus
 ) -> dict[str, float]:
     """The statistics of the validation text, of as many pieces as are sampled."""
     ids, train_text = corpus.val_ids, tokenizer.decode(corpus.train_ids[:].tolist())
@@ -125,7 +111,8 @@ def validation_statistics(
     pieces = [ids[start : start + samples["max_new_tokens"]].tolist() for start in starts]
     distinct = {f"distinct-{n}": distinct_ngrams(pieces, n) for n in (1, 2)}
     copied = [longest_copy(tokenizer.decode(piece), train_text) for piece in pieces]
-    return {"surprise": loss} | distinct | {"characters copied": mean(copied)}
+    surprise = split_loss(model, corpus, "val")
+    return {"surprise": surprise} | distinct | {"characters copied": mean(copied)}
 
 
 # --- checkpoints
@@ -164,21 +151,21 @@ def longest_copy(text: str, source: str) -> int:
     return longest
 
 
-def evaluate_models(
-    study: Study, paths: list[Path], tokenizer: Tokenizer, corpus: Corpus
-) -> list[Point]:
-    """For the untrained model and each checkpoint: the losses; of its samples at temperature 0.8,
-    with every seed, the share of words that occur in the training text, distinct-2, and the mean
-    length of the longest passage copied from the training text; and the beginning of a sample."""
+def evaluate_models(study: Study, name: str, tokenizer: Tokenizer, corpus: Corpus) -> list[Point]:
+    """For the untrained model and each checkpoint of a run: the losses; of its samples at
+    temperature 0.8, with every seed, the share of words that occur in the training text,
+    distinct-2, and the mean length of the longest passage copied from the training text; and the
+    beginning of a sample."""
     train_text = tokenizer.decode(corpus.train_ids[:].tolist())
     known = set(split_words(train_text))
     samples = SAMPLES[study.config.quick]
+    paths = sorted((study.folder / name).glob("ckpt_*.pt"))
     points = []
     for i, path in enumerate([paths[0], *paths]):
         model, _, state = load_checkpoint(path, study.device)
-        step, config = state["step"], state["train_config"]
+        step = state["step"]
         if i == 0:
-            torch.manual_seed(config["seed"])
+            torch.manual_seed(state["train_config"]["seed"])
             step, model = 0, GPT(model.config).to(study.device).eval()
         texts = [
             sample_text(model, tokenizer, SampleConfig(**samples, seed=seed))
@@ -190,8 +177,8 @@ def evaluate_models(
         points.append(
             {
                 "step": step,
-                "training loss": split_loss(model, corpus, "train", config),
-                "validation loss": split_loss(model, corpus, "val", config),
+                "training loss": split_loss(model, corpus, "train"),
+                "validation loss": split_loss(model, corpus, "val"),
                 WORDS: [known_share(by_seed, known) for by_seed in texts],
                 "distinct-2": [distinct_ngrams(by_seed, 2) for by_seed in ids],
                 "characters copied": [mean(by_seed) for by_seed in copied],
@@ -229,7 +216,7 @@ def plot(
     panels[0, 0].set_ylabel("nats per token; dotted: validation text")
     panels[1, 0].set_ylabel("share; dotted: validation text")
 
-    panels = parts[1].subplots(2, len(evaluated), sharex="col", squeeze=False)
+    panels = parts[1].subplots(2, len(evaluated), sharex="col")
     for (top, bottom), (title, some) in zip(panels.T, evaluated.items(), strict=True):
         steps = [point["step"] for point in some]
         for key, style in (("training loss", ".--"), ("validation loss", ".-")):
@@ -243,34 +230,23 @@ def plot(
 
 
 def main(argv: list[str] | None = None) -> int:
-    study = parse_study("sampling", argv, __doc__, SamplingConfig, data="")
-    path = Path(study.options.checkpoint or study.folder / "model" / "best.pt")
-    if not study.options.checkpoint:
-        study.config.data = study.config.data or "shakespeare"
-        study.n_runs = 2
-        study.make_run("model", RUN[study.config.quick] | {"seed": 1})
-    model, tokenizer, state = load_checkpoint(path, study.device)
-    saved = state["train_config"]
-    data = study.config.data or saved["data"]
-    options = {"separator": saved.get("separator", ""), "hold_out": saved.get("hold_out", True)}
-    tokenizer, corpus = load_corpus(data, tokenizer=tokenizer, **options)
-    if corpus.info["sha256"] != state["corpus"]["sha256"]:
-        raise UserError(f"{path} was not trained on {data}: give --data its text")
+    study = parse_study("sampling", argv, __doc__)
+    study.n_runs = 2
+    quick = study.config.quick
+    study.make_run("model", RUN[quick] | {"seed": 1})
+    study.make_run("overfitted", OVERFITTED[quick] | {"seed": 1}, SHARE)
+    model, tokenizer, _ = load_checkpoint(study.folder / "model" / "best.pt", study.device)
+    _, corpus = study.corpus(RUN[quick])
     study.records.append(run_record(corpus.info, "float32", study.device))  # of the samples
-    paths = sorted(path.parent.glob("ckpt_*.pt"))
-    if not paths:
-        print(f"there are no ckpt_*.pt next to {path}, which --save_every keeps: using it alone")
     points = sweep(study, model, tokenizer)
-    loss = split_loss(model, corpus, "val", saved)
-    validation = validation_statistics(study, corpus, tokenizer, loss)
-    evaluated = {"Checkpoints": evaluate_models(study, paths or [path], tokenizer, corpus)}
-    if not study.options.checkpoint:
-        flags = OVERFITTED[study.config.quick] | {"data": study.config.data, "seed": 1}
-        study.make_run("overfitted", flags, SHARE)
-        paths = sorted((study.folder / "overfitted").glob("ckpt_*.pt"))
-        part = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * SHARE)])
-        title = f"Overfitting, on {SHARE:.0%} of the text"
-        evaluated[title] = evaluate_models(study, paths, tokenizer, part)
+    validation = validation_statistics(study, model, tokenizer, corpus)
+    part = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * SHARE)])
+    evaluated = {
+        "Checkpoints": evaluate_models(study, "model", tokenizer, corpus),
+        f"Overfitting, on {SHARE:.0%} of the text": evaluate_models(
+            study, "overfitted", tokenizer, part
+        ),
+    }
     tables = {"Sampling settings, each varied alone": [table_row(point) for point in points]}
     for title, some_points in evaluated.items():
         tables[title] = [table_row(point) for point in some_points]

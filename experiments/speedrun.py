@@ -25,15 +25,13 @@ from tqdm import tqdm
 from corpus.load import find_corpus
 from corpus.text import file_info
 from experiments.baselines import nanogpt_command, nanogpt_problems
-from experiments.provenance import run_record
-from experiments.timing import Timed, time_losses
+from experiments.timing import ROOT, Timed, run_record, time_losses
 from system.command_line import parse_args
 from system.device import pick_device
 from system.errors import run
 from system.files import folder_problems
 from system.settings import setting
 
-ROOT = Path(__file__).parent.parent
 # Repeated texts need much more weight decay than usual, and larger models more (Kim et al. 2025).
 LONG = "--preset fast --max_steps 2400 --eval_every 600 --log_every 50"
 RECIPES = {

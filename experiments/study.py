@@ -29,7 +29,7 @@ from config import DEVICE_HELP, TrainConfig, train_settings
 from corpus.corpus import Corpus, check_length
 from corpus.load import load_corpus
 from experiments.comparison import Row, add_differences, mean, mean_columns
-from experiments.provenance import describe, run_record
+from experiments.timing import run_record
 from model import GPT
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
@@ -146,6 +146,21 @@ def to_csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
+def describe(records: list[dict[str, Any]]) -> str:
+    """The values that occur in these records, in one sentence."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        corpus = record.get("corpus")
+        words = record | {
+            "commit": f"commit {record.get('commit', 'unknown')}",
+            "corpus": corpus and f"{corpus['name']} (sha256 {corpus['sha256'][:12]})",
+        }
+        for name, value in words.items():
+            if value and value not in found.setdefault(name, []):
+                found[name].append(value)
+    return "; ".join(" and ".join(values) for values in found.values())
+
+
 def kept(file: Path, compute: Callable[[], Any]) -> Any:
     """The value in a JSON file, which is computed if there is no file yet."""
     if not file.exists():
@@ -178,7 +193,6 @@ class Study:
     config: StudyConfig
     device: torch.device
     command: str  # that repeats it
-    options: Any = None  # settings that only this study has
     n_runs: int = 0  # in total
     seconds: list[float] = field(default_factory=list)  # that each finished run took
     records: list[dict[str, Any]] = field(default_factory=list)  # what each of them depends on
@@ -323,37 +337,28 @@ def folder_name(name: str) -> str:
     return re.sub(r"\W+", "-", name)
 
 
-def parse_study(
-    name: str,
-    argv: list[str] | None,
-    doc: str,
-    options: type | None = None,
-    data: str = StudyConfig.data,
-) -> Study:
-    """Read the command line of a study. options: a dataclass of further settings; data: the default
-    of --data. Raises UserError if a setting is invalid."""
-    classes = (StudyConfig, options) if options else (StudyConfig,)
-    config, *rest = parse_args(
-        classes,
+def parse_study(name: str, argv: list[str] | None, doc: str, data: str = StudyConfig.data) -> Study:
+    """Read the command line of a study. data: the default of --data. Raises UserError if a setting
+    is invalid."""
+    config = parse_args(
+        StudyConfig,
         argv,
         doc,
-        resolve=lambda flags: tuple(from_dict(cls, {"data": data} | flags) for cls in classes),
-        check=lambda config, *rest: device_problems(config.device),
+        resolve=lambda flags: (from_dict(StudyConfig, {"data": data} | flags),),
+        check=lambda config: device_problems(config.device),
     )
-    command = command_of(name, [config, *rest], data)
-    return Study(name, config, pick_device(config.device), command, *rest)
+    return Study(name, config, pick_device(config.device), command_of(name, config, data))
 
 
-def command_of(name: str, configs: list[Any], data: str) -> str:
+def command_of(name: str, config: StudyConfig, data: str) -> str:
     """The command of a study, for its record: the seeds, and the flags that are not the defaults.
     Of a file with a text, only the name."""
     words = ["python", "-m", f"experiments.{name}"]
-    for config in configs:
-        for f in fields(config):
-            value, default = getattr(config, f.name), data if f.name == "data" else f.default
-            if f.name in NOT_RECORDED or (value == default and f.name != "seeds"):
-                continue
-            words.append(f"--{f.name}")
-            if value is not True:
-                words.append(Path(value).name if f.name == "data" else f"{value}")
+    for f in fields(config):
+        value, default = getattr(config, f.name), data if f.name == "data" else f.default
+        if f.name in NOT_RECORDED or (value == default and f.name != "seeds"):
+            continue
+        words.append(f"--{f.name}")
+        if value is not True:
+            words.append(Path(value).name if f.name == "data" else f"{value}")
     return shlex.join(words)

@@ -1,4 +1,5 @@
-"""The speed of functions, of the machine, of training steps, of sampling, and of whole runs.
+"""The speed of functions, of the machine, of training steps, of sampling, and of whole runs; and
+what measured numbers depend on: commit, corpus, precision, machine, versions.
 
 What is compared is measured in turns, because the speed of a machine varies over time.
 """
@@ -7,12 +8,14 @@ import contextlib
 import functools
 import math
 import multiprocessing
+import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from statistics import median_high
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ from training.checks import flops_per_token
 from training.setup import Data, Flags, keep_freed_memory, memory_estimate
 from training.task import Pretraining
 
+ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 65  # the characters of TinyShakespeare
 
 
@@ -50,6 +54,54 @@ def to_table(rows: list[Row]) -> str:
     return "\n".join([head, "|---|---|", *lines])
 
 
+# --- what the numbers depend on
+
+
+def run_record(corpus: dict[str, Any], precision: str, device: torch.device) -> dict[str, Any]:
+    """What a run depends on besides its flags. corpus: the `info` of a Corpus."""
+    return {
+        "commit": git_commit(),
+        "corpus": {name: corpus.get(name) for name in ("name", "bytes", "sha256")},
+        "precision": precision,
+        "machine": device_name(device),
+        "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    }
+
+
+@functools.cache
+def git_commit() -> str:
+    """The commit of the code at the first call, and whether its Python files were changed since."""
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("diff", "--name-only", "HEAD", "--", "*.py")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + (" with changes" if changed else "")
+
+
+def git(*words: str) -> str:
+    """The output of a git command in the folder of the project."""
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware that the numbers were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    n = torch.get_num_threads()
+    return f"{device.type}, {n} thread{'s' * (n > 1)}, {cpu_model()}"
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The name of the processor."""
+    info = Path("/proc/cpuinfo")  # on Linux
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
 # --- functions
 
 
@@ -58,12 +110,6 @@ def time_once(function: Callable[[], Any]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def best_seconds(function: Callable[[], Any], repeats: int) -> float:
-    """The shortest of several calls, after one to warm up."""
-    function()
-    return min(time_once(function) for _ in range(repeats))
 
 
 def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
@@ -79,18 +125,13 @@ def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
 # --- the machine
 
 
-def memory_bandwidth(device: torch.device) -> float:
-    """Bytes per second that the sum of a large tensor reads, at best."""
-    x = torch.ones(1 << 26, device=device)  # 256 MB, more than any cache
-    return x.numel() * 4 / best_seconds(lambda: x.sum().item(), 10)
-
-
 @functools.cache
 def matmul_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations per second in the product of two large matrices, at best."""
     n = 2048 if device.type == "cpu" else 8192
     a = torch.ones(n, n, device=device, dtype=getattr(torch, precision))
-    return 2 * n**3 / best_seconds(lambda: (a @ a)[0, 0].item(), 8)  # item() waits for the GPU
+    times = [time_once(lambda: (a @ a)[0, 0].item()) for _ in range(9)]  # item() waits for the GPU
+    return 2 * n**3 / min(times)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -193,15 +234,14 @@ def sampling_rows(
     repeats: int,
 ) -> list[Row]:
     """Tokens per second in texts of the same length, of our model with these settings and of other
-    samplers, in turns. How much of the memory bandwidth ours use."""
-    bandwidth = memory_bandwidth(device)
+    samplers, in turns; of ours, also the size of the weights that are read for each token."""
     samplers: Functions = {}
-    n_bytes: dict[str, int] = {}
+    megabytes: dict[str, float] = {}
     for name, config in configs.items():
         model = GPT(gpt).to(device).eval()
         lower_precision(model, config.precision)
         samplers[name] = functools.partial(sample, model, config)
-        n_bytes[name] = linear_bytes(model)
+        megabytes[name] = linear_bytes(model) / 1e6
     torch._dynamo.config.automatic_dynamic_shapes = False  # kernels for each batch size
     for sampler in (samplers | others).values():
         sampler()  # warms up, and compiles
@@ -211,8 +251,7 @@ def sampling_rows(
         rate = n_tokens / seconds
         result = f"{rate:,.0f} tokens/s"
         if name in configs:
-            result = f"{configs[name].num_samples} x {result}, {n_bytes[name] / 1e6:.1f} MB per "
-            result += f"token, {rate * n_bytes[name] / bandwidth:.0%} of {bandwidth / 1e9:.0f} GB/s"
+            result = f"{configs[name].num_samples} x {result}, {megabytes[name]:.1f} MB per token"
         rows.append(Row(name, result))
     return rows
 

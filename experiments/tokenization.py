@@ -6,23 +6,21 @@ A token of a larger vocabulary covers more text, so a window reaches further and
 but the output layer grows with the vocabulary, and a step takes longer. The models differ in
 nothing else. The time per step is measured first; then each tokenizer gets as many steps as fit
 into the same time, and the learning rate decays to zero by the last one. The numbers of steps are
-kept in steps.json next to the runs, so that an interrupted study resumes with the same ones.
+kept next to the runs, so that an interrupted study resumes with the same ones.
 """
 
-import json
 import math
 import statistics
 import time
-from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from corpus.bpe import from_tiktoken
 from corpus.load import is_dataset
 from experiments.comparison import Row, add_differences, mean, mean_columns, plot_seeds
-from experiments.study import Runs, Study, log_values, parse_study, val_losses, write_json
+from experiments.study import Runs, Study, kept, log_values, parse_study, val_losses
 from system.errors import run
-from system.settings import UserError, setting
+from system.settings import UserError
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
@@ -34,13 +32,6 @@ BASE = "characters"
 EVALUATIONS = 6  # per run
 # Steps per timed span. The first span is not counted: it includes compilation and filling caches.
 SPANS = (3, 5, 5, 5)
-
-
-@dataclass
-class TokenizationConfig:
-    """Settings of this study only."""
-
-    seconds: float = setting(0.0, "training time per run; 0: 20 if --quick, else 600", low=0)
 
 
 def tokenizer_flags(bpe_vocab_sizes: tuple[int, ...]) -> dict[str, Flags]:
@@ -69,14 +60,11 @@ def step_seconds(study: Study, flags: Flags) -> float:
     return statistics.median(times[1:])
 
 
-def steps_within(study: Study, name: str, flags: Flags, seconds: float) -> int:
-    """How many steps take this long: measured once, then read from steps.json."""
-    file = study.folder / "steps.json"
-    steps = json.loads(file.read_text()) if file.exists() else {}
-    if name not in steps:
-        steps[name] = max(1, round(seconds / step_seconds(study, flags)))
-        write_json(file, steps)
-    return steps[name]
+def steps_within(study: Study, name: str, flags: Flags) -> int:
+    """How many steps fit into the time: measured once, then read from a file."""
+    seconds, file = SECONDS[study.config.quick], study.folder / f"{name}-steps.json"
+    steps: int = kept(file, lambda: max(1, round(seconds / step_seconds(study, flags))))
+    return steps
 
 
 def plot(runs: Runs, bits: dict[str, list[float]]) -> Figure:
@@ -98,11 +86,10 @@ def plot(runs: Runs, bits: dict[str, list[float]]) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> int:
-    study = parse_study("tokenization", argv, __doc__, TokenizationConfig, data="plays")
+    study = parse_study("tokenization", argv, __doc__, data="plays")
     if is_dataset(study.config.data):
         raise UserError(f"{study.config.data} already has a tokenizer: give --data a text")
     quick = study.config.quick
-    seconds = study.options.seconds or SECONDS[quick]
     choices = tokenizer_flags(BPE_VOCAB_SIZES[quick])
     study.n_runs = len(choices) * study.config.seeds
     rows: list[Row] = []
@@ -110,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     bits: dict[str, list[float]] = {}
     for name, choice in choices.items():
         tokenizer, corpus = study.corpus(choice)
-        folder = f"{'-'.join(map(str, choice.values()))}-{seconds:g}s"
+        folder = f"{'-'.join(map(str, choice.values()))}-{SECONDS[quick]:g}s"
         flags = (QUICK if quick else FULL) | choice
-        steps = steps_within(study, folder, flags, seconds)
+        steps = steps_within(study, folder, flags)
         flags |= {"max_steps": steps, "eval_every": math.ceil(steps / EVALUATIONS)}
         runs[name] = study.with_seeds(folder, flags)
         bits[name] = [result["bpb"] for result in runs[name]]

@@ -77,15 +77,13 @@ COMMANDS = (
     f"plots --picture=embeddings {CHAR}",
     f"plots --picture=temperatures {CHAR} --text=the",
     f"demo {CHAR}",
-    f"experiments.short_speeches {CHAR} --pairs=2",
-    f"experiments.sampling {CHAR} --quick --results=out",
     "experiments.swaps --quick --data=data/input.txt --results=out",
     "experiments.bench data --data=data/input.txt --steps=1",
 )
 SCRIPTS = tuple(dict.fromkeys(command.split()[0] for command in COMMANDS))
 RARE = tuple(name for name in SCRIPTS if name == "demo" or name.startswith("experiments"))
 # Flags with which a run may be as long as the user likes.
-LONG = "max_steps|max_iters|max_new_tokens|max_tokens|sample_tokens|grad_accum|repeats|steps|pairs"
+LONG = "max_steps|max_iters|max_new_tokens|max_tokens|sample_tokens|grad_accum|repeats|steps"
 SKIPPED = {"compile", "workers", "share", "tensorboard", "wandb"}  # slow, or not installed
 
 PATHS = (

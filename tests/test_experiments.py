@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import re
-import shutil
 import signal
 import sys
 import time
@@ -27,7 +26,6 @@ from experiments import (
     lr_context,
     sampling,
     scaling,
-    short_speeches,
     sizes,
     speedrun,
     study,
@@ -125,8 +123,6 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(swaps, "QUICK", TINY)
     some = (swaps.BASE, "learned positions to RoPE", "post-norm")
     monkeypatch.setattr(swaps, "SWAPS", {name: swaps.SWAPS[name] for name in some})
-    cache_rows = [{"tokens generated": 64, "tokens/s with cache": 9, "tokens/s without": 3}]
-    monkeypatch.setattr(swaps, "cache_speed", lambda *args: cache_rows)
     rows = run_twice(swaps, monkeypatch)
     runs = results("swaps_quick")
     assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
@@ -428,7 +424,7 @@ def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
 # --- sampling
 
 
-def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     flags = TINY | {"save_every": 2}
     samples = {"num_samples": 2, "max_new_tokens": 20}
     for name, value in (("RUN", flags), ("OVERFITTED", flags), ("SAMPLES", samples)):
@@ -454,15 +450,6 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
     (validation,) = table("sampling_quick_validation")
     assert float(validation["surprise"]) == pytest.approx(run["val"], abs=1e-5)
-
-    shutil.copy(best, "alone.pt")  # the user's own
-    assert sampling.main(["alone.pt", "--quick", "--seeds=2", "--device=cpu"]) == 0
-    assert "no ckpt_*.pt next to alone.pt" in capsys.readouterr().out
-    assert table("sampling_quick") == rows
-    assert table("sampling_quick_checkpoints") == [checkpoints[0], checkpoints[-1]]
-    Path("data/input.txt").write_text("something else " * 100, encoding="utf-8")
-    with pytest.raises(UserError, match=r"alone\.pt was not trained on"):
-        sampling.main(["alone.pt", "--quick", "--device=cpu"])
 
 
 # --- ensemble
@@ -496,16 +483,6 @@ def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
         ensemble.main(paths[:1])
     with pytest.raises(UserError, match="different values of block_size"):
         ensemble.main(paths)
-
-
-# --- short speeches
-
-
-def test_pairs_prefer_a_short_speech_to_a_long_one_of_another_speaker():
-    short, long, longer = "Ay.", "x" * 120, "y" * 300  # the last one is too long
-    text = f"A:\n{short}\n\nB:\n{long}\n\nC:\n{longer}\n\nno speaker"
-    pairs = short_speeches.make_pairs(text, short_speeches.SpeechesConfig())
-    assert pairs == [{"prompt": "\nA:\n", "chosen": "Ay.\n\n", "rejected": f"{long}\n\n"}]
 
 
 # --- benchmarks

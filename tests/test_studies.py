@@ -14,7 +14,7 @@ from torch import nn
 
 import train
 from config import GPTConfig
-from experiments import comparison, mistakes, optimizers, provenance, study
+from experiments import comparison, mistakes, optimizers, study, timing
 from model import GPT
 from viz.curve import BLUE, ORANGE, new_figure
 
@@ -109,25 +109,25 @@ def test_results_are_accompanied_by_a_record(workplace: Path):
 
 def test_the_record_of_a_run_is_kept_with_it(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     some = parse_tiny_study()
-    monkeypatch.setattr(provenance, "git_commit", lambda: "old")
+    monkeypatch.setattr(timing, "git_commit", lambda: "old")
     some.make_run("a", TINY)
-    monkeypatch.setattr(provenance, "git_commit", lambda: "new")
+    monkeypatch.setattr(timing, "git_commit", lambda: "new")
     for name in "ab":
         some.make_run(name, TINY)
     assert [record["commit"] for record in some.records] == ["old", "old", "new"]
-    assert "commit old and commit new" in provenance.describe(some.records)
+    assert "commit old and commit new" in study.describe(some.records)
 
 
 def test_the_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    commit = provenance.git_commit.__wrapped__  # without its cache
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    commit = timing.git_commit.__wrapped__  # without its cache
     assert commit() == "unknown"  # no repository
     (tmp_path / "code.py").write_text("1")
     (tmp_path / "notes.md").write_text("1")
-    provenance.git("init", "-q")
-    provenance.git("add", ".")
-    provenance.git("-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "first")
-    head = provenance.git("log", "--format=%H")
+    timing.git("init", "-q")
+    timing.git("add", ".")
+    timing.git("-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "first")
+    head = timing.git("log", "--format=%H")
     (tmp_path / "notes.md").write_text("2")  # such as results
     assert commit() == head and len(head) == 40
     (tmp_path / "code.py").write_text("2")
