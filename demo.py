@@ -6,6 +6,7 @@
 Needs `pip install gradio`. The page is served to this machine only, unless --share is given.
 """
 
+import contextlib
 import html
 import sys
 import time
@@ -122,7 +123,20 @@ def sample_config(values: tuple[Any, ...], qa: bool) -> SampleConfig:
     UserError if they are invalid."""
     config = from_dict(SampleConfig, dict(zip(SETTINGS, values, strict=True)) | {"qa": qa})
     raise_problems(all_problems(config))
+    if config.max_new_tokens > MAX_TOKENS:
+        raise UserError(f"at most {MAX_TOKENS} tokens")
     return config
+
+
+@contextlib.contextmanager
+def errors_as_text() -> Iterator[None]:
+    """A UserError is shown in the page, and not logged with a traceback."""
+    import gradio as gr
+
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(html.escape(str(error))) from None
 
 
 def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
@@ -136,13 +150,17 @@ def build_page(checkpoint: Path, device: torch.device) -> "gr.Blocks":
     def generate_text(*values: Any) -> Iterator[tuple[str, str, Tensor]]:
         if qa and not values[0].strip():
             raise gr.Error("Ask a question")
-        yield from stream_html(model, tokenizer, sample_config(values, qa))
+        with errors_as_text():
+            yield from stream_html(model, tokenizer, sample_config(values, qa))
 
     def show_prompt(*values: Any) -> tuple[str, str, Tensor]:
-        return next(stream_html(model, tokenizer, sample_config(values, qa)))
+        with errors_as_text():
+            return next(stream_html(model, tokenizer, sample_config(values, qa)))
 
-    def update_bars(logits: Tensor, *values: Any) -> str:
-        return probability_bars(tokenizer, logits, sample_config(values, qa))
+    def update_bars(logits: Tensor | None, *values: Any) -> str:
+        with errors_as_text():
+            config = sample_config(values, qa)
+            return "" if logits is None else probability_bars(tokenizer, logits, config)
 
     def draw_curve() -> "Figure":
         log = checkpoint.with_name("log.jsonl")
@@ -193,8 +211,10 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = Path(config.checkpoint or newest_checkpoint(Path("checkpoints")))
     try:
         page = build_page(checkpoint, pick_device(config.device))
-    except ModuleNotFoundError:
-        raise UserError("the web demo needs Gradio: pip install gradio") from None
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the web demo needs Gradio: pip install gradio") from error
     address = {"server_name": "127.0.0.1", "server_port": config.port, "share": config.share}
     try:
         page.launch(**address, footer_links=[], show_error=True)

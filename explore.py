@@ -57,7 +57,8 @@ N_SHOWN = 5  # probabilities per step of probs
 class ExploreConfig:
     """What to do."""
 
-    action: str = setting("", "chat, probs or sweep", choices=tuple(UNUSED_FLAGS), positional=True)
+    action: str = setting("", "the first argument: chat, probs or sweep", positional=True,
+                          choices=tuple(UNUSED_FLAGS))  # fmt: skip
     settings: str = setting("temperature=0.5,0.8,1.1", "sweep: the values to compare")
 
 
@@ -124,9 +125,9 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
     """
     lists: dict[str, list[Any]] = {}
     for word in text.split() or [""]:
-        name, _, values = word.partition("=")
+        name, equals, values = word.partition("=")
         name = name.replace("-", "_")
-        if name not in SWEPT or name in lists:
+        if not equals or name not in SWEPT or name in lists:
             names = ", ".join(SWEPT)
             raise ValueError(f"{word!r} is not NAME=A,B,... with one of {names}, each once")
         field = SampleConfig.__dataclass_fields__[name]
@@ -239,7 +240,6 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     explore, config = parse_args(
         (ExploreConfig, SampleConfig), argv, __doc__, check=explore_problems
     )
@@ -247,8 +247,9 @@ def main(argv: list[str] | None = None) -> int:
     if explore.action == "chat":
         chat(model, tokenizer, config)
         return 0
-    lines = token_probabilities(model, tokenizer, config)
-    if explore.action == "sweep":
+    if explore.action == "probs":
+        lines = token_probabilities(model, tokenizer, config)
+    else:
         command = f"python explore.py sweep --settings={shlex.quote(explore.settings)}"
         first_lines = header(config, state, command)
         lines = run_sweep(model, tokenizer, config, explore.settings, first_lines)

@@ -169,7 +169,6 @@ def print_summary(setup: Setup, model: GPT, data: Corpus | Splits) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     classes = (FinetuneConfig, LoRAConfig, TrainConfig, GPTConfig)
     setup: Setup = parse_args(
         classes, argv, __doc__, resolve_finetune, check_finetune, help_defaults()

@@ -263,7 +263,6 @@ def load_for_sampling(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     config = parse_args(SampleConfig, argv, __doc__, check=sampling_problems)
     model, tokenizer, state = load_for_sampling(config)
     one_sample = config.num_samples == 1 and not config.beams and not config.output_file

@@ -77,7 +77,6 @@ class PlotConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     config = parse_args(PlotConfig, argv, __doc__)
     paths = [Path(name) for name in config.inputs]
     if config.picture == "runs":

@@ -137,7 +137,6 @@ def check_folder(folder: Path, config: DatasetConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     configs = parse_args((DatasetConfig, CleanConfig, PrepareConfig), argv, __doc__)
     config, cleaning, options = configs
     folder = Path("data", config.name)

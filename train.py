@@ -320,7 +320,6 @@ def new_trainer(
 
 
 def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraining) -> int:
-    """The command line."""
     started = time.perf_counter() - (time.process_time() if argv is None else 0.0)  # of importing
     doc, classes = f"{__doc__}\n{preset_table()}", (GPTConfig, TrainConfig)
     gpt_config, config, state, flags = parse_args(classes, argv, doc, resolve_train, check_run)

@@ -169,7 +169,6 @@ def bench_data(config: BenchConfig) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     config = parse_args(
         BenchConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )

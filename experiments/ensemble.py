@@ -64,7 +64,6 @@ def check_alike(states: dict[str, dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     config = parse_args(
         EnsembleConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )

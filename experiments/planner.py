@@ -243,7 +243,6 @@ def plot(rows: list[Row], law: Law) -> Figure:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     study = parse_study("planner", argv, __doc__)
     rows = train_all(study)
     law = fit(rows)

@@ -114,7 +114,6 @@ def table(results: dict[str, list[Timed]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
     config = parse_args(SpeedrunConfig, argv, __doc__)
     Path(config.results).mkdir(parents=True, exist_ok=True)
     names = [BASELINE] * bool(config.nanogpt) + config.recipes.split(",")

@@ -118,7 +118,7 @@ def pick_precision(
     precision = "int8" if rise["int8"] < MAX_LOSS_RISE else "float16"
     losses = ", ".join(f"{loss + change:.4f} ({change:+.4f}) in {p}" for p, change in rise.items())
     print(f"loss on part of the validation split: {loss:.4f} in float32, {losses}")
-    print(f"weights in {precision}: int8 may raise the loss by less than {MAX_LOSS_RISE}")
+    print(f"weights in {precision}: int8 must raise the loss by less than {MAX_LOSS_RISE}")
     if not math.isfinite(rise[precision]):
         raise UserError("the model's loss is not finite: its training diverged")
     return precision, f" (loss {rise[precision]:+.4f} compared with float32)"

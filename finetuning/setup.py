@@ -11,7 +11,7 @@ from finetuning import lora
 from finetuning.lora import LoRAConfig
 from finetuning.tasks import OBJECTIVES, Base, FinetuneConfig, Setup
 from system.settings import UserError, all_problems, from_dict, raise_problems
-from training.distributed import world_size
+from training.distributed import is_torchrun, world_size
 from training.resume import checkpoint_to_resume, resumed_flags, saved_settings
 from training.run_log import run_files
 from training.setup import check_run
@@ -66,7 +66,9 @@ def resolve_finetune(flags: dict[str, Any]) -> Setup:
     tag = flags.get("tag", "merged" if "merge" in flags else flags.get("objective", "text"))
     flags = {"out_dir": "checkpoints"} | flags | {"tag": tag}
     run_dir = Path(flags["out_dir"], tag)
-    given, state = checkpoint_to_resume(flags, run_dir)
+    given, state = flags, None
+    if "merge" not in flags:
+        given, state = checkpoint_to_resume(flags, run_dir)
     if state:
         given = finetune_flags(given, state, run_dir / "latest.pt")
     defaults = OBJECTIVES[given.get("objective", "text")].defaults
@@ -140,7 +142,8 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
 def run_config(
     flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig, base: Base
 ) -> TrainConfig:
-    """The settings of the run: the flags, then the optimizer's defaults, then the checkpoint's."""
+    """The settings of the run: the flags with the objective's defaults, then the optimizer's
+    defaults, then the checkpoint's."""
     own = OPTIMIZERS[flags["optimizer"]].defaults if flags.get("optimizer") in OPTIMIZERS else {}
     lr = own.get("lr_max", base.lr)
     if settings.source:  # a new student learns everything from the start
@@ -169,6 +172,8 @@ def check_finetune(*results: Any) -> list[str]:
     for path in filter(None, (settings.source, settings.teacher)):
         if Path(path).resolve().parent == setup.run_dir.resolve():
             found.append(f"{setup.run_dir}/ contains {path}: give the run another --tag")
+    if settings.merge and is_torchrun():
+        found.append("--merge needs one process: run it without torchrun")
     if settings.merge and not found:
         best = setup.run_dir / "best.pt"  # --overwrite replaces the result of another merge only
         files = run_files(setup.run_dir)
@@ -191,4 +196,7 @@ def check_finetune(*results: Any) -> list[str]:
     ):
         if path and model and origin.get(f"{name}_sha256", model.sha256) != model.sha256:
             found.append(f"{path} has changed since this run began: name the original")
+    if state and adapt.lora_rank and not found:
+        weights = (base.model.config, base.tokenizer, base.sha256)
+        lora.check_adapter(state["adapter"], *weights, setup.run_dir / "latest.pt")
     return found

@@ -1,5 +1,6 @@
 """Checks before text is generated: settings that exclude each other, files, memory."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ NOT_WITH_BEAMS = (
     *("num_samples", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
     *("stream", "cache", "compile"),
 )
+MAX_PROMPT_FILE = 64 << 20  # bytes; a model sees only a few thousand tokens at the end
 
 
 def sampling_problems(config: SampleConfig) -> list[str]:
@@ -29,13 +31,16 @@ def sampling_problems(config: SampleConfig) -> list[str]:
         found.append("--compile needs the cache: leave out --no-cache")
     if config.stream and not config.beams and (config.num_samples > 1 or config.output_file):
         found.append("--stream writes to the terminal: no --num_samples, --output_file")
+    prompt_file = config.prompt_file
+    if os.path.isfile(prompt_file) and os.path.getsize(prompt_file) > MAX_PROMPT_FILE:
+        found.append(f"--prompt_file {prompt_file} is larger than {MAX_PROMPT_FILE >> 20} MiB")
     if config.output_file:
         from system.files import file_problems  # only with --output_file
 
         path = Path(config.output_file)
         problems = file_problems(path)
-        is_prompt = config.prompt_file and path.resolve() == Path(config.prompt_file).resolve()
-        if not problems and (is_prompt or zipfile.is_zipfile(path)):
+        both = [os.path.realpath(name) for name in (config.output_file, prompt_file)]
+        if not problems and (both[0] == both[1] or zipfile.is_zipfile(path)):
             problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
         found += [f"--output_file: {problem}" for problem in problems]
     return found

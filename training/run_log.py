@@ -35,7 +35,7 @@ FORMATS = {
     "train": "train {:.4f}",
     "val": "val {:.4f}",
     "ppl": "ppl {:.2f}",
-    "bpb": "bpb {:.3f}",
+    "bpb": "bpb {:.4f}",
     "lr": "lr {:.2e}",
     "grad_norm": "grad {:.2f}",
     "tokens_per_second": "{thousands:.1f}k tok/s",

@@ -81,10 +81,10 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, F
         flags = plan_flags(flags)
     device = flags.get("device", "auto")
     if not state:
-        data, words = flags.get("data", TrainConfig.data), flags.keys()
-        if words & {"tokenizer", "bpe_vocab_size"} and is_dataset(data):
+        data = flags.get("data", TrainConfig.data)
+        if flags.keys() & {"tokenizer", "bpe_vocab_size"} and is_dataset(data):
             raise UserError(f"{data} already has a tokenizer: leave out --tokenizer, --vocab_size")
-        if "bpe_vocab_size" in words and flags.get("tokenizer") != "bpe":
+        if "bpe_vocab_size" in flags and flags.get("tokenizer") != "bpe":
             raise UserError("--vocab_size is for --tokenizer bpe; others have a fixed size")
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
     device_type = "cpu" if device_problems(device) else pick_device(device).type  # reported later
@@ -145,10 +145,11 @@ def load_data(
 ) -> Data:
     """The corpus of a run, and its tokenizer: `known`, or that of the run to resume, or a new one.
     Raises UserError if they do not fit the settings or the run to resume."""
-    known = tokenizers.from_dict(state["tokenizer"]) if state and not known else known
-    own = (config.tokenizer, config.bpe_vocab_size)
+    if state and known is None:
+        known = tokenizers.from_dict(state["tokenizer"])
+    new = (config.tokenizer, config.bpe_vocab_size)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(config.data, *own, known, config.separator, config.hold_out)
+        tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, config.hold_out)
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]

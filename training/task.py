@@ -92,9 +92,9 @@ class Pretraining:
         config = self.config
         number = step * config.grad_accum + micro_step  # of all the batches of the run
         parts = self.parts_of_window(step)
-        sizes = (self.block_size // parts, config.batch_size * parts)
         seed = config.seed + parts - 1  # other positions than in the batches of other windows
-        x, y = get_batch(self.train_ids, *sizes, seed, number, self.corpus.train_docs)
+        T, B, docs = self.block_size // parts, config.batch_size * parts, self.corpus.train_docs
+        x, y = get_batch(self.train_ids, T, B, seed, number, docs)
         return (x, y), (y != -100).sum()
 
     def parts_of_window(self, step: int) -> int:

@@ -36,6 +36,10 @@ def read_run(path: Path) -> Run:
         check_numbers("the settings", unused | settings, unused)
         if not isinstance(settings["corpus"]["name"], str):
             raise ValueError("its corpus has no name")
+        for records in (log, steps):
+            numbers = [record["step"] for record in records]
+            if numbers != sorted(set(numbers)):
+                raise ValueError("its steps do not increase")
         for i, record in enumerate(log, 1):
             record = {"train": 0.0} | record  # only this may be missing
             check_numbers(f"evaluation {i}", record, ("step", "train", "val", "lr", "seconds"))
