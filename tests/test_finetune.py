@@ -512,6 +512,7 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ([], "name the checkpoint to fine-tune"),
         (["checkpoints/best.pt", "--merge="], "name the base and the adapter"),
         (["--merge=ADAPTER"], "name the base and the adapter"),
         (["ADAPTER", "--data=other.txt"], "is a LoRA adapter: merge it into its base"),
@@ -1130,11 +1131,6 @@ def test_the_shipped_questions_are_many_valid_and_fairly_split():
     assert len(set(asked)) == len(asked)
     answers = {record["answer"] for record in records if record.get("held_out") is not True}
     assert all(record["answer"] in answers for record in held_out)  # known, in other words
-
-
-def test_without_arguments_the_error_says_what_to_give():
-    with pytest.raises(UserError, match="name the checkpoint to fine-tune"):
-        finetune.main([])
 
 
 def test_a_student_reads_the_corpus_of_its_teacher_with_the_same_separator(workplace: Path):

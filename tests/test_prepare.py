@@ -298,13 +298,6 @@ def test_train_and_prepare_select_the_same_validation_documents(workplace):
     assert tokenizer.to_dict() == folder.open_dataset(Path("data/set"))[0].to_dict()
 
 
-def test_sources_and_flags_come_in_any_order(workplace):
-    for name in "ab":
-        (workplace / f"{name}.txt").write_text(f"text of {name} " * 50)
-    assert prepare.main(["a.txt", "--name", "set", "b.txt", "--vocab_size=300"]) == 0
-    assert len(all_texts()) == 2
-
-
 def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(workplace):
     (workplace / ("x" * 250)).write_text("text " * 100)
     assert prepare.main(["x" * 250, "--vocab_size=300"]) == 0

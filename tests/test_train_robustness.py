@@ -58,7 +58,9 @@ def test_a_run_that_another_process_has_changed_meanwhile_is_not_continued(
         train.main(RESUME)
 
 
-@pytest.mark.parametrize("name", ["best.pt", "ckpt_00010.pt", "adapter.pt", "samples.txt"])
+@pytest.mark.parametrize(
+    "name", ["latest.pt", "best.pt", "ckpt_00010.pt", "adapter.pt", "samples.txt"]
+)
 def test_files_of_another_run_are_not_deleted_silently(workplace: Path, name: str):
     Path("checkpoints").mkdir()
     Path("checkpoints", name).write_text("mine")
