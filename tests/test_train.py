@@ -250,17 +250,6 @@ def test_a_step_does_its_ten_parts_in_order(monkeypatch):
     assert trainer.step == 1
 
 
-def test_two_accumulated_batches_are_one_of_twice_the_size():
-    results = []
-    for settings in ({"batch_size": 8}, {"batch_size": 4, "grad_accum": 2}):
-        trainer = make_trainer(**settings, warmup_steps=0)
-        trainer.step = 3
-        metrics = trainer.train_step()
-        results.append([*metrics.values(), *trainer.model.state_dict().values()])
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
 def test_the_gradient_is_clipped_to_its_largest_norm():
     trainer = make_trainer(grad_clip=0.01, warmup_steps=0)
     norm = trainer.train_step()["grad_norm"]
