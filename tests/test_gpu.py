@@ -32,7 +32,6 @@ from sampling import beam_search
 from sampling.quantize import lower_precision
 from tokenizer import CharTokenizer
 from train import Trainer
-from training.run_log import RunLog
 from training.task import Pretraining
 
 SIZES = {"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -228,30 +227,6 @@ def cpu_trainer(**settings: Any) -> Trainer:
     trainer = fake_trainer(CPU, {}, precision="float32", **settings)
     trainer.task.train_ids = torch.from_numpy(trainer.task.corpus.train_ids.astype(np.int32))
     return trainer
-
-
-def test_losses_are_read_at_the_steps_that_are_logged(tmp_path, monkeypatch):
-    """Of 10 steps the first, after which the clock starts, and every fifth; the evaluations read
-    theirs."""
-    settings = {"log_every": 5, "eval_every": 10, "sample_tokens": 0, "warmup_steps": 0}
-    trainer = cpu_trainer(out_dir=str(tmp_path), **settings)
-    reading = []
-    monkeypatch.setattr(RunLog, "plot", lambda log: None)
-    monkeypatch.setattr(trainer, "evaluate_and_save", lambda log: None)
-    log = RunLog(trainer.config, {}, trainer.task.tokens_per_step)
-    log.records = [{"step": 0, "val": 3.0}]
-    training_step = RunLog.training_step
-    operations = Operations()
-
-    def count(log: RunLog, *args: Any) -> None:
-        training_step(log, *args)
-        reading.append(bool(operations.reads))
-        operations.reads.clear()
-
-    monkeypatch.setattr(RunLog, "training_step", count)
-    with operations:
-        assert trainer.train(log) == 0
-    assert [i for i, read in enumerate(reading, 1) if read] == [1, 5, 10]
 
 
 def test_evaluations_are_not_compiled():

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -298,13 +297,6 @@ def test_train_and_prepare_select_the_same_validation_documents(workplace):
     assert tokenizer.to_dict() == folder.open_dataset(Path("data/set"))[0].to_dict()
 
 
-def test_sources_and_flags_come_in_any_order(workplace):
-    for name in "ab":
-        (workplace / f"{name}.txt").write_text(f"text of {name} " * 50)
-    assert prepare.main(["a.txt", "--name", "set", "b.txt", "--vocab_size=300"]) == 0
-    assert len(all_texts()) == 2
-
-
 def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(workplace):
     (workplace / ("x" * 250)).write_text("text " * 100)
     assert prepare.main(["x" * 250, "--vocab_size=300"]) == 0
@@ -581,27 +573,10 @@ def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hash
     assert n_errors > (250 if hashed else 200)
 
 
-def edit_manifest(edit: Callable[[dict], object]) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        manifest = json.loads(path.read_text())
-        edit(manifest)
-        path.write_text(json.dumps(manifest))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("file", "change", "message"),
-    [
-        ("train.bin", lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "the token ids"),
-        ("train.bin", Path.unlink, "No such file"),
-        ("manifest.json", edit_manifest(lambda m: m["splits"]["val"].update(bytes=9)), "checksum"),
-        ("manifest.json", edit_manifest(lambda m: m.pop("checksum")), "no 'checksum'"),
-    ],
-)
-def test_a_damaged_data_set_is_an_error(stories, file, change, message):
-    change(Path("data/set", file))
-    with pytest.raises(UserError, match=rf"data/set/ is not .*, or is damaged \(.*{message}"):
+def test_a_data_set_without_its_checksum_is_an_error(stories):
+    del stories["checksum"]
+    Path("data/set/manifest.json").write_text(json.dumps(stories))
+    with pytest.raises(UserError, match=r"data/set/ is not .*, or is damaged \(.*no 'checksum'"):
         train.main([*TINY_RUN, "--data=data/set"])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_RUN, make_model
+from test_train import make_trainer
 
 import train
 import utils
@@ -58,7 +59,9 @@ def test_a_run_that_another_process_has_changed_meanwhile_is_not_continued(
         train.main(RESUME)
 
 
-@pytest.mark.parametrize("name", ["best.pt", "ckpt_00010.pt", "adapter.pt", "samples.txt"])
+@pytest.mark.parametrize(
+    "name", ["latest.pt", "best.pt", "ckpt_00010.pt", "adapter.pt", "samples.txt"]
+)
 def test_files_of_another_run_are_not_deleted_silently(workplace: Path, name: str):
     Path("checkpoints").mkdir()
     Path("checkpoints", name).write_text("mine")
@@ -288,8 +291,7 @@ def test_an_overflow_anywhere_skips_the_step_of_all_optimizers(bad: float, name:
     model = make_model(norm="layernorm")
     parameters = dict(model.named_parameters())
     assert name in parameters, sorted(parameters)
-    config = TrainConfig(optimizer="muon", precision="float16", compile=False, max_steps=10)
-    trainer = Trainer(model, FixedBatch(), config, torch.device("cpu"))
+    trainer = make_trainer(model, optimizer="muon", precision="float16", max_steps=10)
     before = {n: p.detach().clone() for n, p in parameters.items()}
     scale = trainer.scaler.get_scale()
     handle = parameters[name].register_hook(lambda grad: grad * bad)
@@ -300,16 +302,3 @@ def test_an_overflow_anywhere_skips_the_step_of_all_optimizers(bad: float, name:
     trainer.train_step()
     assert not torch.equal(parameters[name], before[name])
     assert all(p.isfinite().all() for p in parameters.values())
-
-
-class FixedBatch:
-    """A task with the same batch in each step."""
-
-    tokens_per_step = None
-
-    def get_batch(self, step: int, micro_step: int):
-        x = torch.arange(12).view(2, 6) % 11
-        return (x, x.roll(-1, dims=1)), torch.tensor(12)
-
-    def loss(self, model, x, y):
-        return {"loss": model(x, y)[1]}
