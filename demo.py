@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,12 +210,9 @@ def main(argv: list[str] | None = None) -> int:
         DemoConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )
     checkpoint = Path(config.checkpoint or newest_checkpoint(Path("checkpoints")))
-    try:
-        page = build_page(checkpoint, pick_device(config.device))
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UserError("the web demo needs Gradio: pip install gradio") from error
+    if find_spec("gradio") is None:
+        raise UserError("the web demo needs Gradio: pip install gradio")
+    page = build_page(checkpoint, pick_device(config.device))
     address = {"server_name": "127.0.0.1", "server_port": config.port, "share": config.share}
     try:
         page.launch(**address, footer_links=[], show_error=True)

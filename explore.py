@@ -57,8 +57,7 @@ N_SHOWN = 5  # probabilities per step of probs
 class ExploreConfig:
     """What to do."""
 
-    action: str = setting("", "the first argument: chat, probs or sweep", positional=True,
-                          choices=tuple(UNUSED_FLAGS))  # fmt: skip
+    action: str = setting("", "first argument", choices=tuple(UNUSED_FLAGS), positional=True)
     settings: str = setting("temperature=0.5,0.8,1.1", "sweep: the values to compare")
 
 

@@ -10,8 +10,6 @@ kept next to the runs, so that an interrupted study resumes with the same ones.
 """
 
 import math
-import statistics
-import time
 
 from matplotlib.figure import Figure
 
@@ -21,6 +19,7 @@ from experiments.comparison import Row, add_differences, mean, mean_columns, plo
 from experiments.study import Runs, Study, kept, log_values, parse_study, val_losses
 from system.errors import run
 from system.settings import UserError
+from training.plan import seconds_per_step
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
@@ -30,8 +29,6 @@ BPE_VOCAB_SIZES = {True: (500, 2000), False: (500, 2000, 8000)}  # by --quick
 SECONDS = {True: 20.0, False: 600.0}  # of training per run
 BASE = "characters"
 EVALUATIONS = 6  # per run
-# Steps per timed span. The first span is not counted: it includes compilation and filling caches.
-SPANS = (3, 5, 5, 5)
 
 
 def tokenizer_flags(bpe_vocab_sizes: tuple[int, ...]) -> dict[str, Flags]:
@@ -47,23 +44,14 @@ def tokenizer_flags(bpe_vocab_sizes: tuple[int, ...]) -> dict[str, Flags]:
     return found
 
 
-def step_seconds(study: Study, flags: Flags) -> float:
-    """The time of a training step: the median over a few short spans."""
-    trainer = study.make_trainer(flags)
-    times = []
-    for n in SPANS:
-        start = time.perf_counter()
-        for _ in range(n):
-            metrics = trainer.train_step()
-        metrics["loss"].item()  # wait for the GPU
-        times.append((time.perf_counter() - start) / n)
-    return statistics.median(times[1:])
-
-
 def steps_within(study: Study, name: str, flags: Flags) -> int:
     """How many steps fit into the time: measured once, then read from a file."""
-    seconds, file = SECONDS[study.config.quick], study.folder / f"{name}-steps.json"
-    steps: int = kept(file, lambda: max(1, round(seconds / step_seconds(study, flags))))
+
+    def measure() -> int:
+        seconds = seconds_per_step(study.make_trainer(flags))
+        return max(1, round(SECONDS[study.config.quick] / seconds))
+
+    steps: int = kept(study.folder / f"{name}-steps.json", measure)
     return steps
 
 

@@ -66,9 +66,7 @@ def resolve_finetune(flags: dict[str, Any]) -> Setup:
     tag = flags.get("tag", "merged" if "merge" in flags else flags.get("objective", "text"))
     flags = {"out_dir": "checkpoints"} | flags | {"tag": tag}
     run_dir = Path(flags["out_dir"], tag)
-    given, state = flags, None
-    if "merge" not in flags:
-        given, state = checkpoint_to_resume(flags, run_dir)
+    given, state = (flags, None) if "merge" in flags else checkpoint_to_resume(flags, run_dir)
     if state:
         given = finetune_flags(given, state, run_dir / "latest.pt")
     defaults = OBJECTIVES[given.get("objective", "text")].defaults

@@ -62,15 +62,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def is_no_missing_gpu(record: logging.LogRecord) -> bool:
-    return not record.msg.startswith("No CUDA runtime is found")
-
-
 def compiler_problem(device: torch.device) -> str:
     """Why torch.compile does not work here; empty if a small function can be compiled. On a CPU, it
     needs a C++ compiler."""
     # On a machine with CUDA but without a GPU, PyTorch logs this even if it compiles for the CPU.
-    logging.getLogger("torch.utils.cpp_extension").addFilter(is_no_missing_gpu)
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.addFilter(lambda record: not record.msg.startswith("No CUDA runtime is found"))
     if device.type == "cpu":
         # Saves nine seconds of testing which instructions the C++ compiler supports.
         os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")

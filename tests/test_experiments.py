@@ -8,7 +8,6 @@ import math
 import re
 import signal
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -381,7 +380,7 @@ def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(tokenization, "BPE_VOCAB_SIZES", {True: (260, 300)})
     monkeypatch.setattr(tokenization, "SECONDS", {True: 1.0})
     times = iter((0.1, 0.2, 0.25))  # per step; a second measurement would fail
-    monkeypatch.setattr(tokenization, "step_seconds", lambda *args: next(times))
+    monkeypatch.setattr(tokenization, "seconds_per_step", lambda trainer: next(times))
 
     def no_network(name: str) -> None:
         raise UserError("no network")
@@ -402,18 +401,6 @@ def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert float(row["95% margin"]) == pytest.approx(half)
     assert float(rows[0]["bytes per token"]) == 1  # the text is ASCII
     assert [row["vocabulary"] for row in rows[1:]] == ["260", "300"]
-
-
-def test_the_time_of_a_step_is_measured(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    some = parse_tiny_study("--data=data/input.txt")
-    train_step = Trainer.train_step
-
-    def slow_step(trainer: Any) -> Any:
-        time.sleep(0.02)
-        return train_step(trainer)
-
-    monkeypatch.setattr(Trainer, "train_step", slow_step)
-    assert 0.02 < tokenization.step_seconds(some, TINY | {"tokenizer": "char"}) < 5
 
 
 def test_tokenization_refuses_a_prepared_data_set(workplace: Path):

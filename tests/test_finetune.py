@@ -520,7 +520,7 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
         (["checkpoints/best.pt", "--merge=checkpoints/best.pt"], "a checkpoint, not the adapter"),
         (["checkpoints/best.pt", "--merge=none.pt"], r"there is no adapter none\.pt"),
         (["checkpoints", "--merge=ADAPTER"], "checkpoints is a folder"),
-        (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "there is no checkpoint"),
+        (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "--resume has no effect on"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--data=x", "--lora_rank=2"],
          "--data has no effect on --merge.*--lora_rank has no effect"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--out_dir=other.txt"], "cannot write"),
@@ -529,6 +529,22 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
 )  # fmt: skip
 def test_mistakes_in_a_merge(place: Path, adapted: Path, words, message):
     assert_rejected(place, [word.replace("ADAPTER", str(adapted)) for word in words], message)
+
+
+def test_a_merge_needs_one_process(place: Path, adapted: Path, monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    words = ["checkpoints/best.pt", f"--merge={adapted}"]
+    assert_rejected(place, words, "--merge needs one process")
+
+
+def test_an_adapter_is_not_resumed_with_a_base_of_other_settings(place: Path):
+    tune("--objective=dpo", "--data=pairs.jsonl", "--lora_rank=2")
+    state = read("")
+    state["gpt_config"]["norm_eps"] = 0.1
+    torch.save(state, "checkpoints/best.pt")
+    words = ["--resume", "--tag=dpo", "--max_steps=99", "--device=cpu"]
+    assert_rejected(place, words, "the settings are different")
 
 
 def test_lora_does_not_change_frozen_weights(place: Path):

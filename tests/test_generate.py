@@ -765,6 +765,7 @@ def test_batches_and_beams_are_written_with_their_settings(trained, capsys):
         (["--output_file=" + 300 * "a"], "a cannot be written: File name too long"),
         (["--output_file=checkpoints/best.pt"], "best.pt is a checkpoint or the prompt"),
         (["--prompt_file=data/input.txt", "--output_file=./data/input.txt"], "or the prompt"),
+        (["--prompt_file=loop", "--output_file=out.txt"], "loop"),
         (["--prompt_file=data"], "data"),
         (["--prompt_file=checkpoints/best.pt"], "checkpoints/best.pt"),
         (["--stream", "--num_samples=2"], "--stream writes to the terminal"),
@@ -777,6 +778,7 @@ def test_batches_and_beams_are_written_with_their_settings(trained, capsys):
 )
 def test_user_errors_are_reported_before_generating(trained, monkeypatch, flags, message):
     monkeypatch.setattr(generate, "sample_text", pytest.fail)
+    (trained / "loop").symlink_to("loop")
     with pytest.raises(UserError, match=message):
         generate.main(flags)
 

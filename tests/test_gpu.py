@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from config import GPTConfig, SampleConfig, TrainConfig
+from config import OPTIMIZERS, GPTConfig, SampleConfig, TrainConfig
 from corpus.corpus import Corpus
 from experiments import bench
 from experiments import gpu as gpu_bench
@@ -146,10 +146,10 @@ def fake_trainer(gpu: torch.device, gpt: dict[str, Any], **settings: Any) -> Tra
 PRECISIONS = ("float32", "bfloat16", "float16")
 HARD = {"grad_accum": 2, "doc_mask": True, "grow_windows": True, "grad_checkpoint": True}
 TRAININGS = [(components, {"optimizer": "muon"}) for components in COMPONENTS]
-TRAININGS += [({}, {"optimizer": name, "grad_clip": 0.0}) for name in ("adamw", "muon", "sgd")]
+TRAININGS += [({}, {"optimizer": name, "grad_clip": 0.0}) for name in OPTIMIZERS]
 TRAININGS += [
     ({"dropout": 0.1, "token_shift": True}, HARD | {"precision": precision, "optimizer": optimizer})
-    for precision, optimizer in itertools.product(PRECISIONS, ("adamw", "muon", "sgd"))
+    for precision, optimizer in itertools.product(PRECISIONS, OPTIMIZERS)
 ]
 
 

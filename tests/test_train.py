@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import train
 import utils
-from config import ARCHS, TrainConfig
+from config import ARCHS, OPTIMIZERS, TrainConfig
 from corpus.corpus import Corpus
 from system.settings import UserError
 from tokenizer import CharTokenizer
@@ -130,7 +130,7 @@ def test_sgd_moves_by_gradients_that_it_remembers():
             assert torch.allclose(p, before[name] - lr * velocity[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("flag", ["--precision=float32", "--precision=float16", "--grow_windows"])
 def test_every_optimizer_resumes_bit_for_bit(workplace, optimizer: str, flag: str):
     flags = [*TINY_RUN, f"--optimizer={optimizer}", flag, "--dropout=0.2"]
