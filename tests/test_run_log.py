@@ -79,7 +79,7 @@ def test_the_status_line_does_not_depend_on_the_order_of_the_metrics():
     other = {"margin": 0.5, "ms_per_step": 2.0, "lr": 0.001, "bpb": 2.0, "ppl": None}
     for record, expected in (
         (known, "step 10 | val 1.2346 | lr 1.00e-03 | grad 0.50"),
-        (other, "bpb 2.000 | margin 0.500 | lr 1.00e-03 | 2.0 ms/step"),
+        (other, "bpb 2.0000 | margin 0.500 | lr 1.00e-03 | 2.0 ms/step"),
     ):
         for names in itertools.permutations(record):
             assert status_line({name: record[name] for name in names}) == expected
@@ -468,7 +468,7 @@ def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     run = Path("checkpoints/a")
     assert capsys.readouterr().out.splitlines() == [
         "done in 30 s: best at step 1; over the whole validation split: "
-        "val 1.2500 | ppl 3.50 | bpb 0.750 | margin 2.000",
+        "val 1.2500 | ppl 3.50 | bpb 0.7500 | margin 2.000",
         "verdict: 50257 is fine",
         f"files: {run}/; next: python generate.py {run / 'best.pt'}",
     ]
