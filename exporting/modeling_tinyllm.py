@@ -17,6 +17,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model import GPT, KVCache, RotaryPositions, SinusoidalPositions
 
+# transformers 5.24 renamed past_key_values to cache. generate() passes and expects its own name.
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+
 
 class TinyLLMConfig(PreTrainedConfig):
     """The settings of the model: config.json has one entry for each, with the names of model.py."""
@@ -36,6 +39,7 @@ class TinyLLMCache(KVCache):
     """The KV cache, with what generate() needs. It only grows: it cannot be cropped."""
 
     is_compileable = is_croppable = False
+    is_linear = (False,)  # no linear attention
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of cached tokens."""
@@ -107,22 +111,23 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **others: Any,
     ) -> Any:
         """Logits (B, T, V) for token ids (B, T), and with labels the mean loss of predicting
         labels[:, t + 1] at position t; labels of -100 are ignored.
 
-        With use_cache, the result has a cache, which the next call takes as past_key_values, and
-        the logits are those of the last token, (B, 1, V). Raises ValueError for more tokens than
-        the window has, for padding before or between tokens, with a cache for any padding, and for
-        other arguments than None and False.
+        With use_cache, the result has a cache, which the next call takes as cache or as
+        past_key_values, and the logits are those of the last token, (B, 1, V). Raises ValueError
+        for more tokens than the window has, for padding before or between tokens, with a cache
+        for any padding, and for other arguments than None and False.
         """
         others.pop("cache_position", None)  # of transformers 5.0: the cache counts its tokens
         if names := [k for k, v in others.items() if v is not None and v is not False]:
             raise ValueError(f"this model does not support {', '.join(names)}")
-        cache = None
-        if labels is None and (past_key_values is not None if use_cache is None else use_cache):
-            cache = self.own_cache(past_key_values, input_ids)
+        cache = past_key_values if cache is None else cache
+        use_cache = cache is not None if use_cache is None else use_cache
+        cache = self.own_cache(cache, input_ids) if use_cache and labels is None else None
         check_mask(attention_mask, cached=cache is not None)
         n, size = input_ids.size(1) + (cache.length if cache else 0), self.config.block_size
         if n > size:
@@ -133,10 +138,8 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T)
         maps: list[Tensor] | None = [] if output_attentions else None
         logits, loss = self.gpt(input_ids, targets, cache=cache, maps=maps)
-        attentions = None if maps is None else tuple(maps)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache, attentions=attentions
-        )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+        output.attentions = None if maps is None else tuple(maps)
         return output.to_tuple() if return_dict is False else output
 
     def own_cache(self, cache: Any, input_ids: Tensor) -> TinyLLMCache:
@@ -144,7 +147,7 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(cache, TinyLLMCache):
             return cache
         if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError("past_key_values must be the cache that an earlier call returned")
+            raise ValueError("the cache must be the cache that an earlier call returned")
         dtype = torch.float32 if input_ids.device.type == "cpu" else self.dtype
         return TinyLLMCache(self.config, len(input_ids), device=input_ids.device, dtype=dtype)
 

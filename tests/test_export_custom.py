@@ -33,6 +33,8 @@ transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 from transformers import dynamic_module_utils  # noqa: E402
 
+from exporting.modeling_tinyllm import CACHE  # noqa: E402
+
 WINDOW = 16
 CHARS = CharTokenizer.train(["hello world.\nagain"])
 PROMPT = CHARS.encode("hello")
@@ -186,11 +188,9 @@ def test_a_returned_cache_is_continued(models):
     _, theirs = models
     settings = {"do_sample": False, "return_dict_in_generate": True}
     first = theirs.generate(batch("hello"), max_new_tokens=4, **settings)
-    assert first.past_key_values.get_seq_length() == 8  # the last token was not read
+    assert first[CACHE].get_seq_length() == 8  # the last token was not read
     longer = torch.cat([first.sequences, batch("ll")], dim=1)
-    cached = theirs.generate(
-        longer, max_new_tokens=3, past_key_values=first.past_key_values, **settings
-    )
+    cached = theirs.generate(longer, max_new_tokens=3, **{CACHE: first[CACHE]}, **settings)
     plain = theirs.generate(longer, max_new_tokens=3, use_cache=False, **settings)
     assert cached.sequences.tolist() == plain.sequences.tolist()
 
@@ -236,7 +236,7 @@ def test_other_caches_and_assisted_generation_are_not_supported(models):
     _, theirs = models
     cache = filled_dynamic_cache(theirs.config)
     with pytest.raises(ValueError, match="must be the cache that an earlier call returned"):
-        theirs(batch("h"), use_cache=True, past_key_values=cache)
+        theirs(batch("h"), use_cache=True, **{CACHE: cache})
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         theirs.generate(batch("hello"), assistant_model=theirs, max_new_tokens=5, do_sample=False)
 
