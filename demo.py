@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from system.start import run
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +36,6 @@ from sampling.text import (
 )
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
-from system.errors import run
 from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 from utils import load_checkpoint, newest_checkpoint

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from system.start import run
+
 import torch
 from tqdm import tqdm
 
@@ -34,7 +36,6 @@ from model import GPT
 from sampling.text import last_objective
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
-from system.errors import run
 from system.settings import UserError, from_dict, setting
 from training.setup import pick_precision
 from training.task import MAX_EXP, losses

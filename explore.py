@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from system.start import run
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -37,7 +39,6 @@ from sampling.text import (
     warn_if_cut,
 )
 from system.command_line import parse_args
-from system.errors import run
 from system.files import file_problems
 from system.settings import UserError, all_problems, convert, setting
 from tokenizer import Tokenizer

@@ -21,6 +21,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from system.start import run
+
 from exporting.folders import check_target, import_optional
 from exporting.gguf_file import export_gguf
 from exporting.huggingface import export_hf, import_hf, upload
@@ -28,7 +30,6 @@ from exporting.peft import export_adapter
 from exporting.web_page import export_page
 from finetuning import lora
 from system.command_line import parse_args
-from system.errors import run
 from system.settings import setting
 
 

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from system.start import run
+
 from config import GPTConfig, TrainConfig
 from corpus.corpus import Corpus
 from corpus.documents import iter_documents
@@ -34,7 +36,7 @@ from finetuning.tasks import OBJECTIVES, FinetuneConfig, Setup
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
 from system.command_line import parse_args
-from system.errors import quote_path, run
+from system.errors import quote_path
 from system.files import locked, save_checkpoint
 from system.settings import UserError, raise_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer

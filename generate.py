@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from system.start import run
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,7 +35,6 @@ from sampling.text import (
 )
 from system.command_line import parse_args
 from system.device import compiler_problem, pick_device
-from system.errors import run
 from system.settings import UserError
 from tokenizer import Tokenizer
 from utils import load_checkpoint, newest_checkpoint

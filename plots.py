@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from system.start import run
+
 from system.command_line import parse_args
-from system.errors import run
 from system.files import file_problems
 from system.settings import setting
 from utils import newest_checkpoint

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from system.start import run
+
 import numpy as np
 import torch
 
@@ -34,7 +36,6 @@ from corpus.folder import is_dataset_file, open_dataset
 from corpus.sources import DatasetConfig
 from model import GPT
 from system.command_line import parse_args
-from system.errors import run
 from system.folders import check_replaceable, replacing
 from system.settings import UserError, setting
 

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from system.start import run
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -29,7 +31,6 @@ from torch import Tensor
 from config import OPTIMIZERS, GPTConfig, TrainConfig, from_dict
 from model import GPT
 from system.command_line import parse_args
-from system.errors import run
 from system.files import locked, save_checkpoint
 from training.distributed import (
     StopSignal,

@@ -6,9 +6,10 @@ AdamW has the learning rate of the laptop preset, all other variants that of the
 that is tuned for the variant could make a difference smaller.
 """
 
+from system.start import run
+
 from experiments.comparison import plot_differences
 from experiments.study import compare, parse_study, val_losses
-from system.errors import run
 from training.setup import Flags
 from viz.curve import new_figure
 

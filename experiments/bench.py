@@ -16,6 +16,8 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+from system.start import run
+
 import torch
 
 from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
@@ -29,7 +31,6 @@ from experiments.gpu import bench_gpu
 from experiments.timing import Row, Training
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
-from system.errors import run
 from system.settings import UserError, setting
 from training.setup import Flags
 from utils import count_params, get_batch

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
+from system.start import run
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,6 @@ from experiments.study import to_markdown
 from model import GPT
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
-from system.errors import run
 from system.settings import UserError, setting
 from utils import load_checkpoint
 

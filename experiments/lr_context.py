@@ -6,12 +6,13 @@ compared with large batches.
 
 import itertools
 
+from system.start import run
+
 from matplotlib.figure import Figure
 
 from config import train_settings
 from experiments.comparison import LOSS, Row, mean
 from experiments.study import Runs, Study, compare, log_values, loss_columns, parse_study
-from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 

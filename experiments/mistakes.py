@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from system.start import run
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,6 @@ from experiments import study as studies
 from experiments.comparison import Row, add_differences, mean, mean_columns
 from experiments.study import Result, Runs, Study, kept, log_values, parse_study
 from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
-from system.errors import run
 from training.setup import Flags
 from training.task import Pretraining
 from utils import even_starts, load_checkpoint, windows

@@ -14,12 +14,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
+from system.start import run
+
 from matplotlib.figure import Figure
 
 import train
 from experiments.comparison import LOSS, Row, plot_band
 from experiments.study import Runs, Study, compare, gradient_norms, log_values, parse_study
-from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 

@@ -12,6 +12,8 @@ import itertools
 from dataclasses import asdict
 from typing import Any
 
+from system.start import run
+
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import optimize
@@ -19,7 +21,6 @@ from scipy import optimize
 from corpus.sources import find_sources
 from experiments.comparison import Row, margin, mean
 from experiments.study import Study, parse_study
-from system.errors import run
 from training.law import Law, Pilot, Run
 from training.plan import SIZES, block_params, settings, size_flags, step_tokens
 from training.setup import Flags

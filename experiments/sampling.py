@@ -16,6 +16,8 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from system.start import run
+
 import torch
 from matplotlib.figure import Figure
 
@@ -28,7 +30,6 @@ from experiments.timing import run_record
 from explore import distinct_ngrams, sample_with_statistics
 from generate import sample_text
 from model import GPT
-from system.errors import run
 from tokenizer import Tokenizer
 from training.setup import Flags
 from utils import even_starts, load_checkpoint

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
+from system.start import run
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -26,7 +28,6 @@ from config import GPTConfig
 from experiments.comparison import LOSS, Row, margin, mean, mean_columns
 from experiments.study import Study, loss_columns, parse_study, val_losses
 from model import GPT
-from system.errors import run
 from system.settings import from_dict
 from training.setup import Flags
 from viz.curve import BLACK, COLORS, new_figure

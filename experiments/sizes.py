@@ -3,11 +3,12 @@
 python -m experiments.sizes --quick
 """
 
+from system.start import run
+
 from matplotlib.figure import Figure
 
 from experiments.comparison import LOSS, Row, add_differences, margin, mean, mean_columns
 from experiments.study import Runs, Study, kept, log_values, loss_columns, parse_study, val_losses
-from system.errors import run
 from training.setup import Flags
 from viz.curve import BLUE, GREEN, ORANGE, new_figure
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
 
+from system.start import run
+
 import torch
 from tqdm import tqdm
 
@@ -28,7 +30,6 @@ from experiments.baselines import nanogpt_command, nanogpt_problems
 from experiments.timing import ROOT, Timed, run_record, time_losses
 from system.command_line import parse_args
 from system.device import pick_device
-from system.errors import run
 from system.files import folder_problems
 from system.settings import setting
 

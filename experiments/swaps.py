@@ -3,9 +3,10 @@
 python -m experiments.swaps --quick
 """
 
+from system.start import run
+
 from experiments.comparison import plot_differences
 from experiments.study import compare, parse_study, val_losses
-from system.errors import run
 from training.setup import Flags
 from viz.curve import new_figure
 

@@ -11,13 +11,14 @@ kept next to the runs, so that an interrupted study resumes with the same ones.
 
 import math
 
+from system.start import run
+
 from matplotlib.figure import Figure
 
 from corpus.bpe import from_tiktoken
 from corpus.load import is_dataset
 from experiments.comparison import Row, add_differences, mean, mean_columns, plot_seeds
 from experiments.study import Runs, Study, kept, log_values, parse_study, val_losses
-from system.errors import run
 from system.settings import UserError
 from training.plan import seconds_per_step
 from training.setup import Flags

@@ -1,49 +1,9 @@
 """Errors that a user can correct, as one line without a traceback."""
 
-import io
-import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from system.settings import UserError
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit. An error that the user can correct is one line on stderr and
-    status 2: a UserError, a file that cannot be read or written, too little memory."""
-    status: Any
-    accept_any_text()
-    try:
-        status = main()
-        sys.stdout.flush()
-    except SystemExit as exit:  # after --help
-        status = exit.code
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # the reader of the output has ended, such as `head`
-        status = 1
-    except (UserError, OSError, MemoryError, RuntimeError) as error:
-        if not (reason := error_reason(error)):
-            raise
-        status = 2
-        rank = int(os.environ.get("RANK", 0))  # set by torchrun
-        print(f"error{f' in process {rank}' * (rank > 0)}: {reason}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:  # what is left cannot be written: do not try again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
-
-
-def accept_any_text() -> None:
-    """Print characters that the terminal cannot show as escapes such as \\u2423, and read invalid
-    input as U+FFFD, where Python would stop and a run or a generated text would be lost."""
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
 
 
 def first_line(error: BaseException) -> str:

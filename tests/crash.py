@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from system.start import run
+
 import torch
 
 from system.command_line import parse_args
-from system.errors import run
 from system.settings import setting
 from tests.fuzz import fork, redirect, run_script, temporary_folder
 from tests.fuzz_cases import BPE, LLAMA, make_fixtures

@@ -39,12 +39,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from system.start import run
+
 import torch
 
 import demo
 import utils
 from system.command_line import parse_args
-from system.errors import run
 from system.settings import setting
 from tests.fuzz_cases import (
     LONG,

@@ -61,7 +61,7 @@ SETTINGS = [
 TRAIN = """
 import json, os, sys, time
 import train
-from system.errors import run
+from system.start import run
 from system.settings import UserError
 from training.run_log import RunLog
 RunLog.plot = lambda self: None  # slower than everything else
@@ -91,7 +91,7 @@ def main():
 run(main)
 """
 CHECK = "import sys, test_distributed; getattr(test_distributed, sys.argv[1])()"
-FINETUNE = "import finetune; from system.errors import run; run(finetune.main)"
+FINETUNE = "import finetune; from system.start import run; run(finetune.main)"
 
 
 def start_two(folder: Path, script: str, *words: str, fault: str = "", **options: str):

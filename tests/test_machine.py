@@ -87,12 +87,23 @@ def test_a_cpu_uses_bfloat16_if_it_is_more_than_one_and_a_half_times_as_fast(
     assert pick_precision("auto", torch.device("mps")) == ("float32", "the default on this device")
 
 
-def test_a_matrix_product_is_timed_by_the_best_of_eight(monkeypatch):
-    ticks = iter([0.0, 5.0, 10.0, 13.0, 20.0, 22.5, 30.0, 34.0, 40, 49, 50, 59, 60, 69, 70, 79])
-    repeat = partial(timeit.repeat, timer=lambda: float(next(ticks)))
-    monkeypatch.setattr(setup, "timeit", SimpleNamespace(repeat=repeat))
+def test_a_matrix_product_is_timed_by_the_best_of_sixteen_in_one_thread(monkeypatch):
+    durations = [5.0, 3.0, 2.5, 4.0] + 12 * [9.0]
+    ticks = iter([t for i, d in enumerate(durations) for t in (10.0 * i, 10.0 * i + d)])
+    threads = []
+
+    def timer() -> float:
+        threads.append(torch.get_num_threads())
+        return next(ticks)
+
+    monkeypatch.setattr(
+        setup, "timeit", SimpleNamespace(repeat=partial(timeit.repeat, timer=timer))
+    )
+    torch.set_num_threads(2)
     assert setup.matmul_seconds(torch.bfloat16) == 2.5
-    assert next(ticks, None) is None  # eight products, two readings each
+    assert next(ticks, None) is None and set(threads) == {1}
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
 
 
 def test_a_function_is_compiled_for_the_device_to_see_if_that_works(monkeypatch):

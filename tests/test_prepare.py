@@ -375,7 +375,7 @@ def test_a_text_with_end_of_text_has_a_hint_on_separators(workplace, capsys):
 
 SLOW = """
 import time, prepare
-from system.errors import run
+from system.start import run
 from corpus.dataset import DatasetWriter
 write = DatasetWriter.write
 DatasetWriter.write = lambda *args: (write(*args), time.sleep(1))

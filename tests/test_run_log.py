@@ -385,13 +385,13 @@ def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workpl
     clock = Clock(monkeypatch)
     log = RunLog(TrainConfig(max_steps=100, eval_every=50), HEADER)
     clock.steps(log, 7, 7, 1.0)  # without a bar
-    log.begin(SimpleNamespace(step=8))
+    log.begin(SimpleNamespace(step=8, device=torch.device("cpu")))
     clock.steps(log, 9, 11, 1.0)
     settings = {"total": 100, "initial": 8, "unit": "step", "leave": False, "disable": None}
     show, update = mock.call().set_postfix_str("loss 20.0000", refresh=False), mock.call().update()
     assert bars.mock_calls == [mock.call(**settings), update, show, update, update]
     monkeypatch.setattr(run_log, "rank", lambda: 1)
-    log.begin(SimpleNamespace(step=0))
+    log.begin(SimpleNamespace(step=0, device=torch.device("cpu")))
     bars.assert_called_with(**settings | {"initial": 0, "disable": True})
 
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from system.start import accept_any_text, run
+
 import pytest
 import torch
 
 from system import device as system_device
 from system import folders
 from system.device import check_memory
-from system.errors import accept_any_text, run
 from system.files import atomic_write, file_problems, folder_problems, locked
 from system.folders import replacing, restore_folder
 from system.settings import UserError
@@ -84,7 +85,7 @@ def test_an_error_names_the_process_of_torchrun(monkeypatch, capsys, rank: str, 
 
 
 def test_a_reader_that_ends_early_is_no_error():
-    code = "from system.errors import run\nrun(lambda: print('text\\n' * 100000))"
+    code = "from system.start import run\nrun(lambda: print('text\\n' * 100000))"
     process = start(code)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 1
@@ -95,7 +96,7 @@ def test_a_reader_that_ends_early_is_no_error():
 def test_output_that_cannot_be_written_is_one_line(fails: bool):
     code = f"""
 from system.settings import UserError
-from system.errors import run
+from system.start import run
 def main():
     print("text")
     if {fails}:

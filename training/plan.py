@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from config import GPTConfig, TrainConfig, train_settings
+from system.device import pick_device
 from system.settings import UserError, all_problems, raise_problems
+from training.cpu_clock import BUSY, CpuClock
 from training.distributed import is_torchrun
 from training.law import Pilot, Run
 from utils import autocast, count_params, even_starts
@@ -258,9 +260,13 @@ def plan_run(
     limit, startup = 60 * budgets[-1], time.perf_counter() - started
     print("plan: timing this machine, and a short pilot run on this text", flush=True)
     flags = flags | {"precision": config.precision, "vocab_size": gpt.vocab_size}
+    cpu_clock = CpuClock()
     pilot, sample = run_pilot(make_trainer, flags, min(PILOT_SECONDS, PILOT_SHARE * limit))
     sizes = measure_sizes(make_trainer, flags, limit, sample)
     measured = time.perf_counter() - started
+    slowdown = cpu_clock.slowdown() if pick_device(config.device).type == "cpu" else 0.0
+    if slowdown > BUSY:
+        print(f"other programs use the CPU: work takes {slowdown:.1f} times as long as alone")
     print(f"the pilot has a loss of {pilot.loss:.3f} after {pilot.run.steps:,} steps\n{HEADER}")
     for minutes in budgets:
         used = measured if config.minutes else min(measured, startup + 6 * minutes)  # a tenth

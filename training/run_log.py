@@ -18,7 +18,8 @@ from config import TrainConfig
 from system.errors import quote_path
 from system.files import atomic_write
 from system.settings import UserError
-from training.distributed import rank
+from training.cpu_clock import BUSY, CpuClock
+from training.distributed import rank, world_size
 from viz.curve import Run, best_record, plot_runs, save_figure, training_steps
 from viz.verdict import verdict
 
@@ -45,6 +46,7 @@ PLOT_INTERVAL = 5.0  # seconds between two drawings of the curve
 PLOT_SHARE = 0.05  # of the time, at most, for drawing: it takes 1.2 s for a million steps
 SAMPLE_LINES = 4  # of a sample that are printed
 SAMPLE_WIDTH = 100  # of these lines, if the width of the terminal is unknown
+BUSY_SECONDS = 5.0  # of steps, at least, to tell whether the CPU is busy
 
 
 class RunLog:
@@ -72,6 +74,7 @@ class RunLog:
         self.next_plot = now + PLOT_INTERVAL
         # when the timed interval began, and after which step
         self.clock_time, self.clock_step = now, 0
+        self.cpu_clock: CpuClock | None = None  # until it has warned of a busy CPU
         self.timed_step: int | None = None  # the last step whose metrics were read
         self.timed_until = now  # when they were read
         self.metrics: dict[str, float] = {}  # of the last step that was read
@@ -127,6 +130,8 @@ class RunLog:
             from training.deadline import Deadline  # only with --minutes
 
             self.adjust_schedule = Deadline(trainer, self).adjust
+        if trainer.device.type == "cpu" and world_size() == 1:
+            self.cpu_clock = CpuClock()
         settings = {"unit": "step", "leave": False, "disable": True if rank() else None}
         self.bar = tqdm(total=self.config.max_steps, initial=trainer.step, **settings)
         return self.bar
@@ -145,6 +150,7 @@ class RunLog:
             record = {"step": step, **self.metrics, "lr": lr, "seconds": self.seconds()}
             self.append(record)
             self.forward(record)
+            self.warn_if_busy(step)
         if self.bar is not None:
             if due:
                 self.bar.set_postfix_str(f"loss {self.metrics['loss']:.4f}", refresh=False)
@@ -163,6 +169,19 @@ class RunLog:
     def restart_clock(self, step: int) -> None:
         """Time the steps after this one."""
         self.clock_time, self.clock_step = time.perf_counter(), step
+        if self.cpu_clock:
+            self.cpu_clock.restart()
+
+    def warn_if_busy(self, step: int) -> None:
+        """Say, once, that other programs slow down the steps of this run."""
+        seconds = time.perf_counter() - self.clock_time
+        if self.cpu_clock is None or seconds < BUSY_SECONDS:
+            return
+        slowdown, ms = self.cpu_clock.slowdown(), 1000 * seconds / (step - self.clock_step)
+        if slowdown > BUSY:
+            self.cpu_clock = None
+            alone = f"about {ms / slowdown:.0f} ms alone"
+            tqdm.write(f"  other programs use the CPU: a step takes {ms:.0f} ms, {alone}")
 
     def evaluation(self, step: int, metrics: dict[str, float], lr: float, sample: str) -> bool:
         """Record an evaluation. Returns whether its validation loss is the lowest so far."""

@@ -213,9 +213,13 @@ def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
 
 
 def matmul_seconds(dtype: torch.dtype) -> float:
-    """The time of a product of two 512 x 512 matrices on the CPU, the best of eight."""
-    a = torch.ones(512, 512, dtype=dtype)
-    return min(timeit.repeat(lambda: a @ a, number=1, repeat=8))
+    """The time of a product of two 512 x 512 matrices on the CPU, the best of sixteen. In one
+    thread: several wait for each other while other programs run, now more and now less."""
+    a, n_threads = torch.ones(512, 512, dtype=dtype), torch.get_num_threads()
+    torch.set_num_threads(1)
+    seconds = min(timeit.repeat(lambda: a @ a, number=1, repeat=16))
+    torch.set_num_threads(n_threads)
+    return seconds
 
 
 def pick_compile(wanted: bool | None, device: torch.device) -> bool:
