@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -77,9 +78,18 @@ def test_draws_follow_the_distribution(settings: dict, expected: list[float]):
 
 def test_ties_go_to_the_lower_id():
     assert shares([0.25] * 4, top_k=2) == pytest.approx([0.5, 0.5, 0, 0], abs=2e-3)
-    assert shares([0.25] * 4, top_p=0.3) == pytest.approx([0.5, 0.5, 0, 0], abs=2e-3)
+    for top_p in (0.3, 0.5):  # two are enough for exactly a half
+        assert shares([0.25] * 4, top_p=top_p) == pytest.approx([0.5, 0.5, 0, 0], abs=2e-3)
     assert shares([0.2, 0.4, 0.4], temperature=0) == [0, 1, 0]
     assert shares([0.2, 0.4, 0.4], top_k=1) == [0, 1, 0]
+
+
+def test_a_temperature_near_0_still_divides():
+    """The logits differ by 0.0001."""
+    for temperature, ratio in ((1e-4, math.e), (1e-5, math.exp(10))):
+        expected = [ratio / (1 + ratio), 1 / (1 + ratio)]
+        found = shares([1.0, math.exp(-1e-4)], temperature=temperature)
+        assert found == pytest.approx(expected, abs=2e-3)
 
 
 def test_impossible_tokens_are_never_drawn():

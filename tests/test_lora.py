@@ -113,6 +113,7 @@ def test_merged_equals_unmerged(arch, targets):
 
 
 def test_a_rank_above_the_smaller_side_is_rejected():
+    lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=32))
     with pytest.raises(UserError, match=r"lora_rank 33 is above the smaller side of attn\.qkv, 32"):
         lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=33))
 
