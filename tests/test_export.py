@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -201,10 +202,9 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
         export.main(["--from", "someone/model", "model.pt", "--overwrite"])
     assert asked[2:] == [settings_files]
 
-    def refuse(*args: object, **settings: object) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setattr(
+        hub, "snapshot_download", Mock(side_effect=ConnectionError("no route to host"))
+    )
     with pytest.raises(UserError, match=r"gpt2 could not be downloaded .*\(ConnectionError"):
         export.main(["--from", "gpt2", "gpt2.pt"])
     assert not Path("gpt2.pt").exists()
@@ -218,10 +218,7 @@ def test_push_uploads_the_folder(workplace, monkeypatch):
     assert export.main([str(path), "out", "--push=me/model"]) == 0
     assert sent == [{"repo_id": "me/model", "folder_path": Path("out")}]
 
-    def refuse(**settings: object) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(hub, "upload_folder", refuse)
+    monkeypatch.setattr(hub, "upload_folder", Mock(side_effect=ConnectionError("no route to host")))
     with pytest.raises(UserError, match="could not upload out/ to me/model: no route to host"):
         export.main([str(path), "out", "--push=me/model", "--overwrite"])
     assert Path("out/model.safetensors").exists()
