@@ -416,7 +416,7 @@ def test_a_run_leaves_its_files(workplace, capsys):
         *("latest.pt", "best.pt", "ckpt_00010.pt", "ckpt_00020.pt", "log.jsonl"),
         *("loss_log.json", "loss_curve.png", "samples.txt", "lock"),
     }
-    start, *lines, final = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    start, *lines, _ = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     records = [line for line in lines if "val" in line]
     trained = [(line["step"], line["lr"]) for line in lines if "val" not in line]
     # after a warmup of 2 of the 20 steps, the rate falls linearly from 6e-3 to 0
@@ -428,8 +428,6 @@ def test_a_run_leaves_its_files(workplace, capsys):
     assert [record["step"] for record in records] == [0, 5, 10, 15, 20]
     assert records[0]["val"] == pytest.approx(math.log(start["vocab_size"]), abs=0.2)
     assert all(r["ppl"] == pytest.approx(math.exp(r["val"])) for r in records)
-    assert json.loads((run / "loss_log.json").read_text()) == records
-    assert final["final"]["step"] == min(records, key=lambda record: record["val"])["step"]
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "samples.txt").read_text().count("--- step") == 5
     out = capsys.readouterr().out
