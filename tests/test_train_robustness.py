@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_RUN, make_model
-from fuzz_damage import n_rejected
+from fuzz_damage import BYTES, n_rejected
 from test_train import make_trainer
 
 import train
@@ -140,8 +140,7 @@ def test_a_flipped_bit_is_detected_or_without_effect(trained: Path):
     original, good = SAVED.read_bytes(), utils.read_checkpoint(SAVED)
     rng, n_rejected = random.Random(0), 0
     for _ in range(150):
-        damaged = bytearray(original)
-        damaged[rng.randrange(len(original))] ^= 1 << rng.randrange(8)
+        damaged = BYTES["flip"](original, rng.randrange(len(original)), rng)
         Path("damaged.pt").write_bytes(damaged)
         try:
             state = utils.read_checkpoint(Path("damaged.pt"))
