@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from config import TrainConfig
-from finetuning.lora import LoRAConfig, add_lora, trained_names
+from finetuning.lora import LoRAConfig, add_lora, split_adapter, trained_names, weights_sha256
 from model import GPT
 from system.files import save_checkpoint
 from tokenizer import Tokenizer
@@ -30,18 +30,23 @@ def save_model(path: str | Path, model: GPT, tokenizer: Tokenizer, **more: Any) 
     return state
 
 
-def make_adapter(model: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
-    """An adapter with random weights, which the model has afterwards."""
-    gpt_config, settings = vars(model.config).copy(), LoRAConfig(lora_rank=2)
-    add_lora(model, settings)
+def make_adapter(
+    model: GPT,
+    tokenizer: Tokenizer,
+    settings: LoRAConfig = LoRAConfig(lora_rank=2),  # noqa: B008 (nothing changes it)
+    also: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The contents of an adapter file with random weights, which the model has afterwards. `also`:
+    the weights that are trained besides."""
+    add_lora(model, settings, also)
     for name, weight in model.named_parameters():
         if name.endswith(".B"):
-            weight.data = torch.randn_like(weight)
-    weights = model.state_dict()
+            weight.data = 0.3 * torch.randn_like(weight)
+    plain, tensors = split_adapter(model.state_dict(), trained_names(model))
     return {
-        "lora": vars(settings),
-        "base_sha256": "",
-        "gpt_config": gpt_config,
+        "lora": vars(settings).copy(),
+        "base_sha256": weights_sha256(plain),
+        "gpt_config": vars(model.config).copy(),
         "tokenizer": tokenizer.to_dict(),
-        "tensors": {name: weights[name] for name in trained_names(model)},
+        "tensors": tensors,
     }

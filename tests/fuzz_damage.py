@@ -1,14 +1,17 @@
-"""The ways in which tests/fuzz.py damages a file."""
+"""The ways in which tests damage a file."""
 
 import json
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from system.settings import UserError
 
 # Put in place of a file of another kind.
 OTHER_FILES = (
@@ -132,3 +135,50 @@ FORMATS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], Any]]] = {
     ".npy": (np.load, lambda ids, path: np.save(path, ids)),
     ".bin": (partial(np.fromfile, dtype=np.uint16), np.ndarray.tofile),
 }
+
+
+# --- one entry after the other
+
+WRONG = (None, "x", -1, [], {}, math.nan, 1e30, "\ud800")
+
+
+def changed_copies(
+    content: dict, wrong: Sequence[Any], keys: tuple = ()
+) -> Iterator[tuple[tuple, dict]]:
+    """Copies of nested dicts with one entry removed, renamed or replaced by something wrong, each
+    with the keys that lead to it and what was done. Of a list of dicts, in the first of them."""
+    for key, value in content.items():
+        rest = {k: v for k, v in content.items() if k != key}
+        yield (*keys, key, "removed"), rest
+        yield (*keys, key, "renamed"), rest | {f"{key}_": value}
+        replaced = list(wrong)
+        if isinstance(value, torch.Tensor):
+            replaced += [value.double(), value.int(), value.flatten(), value.flatten()[1:]]
+            replaced += [value * math.nan, value + math.inf, value[None], value.to_sparse()]
+            replaced += [value.cfloat()]
+        if isinstance(value, list):
+            replaced += [value[1:], [*value, "x"], [*value, None], [{}]]
+        yield from (((*keys, key, repr(v)[:20]), content | {key: v}) for v in replaced)
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict):
+            for path, inner in changed_copies(first, wrong, (*keys, key)):
+                yield path, content | {key: inner if first is value else [inner, *value[1:]]}
+
+
+def n_rejected(
+    content: dict, n: int, seed: int, use: Callable[[], object], path: Path, rest: dict
+) -> int:
+    """How many of n changed copies of a file raise a UserError of one line; `use` may fail in no
+    other way. rest: what is in the file besides, unchanged."""
+    wrong = [*WRONG, *([10**9, torch.zeros(2)] if path.suffix == ".pt" else [10**30])]
+    found, copies = 0, list(changed_copies(content, wrong))
+    for keys, copy in random.Random(seed).sample(copies, min(n, len(copies))):
+        FORMATS[path.suffix][1](rest | copy, path)
+        try:
+            use()
+        except UserError as error:
+            assert "\n" not in str(error)
+            found += 1
+        except Exception as error:
+            raise AssertionError(keys) from error
+    return found

@@ -137,6 +137,7 @@ def test_the_rate_and_decay_of_sgd_are_not_those_of_adamw():
     ("line", "message"),
     [
         ("--lr_max 3e38", "lr_max must be at most"),
+        (f"--seed {2**63}", "seed must be below 2**63"),
         ("--mlp tanh", "argument --mlp: invalid choice: 'tanh'"),
         ("--n_layers x", "argument --n_layer/--n_layers: invalid int value: 'x'"),
         ("--n_layer", "expected one argument"),
@@ -425,3 +426,5 @@ def test_a_presets_architecture_gives_way_to_a_flag():
     assert (gpt.norm, gpt.pos, gpt.bias, gpt.n_layer) == ("rmsnorm", "rope", False, 3)
     assert (config.arch, config.lr_min) == ("llama", 1e-4)  # nanoGPT's final rate
     assert read("--preset auto --n_head 4", "cuda")[0].n_head == 4
+    gpt = read("--preset fast --arch llama")[0]  # the preset has components of its own
+    assert {field: getattr(gpt, field) for field in ARCH_FIELDS} == ARCHS["llama"]

@@ -44,13 +44,13 @@ def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [("char", 0), ("bpe", 300), ("bpe", 400)])
 def test_one_text_is_split_at_nine_tenths_whatever_the_tokenizer(tmp_path, kind, vocab_size):
-    text = make_text()
-    (tmp_path / "text.txt").write_text(text)
+    text = make_text() + "\u20ac" * 99  # each of three bytes
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     tokenizer, corpus = load.load_corpus(str(tmp_path / "text.txt"), kind, vocab_size)
     n = len(text) * 9 // 10
     assert tokenizer.decode(corpus.train_ids.tolist()) == text[:n]
     assert tokenizer.decode(corpus.val_ids.tolist()) == text[n:]
-    assert (corpus.train_bytes, corpus.val_bytes) == (n, len(text) - n)
+    assert (corpus.train_bytes, corpus.val_bytes) == (n, len(text) - n + 2 * 99)
     assert corpus.train_docs is None and corpus.separator is None
     assert corpus.train_ids.dtype == (np.uint16 if vocab_size else np.uint8)
 

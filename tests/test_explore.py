@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -85,10 +86,7 @@ def test_a_conversation_longer_than_the_window_is_a_warning(monkeypatch, capsys)
 
 
 def test_a_chat_ends_with_the_input(trained, monkeypatch):
-    def end_of_input(prompt: str) -> str:
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", end_of_input)
+    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
     assert explore.main(["chat"]) == 0
 
 

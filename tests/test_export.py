@@ -1,15 +1,14 @@
 """The architectures equal Hugging Face's: same logits, same tokens, in both directions."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import TINY_RUN, make_model, make_text
-from exports import make_adapter
 
 import evaluate
 import export
@@ -21,7 +20,6 @@ from corpus.bpe import count_pieces, learn_merges, train_bpe
 from exporting.folders import MARKER
 from exporting.hf_model import matching_arch
 from exporting.hf_tokenizer import merges_of
-from finetuning.lora import save_adapter
 from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
@@ -124,34 +122,6 @@ def test_the_merges_of_a_tokenizer_are_those_it_learned():
     assert list(merges_of(tokenizer)) == learn_merges(counts, 400 - 257)
 
 
-# --- adapters, for the `peft` library
-
-LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have
-
-
-def test_an_adapter_replaces_only_an_export_and_only_with_overwrite(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    weights = []
-    for seed, flags in enumerate(([], ["--overwrite"])):
-        save_adapter(Path("adapter.pt"), make_adapter(make_model(seed, **ARCHS["llama"]), LETTERS))
-        assert export.main(["adapter.pt", "out", *flags]) == 0
-        weights.append(Path("out/adapter_model.safetensors").read_bytes())
-        with pytest.raises(UserError, match="out exists"):
-            export.main(["adapter.pt", "out"])
-    assert weights[0] != weights[1]
-    assert sorted(os.listdir()) == ["adapter.pt", "out"]
-
-
-def test_a_damaged_adapter_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    adapter = make_adapter(make_model(**ARCHS["llama"]), LETTERS)
-    save_adapter(Path("adapter.pt"), adapter | {"lora": None})
-    with pytest.raises(UserError, match=r"invalid checkpoint adapter\.pt: ") as error:
-        export.main(["adapter.pt", "out"])
-    assert "\n" not in str(error.value)
-    assert os.listdir() == ["adapter.pt"]
-
-
 # --- the examples of --help
 
 
@@ -201,10 +171,9 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
         export.main(["--from", "someone/model", "model.pt", "--overwrite"])
     assert asked[2:] == [settings_files]
 
-    def refuse(*args: object, **settings: object) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setattr(
+        hub, "snapshot_download", Mock(side_effect=ConnectionError("no route to host"))
+    )
     with pytest.raises(UserError, match=r"gpt2 could not be downloaded .*\(ConnectionError"):
         export.main(["--from", "gpt2", "gpt2.pt"])
     assert not Path("gpt2.pt").exists()
@@ -218,10 +187,7 @@ def test_push_uploads_the_folder(workplace, monkeypatch):
     assert export.main([str(path), "out", "--push=me/model"]) == 0
     assert sent == [{"repo_id": "me/model", "folder_path": Path("out")}]
 
-    def refuse(**settings: object) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(hub, "upload_folder", refuse)
+    monkeypatch.setattr(hub, "upload_folder", Mock(side_effect=ConnectionError("no route to host")))
     with pytest.raises(UserError, match="could not upload out/ to me/model: no route to host"):
         export.main([str(path), "out", "--push=me/model", "--overwrite"])
     assert Path("out/model.safetensors").exists()

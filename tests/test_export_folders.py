@@ -124,16 +124,6 @@ def test_a_link_to_an_export_stays_a_link(tmp_path):
     assert (tmp_path / "real/out/a.txt").read_text() == "new"
 
 
-def test_other_files_with_similar_names_are_kept(tmp_path):
-    for name in ("out.part", "out.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "mine.txt").write_text("mine")
-    write_export(tmp_path / "out")
-    write_export(tmp_path / "out", "new", overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == ["out", "out.old", "out.part"]
-    assert (tmp_path / "out.part/mine.txt").exists() and (tmp_path / "out.old/mine.txt").exists()
-
-
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path, error):
     folder = write_export(tmp_path / "out")
@@ -216,15 +206,6 @@ def test_a_killed_process_leaves_the_old_or_the_new_folder_complete(tmp_path, at
         write_export(folder, "newer", overwrite=True)
         assert os.listdir(folder.parent) == ["out"]
     assert outcomes == sorted(outcomes, reverse=True) and set(outcomes) == {"old", "new"}
-
-
-@pytest.mark.parametrize("target", ["file.txt/out", "n" * 300, "/proc/out"])
-def test_folders_that_cannot_be_created_are_errors(tmp_path, monkeypatch, target):
-    monkeypatch.chdir(tmp_path)
-    Path("file.txt").write_text("mine")
-    with pytest.raises((UserError, OSError)):
-        write_export(Path(target))
-    assert os.listdir(tmp_path) == ["file.txt"]
 
 
 # --- the command

@@ -11,7 +11,6 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import cache
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,9 @@ def write_page(path: Path, model: GPT, tokenizer: Tokenizer, precision: str, **s
     return Path(target)
 
 
-class Tags(HTMLParser):
-    """The names of the elements of a page."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.found: list[str] = []
-        self.feed(path.read_bytes().decode("ascii"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append(tag)
+def tags(path: Path) -> list[str]:
+    """The tags of a page, with what could begin one."""
+    return re.findall(r"<[\w/!]+", path.read_text("ascii"))
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +386,8 @@ def test_text_of_a_stranger_is_text(chromium, tmp_path):
         "train_config": asdict(TrainConfig()) | {"arch": EVIL, "schedule": "{{WEIGHTS}}"},
     }
     page = write_page(tmp_path / "page", model, tokenizer, "int8", **state)
-    assert page.read_bytes().isascii()
     plain = write_page(tmp_path / "plain", make_model(), LETTERS, "int8")
-    assert Tags(page).found == Tags(plain).found
+    assert tags(page) == tags(plain)
     open_page(chromium, page)
     assert chromium.evaluate("document.title") == f"{EVIL}: a language model"
     assert EVIL in chromium.evaluate("document.querySelector('h1').textContent")

@@ -3,20 +3,18 @@
 import ast
 import json
 import math
-import random
 import re
 import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_RUN, make_model, make_text
+from fuzz_damage import n_rejected
 from test_train import assert_same_run
 
 import evaluate
@@ -547,16 +545,6 @@ def test_an_adapter_is_not_resumed_with_a_base_of_other_settings(place: Path):
     assert_rejected(place, words, "the settings are different")
 
 
-def test_lora_does_not_change_frozen_weights(place: Path):
-    tune("--objective=dpo", "--data=pairs.jsonl", "--lora_rank=2", "--lr_max=1e-2")
-    changed = {
-        name
-        for name, tensor in read("dpo")["model"].items()
-        if not torch.equal(tensor, read("")["model"][name])
-    }
-    assert changed == {"blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight"}
-
-
 def test_preferences_are_learned(place: Path):
     tune(*FLAGS["dpo"], "--max_steps=40", "--lr_max=5e-3", "--eval_every=20")
     last = read("dpo")["log"][-1]
@@ -786,44 +774,6 @@ def test_a_run_with_other_data_is_not_resumed(place: Path):
 # --- damaged files
 
 
-def changed_copies(content: Any, keys: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """Copies of nested dicts with one entry removed, renamed or replaced by something wrong, each
-    with the keys that lead to it and what was done."""
-    wrong = [None, "x", -1, 10**9, [], {}, math.nan, 1e30, "\ud800", torch.zeros(2)]
-    for key, value in content.items():
-        rest = {k: v for k, v in content.items() if k != key}
-        yield (*keys, key, "removed"), rest
-        yield (*keys, key, "renamed"), rest | {f"{key}_": value}
-        replaced: list[Any] = list(wrong)
-        if isinstance(value, torch.Tensor):
-            replaced += [value.double(), value.int(), value[:1], value.flatten(), value * math.nan]
-            replaced += [value + math.inf, value[None], value.to_sparse(), value.cfloat()]
-        if isinstance(value, list):
-            replaced += [value[1:], [*value, "x"], [*value, None], [{}]]
-        yield from (((*keys, key, repr(v)[:20]), content | {key: v}) for v in replaced)
-        if isinstance(value, dict):
-            for path, inner in changed_copies(value, (*keys, key)):
-                yield path, content | {key: inner}
-
-
-def n_rejected(
-    content: dict, n: int, seed: int, use: Callable[[], None], path: str, rest: dict
-) -> int:
-    """How many of n changed copies of a file raise a UserError of one line; `use` may fail in no
-    other way. rest: what is in the file besides, unchanged."""
-    found, copies = 0, list(changed_copies(content))
-    for keys, copy in random.Random(seed).sample(copies, min(n, len(copies))):
-        torch.save(rest | copy, path)
-        try:
-            use()
-        except UserError as error:
-            assert "\n" not in str(error)
-            found += 1
-        except Exception as error:
-            raise AssertionError(keys) from error
-    return found
-
-
 def test_a_damaged_adapter_is_rejected_or_merges_to_the_same_weights(place: Path, adapted: Path):
     merge = ["checkpoints/best.pt", "--overwrite", "--merge"]
     assert finetune.main([*merge, str(adapted)]) == 0
@@ -837,7 +787,7 @@ def test_a_damaged_adapter_is_rejected_or_merges_to_the_same_weights(place: Path
         for name, tensor in expected["model"].items():
             assert torch.equal(merged["model"][name], tensor), name
 
-    assert n_rejected(lora.read_adapter(adapted), 120, 1, use, "damaged.pt", {}) > 80
+    assert n_rejected(lora.read_adapter(adapted), 120, 1, use, Path("damaged.pt"), {}) > 80
 
 
 def settings_of(words: list[str]) -> tuple:
@@ -863,7 +813,7 @@ def test_a_damaged_base_or_teacher_is_rejected_or_has_the_same_weights(place: Pa
         for name, tensor in settings_of(words).base.model.state_dict().items():
             torch.testing.assert_close(tensor, state["model"][name], rtol=0, atol=1)
 
-    assert n_rejected(state, 80, 3, use, "damaged.pt", {}) > 20
+    assert n_rejected(state, 80, 3, use, Path("damaged.pt"), {}) > 20
 
 
 @pytest.mark.parametrize("objective", ["distill", "adapted"])
@@ -876,7 +826,7 @@ def test_a_damaged_run_is_not_resumed(runs: Path, adapted: Path, objective, monk
     damageable = {name: state[name] for name in names if name in state}
     rest = {name: state[name] for name in state.keys() - damageable.keys()}
     words = ["--resume", "--tag=damaged", "--device=cpu"]
-    path = "checkpoints/damaged/latest.pt"
+    path = Path("checkpoints/damaged/latest.pt")
     assert n_rejected(damageable, 80, 4, lambda: settings_of(words), path, rest) > 30
 
 

@@ -1,17 +1,17 @@
 """Low-rank adapters: the formula, gradients equal to peft's, merging, files, other bases."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, to_transformers
+from exports import make_adapter
 from torch import nn
 
 import export
 from config import ARCHS, GPTConfig
-from exporting.hf_model import config_to_hf, weights_from_hf
 from finetuning import lora
 from finetuning.lora import LoRAConfig, LoRALinear
 from finetuning.new_tokens import EMBEDDINGS
@@ -23,28 +23,11 @@ SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd"
 TOKENIZER = CharTokenizer([chr(ord("a") + i) for i in range(31)])
 
 
-def make_adapted(arch: str = "gpt2", seed: int = 0, **settings: object) -> tuple[GPT, LoRAConfig]:
-    """A small model with an adapter that changes its outputs."""
+def make_adapted(arch: str = "gpt2", **settings: object) -> tuple[GPT, dict]:
+    """A small model with an adapter that changes its outputs, and the contents of its file."""
+    model = make_model(**SIZES, **ARCHS[arch])
     config = LoRAConfig(**{"lora_rank": 3, "lora_targets": "all", **settings})
-    model = make_model(seed, **SIZES, **ARCHS[arch])
-    lora.add_lora(model, config)
-    torch.manual_seed(seed + 1)
-    for name, p in model.named_parameters():
-        if name.endswith(".B"):
-            p.data.normal_(std=0.3)
-    return model.eval(), config
-
-
-def make_adapter(model: GPT, config: LoRAConfig) -> dict:
-    """The contents of an adapter file."""
-    plain, tensors = lora.split_adapter(model.state_dict(), lora.trained_names(model))
-    return {
-        "lora": asdict(config),
-        "base_sha256": lora.weights_sha256(plain),
-        "gpt_config": asdict(model.config),
-        "tokenizer": TOKENIZER.to_dict(),
-        "tensors": {name: tensor.clone() for name, tensor in tensors.items()},
-    }
+    return model, make_adapter(model, TOKENIZER, config)
 
 
 def test_an_adapter_adds_alpha_over_rank_times_b_a_x():
@@ -101,18 +84,19 @@ def test_rank_8_on_gpt2s_combined_projection_is_a_quarter_percent():
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("targets", lora.TARGETS)
 def test_merged_equals_unmerged(arch, targets):
-    model, config = make_adapted(arch, lora_targets=targets)
+    model, adapter = make_adapted(arch, lora_targets=targets)
     plain, tensors = lora.split_adapter(model.state_dict(), lora.trained_names(model))
     merged = make_model(1, **SIZES, **ARCHS[arch])
     idx = torch.randint(31, (2, 9))
     merged.load_state_dict(plain)
     assert not torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-2)  # the adapter has an effect
-    merged.load_state_dict(lora.merge_adapter(plain, tensors, config.scale))
+    merged.load_state_dict(lora.merge_adapter(plain, tensors, LoRAConfig(**adapter["lora"]).scale))
     scale = model(idx)[0].abs().max().item()
     assert torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-5 * max(scale, 1))
 
 
 def test_a_rank_above_the_smaller_side_is_rejected():
+    lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=32))
     with pytest.raises(UserError, match=r"lora_rank 33 is above the smaller side of attn\.qkv, 32"):
         lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=33))
 
@@ -121,16 +105,16 @@ def test_a_rank_above_the_smaller_side_is_rejected():
 
 
 def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path):
-    model, config = make_adapted(lora_targets="qkv")
+    model, adapter = make_adapted(lora_targets="qkv")
     path = tmp_path / "adapter.pt"
-    lora.save_adapter(path, make_adapter(model, config))
+    lora.save_adapter(path, adapter)
     read = lora.read_adapter(path)
     assert set(read["tensors"]) == {f"blocks.{i}.attn.qkv.{m}" for i in (0, 1) for m in "AB"}
     assert path.stat().st_size < 0.2 * 4 * model.num_params()
 
 
 def test_an_adapter_for_another_base_is_rejected():
-    adapter = make_adapter(*make_adapted())
+    _, adapter = make_adapted()
 
     def check(model: GPT, tokenizer: CharTokenizer = TOKENIZER, **settings: int) -> None:
         config, sha256 = replace(model.config, **settings), lora.weights_sha256(model.state_dict())
@@ -152,10 +136,8 @@ def test_an_adapter_for_another_base_is_rejected():
 def test_an_adapter_with_new_tokens_may_have_a_larger_vocabulary(arch: str):
     base = make_model(0, **SIZES, **ARCHS[arch])
     larger = make_model(0, **(SIZES | {"vocab_size": 33}), **ARCHS[arch])
-    config = LoRAConfig(lora_rank=3)
-    lora.add_lora(larger, config, also=EMBEDDINGS)
     extended = CharTokenizer([*TOKENIZER.chars, "\u2581", "\u2582"])
-    adapter = make_adapter(larger, config) | {"tokenizer": extended.to_dict()}
+    adapter = make_adapter(larger, extended, also=EMBEDDINGS)
     adapter["base_sha256"] = sha256 = lora.weights_sha256(base.state_dict())
     lora.check_adapter(adapter, base.config, TOKENIZER, sha256, Path("a.pt"))
     for name in EMBEDDINGS:
@@ -207,7 +189,7 @@ def test_missing_adapters_are_rejected(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_an_adapter_with_invalid_contents_is_rejected(tmp_path: Path, key, value, message):
-    adapter = make_adapter(*make_adapted())
+    _, adapter = make_adapted()
     torch.save(adapter | {key: adapter[key] | value}, tmp_path / "a.pt")
     with pytest.raises(UserError, match=f"a.pt: its contents do not match .*({message})") as error:
         lora.read_adapter(tmp_path / "a.pt")
@@ -217,21 +199,10 @@ def test_an_adapter_with_invalid_contents_is_rejected(tmp_path: Path, key, value
 # --- peft
 
 
-def make_theirs(arch: str) -> tuple[nn.Module, GPT]:
-    """A Hugging Face model with our settings, and the same model imported."""
-    transformers = pytest.importorskip("transformers")
-    ours = make_model(**SIZES, **ARCHS[arch])
-    config = config_to_hf(ours.config, arch, {})
-    config.pop("architectures")
-    hf_config = transformers.AutoConfig.for_model(**config)
-    theirs = transformers.AutoModelForCausalLM.from_config(hf_config).eval()
-    ours.load_state_dict(weights_from_hf(dict(theirs.state_dict()), ours.config, arch))
-    return theirs, ours
-
-
 def test_gradients_equal_pefts_on_an_imported_gpt2():
     peft = pytest.importorskip("peft")
-    theirs, ours = make_theirs("gpt2")
+    ours = make_model(**SIZES, **ARCHS["gpt2"])
+    theirs = to_transformers(ours, "gpt2")
     settings = peft.LoraConfig(
         r=4, lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM"
     )
@@ -252,8 +223,8 @@ def test_gradients_equal_pefts_on_an_imported_gpt2():
     for layer, block in zip(layers, ours.blocks, strict=True):
         for kind in "AB":
             expected = getattr(layer, f"lora_{kind}").default.weight.grad
-            assert torch.allclose(getattr(block.attn.qkv, kind).grad, expected, atol=1e-6)
-            assert expected.abs().max() > 1e-4
+            assert torch.allclose(getattr(block.attn.qkv, kind).grad, expected, atol=1e-5)
+            assert expected.abs().max() > 0.1
     count = theirs.get_nb_trainable_parameters()
     assert count == (
         sum(p.numel() for p in ours.parameters() if p.requires_grad),
@@ -264,13 +235,9 @@ def test_gradients_equal_pefts_on_an_imported_gpt2():
 @pytest.mark.parametrize("arch", ARCHS)
 def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Path):
     peft = pytest.importorskip("peft")
-    theirs, ours = make_theirs(arch)
-    config = LoRAConfig(lora_rank=3, lora_targets="all")
-    lora.add_lora(ours, config)
-    for name, p in ours.named_parameters():
-        if name.endswith(".B"):
-            p.data.normal_(std=0.3)
-    lora.save_adapter(tmp_path / "adapter.pt", make_adapter(ours, config))
+    theirs = to_transformers(make_model(**SIZES, **ARCHS[arch]), arch)
+    ours, adapter = make_adapted(arch)
+    lora.save_adapter(tmp_path / "adapter.pt", adapter)
     assert export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")]) == 0
     idx = torch.randint(31, (2, 9))
     before = theirs(idx).logits
@@ -287,8 +254,7 @@ def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Pat
 
 
 def test_an_adapter_with_new_tokens_is_not_exported(tmp_path: Path):
-    model, config = make_adapted()
-    adapter = make_adapter(model, config)
+    model, adapter = make_adapted()
     adapter["tensors"] |= {name: model.tok.weight.detach() for name in EMBEDDINGS}
     lora.save_adapter(tmp_path / "adapter.pt", adapter)
     with pytest.raises(UserError, match="merge"):

@@ -6,6 +6,7 @@ import timeit
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,10 +26,9 @@ CPU = torch.device("cpu")
 
 
 def test_nothing_is_compiled_if_compiling_does_not_work(monkeypatch, capsys):
-    def fail(function: object) -> None:
-        raise RuntimeError("no C++ compiler\nand a long trace")
-
-    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(
+        torch, "compile", Mock(side_effect=RuntimeError("no C++ compiler\nand a long trace"))
+    )
     assert pick_compile(None, CPU) is False
     assert capsys.readouterr().out == "not compiling: no C++ compiler\n"
     with pytest.raises(UserError, match=r"not work here \(no C\+\+ compiler\): give --no-compile"):

@@ -40,6 +40,12 @@ def test_layernorm_subtracts_mean_and_divides_by_deviation():
     assert torch.allclose(out, expected, atol=1e-4)
 
 
+def test_queries_and_keys_have_the_norm_of_the_model():
+    attention, x = parts.Attention(config(norm="layernorm")), torch.randn(3, 8)
+    for norm in (attention.q_norm, attention.k_norm):
+        assert torch.allclose(norm(x), torch.nn.functional.layer_norm(x, (8,)), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -271,6 +271,12 @@ def test_slow_evaluations_shorten_a_run_too(monkeypatch):
     assert 105 < FakeRun(monkeypatch, config).train(lambda step: 0.1, evaluation=6.0) <= 120
 
 
+def test_the_final_evaluation_is_expected_to_be_as_slow_as_the_steps(monkeypatch):
+    run = FakeRun(monkeypatch, make_config())
+    run.train(lambda step: 0.1 if step < 200 else 0.3)
+    assert 110 < run.now + 3 * 5.0 <= 120
+
+
 def test_a_run_out_of_time_does_one_more_step(monkeypatch):
     config = make_config()
     run = FakeRun(monkeypatch, config)

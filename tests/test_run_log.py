@@ -216,10 +216,9 @@ def test_a_new_run_deletes_the_files_of_the_old_one_and_no_others(workplace, mon
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(f"my own {name}")
 
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Trainer, "train", interrupt)  # before the new run writes anything
+    monkeypatch.setattr(
+        Trainer, "train", mock.Mock(side_effect=KeyboardInterrupt)
+    )  # before the new run writes anything
     with pytest.raises(KeyboardInterrupt):
         train.main([*TINY_RUN, "--overwrite"])
     assert files_in(run) == own | {"lock"}

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 from system.start import accept_any_text, run
 
@@ -41,12 +42,8 @@ def start(code: str, stdout: object = subprocess.PIPE, **options: object) -> sub
 
 def status_of(error: BaseException) -> int | None:
     """The exit status of a script in which this error is raised."""
-
-    def main() -> int:
-        raise error
-
     with pytest.raises(SystemExit) as exit:
-        run(main)
+        run(Mock(side_effect=error))
     return exit.value.code
 
 
@@ -234,11 +231,10 @@ def test_the_root_folder_was_not_moved_away():
 def test_a_folder_without_locks_can_be_used_also_when_an_old_lock_file_is_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def flock(*args: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
     (tmp_path / "lock").touch()
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr(
+        "fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))
+    )
     with locked(tmp_path, "a test"):
         assert "cannot be locked" in capsys.readouterr().out
 

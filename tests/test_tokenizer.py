@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice, pairwise, repeat
+from unittest.mock import Mock
 
 import pytest
 import regex
@@ -364,10 +365,9 @@ def test_a_slow_download_is_announced(monkeypatch: pytest.MonkeyPatch, capsys):
 
 
 def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
-    def refuse(name: str) -> None:
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(bpe.tiktoken, "get_encoding", refuse)
+    monkeypatch.setattr(
+        bpe.tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no route to host"))
+    )
     with pytest.raises(UserError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
         bpe.from_tiktoken("gpt2")
 

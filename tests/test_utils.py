@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -209,10 +210,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch, funct
     save_model(path, make_model(), TOKENIZER)
     before = path.read_bytes()
 
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, function, full)
+    monkeypatch.setattr(
+        os, function, Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(UserError, match=r"No space left on device.*previous file is unchanged"):
         save_model(path, make_model(seed=1), TOKENIZER)
     assert path.read_bytes() == before
