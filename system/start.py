@@ -15,7 +15,7 @@ from system.settings import UserError
 # than before on an idle machine (docs/benchmarks.md). Read when torch loads the library; other
 # OpenMP libraries ignore it.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}:
-    os.environ["GOMP_SPINCOUNT"] = "10000"
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 
 def run(main: Callable[[], int | None]) -> None:
