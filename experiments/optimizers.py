@@ -17,8 +17,8 @@ from unittest.mock import patch
 from matplotlib.figure import Figure
 
 import train
-from experiments.comparison import LOSS, Row, plot_band
-from experiments.study import Runs, Study, compare, gradient_norms, log_values, parse_study
+from experiments.comparison import LOSS, Row, plot_curves
+from experiments.study import Runs, Study, compare, gradient_norms, parse_study
 from system.errors import run
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
@@ -128,13 +128,8 @@ def clipping_rows(clipped: Runs) -> list[Row]:
 def plot(tuning: Tuning, runs: Runs, clipped: Runs) -> Figure:
     figure = new_figure(12, 8.5)
     (left, right), bottom = figure.subplots(2, 2)
-    for (name, results), color in zip(runs.items(), COLORS, strict=False):
-        logs = zip(*(log_values(result, "val") for result in results), strict=False)
-        by_step = [list(losses) for losses in logs]  # as far as all seeds got
-        steps = log_values(results[0], "step")[: len(by_step)]
-        label = f"{name}, learning rate {best_rate(tuning[name]):g}"
-        plot_band(left, steps, by_step, "-", color, label)
-    left.set(xlabel="step", ylabel=LOSS)
+    labels = (f"{name}, learning rate {best_rate(tuning[name]):g}" for name in runs)
+    plot_curves(left, dict(zip(labels, runs.values(), strict=True)))
     left.set_title("At the best learning rates: mean, lowest and highest seed")
 
     for losses, color in zip(tuning.values(), COLORS, strict=False):

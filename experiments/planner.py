@@ -181,27 +181,6 @@ def fit(rows: list[Row]) -> Law:
 # --- tables
 
 
-def summary_rows(rows: list[Row], law: Law) -> list[Row]:
-    """How far the predictions of the runs with each use are off, by text and pilot."""
-    groups: dict[tuple[str, str, float], list[float]] = {}
-    for use in ("check", "fit"):
-        for pilot, row in pairs(rows, use):
-            key = (use, row["text"], int(pilot.run.steps))
-            groups.setdefault(key, []).append(abs(error(pilot, row, law)))
-    return [
-        {
-            "runs": use,
-            "text": text,
-            "steps of the pilot": steps,
-            "number": len(errors),
-            "mean error": mean(errors),
-            "largest error": max(errors),
-            "within 0.05": sum(error <= 0.05 for error in errors),
-        }
-        for (use, text, steps), errors in sorted(groups.items())
-    ]
-
-
 def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
     """The runs with this use, and the errors of their predictions from each pilot: means over the
     seeds, with margins."""
@@ -248,7 +227,6 @@ def main(argv: list[str] | None = None) -> int:
     law = fit(rows)
     tables = {
         "Runs": rows,
-        "Summary of the errors, in nats per token": summary_rows(rows, law),
         "Check: runs that the law was not fitted to": prediction_rows(rows, law, "check"),
         "Fit: runs that the law was fitted to": prediction_rows(rows, law, "fit"),
         "Law": [asdict(law)],

@@ -73,7 +73,6 @@ FULL = Plan(
     check_budget=1.6e14,
     width_step=8,
 )
-HOFFMANN = {"weights": "0.49", "tokens": "0.51", "loss": ""}  # the exponents that they found
 
 
 # --- fits
@@ -214,7 +213,6 @@ def result_tables(
             "at the best size": name,
             "exponent": exponent,
             "95% margin": margin([by_name[name][1] for by_name in laws_by_seed]),
-            "Hoffmann et al.": HOFFMANN[name],
         }
         for name, (_, exponent) in laws.items()
     ]

@@ -127,7 +127,7 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
     base, rope = ([runs[f"{slug}-{seed}"] for seed in (1, 2)] for slug in (
         "GPT-2-s-architecture", "learned-positions-to-RoPE"))  # fmt: skip
-    assert rows[1]["swap"] == "learned positions to RoPE"
+    assert rows[1]["variant"] == "learned positions to RoPE"
     assert float(rows[1]["validation loss"]) == pytest.approx((rope[0]["val"] + rope[1]["val"]) / 2)
     half = CAUCHY * abs(rope[0]["val"] - rope[1]["val"]) / 2
     assert float(rows[1]["95% margin"]) == pytest.approx(half)
