@@ -54,7 +54,7 @@ def train_schedules(study: Study, base: Flags) -> Runs:
     runs = {}
     for name, schedule in SCHEDULES.items():
         flags = base | schedule | {"lr_min": schedule.get("lr_min", 0.0) * base["lr_max"]}
-        runs[name] = study.with_seeds(name.replace(" ", "-"), flags)
+        runs[name] = study.with_seeds(name, flags)
     return runs
 
 

@@ -10,6 +10,7 @@ not used for the fit. Copy the constants that this prints to LAW in training/law
 
 import itertools
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,8 @@ def train_all(study: Study) -> list[Row]:
                 flags["data"] = str(short_text)
             flags = size_flags(SIZES[size], flags) | {"eval_every": max(1, steps // 5)}
             name = f"{text}-{size}-{dropout}-{decay}-{steps}-{seed}"
-            name = name.replace(", ", "-").replace(" ", "")
             result = study.make_run(name, flags | {"seed": seed})
-            for file in (study.folder / name).glob("*.pt"):
+            for file in Path(result["flags"]["out_dir"]).glob("*.pt"):
                 file.unlink()
             tokenizer, corpus = study.corpus(flags)
             gpt, config = settings(flags | {"vocab_size": tokenizer.vocab_size})

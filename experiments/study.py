@@ -245,7 +245,7 @@ class Study:
         the folder contains a run with other settings, and KeyboardInterrupt if the user stops the
         run.
         """
-        folder = self.folder / name
+        folder = self.folder / re.sub(r"[^\w.+-]+", "-", name)
         flags = {"data": self.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
         settings = flags | {"share": share}
         file = folder / "study.json"
@@ -321,11 +321,6 @@ class Study:
         print(f"\nresults: {path}.md, .csv, .json and .png")
 
 
-def folder_name(name: str) -> str:
-    """The name of a variant in the names of folders."""
-    return re.sub(r"\W+", "-", name)
-
-
 def parse_study(name: str, argv: list[str] | None, doc: str, data: str = StudyConfig.data) -> Study:
     """Read the command line of a study. data: the default of --data. Raises UserError if a setting
     is invalid."""
@@ -346,9 +341,7 @@ def run_variants(study: Study, base: Flags, variants: dict[str, Flags], title: s
     """A study that compares variants with the first one. Each trains with its flags added to the
     base."""
     study.n_runs = len(variants) * study.config.seeds
-    runs: Runs = {
-        name: study.with_seeds(folder_name(name), base | flags) for name, flags in variants.items()
-    }
+    runs: Runs = {name: study.with_seeds(name, base | flags) for name, flags in variants.items()}
     params = {name: some[0]["params"] for name, some in runs.items()}
     rows = compare(runs, lambda name: {"variant": name, "parameters": params[name]}, timed=True)
     losses = {name: val_losses(some) for name, some in runs.items()}
