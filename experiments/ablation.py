@@ -8,10 +8,8 @@ that is tuned for the variant could make a difference smaller.
 
 from system.start import run
 
-from experiments.comparison import plot_differences
-from experiments.study import compare, parse_study, val_losses
+from experiments.study import parse_study, run_variants
 from training.setup import Flags
-from viz.curve import new_figure
 
 BASE = "fast"
 VARIANTS: dict[str, Flags] = {
@@ -35,14 +33,8 @@ QUICK: Flags = {"max_steps": 500, "eval_every": 500}
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("ablation", argv, __doc__)
-    study.n_runs = len(VARIANTS) * study.config.seeds
     base = {"preset": "fast"} | (QUICK if study.config.quick else {})
-    runs = study.train_variants(base, VARIANTS)
-    rows = compare(runs, lambda name: {"variant": name})
-    losses = {name: val_losses(some) for name, some in runs.items()}
-    figure = new_figure(8, 5)
-    plot_differences(figure.subplots(), rows, losses, "Without one part of the fast preset")
-    study.write_results({"One part at a time": rows}, figure)
+    run_variants(study, base, VARIANTS, "Without one part of the fast preset")
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from viz.curve import BLUE, ORANGE
+from viz.curve import BLUE, COLORS, ORANGE
 
 try:
     from scipy import stats
@@ -136,3 +136,15 @@ def plot_band(
     axes.plot(x, [mean(v) for v in values], style, color=color, label=label)
     lowest, highest = [min(v) for v in values], [max(v) for v in values]
     axes.fill_between(x, lowest, highest, color=color, alpha=0.25)
+
+
+def plot_curves(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """The validation loss of each variant's runs, without the first evaluation, of an untrained
+    model."""
+    for (name, results), color in zip(runs.items(), COLORS, strict=False):
+        logs = (result["log"][1:] for result in results)
+        by_step = list(zip(*logs, strict=False))  # as far as all seeds got
+        steps = [records[0]["step"] for records in by_step]
+        losses = [[record["val"] for record in records] for records in by_step]
+        plot_band(axes, steps, losses, "-", color, name)
+    axes.set(xlabel="step", ylabel=LOSS)

@@ -7,7 +7,6 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,8 +28,6 @@ from training.setup import Flags, pick_precision
 from utils import read_checkpoint
 
 CPU = torch.device("cpu")
-RUN_SECONDS = 180
-TARGET_LOSS = 1.4697  # nanoGPT's for TinyShakespeare on one A100, in three minutes
 TINY: Flags = {"preset": "laptop", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 TINY |= {"batch_size": 4, "lr_max": 3e-3, "warmup_steps": 5, "vocab_size": timing.VOCAB_SIZE}
 MODELS: dict[str, Flags] = {
@@ -120,20 +117,6 @@ def cuda_graphs_rows(name: str, flags: Flags, device: torch.device, n_steps: int
     return [Row(f"CUDA graphs, {name}", result, not largest < 0.05)]
 
 
-def run_rows(flags: str) -> list[Row]:
-    """A run of train.py: when its loss is TARGET_LOSS, with the start of the command, and its best
-    loss in the time."""
-    torch.cuda.empty_cache()  # for the other process
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", *flags.split(), "--out_dir", folder]
-        evaluations = timing.time_losses(command, str(ROOT), dict(os.environ), RUN_SECONDS)
-    best = min(evaluations, key=lambda evaluation: evaluation.loss)
-    reached = [f"{e.seconds:.1f} s" for e in evaluations if e.loss <= TARGET_LOSS]
-    result = f"loss {TARGET_LOSS}: {(reached or ['not reached'])[0]}; "
-    result += f"best {best.loss:.4f} after {best.seconds:.1f} s"
-    return [Row(f"train.py {flags.partition(' --data')[0]}", result)]
-
-
 # --- the table
 
 
@@ -150,13 +133,11 @@ def bench_gpu(nanogpt: str = "") -> list[Row]:
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if is_cuda else "cpu")
     card, driver = "no GPU: a test with a tiny model", "none"
-    run = "--preset quick --device cpu --max_steps 20 --eval_every 10 --data data/example.txt"
     models, n_steps, n_tokens = {"toy": TINY}, 2, 40
     if is_cuda:
         card = torch.cuda.get_device_name(device)
         query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         driver = subprocess.getoutput(query).splitlines()[0]
-        run = "--preset medium --data shakespeare"
         models, n_steps, n_tokens = MODELS, 20, 250
     rows = [Row(card, f"driver {driver}, torch {torch.__version__}, commit {git_commit()}")]
     torch.set_float32_matmul_precision("highest")  # TF32 rounds factors to 10 bits
@@ -179,5 +160,4 @@ def bench_gpu(nanogpt: str = "") -> list[Row]:
     }
     gpt, _ = train_settings(flags, device.type)
     rows += attempt("speed of sampling", timing.sampling_rows, gpt, device, configs, {}, 1)
-    rows += attempt("CUDA graphs", cuda_graphs_rows, name, flags, device, n_steps)
-    return rows + attempt("run", run_rows, run)
+    return rows + attempt("CUDA graphs", cuda_graphs_rows, name, flags, device, n_steps)

@@ -11,10 +11,10 @@ from system.start import run
 from matplotlib.figure import Figure
 
 from config import train_settings
-from experiments.comparison import LOSS, Row, mean
-from experiments.study import Runs, Study, compare, log_values, loss_columns, parse_study
+from experiments.comparison import LOSS, mean, plot_band, plot_curves, plot_seeds
+from experiments.study import Runs, Study, compare, loss_columns, parse_study, val_losses
 from training.setup import Flags
-from viz.curve import COLORS, new_figure
+from viz.curve import BLUE, COLORS, new_figure
 
 QUICK: Flags = {"preset": "tiny", "batch_size": 12, "max_steps": 300, "eval_every": 50}
 QUICK |= {"compile": False}
@@ -31,24 +31,23 @@ SCHEDULES: dict[str, Flags] = {
 }
 
 
-def compare_rates(study: Study, base: Flags) -> list[Row]:
-    """Each peak learning rate with each window length, with the same number of tokens per step."""
-    rows = []
-    tokens = base["batch_size"] * base["block_size"]
-    quick = study.config.quick
+def train_rates(study: Study, base: Flags) -> Runs:
+    """Each peak learning rate with each window length, with the same number of tokens per step. A
+    variant is (window, rate)."""
+    runs: Runs = {}
+    tokens, quick = base["batch_size"] * base["block_size"], study.config.quick
     for window, rate in itertools.product(WINDOWS[quick], RATES[quick]):
         flags = base | {"block_size": window, "batch_size": tokens // window, "lr_max": rate}
-        runs = study.with_seeds(f"window{window}-rate{rate:g}", flags)
-        rows.append({"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)})
-    return rows
+        runs[window, rate] = study.with_seeds(f"window{window}-rate{rate:g}", flags)
+    return runs
 
 
-def best_rate(rows: list[Row]) -> float:
+def best_rate(rates: Runs) -> float:
     """The peak learning rate with the lowest mean loss over all windows."""
-    losses: dict[str, list[float]] = {}
-    for row in rows:
-        losses.setdefault(row["peak rate"], []).append(row["validation loss"])
-    return float(min(losses, key=lambda rate: mean(losses[rate])))
+    losses: dict[float, list[float]] = {}
+    for (_, rate), runs in rates.items():
+        losses.setdefault(rate, []).extend(val_losses(runs))
+    return min(losses, key=lambda rate: mean(losses[rate]))
 
 
 def train_schedules(study: Study, base: Flags) -> Runs:
@@ -56,7 +55,7 @@ def train_schedules(study: Study, base: Flags) -> Runs:
     runs = {}
     for name, schedule in SCHEDULES.items():
         flags = base | schedule | {"lr_min": schedule.get("lr_min", 0.0) * base["lr_max"]}
-        runs[name] = study.with_seeds(name.replace(" ", "-"), flags)
+        runs[name] = study.with_seeds(name, flags)
     return runs
 
 
@@ -69,30 +68,23 @@ def train_accumulation(study: Study, base: Flags) -> Runs:
     return runs
 
 
-def plot(rates: list[Row], schedules: list[Row], accumulation: Runs) -> Figure:
+def plot(rates: Runs, schedules: Runs, accumulation: Runs) -> Figure:
     figure = new_figure(15, 4)
     by_rate, by_schedule, curves = figure.subplots(1, 3)
 
-    for color, window in zip(COLORS, sorted({row["window"] for row in rates}), strict=False):
-        rows = [row for row in rates if row["window"] == window]
-        x = [float(row["peak rate"]) for row in rows]
-        losses, bars = [row["validation loss"] for row in rows], [row["95% margin"] for row in rows]
+    for color, window in zip(COLORS, dict.fromkeys(window for window, _ in rates), strict=False):
+        losses = {rate: val_losses(runs) for (w, rate), runs in rates.items() if w == window}
         label = f"window {window}"
-        by_rate.errorbar(x, losses, bars, fmt="o-", capsize=3, color=color, label=label)
+        plot_band(by_rate, list(losses), list(losses.values()), "o-", color, label)
     by_rate.set(title="Peak learning rate by window, at equal tokens", xscale="log")
     by_rate.set(xlabel="peak learning rate", ylabel=LOSS)
 
-    for y, row in enumerate(schedules):
-        x, bar = row["validation loss"], row["95% margin"]
-        by_schedule.errorbar(x, y, xerr=bar, fmt="o", capsize=3, color=COLORS[0])
-    by_schedule.set_yticks(range(len(schedules)), [row["schedule"] for row in schedules])
-    by_schedule.invert_yaxis()
-    by_schedule.set(xlabel=LOSS, title="Schedule")
+    groups = {name: val_losses(runs) for name, runs in schedules.items()}
+    plot_seeds(by_schedule, groups, [BLUE] * len(groups))
+    by_schedule.set(xlabel=LOSS, title="Schedule: one dot per seed, bars: 95% interval")
 
-    for i, (name, (first, *_)) in enumerate(accumulation.items()):
-        steps, losses = log_values(first, "step"), log_values(first, "val")
-        curves.plot(steps, losses, ("-", "--", ":")[i], color=COLORS[i], label=name, linewidth=2)
-    curves.set(xlabel="step", ylabel=LOSS, title="Gradient accumulation")
+    plot_curves(curves, accumulation)
+    curves.set(title="Gradient accumulation: mean, lowest and highest seed")
     return figure
 
 
@@ -103,16 +95,18 @@ def main(argv: list[str] | None = None) -> int:
     base = QUICK if study.config.quick else FULL
     gpt, config = train_settings(base, study.device.type)
     base = base | {"block_size": gpt.block_size, "batch_size": config.batch_size}
-    rates = compare_rates(study, base)
+    rates = train_rates(study, base)
     base |= {"lr_max": best_rate(rates)}
     schedules, accumulation = train_schedules(study, base), train_accumulation(study, base)
-    schedule_rows = compare(schedules, lambda name: {"schedule": name})
     tables = {
-        "Rate by window": rates,
-        "Schedules": schedule_rows,
+        "Rate by window": [
+            {"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)}
+            for (window, rate), runs in rates.items()
+        ],
+        "Schedules": compare(schedules, lambda name: {"schedule": name}),
         "Accumulation": compare(accumulation, lambda n: {"batches per step": n}, timed=True),
     }
-    study.write_results(tables, plot(rates, schedule_rows, accumulation))
+    study.write_results(tables, plot(rates, schedules, accumulation))
     return 0
 
 

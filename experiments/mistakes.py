@@ -31,6 +31,7 @@ import train
 from corpus.corpus import Corpus
 from experiments import study as studies
 from experiments.comparison import Row, add_differences, mean, mean_columns
+from experiments.optimizers import FULL, QUICK
 from experiments.study import Result, Runs, Study, kept, log_values, parse_study
 from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
 from training.setup import Flags
@@ -175,10 +176,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
 }
 
-# The preset for laptops, smaller. Dropout, so that forgetting to turn it off has an effect.
-QUICK: Flags = {"preset": "laptop", "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 16}
-QUICK |= {"max_steps": 300, "eval_every": 25, "eval_windows": 32}
-FULL: Flags = {"preset": "medium", "max_steps": 1000, "eval_every": 50}
+# Dropout, so that forgetting to turn it off has an effect.
 COMMON: Flags = {"dropout": 0.2, "sample_tokens": 100, "log_every": 1}
 SHARE = 0.25  # of the training text is read; the honest loss is measured on the rest
 HONEST_WINDOWS = 2000
@@ -309,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     honest: dict[str, list[float]] = {}
     for name, mistake in MISTAKES.items():
         with mistake.context():
-            runs[name] = study.with_seeds(studies.folder_name(name), base | mistake.flags, SHARE)
+            runs[name] = study.with_seeds(name, base | mistake.flags, SHARE)
             honest[name] = [honest_loss(study, result) for result in runs[name]]
     honest_rows = [{"mistake": n, **mean_columns("honest loss", v)} for n, v in honest.items()]
     vocab_size = study.corpus(base)[0].vocab_size

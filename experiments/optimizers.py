@@ -9,7 +9,6 @@ of clipping are compared at the rates that were tuned for a threshold of 1.
 """
 
 import math
-import statistics
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
@@ -19,8 +18,8 @@ from system.start import run
 from matplotlib.figure import Figure
 
 import train
-from experiments.comparison import LOSS, Row, plot_band
-from experiments.study import Runs, Study, compare, gradient_norms, log_values, parse_study
+from experiments.comparison import LOSS, Row, plot_curves
+from experiments.study import Runs, Study, compare, gradient_norms, parse_study
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
@@ -51,6 +50,7 @@ CLIP = 1.0
 THRESHOLDS = (0.0, CLIP, 0.3, 0.1)  # 0: no clipping
 CLIPPED = (BASE, MOMENTUM)  # optimizers with which thresholds are compared
 
+# The preset for laptops, smaller.
 QUICK: Flags = {"preset": "laptop", "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 16}
 QUICK |= {"max_steps": 300, "eval_every": 25, "eval_windows": 32}
 FULL: Flags = {"preset": "medium", "max_steps": 1000, "eval_every": 50}
@@ -64,7 +64,7 @@ def named_flags(study: Study, name: str, rate: float, clip: float) -> tuple[str,
     """The folder and the flags of an optimizer's runs at a learning rate and a threshold."""
     size = QUICK if study.config.quick else FULL
     flags = COMMON | size | FLAGS[name] | {"lr_max": rate, "grad_clip": clip}
-    return f"{name.replace(' ', '-')}-rate{rate:g}-clip{clip:g}", flags
+    return f"{name}-rate{rate:g}-clip{clip:g}", flags
 
 
 def trainer_of(name: str) -> AbstractContextManager[Any]:
@@ -118,8 +118,6 @@ def clipping_rows(clipped: Runs) -> list[Row]:
             "optimizer": name,
             "threshold": f"{clip:g}" if clip else "none",
             "clipped steps": f"{share:.0%}",
-            "median gradient norm": statistics.median(norms),
-            "highest": max(norms),
         }
 
     names = [name for name, _ in clipped]
@@ -129,13 +127,8 @@ def clipping_rows(clipped: Runs) -> list[Row]:
 def plot(tuning: Tuning, runs: Runs, clipped: Runs) -> Figure:
     figure = new_figure(12, 8.5)
     (left, right), bottom = figure.subplots(2, 2)
-    for (name, results), color in zip(runs.items(), COLORS, strict=False):
-        logs = zip(*(log_values(result, "val") for result in results), strict=False)
-        by_step = [list(losses) for losses in logs]  # as far as all seeds got
-        steps = log_values(results[0], "step")[: len(by_step)]
-        label = f"{name}, learning rate {best_rate(tuning[name]):g}"
-        plot_band(left, steps, by_step, "-", color, label)
-    left.set(xlabel="step", ylabel=LOSS)
+    labels = (f"{name}, learning rate {best_rate(tuning[name]):g}" for name in runs)
+    plot_curves(left, dict(zip(labels, runs.values(), strict=True)))
     left.set_title("At the best learning rates: mean, lowest and highest seed")
 
     for losses, color in zip(tuning.values(), COLORS, strict=False):

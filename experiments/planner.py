@@ -10,6 +10,7 @@ not used for the fit. Copy the constants that this prints to LAW in training/law
 
 import itertools
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from system.start import run
@@ -96,9 +97,8 @@ def train_all(study: Study) -> list[Row]:
                 flags["data"] = str(short_text)
             flags = size_flags(SIZES[size], flags) | {"eval_every": max(1, steps // 5)}
             name = f"{text}-{size}-{dropout}-{decay}-{steps}-{seed}"
-            name = name.replace(", ", "-").replace(" ", "")
             result = study.make_run(name, flags | {"seed": seed})
-            for file in (study.folder / name).glob("*.pt"):
+            for file in Path(result["flags"]["out_dir"]).glob("*.pt"):
                 file.unlink()
             tokenizer, corpus = study.corpus(flags)
             gpt, config = settings(flags | {"vocab_size": tokenizer.vocab_size})
@@ -182,27 +182,6 @@ def fit(rows: list[Row]) -> Law:
 # --- tables
 
 
-def summary_rows(rows: list[Row], law: Law) -> list[Row]:
-    """How far the predictions of the runs with each use are off, by text and pilot."""
-    groups: dict[tuple[str, str, float], list[float]] = {}
-    for use in ("check", "fit"):
-        for pilot, row in pairs(rows, use):
-            key = (use, row["text"], int(pilot.run.steps))
-            groups.setdefault(key, []).append(abs(error(pilot, row, law)))
-    return [
-        {
-            "runs": use,
-            "text": text,
-            "steps of the pilot": steps,
-            "number": len(errors),
-            "mean error": mean(errors),
-            "largest error": max(errors),
-            "within 0.05": sum(error <= 0.05 for error in errors),
-        }
-        for (use, text, steps), errors in sorted(groups.items())
-    ]
-
-
 def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
     """The runs with this use, and the errors of their predictions from each pilot: means over the
     seeds, with margins."""
@@ -249,7 +228,6 @@ def main(argv: list[str] | None = None) -> int:
     law = fit(rows)
     tables = {
         "Runs": rows,
-        "Summary of the errors, in nats per token": summary_rows(rows, law),
         "Check: runs that the law was not fitted to": prediction_rows(rows, law, "check"),
         "Fit: runs that the law was fitted to": prediction_rows(rows, law, "fit"),
         "Law": [asdict(law)],

@@ -48,16 +48,10 @@ WORDS = "words of the training text"  # a column: their share of the words of sa
 SHOWN = 100  # characters of a sample in the tables
 
 
-# By --quick: the flags of the run, those of the run that overfits, and the size of the samples.
-RUN: dict[bool, Flags] = {
-    True: {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80},
-    False: {"preset": "medium", "save_every": 500},
-}
-OVERFITTED: dict[bool, Flags] = {
-    True: {"preset": "quick", "max_steps": 1500, "eval_every": 150, "save_every": 150},
-    False: {"preset": "medium", "save_every": 500},
-}
-SAMPLES: dict[bool, Flags] = {
+QUICK: Flags = {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80}
+QUICK_OVERFITTED: Flags = QUICK | {"max_steps": 1500, "eval_every": 150, "save_every": 150}
+FULL: Flags = {"preset": "medium", "save_every": 500}
+SAMPLES: dict[bool, Flags] = {  # by --quick
     True: {"num_samples": 8, "max_new_tokens": 250},
     False: {"num_samples": 32, "max_new_tokens": 500},
 }
@@ -205,11 +199,9 @@ def plot(
         x = [float(point["value"]) for point in some]
         for i, key in enumerate(STATISTICS):
             axes, color = column[i // 2], (BLUE, ORANGE)[i % 2]
-            label = key if axes in panels[:, 0] else ""
-            plot_band(axes, x, [point[key] for point in some], ".-", color, label)
+            plot_band(axes, x, [point[key] for point in some], ".-", color, key)
             if key in validation:
                 axes.axhline(validation[key], color=color, linestyle=":")
-        column[0].set_title(name.replace("_", "-"))
         column[1].set_xlabel(name.replace("_", "-"))
         if name == "top_k":
             column[1].set_xscale("log", base=2)
@@ -233,11 +225,11 @@ def plot(
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("sampling", argv, __doc__)
     study.n_runs = 2
-    quick = study.config.quick
-    study.make_run("model", RUN[quick] | {"seed": 1})
-    study.make_run("overfitted", OVERFITTED[quick] | {"seed": 1}, SHARE)
+    flags, overfitted = (QUICK, QUICK_OVERFITTED) if study.config.quick else (FULL, FULL)
+    study.make_run("model", flags | {"seed": 1})
+    study.make_run("overfitted", overfitted | {"seed": 1}, SHARE)
     model, tokenizer, _ = load_checkpoint(study.folder / "model" / "best.pt", study.device)
-    _, corpus = study.corpus(RUN[quick])
+    _, corpus = study.corpus(flags)
     study.records.append(run_record(corpus.info, "float32", study.device))  # of the samples
     points = sweep(study, model, tokenizer)
     validation = validation_statistics(study, model, tokenizer, corpus)

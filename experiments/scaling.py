@@ -14,7 +14,6 @@ queries, keys and values are not counted.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -36,15 +35,12 @@ Profile = dict[int, list[float]]  # weights -> the validation loss of each seed
 Law = tuple[float, float]  # factor k and exponent a of y = k x^a
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """What is trained."""
 
     flags: Flags  # of all runs
     # FLOP -> the widths trained with this budget. The best one should not be the first or the last.
     widths: dict[float, tuple[int, ...]]
-    check_budget: float  # FLOP of the run that checks the prediction
-    width_step: int  # the width of that run is a multiple of this
 
 
 # Muon suits all sizes with one learning rate: 0.02 and 0.04 differ little in the quick study.
@@ -59,8 +55,6 @@ QUICK = Plan(
         0.2e12: (20, 24, 32, 40, 56),
         0.4e12: (24, 32, 40, 56, 72),
     },
-    check_budget=0.8e12,
-    width_step=4,
 )
 # Larger budgets would repeat the plays, 4 million characters, too often: they need a larger text.
 FULL = Plan(
@@ -71,10 +65,7 @@ FULL = Plan(
         4e13: (48, 64, 96, 128, 160),
         8e13: (64, 96, 112, 128, 192),
     },
-    check_budget=1.6e14,
-    width_step=8,
 )
-HOFFMANN = {"weights": "0.49", "tokens": "0.51", "loss": ""}  # the exponents that they found
 
 
 # --- fits
@@ -182,12 +173,10 @@ def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Ro
 
 
 def nearest_width(study: Study, plan: Plan, n: float) -> int:
-    """The width whose model has about n weights, a multiple of plan.width_step."""
-    width = plan.width_step
-    while weights_of_width(study, plan, width) < n:
-        width += plan.width_step
-    candidates = (width, max(width - plan.width_step, plan.width_step))
-    return min(candidates, key=lambda w: abs(weights_of_width(study, plan, w) - n))
+    """The width whose model has about n weights."""
+    step = 2 * plan.flags["n_head"]  # RoPE needs heads of an even size
+    widths = range(step, 2 * max(map(max, plan.widths.values())), step)
+    return min(widths, key=lambda width: abs(weights_of_width(study, plan, width) - n))
 
 
 # --- tables and plots
@@ -215,7 +204,6 @@ def result_tables(
             "at the best size": name,
             "exponent": exponent,
             "95% margin": margin([by_name[name][1] for by_name in laws_by_seed]),
-            "Hoffmann et al.": HOFFMANN[name],
         }
         for name, (_, exponent) in laws.items()
     ]
@@ -247,8 +235,8 @@ def plot(
     measured: list[float],
 ) -> Figure:
     """Left: the losses over the size for each budget and seed, with the parabolas and their minima.
-    Right: the loss at the best size over compute, and the law that predicts the measured losses of
-    a run with a further budget."""
+    Right: the loss at the best size over compute, and the law, with the measured losses of a run
+    with a further budget."""
     figure = new_figure(11, 5)
     left, right = figure.subplots(1, 2)
     for (c, profile), color in zip(profiles.items(), COLORS, strict=False):
@@ -260,25 +248,18 @@ def plot(
             y = np.polyval(np.polyfit(np.log(sizes), means, 2), np.log(x))
             left.plot(x, y, color=color, label=f"{c / 1e12:g} TFLOP")
         left.plot(best[c].weights, best[c].loss, "*", color=color, markersize=16)
-        right.loglog(c, best[c].loss, "*", color=color, markersize=16)
+        right.plot(c, best[c].loss, "*", color=color, markersize=16)
     all_sizes = [n for profile in profiles.values() for n in profile]
     ticks = np.geomspace(min(all_sizes), max(all_sizes), 5)
     left.set_xticks(ticks, [f"{n / 1000:,.{n < 10_000:d}f}k" for n in ticks])
     left.set(xlabel="weights N", ylabel=LOSS, title="Equal compute: parabolas and their minima")
 
-    for ends, style in (((min(best), max(best)), "-"), ((max(best), budget), "--")):
-        right.plot(ends, [evaluate_law(laws["loss"], c) for c in ends], style, color=BLACK)
-    predicted = evaluate_law(laws["loss"], budget)
-    right.plot(budget, predicted, "*k", fillstyle="none", markersize=16, label="predicted")
-    label = "measured, one dot per seed"
+    x = np.geomspace(min(best), budget)
+    right.semilogx(x, [evaluate_law(laws["loss"], c) for c in x], "--", color=BLACK, label="law")
+    label = f"measured at {budget / 1e12:g} TFLOP, not fitted"
     right.plot([budget] * len(measured), measured, "o", color=BLACK, alpha=0.5, label=label)
     right.set_xticks([*best, budget], [f"{c / 1e12:g}" for c in (*best, budget)])
-    low, high = right.get_ylim()
-    ticks = np.linspace(low, high, 7)[1:-1]
-    right.set_yticks(ticks, [f"{loss:.2f}" for loss in ticks])
-    right.set(xlabel="compute C (TFLOP)", ylabel="loss at the best size (nats per token)")
-    pairs = zip("NDL", laws.values(), strict=True)
-    right.set_title(", ".join(f"{name} ~ $C^{{{exponent:.2f}}}$" for name, (_, exponent) in pairs))
+    right.set(xlabel="compute C (TFLOP)", ylabel=LOSS, title="Loss at the best size")
     for axes in (left, right):
         axes.minorticks_off()
     return figure
@@ -300,10 +281,11 @@ def main(argv: list[str] | None = None) -> int:
     laws_by_seed = [
         fit_laws(best_sizes(profiles, itemgetter(i))) for i in range(study.config.seeds)
     ]
-    width = nearest_width(study, plan, evaluate_law(laws["weights"], plan.check_budget))
-    row, measured = train_width(study, plan, plan.check_budget, width)
+    budget = 2 * max(plan.widths)  # of the run that checks the prediction
+    width = nearest_width(study, plan, evaluate_law(laws["weights"], budget))
+    row, measured = train_width(study, plan, budget, width)
     tables = result_tables(best, laws_by_seed, row, measured) | {"Runs": [*rows, row]}
-    study.write_results(tables, plot(profiles, best, laws, plan.check_budget, measured))
+    study.write_results(tables, plot(profiles, best, laws, budget, measured))
     return 0
 
 

@@ -7,10 +7,10 @@ from system.start import run
 
 from matplotlib.figure import Figure
 
-from experiments.comparison import LOSS, Row, add_differences, margin, mean, mean_columns
-from experiments.study import Runs, Study, kept, log_values, loss_columns, parse_study, val_losses
+from experiments.comparison import LOSS, Row, mean, plot_band, plot_curves
+from experiments.study import Runs, Study, compare, kept, loss_columns, parse_study, val_losses
 from training.setup import Flags
-from viz.curve import BLUE, GREEN, ORANGE, new_figure
+from viz.curve import BLUE, ORANGE, new_figure
 
 SIZES: dict[bool, dict[str, Flags]] = {  # by --quick; the second size is the reference
     True: {
@@ -82,23 +82,20 @@ def size_rows(equal: str, group: Runs) -> list[Row]:
 
 
 def overfitting_rows(text_runs: Runs) -> list[Row]:
-    """A row per amount of text and dropout: the best loss, and the loss at the end. Differences are
-    to the same text without dropout."""
-    rows = []
-    for (name, dropout), runs in text_runs.items():
-        best_records = [min(result["log"], key=lambda record: record["val"]) for result in runs]
-        rows.append(
-            {
-                "text": name,
-                "dropout": dropout,
-                **mean_columns("best loss", val_losses(runs)),
-                "at step": round(mean([record["step"] for record in best_records])),
-                "loss at the end": mean([result["log"][-1]["val"] for result in runs]),
-                "training loss at the end": mean([result["log"][-1]["train"] for result in runs]),
-            }
-        )
-    first = [i - i % len(DROPOUTS) for i in range(len(rows))]  # of each text
-    return add_differences(rows, map(val_losses, text_runs.values()), first)
+    """A row per amount of text and dropout: the losses at the end, and the best validation loss.
+    Differences are to the same text without dropout."""
+
+    def columns(variant: tuple[str, float]) -> Row:
+        runs = text_runs[variant]
+        return {
+            "text": variant[0],
+            "dropout": variant[1],
+            "training loss at the end": mean([result["log"][-1]["train"] for result in runs]),
+            "loss at the end": mean([result["log"][-1]["val"] for result in runs]),
+        }
+
+    first = [i - i % len(DROPOUTS) for i in range(len(text_runs))]  # of each text
+    return compare(text_runs, columns, bases=first)
 
 
 def plot(tokens: Runs, time: Runs, text_runs: Runs) -> Figure:
@@ -106,20 +103,13 @@ def plot(tokens: Runs, time: Runs, text_runs: Runs) -> Figure:
     left, right = figure.subplots(1, 2)
     for group, color, label in ((tokens, BLUE, "equal tokens"), (time, ORANGE, "equal time")):
         params = [runs[0]["params"] / 1e6 for runs in group.values()]
-        means = [mean(val_losses(runs)) for runs in group.values()]
-        left.plot(params, means, "-", color=color, label=label)
-        for x, losses in zip(params, map(val_losses, group.values()), strict=True):
-            left.plot([x] * len(losses), losses, "o", color=color, alpha=0.5)
-            left.errorbar(x, mean(losses), margin(losses), fmt="_", color=color, capsize=4)
+        plot_band(left, params, list(map(val_losses, group.values())), "o-", color, label)
     left.set(xscale="log", xlabel="parameters (millions)", ylabel=LOSS)
-    left.set_title("Size: a dot per seed, bars: 95% interval")
+    left.set_title("Size: mean, lowest and highest seed")
 
-    colors = dict(zip(SHARES, (ORANGE, GREEN, BLUE), strict=True))
-    for (name, dropout), (result, *_) in text_runs.items():
-        steps, losses = log_values(result, "step")[1:], log_values(result, "val")[1:]
-        label = f"{name} of the text" + (f", dropout {dropout}" if dropout else "")
-        right.plot(steps, losses, "--" if dropout else "-", color=colors[name], label=label)
-    right.set(xlabel="step", ylabel=LOSS, title="Little text, one seed")
+    labels = (f"{name} of the text, dropout {dropout}" for name, dropout in text_runs)
+    plot_curves(right, dict(zip(labels, text_runs.values(), strict=True)))
+    right.set_title("Little text: mean, lowest and highest seed")
     right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

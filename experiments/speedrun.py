@@ -2,6 +2,7 @@
 
 python -m experiments.speedrun --nanogpt path/to/nanoGPT                  quick, laptop, fast
 python -m experiments.speedrun --recipes four_minutes,six_minutes,twenty_minutes
+python -m experiments.speedrun --recipes medium                           on a GPU
 
 The seconds are those from starting the command to its last validation loss, with nothing compiled
 beforehand. speedrun.jsonl has all validation losses of each run, and what it depends on. Our losses
@@ -13,11 +14,15 @@ has less noise than seconds.
 import datetime
 import json
 import os
+import re
+import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
+from typing import NamedTuple
 
 from system.start import run
 
@@ -27,11 +32,11 @@ from tqdm import tqdm
 from corpus.load import find_corpus
 from corpus.text import file_info
 from experiments.baselines import nanogpt_command, nanogpt_problems
-from experiments.timing import ROOT, Timed, run_record, time_losses
+from experiments.timing import ROOT, run_record
 from system.command_line import parse_args
 from system.device import pick_device
 from system.files import folder_problems
-from system.settings import setting
+from system.settings import UserError, setting
 
 # Repeated texts need much more weight decay than usual, and larger models more (Kim et al. 2025).
 LONG = "--preset fast --max_steps 2400 --eval_every 600 --log_every 50"
@@ -39,6 +44,7 @@ RECIPES = {
     "quick": "--preset quick",
     "laptop": "--preset laptop",
     "fast": "--preset fast",
+    "medium": "--preset medium",  # for a GPU
     "four_minutes": f"{LONG} --n_embd 192 --n_head 3 --lr_max 4.9e-3 --weight_decay 1",
     "six_minutes": f"{LONG} --n_embd 256 --n_head 4 --lr_max 4.2e-3 --weight_decay 1",
     "twenty_minutes": (
@@ -70,6 +76,36 @@ class SpeedrunConfig:
         return found + nanogpt_problems(self.nanogpt) + folder_problems(Path(self.results))
 
 
+class Timed(NamedTuple):
+    seconds: float  # since the start of the command
+    loss: float
+
+
+def time_losses(command: list[str], cwd: str, environment: dict[str, str]) -> list[Timed]:
+    """Run a training command. Returns each validation loss that it prints with the seconds since
+    its start. Raises UserError if it fails or prints none."""
+    losses = []
+    last_line = ""
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=environment | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout  # a pipe, as requested
+        for line in process.stdout:
+            last_line = line.strip() or last_line
+            seconds = time.perf_counter() - start
+            if found := re.search(r"\bval(?:idation)?(?: loss)? ([\d.]+)", line):
+                losses.append(Timed(round(seconds, 1), float(found[1])))
+    if not losses or process.returncode:
+        raise UserError(f"{' '.join(command[1:3])} failed: {last_line}")
+    return losses
+
+
 def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
     """The seconds and the loss of one run, with empty caches of compiled code."""
     data, flags = find_corpus(config.data).resolve(), RECIPES.get(name, "")
@@ -91,14 +127,7 @@ def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
 
 def table(results: dict[str, list[Timed]]) -> str:
     """The seconds and losses of the runs by recipe, as a Markdown table. Times are relative to the
-    first recipe.
-
-    >>> print(table({"a": [(4.0, 1.5), (2.0, 1.75), (3.0, 1.625)], "b": [(6.0, 1.25)]}))
-    | recipe | seconds | median | relative | validation loss | mean |
-    |---|---|---|---|---|---|
-    | a | 4.0, 2.0, 3.0 | 3.0 | 1.00 | 1.5000, 1.7500, 1.6250 | 1.6250 |
-    | b | 6.0 | 6.0 | 2.00 | 1.2500 | 1.2500 |
-    """
+    first recipe."""
     lines = ["| recipe | seconds | median | relative | validation loss | mean |"]
     lines.append("|---|---|---|---|---|---|")
     unit = 0.0

@@ -16,7 +16,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import train
 from config import DEVICE_HELP, TrainConfig, train_settings
 from corpus.corpus import Corpus, check_length
 from corpus.load import load_corpus
-from experiments.comparison import Row, add_differences, mean, mean_columns
+from experiments.comparison import Row, add_differences, mean, mean_columns, plot_differences
 from experiments.timing import run_record
 from model import GPT
 from system.command_line import parse_args
@@ -39,13 +39,12 @@ from tokenizer import Tokenizer
 from training.setup import Flags, setup_machine
 from training.task import Pretraining
 from utils import read_checkpoint
-from viz.curve import save_figure
+from viz.curve import new_figure, save_figure
 from viz.runs import read_run
 
 Result = dict[str, Any]  # of a run: see `Study.make_run`
 Runs = dict[Any, list[Result]]  # variant -> a run per seed
 
-NOT_RECORDED = ("out_dir", "results", "device")  # flags that do not change what is trained
 TABLE_NOTE = """\
 95% margin: the confidence interval of a mean over the seeds is the mean plus or minus the margin
 (t distribution). A difference is paired by seed, with its own 95% interval; p is the p-value of the
@@ -150,13 +149,10 @@ def describe(records: list[dict[str, Any]]) -> str:
     """The values that occur in these records, in one sentence."""
     found: dict[str, list[str]] = {}
     for record in records:
-        corpus = record.get("corpus")
-        words = record | {
-            "commit": f"commit {record.get('commit', 'unknown')}",
-            "corpus": corpus and f"{corpus['name']} (sha256 {corpus['sha256'][:12]})",
-        }
+        corpus = f"{record['corpus']['name']} (sha256 {record['corpus']['sha256'][:12]})"
+        words = record | {"commit": f"commit {record['commit']}", "corpus": corpus}
         for name, value in words.items():
-            if value and value not in found.setdefault(name, []):
+            if value not in found.setdefault(name, []):
                 found[name].append(value)
     return "; ".join(" and ".join(values) for values in found.values())
 
@@ -249,7 +245,7 @@ class Study:
         the folder contains a run with other settings, and KeyboardInterrupt if the user stops the
         run.
         """
-        folder = self.folder / name
+        folder = self.folder / re.sub(r"[^\w.+-]+", "-", name)
         flags = {"data": self.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
         settings = flags | {"share": share}
         file = folder / "study.json"
@@ -265,7 +261,7 @@ class Study:
             write_json(file, result)
             print(f"validation loss {result['val']:.4f}, {result['seconds']:.0f} s", flush=True)
         self.seconds.append(result["log"][-1]["seconds"])
-        self.records.append(result.get("record", {}))
+        self.records.append(result["record"])
         return result
 
     def train_one(self, flags: Flags, share: float) -> Result:
@@ -300,13 +296,6 @@ class Study:
         seeds = range(1, self.config.seeds + 1)
         return [self.make_run(f"{name}-{seed}", flags | {"seed": seed}, share) for seed in seeds]
 
-    def train_variants(self, base: Flags, variants: dict[str, Flags]) -> Runs:
-        """`with_seeds` for each variant, with its flags added to the base."""
-        return {
-            name: self.with_seeds(folder_name(name), base | flags)
-            for name, flags in variants.items()
-        }
-
     def write_results(self, tables: dict[str, list[Row]], figure: Figure) -> None:
         """Print the tables, by title, and write them with the figure: NAME.png, NAME.md, NAME.csv
         for the first table, and NAME_WORD.csv for each further one, where WORD begins its title.
@@ -332,11 +321,6 @@ class Study:
         print(f"\nresults: {path}.md, .csv, .json and .png")
 
 
-def folder_name(name: str) -> str:
-    """The name of a variant in the names of folders."""
-    return re.sub(r"\W+", "-", name)
-
-
 def parse_study(name: str, argv: list[str] | None, doc: str, data: str = StudyConfig.data) -> Study:
     """Read the command line of a study. data: the default of --data. Raises UserError if a setting
     is invalid."""
@@ -347,18 +331,20 @@ def parse_study(name: str, argv: list[str] | None, doc: str, data: str = StudyCo
         resolve=lambda flags: (from_dict(StudyConfig, {"data": data} | flags),),
         check=lambda config: device_problems(config.device),
     )
-    return Study(name, config, pick_device(config.device), command_of(name, config, data))
+    command = f"python -m experiments.{name}{' --quick' * config.quick} --seeds {config.seeds}"
+    if config.data != data:  # only the name of a file, which is published
+        command += f" --data {shlex.quote(Path(config.data).name)}"
+    return Study(name, config, pick_device(config.device), command)
 
 
-def command_of(name: str, config: StudyConfig, data: str) -> str:
-    """The command of a study, for its record: the seeds, and the flags that are not the defaults.
-    Of a file with a text, only the name."""
-    words = ["python", "-m", f"experiments.{name}"]
-    for f in fields(config):
-        value, default = getattr(config, f.name), data if f.name == "data" else f.default
-        if f.name in NOT_RECORDED or (value == default and f.name != "seeds"):
-            continue
-        words.append(f"--{f.name}")
-        if value is not True:
-            words.append(Path(value).name if f.name == "data" else f"{value}")
-    return shlex.join(words)
+def run_variants(study: Study, base: Flags, variants: dict[str, Flags], title: str) -> None:
+    """A study that compares variants with the first one. Each trains with its flags added to the
+    base."""
+    study.n_runs = len(variants) * study.config.seeds
+    runs: Runs = {name: study.with_seeds(name, base | flags) for name, flags in variants.items()}
+    params = {name: some[0]["params"] for name, some in runs.items()}
+    rows = compare(runs, lambda name: {"variant": name, "parameters": params[name]}, timed=True)
+    losses = {name: val_losses(some) for name, some in runs.items()}
+    figure = new_figure(8, 5)
+    plot_differences(figure.subplots(), rows, losses, title)
+    study.write_results({title: rows}, figure)

@@ -5,10 +5,8 @@ python -m experiments.swaps --quick
 
 from system.start import run
 
-from experiments.comparison import plot_differences
-from experiments.study import compare, parse_study, val_losses
+from experiments.study import parse_study, run_variants
 from training.setup import Flags
-from viz.curve import new_figure
 
 BASE = "GPT-2's architecture"
 SWAPS: dict[str, Flags] = {
@@ -37,15 +35,8 @@ FULL: Flags = {"preset": "medium"}
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("swaps", argv, __doc__)
-    study.n_runs = len(SWAPS) * study.config.seeds
     base = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL)
-    runs = study.train_variants(base, SWAPS)
-    params = {name: some[0]["params"] for name, some in runs.items()}
-    rows = compare(runs, lambda name: {"swap": name, "parameters": params[name]}, timed=True)
-    losses = {name: val_losses(some) for name, some in runs.items()}
-    figure = new_figure(8, 5)
-    plot_differences(figure.subplots(), rows, losses, "One component at a time")
-    study.write_results({"One component at a time": rows}, figure)
+    run_variants(study, base, SWAPS, "One component at a time")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""The speed of functions, of the machine, of training steps, of sampling, and of whole runs; and
-what measured numbers depend on: commit, corpus, precision, machine, versions.
+"""The speed of functions, of the machine, of training steps and of sampling; and what measured
+numbers depend on: commit, corpus, precision, machine, versions.
 
 What is compared is measured in turns, because the speed of a machine varies over time.
 """
@@ -29,11 +29,10 @@ from experiments.baselines import Functions, nanogpt_step
 from generate import generate
 from model import GPT
 from sampling.quantize import Int8Linear, lower_precision
-from system.settings import UserError
 from tokenizer import CharTokenizer
 from train import Trainer, new_trainer
 from training.checks import flops_per_token
-from training.setup import Data, Flags, keep_freed_memory, memory_estimate
+from training.setup import Data, Flags, keep_freed_memory
 from training.task import Pretraining
 
 ROOT = Path(__file__).parent.parent
@@ -210,9 +209,6 @@ def training_rows(trainings: list[Training], n_steps: int, repeats: int) -> list
         result = f"{rate:,.0f} tokens/s, {1000 * step_seconds:.1f} ms/step, {flops / 1e9:,.0f} of "
         result += f"{peak / 1e9:,.0f} GFLOP/s (MFU {flops / peak:.0%}), "
         result += f"{memory[training.name] / 1e6:,.0f} MB"
-        if not training.nanogpt:
-            estimate = sum(memory_estimate(gpt, config).values())
-            result += f" (estimate of train.py: {estimate / 1e6:,.0f} MB)"
         rows.append(Row(training.name, result))
     return rows
 
@@ -261,42 +257,3 @@ def linear_bytes(model: GPT) -> int:
     linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
     tensors = [t for m in linears for t in m.state_dict().values()]
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-# --- whole runs
-
-
-class Timed(NamedTuple):
-    seconds: float  # since the start of the command
-    loss: float
-
-
-def time_losses(
-    command: list[str], cwd: str, environment: dict[str, str], limit: float = math.inf
-) -> list[Timed]:
-    """Run a training command, and terminate it after `limit` seconds. Returns each validation loss
-    that it prints with the seconds since its start. Raises UserError if it fails or prints none."""
-    losses = []
-    last_line = ""
-    stopped = False
-    start = time.perf_counter()
-    with subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment | {"PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout  # a pipe, as requested
-        for line in process.stdout:
-            last_line = line.strip() or last_line
-            seconds = time.perf_counter() - start
-            if found := re.search(r"\bval(?:idation)?(?: loss)? ([\d.]+)", line):
-                losses.append(Timed(round(seconds, 1), float(found[1])))
-            if seconds > limit and not stopped:  # a second signal would end train.py at once
-                process.terminate()
-                stopped = True
-    if not losses or (process.returncode and not stopped):
-        raise UserError(f"{' '.join(command[1:3])} failed: {last_line}")
-    return losses

@@ -13,12 +13,10 @@ import math
 
 from system.start import run
 
-from matplotlib.figure import Figure
-
 from corpus.bpe import from_tiktoken
 from corpus.load import is_dataset
 from experiments.comparison import Row, add_differences, mean, mean_columns, plot_seeds
-from experiments.study import Runs, Study, kept, log_values, parse_study, val_losses
+from experiments.study import Study, kept, parse_study, val_losses
 from system.settings import UserError
 from training.plan import seconds_per_step
 from training.setup import Flags
@@ -56,24 +54,6 @@ def steps_within(study: Study, name: str, flags: Flags) -> int:
     return steps
 
 
-def plot(runs: Runs, bits: dict[str, list[float]]) -> Figure:
-    """Left: the bits per byte of each tokenizer. Right: those of each evaluation over the training
-    time."""
-    figure = new_figure(10, 4.5)
-    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
-    plot_seeds(left, bits, COLORS)
-    left.set(xlabel="bits per byte, validation split")
-    left.set_title("At equal time: one dot per seed, bars: 95% interval")
-    for (name, results), color in zip(runs.items(), COLORS, strict=False):
-        for result in results:
-            seconds = [n * result["ms_per_step"] / 1000 for n in log_values(result, "step")]
-            label = name if result is results[0] else None
-            curve = log_values(result, "bpb")
-            right.plot(seconds, curve, ".-", color=color, alpha=0.6, label=label)
-    right.set(xlabel="training time (s)", ylabel="bits per byte", title="During training")
-    return figure
-
-
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("tokenization", argv, __doc__, data="plays")
     if is_dataset(study.config.data):
@@ -82,7 +62,6 @@ def main(argv: list[str] | None = None) -> int:
     choices = tokenizer_flags(BPE_VOCAB_SIZES[quick])
     study.n_runs = len(choices) * study.config.seeds
     rows: list[Row] = []
-    runs: Runs = {}
     bits: dict[str, list[float]] = {}
     for name, choice in choices.items():
         tokenizer, corpus = study.corpus(choice)
@@ -90,22 +69,27 @@ def main(argv: list[str] | None = None) -> int:
         flags = (QUICK if quick else FULL) | choice
         steps = steps_within(study, folder, flags)
         flags |= {"max_steps": steps, "eval_every": math.ceil(steps / EVALUATIONS)}
-        runs[name] = study.with_seeds(folder, flags)
-        bits[name] = [result["bpb"] for result in runs[name]]
+        runs = study.with_seeds(folder, flags)
+        bits[name] = [result["bpb"] for result in runs]
         rows.append(
             {
                 "tokenizer": name,
                 "vocabulary": tokenizer.vocab_size,
                 "bytes per token": round(corpus.bytes_per_token, 2),
-                "parameters": runs[name][0]["params"],
+                "parameters": runs[0]["params"],
                 "steps": steps,
-                "seconds": mean([result["seconds"] for result in runs[name]]),
-                "loss per token": mean(val_losses(runs[name])),
+                "seconds": mean([result["seconds"] for result in runs]),
+                "loss per token": mean(val_losses(runs)),
                 **mean_columns("bits per byte", bits[name]),
             }
         )
     tables = {"Tokenizers at equal time": add_differences(rows, bits.values())}
-    study.write_results(tables, plot(runs, bits))
+    figure = new_figure(6, 4.5)
+    axes = figure.subplots()
+    plot_seeds(axes, bits, COLORS)
+    axes.set(xlabel="bits per byte, validation split")
+    axes.set_title("At equal time: one dot per seed, bars: 95% interval")
+    study.write_results(tables, figure)
     return 0
 
 

@@ -299,7 +299,6 @@ def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, m
     assert re.match(step, rows["training, toy"])
     assert re.match(r"8 x [\d,]+ tokens/s, 0.1 MB per token", rows["sampling toy, batch size 8"])
     assert rows["CUDA graphs, toy"].startswith("losses within 0, ")
-    assert re.search(r"not reached; best \d\.\d+ after", lines[-1])
 
 
 def test_a_difference_is_marked_in_the_table(monkeypatch):

@@ -288,7 +288,7 @@ def test_optimizers(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(runs) == 6 + 2 * 2 + 2 * 2  # tuning, with each seed, without clipping
     clipping = table("optimizers_quick_clipping")
     assert [row["threshold"] for row in clipping] == ["none", "1", "none", "1"]
-    assert clipping[0]["clipped steps"] == "0%" and float(clipping[1]["highest"]) > 0
+    assert clipping[0]["clipped steps"] == "0%"
     assert clipping[1]["validation loss"] == rows[0]["validation loss"]
 
 
