@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,15 +16,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from test_corpus import STORIES, write_jsonl
 
 import evaluate
 import prepare
 import train
 import utils
+from corpus import clean as cleaning
 from corpus import dataset, folder, load, sources
 from corpus import text as text_module
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
+from corpus.corpus import make_tokenizer
+from corpus.documents import is_validation
 from corpus.sources import DatasetConfig, SourceReader
 from system.settings import UserError
 from tokenizer import END_OF_TEXT
@@ -95,17 +101,6 @@ def test_a_folder_is_read_in_order_without_hidden_and_binary_files(workplace, ca
     assert "skipping 1 binary files (photo.jpg)" in capsys.readouterr().out
 
 
-def test_the_last_tenth_of_a_single_text_is_for_validation(workplace):
-    text = "All happy families are alike, ün.\n" * 100
-    (workplace / "anna.txt").write_text(text, encoding="utf-8")
-    manifest = make("anna.txt", "--tokenizer=char")
-    val = folder.open_dataset(Path("data/set"))[0].decode(np.fromfile("data/set/val.bin", "uint8"))
-    assert text.endswith(val) and abs(len(val) - 340) <= 1
-    assert manifest["splits"]["val"]["bytes"] == len(val.encode())
-    assert manifest["splits"]["val"]["characters"] == len(val)
-    assert manifest["splits"]["train"]["bytes"] == len(text.encode()) - len(val.encode())
-
-
 def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workplace):
     (workplace / "a.txt").write_text(f"one{END_OF_TEXT}two\n" * 30)
     make("a.txt")
@@ -115,13 +110,77 @@ def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workpla
     assert set(all_texts()) == {"one", "two\none", "two"}
 
 
-def test_documents_in_several_chunks_stay_in_one_split(workplace, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_SIZE", 50)
-    monkeypatch.setattr(sources, "BATCH_SIZE", 120)
-    long = [f"document {i}\n" + f"line of {i}\n" * 40 for i in range(12)]
-    write_jsonl(workplace / "long.jsonl", long)
-    make("long.jsonl", "--val_share=0.3", "--whitespace", "--min_chars=60", "--dedup")
-    assert sorted(all_texts()) == sorted(long) and len(texts("val")) > 0
+LINES = ["", " ", "a", "a ", " b a", "a\tb", "drop it", "no drop ", "<|", "ab ba a b", "é"]
+FLAGS = {"": [], "drop": ["--drop_lines=drop"], r"^\s*$": [r"--drop_lines=^\s*$"]}
+
+
+def cleaned_in_memory(text: str, pattern: str, whitespace: bool) -> str:
+    if pattern:
+        text = "\n".join(line for line in text.split("\n") if not re.search(pattern, line))
+    if whitespace:
+        text = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+        text = re.sub("\n\n\n+", "\n\n", text)
+    return text
+
+
+def split_in_memory(texts: dict[int, str]) -> tuple[list[str], list[str]]:
+    """The documents of each split, given by their numbers; one text is split as train.py does."""
+    val = {number for number in texts if is_validation(number, 0.2, 1337)}
+    if len(texts) == 1 and not val:
+        (text,) = texts.values()
+        return [text[: len(text) * 9 // 10]], [text[len(text) * 9 // 10 :]]
+    val = val or {max(texts, default=0)}
+    return [texts[n] for n in texts if n not in val], [texts[n] for n in texts if n in val]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.sampled_from(LINES), max_size=6).map("\n".join), min_size=1, max_size=9),
+    st.sampled_from(["jsonl", "separator", "text"]),
+    st.sampled_from([1, 3, 12, 1000]),
+    st.sampled_from([2, 4, 10]),  # token ids have two bytes
+    st.sampled_from(["char", "bpe"]),
+    st.sampled_from(sorted(FLAGS)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_data_set_read_in_pieces_is_that_of_the_full_texts(
+    workplace, monkeypatch, documents, form, chunk_size, read_size, kind, pattern, whitespace, dedup
+):
+    dedup = dedup and chunk_size == 1000  # long documents are never duplicates
+    if form == "jsonl":
+        path, flags = write_jsonl(workplace / "a.jsonl", documents), []
+    else:
+        path, flags = workplace / "a.txt", ["--separator=<|>"] * (form == "separator")
+        path.write_text(("<|>" if flags else "\n").join(documents))
+        documents = [text.strip("\n") for text in documents] if flags else [path.read_text()]
+    texts = dict(enumerate(text for text in documents if text.strip()))
+    texts = {n: cleaned_in_memory(text, pattern, whitespace) for n, text in texts.items()}
+    firsts = {text: n for n, text in reversed(texts.items())}
+    kept = {n: t for n, t in texts.items() if t.strip() and (not dedup or firsts[t] == n)}
+    splits = split_in_memory(kept)
+    assume(all(splits) and all(splits[0]))
+    for module, name, value in (
+        (cleaning, "CHUNK_SIZE", chunk_size), (text_module, "READ_SIZE", read_size),
+        (sources, "BATCH_SIZE", 200),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    flags += FLAGS[pattern] + ["--whitespace"] * whitespace + ["--dedup"] * dedup
+    manifest = make(path.name, *flags, f"--tokenizer={kind}", "--val_share=0.2", "--overwrite")
+    tokenizer = make_tokenizer(kind, 300, splits, (END_OF_TEXT,))
+    found, corpus = folder.open_dataset(Path("data/set"))
+    assert found.to_dict() == tokenizer.to_dict()
+    one = int(len(kept) == 1)  # whose last tenth does not begin with a separator
+    for ids, split, has_separators, counts in zip(
+        (corpus.train_ids, corpus.val_ids), splits, (1, 1 - one), manifest["splits"].values(),
+        strict=True,
+    ):  # fmt: skip
+        start = [tokenizer.specials[END_OF_TEXT]] * has_separators
+        expected = [i for text in split for i in (*start, *tokenizer.encode(text).tolist())]
+        assert ids[:].tolist() == expected
+        sizes = {"characters": len("".join(split)), "bytes": len("".join(split).encode())}
+        n_documents = len(split) * has_separators
+        assert counts == {"documents": n_documents, "tokens": len(expected), **sizes}
 
 
 def test_several_processes_write_the_same_data_set_as_one(workplace, monkeypatch):
@@ -358,7 +417,7 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
 
 @pytest.mark.parametrize(("last", "shared"), [("a long one " * 20, 1), ("other " * 20, 0)])
 def test_a_long_document_in_both_splits_is_counted(workplace, monkeypatch, last, shared):
-    monkeypatch.setattr(sources, "CHUNK_SIZE", 50)
+    monkeypatch.setattr(cleaning, "CHUNK_SIZE", 50)
     write_jsonl(workplace / "a.jsonl", ["a long one " * 20, "a", last])
     manifest = make("a.jsonl", "--tokenizer=char", "--val_share=1e-9")  # the last one is moved
     assert manifest["shared_documents"] == shared
