@@ -110,7 +110,7 @@ def make_model(
         return model, PlainFormat(entries)
     plain = model.state_dict()
     lora.add_lora(model, adapt, also=EMBEDDINGS if new_tokens else ())  # these are trained too
-    header = {"lora": asdict(adapt), "base_sha256": base.sha256}
+    header = {"lora": asdict(adapt), "base_sha256": base.sha256, "objective": settings.objective}
     header |= {"tokenizer": entries["tokenizer"], "gpt_config": asdict(model.config)}
     trained = lora.trained_names(model)
     return model, AdapterFormat(entries, header, plain, trained, adapt.scale)
@@ -129,6 +129,7 @@ def write_merged(setup: Setup) -> int:
     state |= {"model": merged, "optimizers": [], "scaler": {}, "log": []}
     state |= {name: adapter[name] for name in ("gpt_config", "tokenizer")}
     state["merged"] = {"adapter": str(path), "lora": adapter["lora"], "base_sha256": base.sha256}
+    state["merged"] |= {"objective": str(adapter.get("objective"))}  # unknown in older versions
     with locked(setup.run_dir, "a merge"):
         raise_problems(check_finetune(*setup))  # the folder may have changed
         save_checkpoint(target, state)

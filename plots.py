@@ -18,7 +18,7 @@ from typing import Any
 from system.command_line import parse_args
 from system.errors import run
 from system.files import file_problems
-from system.settings import setting
+from system.settings import UserError, setting
 from utils import newest_checkpoint
 from viz.curve import X_LABELS, plot_runs, save_figure
 from viz.internals import plot_internals
@@ -81,7 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(name) for name in config.inputs]
     if config.picture == "runs":
         paths = paths or [newest_checkpoint(Path("checkpoints")).parent]
-        figure = plot_runs([read_run(path) for path in paths], config.x)
+        runs = [read_run(path) for path in paths]
+        for run in runs if config.x == "tokens" else []:
+            info = run.settings["corpus"]
+            if info["name"].endswith((".json", *[".jsonl"] * ("documents" not in info))):
+                raise UserError(f"{run.name}: its records have padding; use --x step or --x time")
+        figure = plot_runs(runs, config.x)
     else:
         path = paths[0] if paths else newest_checkpoint(Path("checkpoints"))
         figure = plot_internals(path, config.picture, config.text, **config.numbers())

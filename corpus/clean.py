@@ -81,10 +81,7 @@ class RemovalStats:
         self.examples = (self.examples + other.examples)[:2]
 
 
-Removed = dict[str, RemovalStats]  # by cleaning step
-
-
-def new_stats() -> Removed:
+def new_stats() -> dict[str, RemovalStats]:
     """Statistics of all steps, with nothing removed."""
     return {step: RemovalStats() for step in STEPS}
 
@@ -151,7 +148,7 @@ def drop_whitespace(chunk: Chunk, removed: RemovalStats) -> str:
     return shorter
 
 
-def clean(chunk: Chunk, config: CleanConfig, removed: Removed) -> str | None:
+def clean(chunk: Chunk, config: CleanConfig, removed: dict[str, RemovalStats]) -> str | None:
     r"""The cleaned text of a chunk, or None if it is removed. Adds what was removed to `removed`.
     Duplicates are removed later, because they can be in different batches.
 

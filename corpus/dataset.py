@@ -154,7 +154,7 @@ class DatasetWriter:
                 if shard:
                     self.files[split].close()
                 path = self.folder / (f"{split}_{shard:05d}.bin" if shard else f"{split}.bin")
-                self.files[split] = open(path, "wb")  # noqa: SIM115 (`finish` closes it)
+                self.files[split] = open(path, "wb")  # noqa: SIM115 (`make_dataset` closes it)
             fitting, ids = ids[: SHARD_SIZE - n_written], ids[SHARD_SIZE - n_written :]
             self.files[split].write(fitting.tobytes())
             counts["tokens"] += len(fitting)
@@ -164,17 +164,6 @@ class DatasetWriter:
         their first chunks are equal."""
         train, val = (np.array(self.digests[split]) for split in ("train", "val"))
         return int(np.isin(val, train).sum())
-
-
-def write_tokens(writer: DatasetWriter, reader: SourceReader) -> None:
-    """Clean, encode and write all sources."""
-    read_tokenizer.cache_clear()  # an earlier data set in this process had the same path
-    function = functools.partial(encode, writer.folder / "tokenizer.json")
-    for chunk, ids in reader.process(function, "encoding"):
-        writer.write(chunk, ids)
-    for file in writer.files.values():
-        file.close()
-    np.save(writer.folder / "train_docs.npy", np.array(writer.train_docs, dtype=np.int64))
 
 
 # --- the data set
@@ -193,15 +182,20 @@ def make_dataset(
     UserError if a source is invalid or no text remains.
     """
     reader = SourceReader(config, cleaning)
-    if reader.n_bytes >= MIN_PARALLEL:
-        reader.workers = workers or os.cpu_count() or 1
+    reader.workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
     hold_out(reader)
     tokenizer = learn_tokenizer(config, reader)
     text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     files_read = reader.files_read  # until here, perhaps not all
     writer = DatasetWriter(folder, tokenizer)
-    write_tokens(writer, reader)
+    read_tokenizer.cache_clear()  # an earlier data set in this process had the same path
+    function = functools.partial(encode, folder / "tokenizer.json")
+    for chunk, ids in reader.process(function, "encoding"):
+        writer.write(chunk, ids)
+    for file in writer.files.values():
+        file.close()
+    np.save(folder / "train_docs.npy", np.array(writer.train_docs, dtype=np.int64))
     if files_read != reader.files_read[: len(files_read)]:
         raise UserError("a source changed while it was read: try again")
     manifest = {

@@ -42,20 +42,12 @@ def split_stream(
         if separator and buffer.find(separator, searched) >= 0:
             *documents, buffer = buffer.split(separator)
             for document in documents:
-                yield from split_document(document, chunk_end)
+                yield from split_stream([document], "", chunk_end)
         # The end of the buffer may be the beginning of a separator.
         while end := chunk_end(buffer, len(buffer) - len(separator) + 1):
             yield buffer[:end], False
             buffer = buffer[end:]
-    yield from split_document(buffer, chunk_end)
-
-
-def split_document(text: str, chunk_end: ChunkEnd) -> Iterator[tuple[str, bool]]:
-    """Yield the chunks of a document; see `split_stream`."""
-    while end := chunk_end(text, len(text)):
-        yield text[:end], False
-        text = text[end:]
-    yield text, True
+    yield from split_stream([buffer], "", chunk_end) if separator else [(buffer, True)]
 
 
 def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[str]:
@@ -116,7 +108,7 @@ def iter_documents(
         return
     lines = (line for line, _ in split_stream(stream, "\n"))
     for text in jsonl_texts(lines, path, text_field):
-        yield from split_document(text, chunk_end)
+        yield from split_stream([text], "", chunk_end)
 
 
 def read_documents(path: Path, separator: str) -> list[str]:

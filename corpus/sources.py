@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from config import TOKENIZERS
-from corpus.clean import Chunk, CleanConfig, Removed, chunk_end, clean, new_stats
+from corpus.clean import Chunk, CleanConfig, RemovalStats, chunk_end, clean, new_stats
 from corpus.documents import hash_to_unit, is_validation, iter_documents
 from corpus.download import DATASETS, fetch
 from corpus.load import find_corpus
@@ -104,17 +104,17 @@ def is_binary(path: Path) -> bool:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The text files in a folder and its subfolders, sorted, without hidden and binary ones (which
-    are reported). Raises UserError if there are none."""
+    """The text files in a folder and its subfolders, sorted, without hidden, binary and .json ones
+    (the last two are reported). Raises UserError if there are none."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
-    binary = {path for path in files if is_binary(path)}
-    if binary:
-        names = ", ".join(sorted(path.name for path in binary)[:3]) + ", ..." * (len(binary) > 3)
-        print(f"{folder}: skipping {len(binary)} binary files ({names})")
-    if len(binary) == len(files):
+    other = {path for path in files if path.suffix.lower() == ".json" or is_binary(path)}
+    if other:
+        names = ", ".join(sorted(path.name for path in other)[:3]) + ", ..." * (len(other) > 3)
+        print(f"{folder}: skipping {len(other)} binary or .json files ({names})")
+    if len(other) == len(files):
         raise UserError(f"there is no text file in the folder {folder}")
-    return [path for path in files if path not in binary]
+    return [path for path in files if path not in other]
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
@@ -231,7 +231,7 @@ class SourceReader:
 
 def process_batch(
     function: Callable[[str], Result], cleaning: CleanConfig, batch: list[Chunk]
-) -> tuple[list[tuple[Chunk, Result]], Removed]:
+) -> tuple[list[tuple[Chunk, Result]], dict[str, RemovalStats]]:
     """Clean a batch: the chunks that remain, with the function of their texts, and what was
     removed. The chunk in which the validation split starts becomes two."""
     removed, found = new_stats(), []

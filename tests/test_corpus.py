@@ -169,7 +169,7 @@ def test_tinyshakespeare_is_recognized_by_its_hash(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_separator_divides_a_text_file_as_it_does_in_prepare(workplace, capsys, kind):
     path = workplace / "stories.txt"
-    path.write_text(f"\n{END_OF_TEXT}\n".join(STORIES))
+    path.write_text(f"\n{END_OF_TEXT}\n".join(["", *STORIES[:20], " ", *STORIES[20:]]))
     load.load_corpus(str(path), kind, 300)
     hint = f"contains {END_OF_TEXT}, read as ordinary text: with --separator '{END_OF_TEXT}'"
     assert capsys.readouterr().err.count(hint) == 1
