@@ -31,7 +31,7 @@ from tqdm import tqdm
 import utils
 from config import DEVICE_HELP, PRECISIONS, GPTConfig
 from corpus.corpus import Corpus
-from corpus.load import load_corpus
+from corpus.load import load_corpus, training_corpus
 from model import GPT
 from sampling.text import last_objective
 from system.command_line import parse_args
@@ -102,23 +102,18 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     """The row of a checkpoint in the table, by column. Raises UserError if its corpus is missing or
     has changed since the training."""
     model, tokenizer, state = utils.load_checkpoint(path, device)
-    own = {} if config.data else state["train_config"]  # settings of its own corpus
-    data = config.data or own.get("data")
-    if not data:
-        raise UserError(f"{path} does not name its corpus: choose one with --data")
     objective = "" if config.data else last_objective(state)
     if objective == "dpo":
         raise UserError(f"{path} was trained on pairs of answers: choose a text with --data")
     if objective == "qa":
         print(f"note: {path} was trained on answers only; this loss includes the questions")
-    tokenizer, corpus = load_corpus(
-        data,
-        tokenizer=tokenizer,
-        separator=config.separator or own.get("separator", ""),
-        hold_out=own.get("hold_out", True),
-    )
-    if not config.data and corpus.info["sha256"] != state["corpus"].get("sha256"):
-        raise UserError(f"{data} is not what {path} was trained on: choose a corpus with --data")
+    if config.data:
+        _, corpus = load_corpus(config.data, tokenizer=tokenizer, separator=config.separator)
+    else:
+        try:
+            corpus = training_corpus(tokenizer, state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}; choose a corpus with --data") from None
     doc_mask = bool(state["train_config"].get("doc_mask"))
     result = evaluate_split(model, corpus, config, doc_mask)
 
@@ -162,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_args(
         EvaluateConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )
+    if config.separator and not config.data:
+        raise UserError("--separator is for the text of --data: leave it out, or give both")
     paths = [Path(name) for name in config.checkpoints]
     paths = paths or [newest_checkpoint(Path("checkpoints"))]
     device = pick_device(config.device)

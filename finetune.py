@@ -22,7 +22,7 @@ from typing import Any
 from system.start import run
 
 from config import GPTConfig, TrainConfig
-from corpus.corpus import Corpus
+from corpus.corpus import Corpus, check_known
 from corpus.documents import iter_documents
 from corpus.load import MAX_IN_MEMORY, find_corpus
 from corpus.records import read_records, record_text, split_records
@@ -39,7 +39,7 @@ from system.command_line import parse_args
 from system.errors import quote_path
 from system.files import locked, save_checkpoint
 from system.settings import UserError, raise_problems
-from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
+from tokenizer import END_OF_TEXT, Tokenizer
 from train import Trainer, run_training
 from training import distributed
 from training.checks import overfit_batch, print_example, print_parameters
@@ -61,7 +61,7 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     records = kind.read(path) if kind else []
     texts = map(kind.text, records) if kind else texts_of(path, config.separator)
     if specials is None:
-        check_known(tokenizer, texts, path)
+        check_known(tokenizer, texts, str(path))
     else:
         documents = not kind and (config.separator or path.suffix.lower() == ".jsonl")
         tokenizer = extend_tokenizer(tokenizer, (END_OF_TEXT,) if documents else specials, texts)
@@ -88,18 +88,6 @@ def texts_of(path: Path, separator: str) -> Iterable[str]:
     return (text for text, _ in iter_documents(path, separator=separator))
 
 
-def check_known(tokenizer: Tokenizer, texts: Iterable[str], path: Path) -> None:
-    """Raise UserError if a character tokenizer would read characters of the texts as <UNK>."""
-    if isinstance(tokenizer, CharTokenizer):
-        known = CharTokenizer(tokenizer.chars)  # without <UNK>
-        if unknown := sorted({c for text in texts for c in known.unknown(text)}):
-            names = " ".join(map(repr, unknown[:10])) + " ..." * (len(unknown) > 10)
-            raise UserError(
-                f"{path} has characters that the model does not know: {names}; remove them, or "
-                "fine-tune the model on a text with them first"
-            )
-
-
 # --- runs
 
 
@@ -124,7 +112,7 @@ def make_model(
         return model, PlainFormat(entries)
     plain = model.state_dict()
     lora.add_lora(model, adapt, also=EMBEDDINGS if new_tokens else ())  # these are trained too
-    header = {"lora": asdict(adapt), "base_sha256": base.sha256}
+    header = {"lora": asdict(adapt), "base_sha256": base.sha256, "objective": settings.objective}
     header |= {"tokenizer": entries["tokenizer"], "gpt_config": asdict(model.config)}
     trained = lora.trained_names(model)
     return model, AdapterFormat(entries, header, plain, trained, adapt.scale)
@@ -143,6 +131,7 @@ def write_merged(setup: Setup) -> int:
     state |= {"model": merged, "optimizers": [], "scaler": {}, "log": []}
     state |= {name: adapter[name] for name in ("gpt_config", "tokenizer")}
     state["merged"] = {"adapter": str(path), "lora": adapter["lora"], "base_sha256": base.sha256}
+    state["merged"] |= {"objective": str(adapter.get("objective"))}  # unknown in older versions
     with locked(setup.run_dir, "a merge"):
         raise_problems(check_finetune(*setup))  # the folder may have changed
         save_checkpoint(target, state)

@@ -19,7 +19,7 @@ from system.start import run
 
 from system.command_line import parse_args
 from system.files import file_problems
-from system.settings import setting
+from system.settings import UserError, setting
 from utils import newest_checkpoint
 from viz.curve import X_LABELS, plot_runs, save_figure
 from viz.internals import plot_internals
@@ -82,7 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     paths = [Path(name) for name in config.inputs]
     if config.picture == "runs":
         paths = paths or [newest_checkpoint(Path("checkpoints")).parent]
-        figure = plot_runs([read_run(path) for path in paths], config.x)
+        runs = [read_run(path) for path in paths]
+        for run in runs if config.x == "tokens" else []:
+            info = run.settings["corpus"]
+            if info["name"].endswith((".json", *[".jsonl"] * ("documents" not in info))):
+                raise UserError(f"{run.name}: its records have padding; use --x step or --x time")
+        figure = plot_runs(runs, config.x)
     else:
         path = paths[0] if paths else newest_checkpoint(Path("checkpoints"))
         figure = plot_internals(path, config.picture, config.text, **config.numbers())

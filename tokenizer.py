@@ -211,6 +211,8 @@ Tokenizer = CharTokenizer | BPETokenizer
 def from_dict(data: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_dict` described."""
     if data.get("kind") == "char":
+        if data["chars"] != sorted({*data["chars"]}):
+            raise UserError("the characters are not sorted, or not different")
         return CharTokenizer(list(data["chars"]), list(data.get("specials", ())))
     if data.get("kind") == "bpe":
         ranks = {from_printable(text): int(i) for text, i in data["ranks"].items()}

@@ -5,13 +5,16 @@ from dataclasses import dataclass, field, replace
 
 from system.settings import setting
 
-CHUNK_SIZE = 1 << 22  # characters: a longer document is processed in chunks of at most this size
+CHUNK_SIZE = 1 << 22  # characters: a longer document is processed in chunks of about this size
 
+# Prose has such words too, so names must begin with a capital, and sentences are kept.
 METADATA = (
     r"(?i)^\s*(\*\*\*\s?(start|end) of|"
-    r"(title|author|translator|illustrator|editor|release date|last updated|language|credits|"
-    r"character set encoding|isbn|url|source)\s*:|"
-    r"(produced|transcribed|scanned) by |copyright |https?://\S+\s*$|\[illustration|page \d+\s*$)"
+    r"(title|author|translator|illustrator|editor|language|credits|source)\s*:\s*"
+    r"(https?://|(?-i:[^a-z\s])(.*[^.!?\s])?\s*$)|"
+    r"(release date|last updated|character set encoding|isbn|url)\s*:|"
+    r"(produced|transcribed|scanned) by (?-i:[A-Z])|copyright,?\s+(by .*)?(\(c\)|©|\d{4})|"
+    r"https?://\S+\s*$|\[illustration|page \d+\s*$)"
 )
 
 # What each step removes, in their order. The keys are those of the manifest.
@@ -43,6 +46,11 @@ class CleanConfig:
         False, f"drop duplicate documents (except those of more than {CHUNK_SIZE} characters)"
     )
     bad_bytes: str = setting("stop", "if a file is not UTF-8", choices=("stop", "replace"))
+
+    @property
+    def patterns(self) -> list[str]:
+        """The regular expressions of the lines to drop."""
+        return [METADATA] * self.metadata + [self.drop_lines] * bool(self.drop_lines)
 
     def problems(self) -> list[str]:
         """Invalid combinations of settings."""
@@ -86,28 +94,54 @@ class Chunk:
     first: bool  # starts its document
     last: bool  # ends its document
     split: str  # train or val
+    number: int = 0  # of all chunks of the sources
+    val_start: int = 0  # where the validation split starts in the cleaned text, if not at 0
+    digest: bytes = b""  # of the cleaned text
 
     @property
     def complete(self) -> bool:
         """Whether this is a full document."""
         return self.first and self.last
 
+    def stripped(self, text: str) -> str:
+        """A text of this chunk without empty lines at the start and the end of the document."""
+        text = text.lstrip("\n") if self.first else text
+        return text.rstrip("\n") if self.last else text
 
-def drop_lines(text: str, patterns: list[str], removed: RemovalStats) -> str:
-    """The text without the lines in which one of the patterns is found."""
-    lines = text.split("\n")
-    dropped = [line for line in lines if any(re.search(pattern, line) for pattern in patterns)]
+
+def is_unwanted(line: str, patterns: list[str]) -> bool:
+    """Whether one of the patterns is found in a line."""
+    return any(re.search(pattern, line) for pattern in patterns)
+
+
+def chunk_end(text: str, limit: int, config: CleanConfig) -> int:
+    """Where the first chunk of a text ends, from CHUNK_SIZE to `limit`; 0 if the text is a chunk.
+    Cleaned, the chunks together are the cleaned text: they end before whitespace, or, if lines are
+    dropped, at the end of a line that is kept."""
+    border = re.compile(r"\n(?<=\S\n)" if config.patterns else r"\s(?<=\S\s)")
+    for end in border.finditer(text, CHUNK_SIZE, limit):
+        line = text[text.rfind("\n", 0, end.start()) + 1 : end.start()]
+        if not is_unwanted(line, config.patterns):
+            return end.start()
+    return 0
+
+
+def drop_lines(chunk: Chunk, patterns: list[str], removed: RemovalStats) -> str:
+    """The text of a chunk without the lines in which one of the patterns is found."""
+    lines = chunk.text.split("\n")
+    start = 0 if chunk.first else 1  # a later chunk begins with the end of a line
+    dropped = [line for line in lines[start:] if is_unwanted(line, patterns)]
     removed.add(len(dropped), *dropped[:2])
     unwanted = set(dropped)
-    return "\n".join(line for line in lines if line not in unwanted)
+    return "\n".join(lines[:start] + [line for line in lines[start:] if line not in unwanted])
 
 
-def drop_whitespace(text: str, complete: bool, removed: RemovalStats) -> str:
-    """The text without whitespace at line ends and without more than one empty line in a row; that
-    of a complete document also without empty lines at its start and end."""
+def drop_whitespace(chunk: Chunk, removed: RemovalStats) -> str:
+    """The text of a chunk without whitespace at line ends, more than one empty line in a row, and
+    empty lines at the start and the end of the document."""
+    text = chunk.text
     shorter = re.sub(r"[^\S\n]+$", "", text, flags=re.M)
-    shorter = re.sub(r"\n{3,}", "\n\n", shorter)
-    shorter = shorter.strip("\n") if complete else shorter
+    shorter = chunk.stripped(re.sub(r"\n{3,}", "\n\n", shorter))
     if len(shorter) < len(text):
         changed = (line for line in text.split("\n") if line.strip() and line != line.rstrip())
         removed.add(len(text) - len(shorter), next(changed, shorter))
@@ -125,12 +159,9 @@ def clean(chunk: Chunk, config: CleanConfig, removed: dict[str, RemovalStats]) -
     >>> removed["metadata"]
     RemovalStats(count=1, examples=["'Title: Emma'"])
     """
-    text = chunk.text
-    patterns = [METADATA] * config.metadata + [config.drop_lines] * bool(config.drop_lines)
-    if patterns:
-        text = drop_lines(text, patterns, removed["metadata"])
-    if config.whitespace:
-        text = drop_whitespace(text, chunk.complete, removed["whitespace"])
+    if config.patterns:
+        chunk = replace(chunk, text=drop_lines(chunk, config.patterns, removed["metadata"]))
+    text = drop_whitespace(chunk, removed["whitespace"]) if config.whitespace else chunk.text
     if chunk.complete and not text.strip():
         removed["empty"].add(1)
         return None
@@ -141,12 +172,3 @@ def clean(chunk: Chunk, config: CleanConfig, removed: dict[str, RemovalStats]) -
         removed["length"].add(int(chunk.first), text)
         return None
     return text
-
-
-def clean_batch(
-    batch: list[Chunk], config: CleanConfig, removed: dict[str, RemovalStats]
-) -> list[Chunk]:
-    """The chunks that are not removed, with their cleaned text; see `clean`."""
-    texts = [clean(chunk, config, removed) for chunk in batch]
-    pairs = zip(batch, texts, strict=True)
-    return [replace(chunk, text=text) for chunk, text in pairs if text is not None]

@@ -6,13 +6,11 @@ workers. `open_dataset` in folder.py reads what is written here.
 """
 
 import functools
-import hashlib
 import json
 import os
 import platform
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,9 +21,10 @@ import tiktoken
 import tokenizer as tokenizers
 from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, from_tiktoken, train_bpe
-from corpus.clean import Chunk, CleanConfig, RemovalStats, clean_batch, new_stats
-from corpus.folder import map_token_files, token_files, write_manifest
-from corpus.sources import DatasetConfig, SourceReader, parallel_map
+from corpus.clean import Chunk, CleanConfig
+from corpus.corpus import check_known
+from corpus.folder import token_files, write_manifest
+from corpus.sources import DatasetConfig, SourceReader
 from corpus.text import file_sha256, token_dtype
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
@@ -33,23 +32,39 @@ from utils import matching_contents, read_checkpoint
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
 SHARD_SIZE = 1 << 28  # tokens per file
-DECODE_SIZE = 1 << 20  # tokens decoded at once
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
 
 
-# --- the tokenizer
+# --- the splits and the tokenizer
 
 
-def characters(texts: Iterable[str]) -> set[str]:
-    """The characters in texts."""
-    return set().union(*texts)
+def hold_out(reader: SourceReader) -> None:
+    """If no document is in the validation split, move the last one there; if there is only one, its
+    last tenth: only then is a document divided. Raises UserError if there is no training text."""
+    n_documents, splits = 0, set()
+    chunks: list[tuple[int, int]] = []  # number and length, of the last document
+    for chunk, length in reader.process(len, "counting documents"):
+        splits.add(chunk.split)
+        if len(splits) == 2:
+            return
+        n_documents += chunk.first
+        chunks = [*([] if chunk.first else chunks), (chunk.number, length)]
+    start = sum(length for _, length in chunks) * 9 // 10 if n_documents == 1 else 0
+    if splits != {"train"} or (n_documents == 1 and not start):
+        raise UserError(
+            "no text remains to learn from: the sources are empty, cleaning removed all, or all "
+            "documents are in the validation split (then try another --seed)"
+        )
+    what = "few documents: the last one" if n_documents > 1 else "one document: its last tenth"
+    print(f"{what} is for validation")
+    while start >= chunks[0][1]:
+        start -= chunks.pop(0)[1]
+    reader.val_start = chunks[0][0], start
 
 
-def find_in_batch(
-    find: Callable[[Iterable[str]], Iterable[str]], cleaning: CleanConfig, batch: list[Chunk]
-) -> Iterable[str]:
-    """What `find` finds in the cleaned texts of a batch."""
-    return find(chunk.text for chunk in clean_batch(batch, cleaning, new_stats()))
+def count_text(text: str) -> Counter[str]:
+    """How often each piece occurs in a text; see `count_pieces`."""
+    return count_pieces([text])
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
@@ -65,9 +80,7 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def learn_tokenizer(
-    config: DatasetConfig, cleaning: CleanConfig, reader: SourceReader, workers: int
-) -> Tokenizer:
+def learn_tokenizer(config: DatasetConfig, reader: SourceReader) -> Tokenizer:
     """The tokenizer of the data set: one of tiktoken's, that of a checkpoint, the characters of all
     documents, or byte pairs learned from the training documents (from a sample if the sources are
     large)."""
@@ -75,24 +88,15 @@ def learn_tokenizer(
         return from_tiktoken(config.tokenizer)
     if config.tokenizer not in TOKENIZERS:
         return checkpoint_tokenizer(Path(config.tokenizer))
-    bpe = config.tokenizer == "bpe"
-    share = SAMPLE_SIZE / max(reader.n_bytes, 1) if bpe else 1.0
-    batches = (
-        [chunk for chunk in batch if chunk.split == "train" or not bpe]
-        for batch in reader.batches("learning the vocabulary", share)
-    )
-    find = functools.partial(find_in_batch, count_pieces if bpe else characters, cleaning)
+    title = "learning the vocabulary"
+    if config.tokenizer == "char":
+        found = ("".join(chars) for _, chars in reader.process(set, title))
+        return tokenizers.CharTokenizer.train(found, (END_OF_TEXT,))
     counts: Counter[str] = Counter()
-    for found in parallel_map(find, batches, workers):
-        counts.update(found)
-    if not counts:
-        raise UserError(
-            "no text remains to learn the vocabulary from: the sources are empty, cleaning removed "
-            "all, or all documents are in the validation split (then try another --seed)"
-        )
-    if bpe:
-        return train_bpe(counts, config.bpe_vocab_size)
-    return tokenizers.CharTokenizer(sorted(counts), (END_OF_TEXT,))
+    for chunk, pieces in reader.process(count_text, title, SAMPLE_SIZE / reader.n_bytes):
+        if chunk.split == "train":
+            counts.update(pieces)
+    return train_bpe(counts, config.bpe_vocab_size)
 
 
 # --- text to tokens
@@ -104,16 +108,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizers.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def encode_batch(
-    cleaning: CleanConfig, tokenizer_path: Path, batch: list[Chunk]
-) -> tuple[list[tuple[Chunk, np.ndarray]], dict[str, RemovalStats]]:
-    """Clean a batch, and encode what remains: chunks with their ids (tokens,). Also returns what
-    cleaning removed."""
+def encode(tokenizer_path: Path, text: str) -> np.ndarray:
+    """The ids of a text (tokens,). Raises UserError for characters that are not in the vocabulary,
+    also if the tokenizer has <UNK>: models are not trained on it."""
     tokenizer = read_tokenizer(tokenizer_path)
-    dtype = token_dtype(tokenizer.vocab_size)
-    removed = new_stats()
-    cleaned = clean_batch(batch, cleaning, removed)
-    return [(chunk, tokenizer.encode(chunk.text).astype(dtype)) for chunk in cleaned], removed
+    if "<UNK>" in tokenizer.specials:
+        check_known(tokenizer, [text], "a source")
+    return tokenizer.encode(text).astype(token_dtype(tokenizer.vocab_size))
 
 
 class DatasetWriter:
@@ -130,15 +131,15 @@ class DatasetWriter:
         keys = ("documents", "tokens", "characters", "bytes")
         self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
 
-    def write(self, chunk: Chunk, ids: np.ndarray, digest: bytes) -> None:
+    def write(self, chunk: Chunk, ids: np.ndarray) -> None:
         """Append the ids of a chunk (tokens,) to its split; the first chunk of a document follows a
-        separator. digest: of the chunk's text."""
+        separator."""
         counts = self.counts[chunk.split]
         if chunk.first:
             ids = np.concatenate([np.array([self.separator], dtype=self.dtype), ids])
             if chunk.split == "train":
                 self.train_docs.append(counts["tokens"])
-            self.digests[chunk.split].frombytes(digest[:8])
+            self.digests[chunk.split].frombytes(chunk.digest[:8])
             counts["documents"] += 1
         self.append(chunk.split, ids)
         counts["characters"] += len(chunk.text)
@@ -153,88 +154,16 @@ class DatasetWriter:
                 if shard:
                     self.files[split].close()
                 path = self.folder / (f"{split}_{shard:05d}.bin" if shard else f"{split}.bin")
-                self.files[split] = open(path, "wb")  # noqa: SIM115 (`finish` closes it)
+                self.files[split] = open(path, "wb")  # noqa: SIM115 (`make_dataset` closes it)
             fitting, ids = ids[: SHARD_SIZE - n_written], ids[SHARD_SIZE - n_written :]
             self.files[split].write(fitting.tobytes())
             counts["tokens"] += len(fitting)
-
-    def finish(self) -> None:
-        """Close the files, after making sure that the validation split is not empty. Raises
-        UserError if there is no training text."""
-        if not self.counts["train"]["tokens"]:
-            raise UserError(
-                "no training text remains: the sources are empty, or cleaning removed all"
-            )
-        self.files["train"].close()
-        if not self.counts["val"]["tokens"]:
-            self.move_to_validation()
-        self.files["val"].close()
-        np.save(self.folder / "train_docs.npy", np.array(self.train_docs, dtype=np.int64))
-
-    def move_to_validation(self) -> None:
-        """Move the last document to the validation split. If there is only one document, move its
-        last tenth: only then is a document divided between the splits."""
-        train, val = self.counts["train"], self.counts["val"]
-        ids = map_token_files(token_files(self.folder, "train"), self.dtype)
-        n_documents = int(train["documents"] > 1)
-        start = self.train_docs.pop() if n_documents else len(ids) * 9 // 10
-        moved = {"documents": n_documents, "characters": 0, "bytes": 0}
-        for position in range(start, len(ids), DECODE_SIZE):
-            tail = ids[position : position + DECODE_SIZE]
-            self.append("val", tail)
-            raw = self.tokenizer.decode_bytes(tail[tail != self.separator].tolist())
-            moved["bytes"] += len(raw)
-            # A character may be divided between tokens: count the bytes that start one.
-            moved["characters"] += sum(byte & 0xC0 != 0x80 for byte in raw)
-        del ids, tail  # Windows cannot truncate a file that is mapped
-        self.truncate_train(start)
-        for key, count in moved.items():
-            train[key] -= count
-            val[key] += count
-        if n_documents:
-            self.digests["val"].append(self.digests["train"].pop())
-            print(f"few documents: the last one ({val['tokens']:,} tokens) is for validation")
-        else:
-            print("the corpus is one document: its last tenth is for validation")
 
     def n_shared(self) -> int:
         """The number of validation documents that are training documents too; long ones count if
         their first chunks are equal."""
         train, val = (np.array(self.digests[split]) for split in ("train", "val"))
         return int(np.isin(val, train).sum())
-
-    def truncate_train(self, n_tokens: int) -> None:
-        """Keep only the first n_tokens of the training files."""
-        for shard, path in enumerate(token_files(self.folder, "train")):
-            n_kept = min(max(n_tokens - shard * SHARD_SIZE, 0), SHARD_SIZE)
-            if n_kept:
-                os.truncate(path, n_kept * self.dtype.itemsize)
-            else:
-                path.unlink()
-        self.counts["train"]["tokens"] = n_tokens
-
-
-def write_tokens(
-    writer: DatasetWriter, cleaning: CleanConfig, reader: SourceReader, workers: int
-) -> dict[str, RemovalStats]:
-    """Clean, encode and write all sources. Returns what was removed."""
-    read_tokenizer.cache_clear()  # an earlier data set in this process had the same path
-    encode = functools.partial(encode_batch, cleaning, writer.folder / "tokenizer.json")
-    removed = new_stats()
-    digests: set[bytes] = set()
-    for encoded, batch_removed in parallel_map(encode, reader.batches("encoding"), workers):
-        for step, stats in batch_removed.items():
-            removed[step].merge(stats)
-        for chunk, ids in encoded:
-            digest = hashlib.blake2b(chunk.text.encode(), digest_size=16).digest()
-            if cleaning.dedup and chunk.complete:
-                if digest in digests:
-                    removed["duplicates"].add(1, chunk.text[:60])
-                    continue
-                digests.add(digest)
-            writer.write(chunk, ids, digest)
-    writer.finish()
-    return removed
 
 
 # --- the data set
@@ -253,20 +182,27 @@ def make_dataset(
     UserError if a source is invalid or no text remains.
     """
     reader = SourceReader(config, cleaning)
-    workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
-    tokenizer = learn_tokenizer(config, cleaning, reader, workers)
+    reader.workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
+    hold_out(reader)
+    tokenizer = learn_tokenizer(config, reader)
     text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    files_read = reader.files_read  # by learning the vocabulary
+    files_read = reader.files_read  # until here, perhaps not all
     writer = DatasetWriter(folder, tokenizer)
-    removed = write_tokens(writer, cleaning, reader, workers)
-    if files_read and files_read != reader.files_read:
+    read_tokenizer.cache_clear()  # an earlier data set in this process had the same path
+    function = functools.partial(encode, folder / "tokenizer.json")
+    for chunk, ids in reader.process(function, "encoding"):
+        writer.write(chunk, ids)
+    for file in writer.files.values():
+        file.close()
+    np.save(folder / "train_docs.npy", np.array(writer.train_docs, dtype=np.int64))
+    if files_read != reader.files_read[: len(files_read)]:
         raise UserError("a source changed while it was read: try again")
     manifest = {
         "name": config.name,
         "sources": reader.files_read,
         "settings": settings,
-        "removed": {step: asdict(stats) for step, stats in removed.items()},
+        "removed": {step: asdict(stats) for step, stats in reader.removed.items()},
         "splits": writer.counts,
         "shared_documents": writer.n_shared(),
         "vocab_size": tokenizer.vocab_size,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,23 +17,23 @@ MAX_WITHOUT_TEXT = 1000  # lines at the start of a .jsonl file, until its field 
 SPLIT_SEED = 1337
 
 Document = TypeVar("Document")
+# Where the first chunk of a text ends, at a position below a limit; 0 if there is no such position
+ChunkEnd = Callable[[str, int], int]
 
 
 # --- reading
 
 
 def split_stream(
-    stream: Iterable[str], separator: str, chunk_size: int | None = None
+    stream: Iterable[str], separator: str, chunk_end: ChunkEnd = lambda text, limit: 0
 ) -> Iterator[tuple[str, bool]]:
     r"""Split a text, given as a stream of strings, at each separator; no split if it is "".
 
-    Yields (text, ends) as `iter_documents` does. Chunks end at a line end if there is one in their
-    second half.
+    Yields (text, ends) as `iter_documents` does. The chunks of a document depend neither on the
+    documents after it nor on the strings of the stream.
 
     >>> list(split_stream(["one|t", "wo|three"], "|"))
     [('one', True), ('two', True), ('three', True)]
-    >>> list(split_stream(["one\ntwo\n", "three"], "", chunk_size=6))
-    [('one\n', False), ('two\n', False), ('three', True)]
     """
     buffer = ""
     for text in stream:
@@ -42,13 +42,12 @@ def split_stream(
         if separator and buffer.find(separator, searched) >= 0:
             *documents, buffer = buffer.split(separator)
             for document in documents:
-                yield document, True
+                yield from split_stream([document], "", chunk_end)
         # The end of the buffer may be the beginning of a separator.
-        while chunk_size and len(buffer) > chunk_size + len(separator):
-            end = buffer.rfind("\n", chunk_size // 2, chunk_size) + 1 or chunk_size
+        while end := chunk_end(buffer, len(buffer) - len(separator) + 1):
             yield buffer[:end], False
             buffer = buffer[end:]
-    yield buffer, True
+    yield from split_stream([buffer], "", chunk_end) if separator else [(buffer, True)]
 
 
 def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[str]:
@@ -92,24 +91,24 @@ def iter_documents(
     text_field: str = "text",
     separator: str = "",
     bad_bytes: str = "strict",
-    chunk_size: int | None = None,
+    chunk_end: ChunkEnd = lambda text, limit: 0,
     blocks: Iterable[bytes] | None = None,
 ) -> Iterator[tuple[str, bool]]:
     """Yield the documents of a file: the text_field of each line of a .jsonl file, see
     `jsonl_texts`; otherwise the text between separators, which is the full text if separator is "".
 
     Yields (text, ends): `ends` tells whether the text is the end of its document. It is always True
-    if chunk_size is None; otherwise documents of more than chunk_size characters come in several
-    chunks. bad_bytes: see `decode_blocks`. blocks: the file's bytes, if the caller reads them.
-    Raises UserError, with the position, if the file is invalid.
+    unless chunk_end divides long documents into chunks. bad_bytes: see `decode_blocks`. blocks: the
+    file's bytes, if the caller reads them. Raises UserError, with the position, if the file is
+    invalid.
     """
     stream = decode_blocks(blocks or read_blocks(path), path, bad_bytes)
     if path.suffix.lower() != ".jsonl":
-        yield from split_stream(stream, separator, chunk_size)
+        yield from split_stream(stream, separator, chunk_end)
         return
     lines = (line for line, _ in split_stream(stream, "\n"))
     for text in jsonl_texts(lines, path, text_field):
-        yield from split_stream([text], "", chunk_size)
+        yield from split_stream([text], "", chunk_end)
 
 
 def read_documents(path: Path, separator: str) -> list[str]:

@@ -49,6 +49,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a data set. Raises ValueError if it is damaged. (Those of earlier versions
     have no checksum and no hashes but that of the token ids.)"""
+    if devices := [path for path in folder.iterdir() if not (path.is_file() or path.is_dir())]:
+        raise ValueError(f"{devices[0].name} is not a file")  # reading one may never end
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     hashed = "checksum" in manifest or "files" in manifest
     if hashed and manifest["checksum"] != checksum(manifest):

@@ -1,6 +1,7 @@
 """The source files of a data set, read as a stream of documents, each assigned to a split, and work
 on batches of them, divided among processes."""
 
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -12,14 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from config import TOKENIZERS
-from corpus.clean import CHUNK_SIZE, Chunk, CleanConfig
+from corpus.clean import Chunk, CleanConfig, RemovalStats, chunk_end, clean, new_stats
 from corpus.documents import hash_to_unit, is_validation, iter_documents
 from corpus.download import DATASETS, fetch
 from corpus.load import find_corpus
@@ -103,17 +104,17 @@ def is_binary(path: Path) -> bool:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The text files in a folder and its subfolders, sorted, without hidden and binary ones (which
-    are reported). Raises UserError if there are none."""
+    """The text files in a folder and its subfolders, sorted, without hidden, binary and .json ones
+    (the last two are reported). Raises UserError if there are none."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
-    binary = {path for path in files if is_binary(path)}
-    if binary:
-        names = ", ".join(sorted(path.name for path in binary)[:3]) + ", ..." * (len(binary) > 3)
-        print(f"{folder}: skipping {len(binary)} binary files ({names})")
-    if len(binary) == len(files):
+    other = {path for path in files if path.suffix.lower() == ".json" or is_binary(path)}
+    if other:
+        names = ", ".join(sorted(path.name for path in other)[:3]) + ", ..." * (len(other) > 3)
+        print(f"{folder}: skipping {len(other)} binary or .json files ({names})")
+    if len(other) == len(files):
         raise UserError(f"there is no text file in the folder {folder}")
-    return [path for path in files if path not in binary]
+    return [path for path in files if path not in other]
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
@@ -136,13 +137,16 @@ class SourceReader:
     """Reads the sources as a stream, as often as needed."""
 
     def __init__(self, config: DatasetConfig, cleaning: CleanConfig):
-        self.config = config
+        self.config, self.cleaning, self.workers = config, cleaning, 1
         self.sources = find_sources(config.sources)
         separator = END_OF_TEXT if "tinystories" in config.sources else ""
         self.separator = config.separator.replace("\\n", "\n") or separator
         self.bad_bytes = "strict" if cleaning.bad_bytes == "stop" else "replace"
+        # From this chunk on, and this position in its text, all is for validation (see `hold_out`).
+        self.val_start = (sys.maxsize, 0)
         # path, bytes and sha256 of each file that was read; complete at the end of the stream
         self.files_read: list[dict[str, Any]] = []
+        self.removed = new_stats()  # also at the end
 
     @property
     def n_bytes(self) -> int:
@@ -154,8 +158,8 @@ class SourceReader:
         pseudo-random selection of them."""
         batch: list[Chunk] = []
         size = 0
-        for i, chunk in enumerate(self.chunks(title)):
-            if share < 1 and hash_to_unit(i, self.config.seed + 1) >= share:
+        for chunk in self.chunks(title):
+            if share < 1 and hash_to_unit(chunk.number, self.config.seed + 1) >= share:
                 continue
             batch.append(chunk)
             size += len(chunk.text) + CHUNK_COST
@@ -165,10 +169,28 @@ class SourceReader:
         if batch:
             yield batch
 
+    def process(
+        self, function: Callable[[str], Result], title: str, share: float = 1.0
+    ) -> Iterator[tuple[Chunk, Result]]:
+        """Yield the cleaned chunks without duplicate documents, with the function of their texts,
+        computed in several processes. share: see `batches`."""
+        work = functools.partial(process_batch, function, self.cleaning)
+        self.removed, digests = new_stats(), set()
+        for processed, removed in parallel_map(work, self.batches(title, share), self.workers):
+            for step, stats in removed.items():
+                self.removed[step].merge(stats)
+            for chunk, result in processed:
+                if self.cleaning.dedup and chunk.complete:
+                    if chunk.digest in digests:
+                        self.removed["duplicates"].add(1, chunk.text[:60])
+                        continue
+                    digests.add(chunk.digest)
+                yield chunk, result
+
     def chunks(self, title: str) -> Iterator[Chunk]:
         """Yield all documents of all sources, long ones in several chunks, with a progress bar."""
         self.files_read = []
-        number = 0  # of the document, over all sources
+        n_chunks = number = 0  # of all sources; number: of the document
         with tqdm(
             total=self.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
@@ -176,19 +198,23 @@ class SourceReader:
                 path, first = source.path, True
                 blocks = self.read(path, bar)
                 field, separator = self.config.text_field, self.separator
+                ends = functools.partial(chunk_end, config=self.cleaning)
                 for text, last in iter_documents(
-                    path, field, separator, self.bad_bytes, CHUNK_SIZE, blocks
+                    path, field, separator, self.bad_bytes, ends, blocks
                 ):
                     if not separator and path.suffix.lower() != ".jsonl":
                         note_end_of_text(path, text)
-                    complete = first and last
-                    text = text.strip("\n") if separator and complete else text
                     is_val = is_validation(number, self.config.val_share, self.config.seed)
-                    yield Chunk(text, first, last, source.split or ("val" if is_val else "train"))
+                    is_val = source.split == "val" if source.split else is_val
+                    split = "val" if is_val or n_chunks >= self.val_start[0] else "train"
+                    start = self.val_start[1] if n_chunks == self.val_start[0] else 0
+                    chunk = Chunk(text, first, last, split, n_chunks, start)
+                    chunk.text = chunk.stripped(text) if separator else text
+                    yield chunk
                     # Blank documents are not numbered: load_corpus skips them, and with the same
                     # numbers it selects the same validation documents.
-                    blank = complete and not text.strip()
-                    number += last and not blank
+                    number += last and not (chunk.complete and not text.strip())
+                    n_chunks += 1
                     first = last
 
     def read(self, path: Path, bar: tqdm) -> Iterator[bytes]:
@@ -201,6 +227,25 @@ class SourceReader:
             yield raw
         file = {"path": replace_surrogates(str(path)), "bytes": n_bytes}
         self.files_read.append(file | {"sha256": digest.hexdigest()})
+
+
+def process_batch(
+    function: Callable[[str], Result], cleaning: CleanConfig, batch: list[Chunk]
+) -> tuple[list[tuple[Chunk, Result]], dict[str, RemovalStats]]:
+    """Clean a batch: the chunks that remain, with the function of their texts, and what was
+    removed. The chunk in which the validation split starts becomes two."""
+    removed, found = new_stats(), []
+    for chunk in batch:
+        text, start = clean(chunk, cleaning, removed), chunk.val_start
+        if text is not None:
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if start:
+                train = replace(chunk, text=text[:start], split="train", digest=digest)
+                found.append((train, function(train.text)))
+            first = chunk.first and not start
+            chunk = replace(chunk, text=text[start:], first=first, digest=digest)
+            found.append((chunk, function(chunk.text)))
+    return found, removed
 
 
 # --- several processes

@@ -55,11 +55,11 @@ class Ensemble(nn.Module):
 
 
 def check_alike(states: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError if models have different tokenizers, windows or texts."""
+    """Raise UserError if models have different tokenizers, windows, texts or splits."""
     settings = {n: s["train_config"] | s["gpt_config"] | s for n, s in states.items()}
     (first, one), *others = settings.items()
     for name, other in others:
-        for what in ("tokenizer", "corpus", "block_size", "doc_mask"):
+        for what in ("tokenizer", "corpus", "block_size", "doc_mask", "separator", "hold_out"):
             if one.get(what) != other.get(what):
                 raise UserError(f"{first} and {name} have different values of {what}")
 

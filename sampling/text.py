@@ -112,9 +112,11 @@ def last_objective(state: dict[str, Any]) -> str:
 
 
 def last_trained_on_text(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was fine-tuned on text. If it was trained on questions before, the
-    tokenizer still has their special tokens."""
-    return last_objective(state) == "text"
+    """Whether a checkpoint, or an adapter merged into it, was fine-tuned on text. If it was trained
+    on questions before, the tokenizer still has their special tokens."""
+    merged = state.get("merged")
+    adapter = merged.get("objective") if isinstance(merged, dict) else ""
+    return "text" in (last_objective(state), adapter)
 
 
 def check_question(config: SampleConfig, tokenizer: Tokenizer) -> None:

@@ -34,6 +34,9 @@ HINTS = {
     "eval_iters": ("eval_windows", "it counts windows, batch_size times as many"),
     "init_from resume_from_checkpoint": ("resume", "it continues the run of --tag"),
 }
+# Names of actions: the command that does them.
+COMMANDS = {"chat": "explore.py chat", "sweep": "explore.py sweep"}
+COMMANDS |= {"show_probs": "explore.py probs", "demo": "demo.py"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -143,6 +146,8 @@ def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) 
 def hint(word: str, names: list[str]) -> str:
     """What to write instead of an unknown flag; empty if it is like none of these names."""
     name = word.removeprefix("--").partition("=")[0].replace("-", "_") if word[:1] == "-" else ""
+    if name in COMMANDS:
+        return f": use python {COMMANDS[name]}"
     flag, text = next((HINTS[names] for names in HINTS if name in names.split()), ("", ""))
     if flag in names:
         return f": use --{flag} ({text})"

@@ -138,9 +138,11 @@ def test_user_errors_are_reported(workplace):
     assert train.main(TINY_RUN) == 0
     with pytest.raises(UserError, match=r"there is no checkpoint nowhere\.pt"):
         evaluate.main(["checkpoints/best.pt", "nowhere.pt"])
+    with pytest.raises(UserError, match="--separator is for the text of --data"):
+        evaluate.main(["--separator=fox"])  # which would split the training text anew
     with open("data/input.txt", "a") as file:
         file.write("more")
-    with pytest.raises(UserError, match=r"not what checkpoints/best.pt was trained on"):
+    with pytest.raises(UserError, match=r"best\.pt: shakespeare is not what the .* --data"):
         evaluate.main([])
 
 
@@ -190,7 +192,9 @@ def test_checkpoints_without_a_known_corpus_need_data(trained):
     state = torch.load("checkpoints/best.pt", weights_only=True)
     del state["train_config"]["data"]
     torch.save(state, "checkpoints/best.pt")
-    with pytest.raises(UserError, match=r"best\.pt does not name its corpus: choose one"):
+    with pytest.raises(
+        UserError, match=r"best\.pt: the checkpoint does not name its corpus; choose"
+    ):
         evaluate.main([])
     assert evaluate.main(["--data=data/input.txt"]) == 0
 

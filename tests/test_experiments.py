@@ -467,13 +467,14 @@ def test_an_ensemble_predicts_the_mean_probability(workplace: Path, capsys: Any)
 
 
 def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
-    short = {"block_size": 8}
-    runs = [parse_tiny_study().make_run(f"{i}", TINY | f) for i, f in enumerate(({}, short))]
+    flags = {}, {"block_size": 8}, {"hold_out": False}
+    runs = [parse_tiny_study().make_run(f"{i}", TINY | f) for i, f in enumerate(flags)]
     paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
     with pytest.raises(UserError, match="two or more checkpoints"):
         ensemble.main(paths[:1])
-    with pytest.raises(UserError, match="different values of block_size"):
-        ensemble.main(paths)
+    for path, what in zip(paths[1:], ("block_size", "hold_out"), strict=True):
+        with pytest.raises(UserError, match=f"different values of {what}"):
+            ensemble.main([paths[0], path])
 
 
 # --- benchmarks

@@ -469,6 +469,7 @@ def test_merging_the_adapter_gives_the_same_model(place: Path, adapted: Path):
     for name, tensor in utils.read_checkpoint(adapted.with_name("best.pt"))["model"].items():
         assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
     assert "adapter" not in merged and merged["merged"]["adapter"] == str(adapted)
+    assert merged["merged"]["objective"] == "qa"
     words = ["checkpoints/merged/best.pt", "--prompt=Who?", "--max_new_tokens=5", "--device=cpu"]
     assert generate.main(words) == 0
     for flag in ([], ["--no-overwrite"]):

@@ -715,6 +715,7 @@ def test_a_blank_question_is_an_error_that_says_how_to_ask(workplace, capsys):
         ({"finetune": {"objective": "qa"}}, True),
         ({"finetune": {"objective": "dpo"}}, True),
         ({"finetune": {"objective": "text"}}, False),
+        ({"finetune": {"objective": "qa"}, "merged": {"objective": "text"}}, False),
         ({"finetune": {"objective": "text"}, "merged": {}}, True),  # an adapter of any objective
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,18 +21,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from test_corpus import STORIES, write_jsonl
 
 import evaluate
 import prepare
 import train
 import utils
+from corpus import clean as cleaning
 from corpus import dataset, folder, load, sources
 from corpus import text as text_module
 from corpus.clean import Chunk, CleanConfig, RemovalStats, clean, new_stats
+from corpus.corpus import make_tokenizer
+from corpus.documents import is_validation
 from corpus.sources import DatasetConfig, SourceReader
 from system.settings import UserError
-from tokenizer import END_OF_TEXT
+from tokenizer import END_OF_TEXT, CharTokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,21 +70,6 @@ def all_texts() -> list[str]:
 # --- sources to a data set
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_each_document_is_in_one_split(workplace, tokenizer):
-    write_jsonl(workplace / "stories.jsonl")
-    manifest = make("stories.jsonl", f"--tokenizer={tokenizer}")
-    assert sorted(all_texts()) == sorted(STORIES)
-    splits = manifest["splits"]
-    assert [splits[s]["documents"] for s in splits] == [len(texts(s)) for s in splits]
-    assert splits["val"]["characters"] == sum(map(len, texts("val"))) > 0
-    dtype = np.dtype("uint8" if tokenizer == "char" else "uint16")
-    assert manifest["dtype"] == str(dtype)
-    for split in ("train", "val"):
-        size = os.path.getsize(f"data/set/{split}.bin")
-        assert size == splits[split]["tokens"] * dtype.itemsize
-
-
 def test_the_manifest_records_the_sources(workplace):
     (workplace / "a.txt").write_bytes(b"abc")  # whose hash is known from FIPS 180-2
     manifest = make("a.txt", "--tokenizer=char")
@@ -95,20 +86,10 @@ def test_a_folder_is_read_in_order_without_hidden_and_binary_files(workplace, ca
     (folder / "old" / "c.txt").write_text("third")
     (folder / ".notes").write_text("hidden")
     (folder / "photo.jpg").write_bytes(b"\xff\xd8\x00\x01")
+    (folder / "qa.json").write_text('[{"question": "a", "answer": "b"}]')
     make("letters", "--tokenizer=char", "--val_share=0.01")
     assert all_texts() == ["first", "second", "third"]
-    assert "skipping 1 binary files (photo.jpg)" in capsys.readouterr().out
-
-
-def test_the_last_tenth_of_a_single_text_is_for_validation(workplace):
-    text = "All happy families are alike, ün.\n" * 100
-    (workplace / "anna.txt").write_text(text, encoding="utf-8")
-    manifest = make("anna.txt", "--tokenizer=char")
-    val = folder.open_dataset(Path("data/set"))[0].decode(np.fromfile("data/set/val.bin", "uint8"))
-    assert text.endswith(val) and abs(len(val) - 340) <= 1
-    assert manifest["splits"]["val"]["bytes"] == len(val.encode())
-    assert manifest["splits"]["val"]["characters"] == len(val)
-    assert manifest["splits"]["train"]["bytes"] == len(text.encode()) - len(val.encode())
+    assert "skipping 2 binary or .json files (photo.jpg, qa.json)" in capsys.readouterr().out
 
 
 def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workplace):
@@ -120,13 +101,73 @@ def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workpla
     assert set(all_texts()) == {"one", "two\none", "two"}
 
 
-def test_documents_in_several_chunks_stay_in_one_split(workplace, monkeypatch):
-    monkeypatch.setattr(sources, "CHUNK_SIZE", 50)
-    monkeypatch.setattr(sources, "BATCH_SIZE", 120)
-    long = [f"document {i}\n" + f"line of {i}\n" * 40 for i in range(12)]
-    write_jsonl(workplace / "long.jsonl", long)
-    make("long.jsonl", "--val_share=0.3", "--whitespace", "--min_chars=60", "--dedup")
-    assert sorted(all_texts()) == sorted(long) and len(texts("val")) > 0
+LINES = ["", "drop", "a", "a ", "drop it", " b a", "a\tb", " ", "no drop ", "<|", "ab ba a b", "é"]
+FLAGS = {"": [], "drop": ["--drop_lines=drop"], r"^\s*$": [r"--drop_lines=^\s*$"]}
+
+
+def cleaned_in_memory(text: str, pattern: str, whitespace: bool) -> str:
+    if pattern:
+        text = "\n".join(line for line in text.split("\n") if not re.search(pattern, line))
+    if whitespace:
+        text = "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+        text = re.sub("\n\n\n+", "\n\n", text)
+    return text
+
+
+def split_in_memory(texts: dict[int, str]) -> list[list[str]]:
+    """The documents of each split, given by their numbers; one text is split as train.py does."""
+    val = {number for number in texts if is_validation(number, 0.2, 1337)}
+    if len(texts) == 1 and not val:
+        (text,) = texts.values()
+        return [[text[: len(text) * 9 // 10]], [text[len(text) * 9 // 10 :]]]
+    val = val or {max(texts, default=0)}
+    return [[texts[n] for n in texts if (n in val) == is_val] for is_val in (False, True)]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.sampled_from(LINES), max_size=6).map("\n".join), min_size=1, max_size=9),
+    st.sampled_from(["jsonl", "separator", "text"]),
+    st.sampled_from([1, 3, 12, 1000]),
+    st.sampled_from([2, 4, 10]),  # token ids have two bytes
+    st.sampled_from(["char", "bpe"]),
+    st.sampled_from(sorted(FLAGS)),
+    st.booleans(),
+    st.booleans(),
+)
+def test_a_data_set_read_in_pieces_is_that_of_the_full_texts(
+    workplace, monkeypatch, documents, form, chunk_size, read_size, kind, pattern, whitespace, dedup
+):
+    dedup = dedup and chunk_size == 1000  # long documents are never duplicates
+    if form == "jsonl":
+        path, flags = write_jsonl(workplace / "a.jsonl", documents), []
+    else:
+        path, flags = workplace / "a.txt", ["--separator=<|>"] * (form == "separator")
+        path.write_text(("<|>" if flags else "\n").join(documents))
+        documents = [text.strip("\n") for text in documents] if flags else [path.read_text()]
+    texts = dict(enumerate(text for text in documents if text.strip()))
+    texts = {n: cleaned_in_memory(text, pattern, whitespace) for n, text in texts.items()}
+    firsts = {text: n for n, text in reversed(texts.items())}
+    kept = {n: t for n, t in texts.items() if t.strip() and (not dedup or firsts[t] == n)}
+    splits = split_in_memory(kept)
+    assume(all(splits) and all(splits[0]))
+    monkeypatch.setattr(cleaning, "CHUNK_SIZE", chunk_size)
+    monkeypatch.setattr(text_module, "READ_SIZE", read_size)
+    monkeypatch.setattr(sources, "BATCH_SIZE", 200)
+    flags += FLAGS[pattern] + ["--whitespace"] * whitespace + ["--dedup"] * dedup
+    manifest = make(path.name, *flags, f"--tokenizer={kind}", "--val_share=0.2", "--overwrite")
+    tokenizer = make_tokenizer(kind, 300, splits, (END_OF_TEXT,))
+    found, corpus = folder.open_dataset(Path("data/set"))
+    assert found.to_dict() == tokenizer.to_dict()
+    both = corpus.train_ids, corpus.val_ids
+    for name, ids, split in zip(("train", "val"), both, splits, strict=True):
+        # the last tenth of the only document does not begin with a separator
+        n_documents = len(split) if name == "train" or len(kept) > 1 else 0
+        start = [tokenizer.specials[END_OF_TEXT]] * bool(n_documents)
+        expected = [i for text in split for i in (*start, *tokenizer.encode(text).tolist())]
+        counts = {"documents": n_documents, "tokens": len(expected)}
+        counts |= {"characters": len("".join(split)), "bytes": len("".join(split).encode())}
+        assert ids[:].tolist() == expected and manifest["splits"][name] == counts
 
 
 def test_several_processes_write_the_same_data_set_as_one(workplace, monkeypatch):
@@ -203,6 +244,21 @@ def test_the_limits_of_the_length_of_a_document_may_be_equal():
     assert CleanConfig(min_chars=5, max_chars=0).problems() == []  # 0: no limit
     for max_chars in (1, 4):
         assert CleanConfig(min_chars=5, max_chars=max_chars).problems()
+
+
+METADATA = """Title: Moby Dick; Or, The Whale | AUTHOR: Herman Melville | Language: English
+Source: https://example.org/a | Copyright (c) 1998 by X | Copyright, 1911, by X | ISBN: 0-14
+Release date: July 1, 2001 [eBook #2701] | *** START OF THE BOOK | Produced by Ann Smith | Page 7"""
+PROSE = """Copyright law is old. | Author: what a name! | Author: What a name! | Page 7 was torn
+Source: it is said so. | Title: a word for a name | Produced by heat, it rose. | an author: Ann"""
+
+
+def test_metadata_is_dropped_and_prose_is_kept():
+    lines = [line.strip() for text in (METADATA, PROSE) for line in re.split(r"\||\n", text)]
+    removed = new_stats()
+    chunk = Chunk("\n".join(lines), True, True, "train")
+    kept = clean(chunk, CleanConfig(metadata=True), removed).split("\n")
+    assert kept == lines[-8:] and removed["metadata"].count == len(lines) - 8 == 11
 
 
 def test_the_default_removes_nothing():
@@ -294,14 +350,6 @@ def test_a_data_set_cannot_be_its_own_source(stories):
         make("data/set/tokenizer.json.txt", "--overwrite")
 
 
-def test_train_and_prepare_select_the_same_validation_documents(workplace):
-    path = write_jsonl(workplace / "stories.jsonl", ["", *STORIES[:20], " \n", *STORIES[20:]])
-    assert make("stories.jsonl")["removed"]["empty"]["count"] == 2
-    tokenizer, corpus = load.load_corpus(str(path), "bpe", 300)
-    assert tokenizer.decode(corpus.val_ids.tolist()).split(END_OF_TEXT)[1:] == texts("val")
-    assert tokenizer.to_dict() == folder.open_dataset(Path("data/set"))[0].to_dict()
-
-
 def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(workplace):
     (workplace / ("x" * 250)).write_text("text " * 100)
     assert prepare.main(["x" * 250, "--vocab_size=300"]) == 0
@@ -363,7 +411,7 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
 
 @pytest.mark.parametrize(("last", "shared"), [("a long one " * 20, 1), ("other " * 20, 0)])
 def test_a_long_document_in_both_splits_is_counted(workplace, monkeypatch, last, shared):
-    monkeypatch.setattr(sources, "CHUNK_SIZE", 50)
+    monkeypatch.setattr(cleaning, "CHUNK_SIZE", 50)
     write_jsonl(workplace / "a.jsonl", ["a long one " * 20, "a", last])
     manifest = make("a.jsonl", "--tokenizer=char", "--val_share=1e-9")  # the last one is moved
     assert manifest["shared_documents"] == shared
@@ -490,19 +538,23 @@ def test_a_data_set_can_have_the_tokenizer_of_a_checkpoint(workplace, capsys):
         make("stories.jsonl", f"--tokenizer={checkpoint}", name="other")
 
 
+def test_characters_that_a_checkpoint_would_read_as_unk_are_an_error(workplace, monkeypatch):
+    tokenizer = CharTokenizer.train(["so it goes"], ("<UNK>", END_OF_TEXT))
+    monkeypatch.setattr(dataset, "checkpoint_tokenizer", lambda path: tokenizer)
+    Path("unk.pt").touch()
+    write_jsonl(workplace / "a.jsonl", ["so it goes", "so it gœs"])
+    with pytest.raises(UserError, match=r"a source has characters that the model does not .* 'œ'"):
+        make("a.jsonl", "--tokenizer=unk.pt")
+
+
 @pytest.mark.parametrize("flag", ["--tokenizer=char", "--vocab_size=500"])
 def test_a_data_set_has_its_own_tokenizer(stories, flag):
     with pytest.raises(UserError, match="data/set already has a tokenizer"):
         train.main([*TINY_RUN, "--data=data/set", flag])
 
 
-@pytest.mark.parametrize("one_document", [False, True])
-def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch, one_document: bool):
+def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch):
     write_jsonl(workplace / "stories.jsonl")
-    lines = Path("stories.jsonl").read_text().splitlines(keepends=True)
-    if one_document:  # its last tenth is moved to the validation split
-        lines = [json.dumps({"text": "".join(json.loads(line)["text"] for line in lines)})]
-    Path("stories.jsonl").write_text("".join(lines))
     one = make("stories.jsonl", "--tokenizer=char", name="one")
     monkeypatch.setattr(dataset, "SHARD_SIZE", 100)
     many = make("stories.jsonl", "--tokenizer=char", name="many")
@@ -576,6 +628,13 @@ def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hash
             assert "\n" not in str(error) and len(str(error)) < 500, how
         shutil.rmtree("data/damaged")
     assert n_errors > (250 if hashed else 200)
+
+
+def test_a_device_in_a_data_set_is_an_error(stories):
+    Path("data/set/train.bin").unlink()
+    Path("data/set/train.bin").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"is damaged \(train\.bin is not a file\)"):
+        folder.open_dataset(Path("data/set"))
 
 
 def test_a_data_set_without_its_checksum_is_an_error(stories):

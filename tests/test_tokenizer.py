@@ -388,3 +388,9 @@ def test_a_downloaded_encoding_keeps_its_special_tokens(monkeypatch: pytest.Monk
 def test_merging_a_pair_equals_replacing_text(word: str, pair: str):
     merged = merge_pair([ord(c) for c in word], (ord(pair[0]), ord(pair[1])), ord("Z"))
     assert "".join(map(chr, merged)) == word.replace(pair, "Z")
+
+
+@pytest.mark.parametrize("chars", ["ba", "aa"])
+def test_characters_that_are_not_sorted_are_rejected(chars: str):
+    with pytest.raises(UserError, match="the characters are not sorted, or not different"):
+        from_dict({"kind": "char", "chars": list(chars), "specials": []})
