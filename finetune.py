@@ -73,8 +73,8 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     check_unchanged(info, config, setup.state)
     splits = split_records(records) if config.hold_out else (records, records)
     ask = answers_questions(base.tokenizer) and not last_trained_on_text(base.state)
-    sizes = (setup.gpt_config.block_size, settings.long == "skip")
-    return tokenizer, info, encode_splits(kind, splits, tokenizer, *sizes, ask)
+    block_size = setup.gpt_config.block_size
+    return tokenizer, info, encode_splits(kind, splits, tokenizer, block_size, ask)
 
 
 def texts_of(path: Path, separator: str) -> Iterable[str]:
@@ -152,9 +152,10 @@ def write_merged(setup: Setup) -> int:
 def print_summary(setup: Setup, model: GPT, data: Corpus | Splits) -> None:
     """Print what will be fine-tuned, on what, and how, before anything slow starts."""
     settings, config = setup.settings, setup.config
-    splits: Any = [data.train_ids, data.val_ids] if isinstance(data, Corpus) else data.values()
-    unit = "tokens" if isinstance(data, Corpus) else "records"
-    n_train, n_val = map(len, splits)
+    if isinstance(data, Corpus):
+        unit, n_train, n_val = "tokens", len(data.train_ids), len(data.val_ids)
+    else:
+        unit, (n_train, n_val) = "records", (len(split.records) for split in data.values())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_all = model.num_params()
     print(
