@@ -168,7 +168,7 @@ def check_finetune(*results: Any) -> list[str]:
     settings, adapt, config, gpt_config, base, teacher, state = setup = Setup(*results)
     found = check_run(gpt_config, config)
     for path in filter(None, (settings.source, settings.teacher)):
-        if Path(path).resolve().parent == setup.run_dir.resolve():
+        if setup.run_dir.resolve() in (Path(path).resolve(), Path(path).resolve().parent):
             found.append(f"{setup.run_dir}/ contains {path}: give the run another --tag")
     if settings.merge and is_torchrun():
         found.append("--merge needs one process: run it without torchrun")
