@@ -111,7 +111,9 @@ class GPTConfig:
     vocab_size: int = setting(50257, "token ids; the tokenizer's", low=1, flag=False)
     block_size: int = setting(256, "context window", low=1, group="sizes", alias="context_length")
     n_layer: int = setting(6, "number of blocks", low=1, alias="n_layers")
-    n_head: int = derived("attention heads; 0: about n_embd / 64", of=("n_embd",), alias="n_heads")
+    n_head: int = derived(
+        "attention heads; with another n_embd, or 0: n_embd / 64", of=("n_embd",), alias="n_heads"
+    )
     n_embd: int = setting(384, "channels of the residual stream", low=1, alias="d_model")
     n_kv_head: int = derived("key/value heads (grouped-query attention); 0: n_head", of=("n_head",))
     head_size: int = derived("channels per head; 0: n_embd / n_head", of=("n_embd", "n_head"))
@@ -278,6 +280,6 @@ def train_settings(flags: dict[str, Any], device_type: str) -> tuple[GPTConfig, 
         preset = preset | OPTIMIZERS[flags["optimizer"]].defaults
     arch = ARCHS.get(flags.get("arch", preset.get("arch", "")), {})
     values = preset | arch | flags | {"preset": name}
-    if "n_embd" in flags and "n_head" not in flags:
+    if values.get("n_embd") != preset.get("n_embd") and "n_head" not in flags:
         values["n_head"] = 0  # the preset's heads belong to the preset's width
     return from_dict(GPTConfig, values), from_dict(TrainConfig, values)
