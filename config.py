@@ -18,6 +18,8 @@ pretrain = partial(fixed, pretrain=True)  # nor has fine-tuning this flag
 derived = partial(setting, 0, low=0)  # 0: GPTConfig computes it from the settings `of`
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
+TEXT_ENCODINGS = ("utf-8", "cp1252", "mac_roman", "cp1250", "cp1251", "koi8_r", "gb18030", "big5")
+TEXT_ENCODINGS += ("shift_jis", "euc_kr")
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
 PRESET_HELP = "auto: laptop on a CPU, medium on a GPU"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"
@@ -179,6 +181,7 @@ class TrainConfig:
     tokenizer: str = pretrain("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
     bpe_vocab_size: int = pretrain(2000, "size of a bpe vocabulary", low=257, alias="vocab_size")
     separator: str = fixed("", "text between documents of a file; \\n: newline; default: none")
+    encoding: str = fixed("utf-8", "of a text file", choices=TEXT_ENCODINGS)
     hold_out: bool = fixed(True, "validate on a part that is not trained on; off: train on all")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of runs")

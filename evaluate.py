@@ -115,6 +115,7 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
         tokenizer=tokenizer,
         separator=config.separator or own.get("separator", ""),
         hold_out=own.get("hold_out", True),
+        encoding=own.get("encoding", "utf-8"),
     )
     if not config.data and corpus.info["sha256"] != state["corpus"].get("sha256"):
         raise UserError(f"{data} is not what {path} was trained on: choose a corpus with --data")

@@ -57,7 +57,7 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
         path = find_corpus(config.data)
     kind, specials = objective.records, objective.specials
     records = kind.read(path) if kind else []
-    texts = map(kind.text, records) if kind else texts_of(path, config.separator)
+    texts = map(kind.text, records) if kind else texts_of(path, config)
     if specials is None:
         check_known(tokenizer, texts, path)
     else:
@@ -77,13 +77,14 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     return tokenizer, info, encode_splits(kind, splits, tokenizer, block_size, ask)
 
 
-def texts_of(path: Path, separator: str) -> Iterable[str]:
+def texts_of(path: Path, config: TrainConfig) -> Iterable[str]:
     """The texts in a corpus; none if it is a data set or too large, which load_corpus rejects."""
     if path.is_dir() or path.stat().st_size > MAX_IN_MEMORY:
         return []
     if path.suffix.lower() == ".json":
         return [record_text(record) for record in read_records(path)]
-    return (text for text, _ in iter_documents(path, separator=separator))
+    found = iter_documents(path, separator=config.separator, encoding=config.encoding)
+    return (text for text, _ in found)
 
 
 def check_known(tokenizer: Tokenizer, texts: Iterable[str], path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from config import TOKENIZERS
+from config import TEXT_ENCODINGS, TOKENIZERS
 from corpus.clean import CHUNK_SIZE, Chunk, CleanConfig
 from corpus.documents import hash_to_unit, is_validation, iter_documents
 from corpus.download import DATASETS, fetch
@@ -54,6 +54,7 @@ class DatasetConfig:
         "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
     )
     bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")
+    encoding: str = setting("utf-8", "of the text", choices=TEXT_ENCODINGS)
     text_field: str = setting("text", "field of a .jsonl record that contains the text")
     separator: str = setting(
         "", "text between the documents of a text file; \\n for a line end; default: one document"
@@ -176,9 +177,8 @@ class SourceReader:
                 path, first = source.path, True
                 blocks = self.read(path, bar)
                 field, separator = self.config.text_field, self.separator
-                for text, last in iter_documents(
-                    path, field, separator, self.bad_bytes, CHUNK_SIZE, blocks
-                ):
+                options = (self.bad_bytes, CHUNK_SIZE, blocks, self.config.encoding)
+                for text, last in iter_documents(path, field, separator, *options):
                     if not separator and path.suffix.lower() != ".jsonl":
                         note_end_of_text(path, text)
                     complete = first and last

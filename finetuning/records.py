@@ -37,7 +37,6 @@ class RecordKind(NamedTuple):
     read: Callable[[Path], list[Any]]
     text: Callable[[Any], str]  # of a record, with the characters that the tokenizer must have
     encode: Callable[[Tokenizer, Any, bool], list[Example]]  # see `encode_pair`
-    left_out: str = ""  # what that means for records longer than the window
 
 
 def encode_pair(tokenizer: Tokenizer, pair: dict[str, str], ask: bool) -> list[Example]:
@@ -57,10 +56,7 @@ def encode_pair(tokenizer: Tokenizer, pair: dict[str, str], ask: bool) -> list[E
 
 
 ANSWERS = RecordKind(
-    read_records,
-    record_text,
-    lambda tokenizer, record, ask: [encode_record(tokenizer, record)],
-    ", and count as not answered",
+    read_records, record_text, lambda tokenizer, record, ask: [encode_record(tokenizer, record)]
 )
 PAIRS = RecordKind(read_pairs, lambda pair: "".join(pair.values()), encode_pair)
 
@@ -87,7 +83,7 @@ def encode_splits(
         if n_long:
             note(
                 f"{n_long} of {len(examples)} {name} records are longer than the window of "
-                f"{block_size} tokens: they are left out{kind.left_out}; {advice}"
+                f"{block_size} tokens: they are left out, and count as not answered; {advice}"
             )
         encoded[name] = Split(fitted, n_long)
     return encoded

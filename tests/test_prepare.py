@@ -254,9 +254,10 @@ def test_invalid_input_is_one_error_and_leaves_nothing(workplace, words, message
     assert sorted((workplace / "data").iterdir()) == before
 
 
-def test_invalid_bytes_are_replaced_if_requested(workplace):
+def test_invalid_bytes_are_replaced_if_requested(workplace, capsys):
     write_invalid_files(workplace)
     make("mixed", "--bad_bytes=replace", "--tokenizer=char")
+    assert "characters are U+FFFD, in place of" in capsys.readouterr().err
     assert "good, then \ufffd\ufffd" in all_texts()
 
 

@@ -149,9 +149,9 @@ def load_data(
     Raises UserError if they do not fit the settings or the run to resume."""
     if state and known is None:
         known = tokenizers.from_dict(state["tokenizer"])
-    new = (config.tokenizer, config.bpe_vocab_size)
+    new, own = (config.tokenizer, config.bpe_vocab_size), (config.hold_out, config.encoding)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, config.hold_out)
+        tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, *own)
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
@@ -307,11 +307,9 @@ def print_summary(
     """Print what will be trained, and on what, before anything slow starts. Raises UserError if it
     does not fit in memory."""
     if corpus.train_bytes < SMALL_TEXT:
-        qa = " --objective qa" * config.data.lower().endswith(".json")
         note(
             f"{corpus.train_bytes:,} bytes of training text are few, a new model will memorize "
-            "them: use 50 kB or more, or fine-tune a model that was trained on more text with "
-            f"`python finetune.py CHECKPOINT{qa} --data {config.data}`"
+            "them: use 50 kB or more, or fine-tune a trained model on them (see finetune.py --help)"
         )
     memory = memory_estimate(gpt, config)
     uses = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
