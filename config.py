@@ -18,8 +18,7 @@ pretrain = partial(fixed, pretrain=True)  # nor has fine-tuning this flag
 derived = partial(setting, 0, low=0)  # 0: GPTConfig computes it from the settings `of`
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
-TEXT_ENCODINGS = ("utf-8", "cp1252", "mac_roman", "cp1250", "cp1251", "koi8_r", "gb18030", "big5")
-TEXT_ENCODINGS += ("shift_jis", "euc_kr")
+TEXT_ENCODINGS = ("utf-8", "cp1252", "mac_roman", "cp1250", "cp1251", "gb18030", "shift_jis")
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
 PRESET_HELP = "auto: laptop on a CPU, medium on a GPU"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"

@@ -7,17 +7,15 @@ pseudo-randomly, by its number. With --no-hold_out, both splits have everything.
 each document starts with <|endoftext|>, each record with <BOS>.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from corpus.corpus import Corpus, make_tokenizer, utf8_length
 from corpus.text import (
-    KNOWN_NAMES,
-    decode_text,
+    file_info,
     file_sha256,
     note_end_of_text,
-    read_blocks,
+    read_text,
     token_dtype,
 )
 from system.settings import UserError
@@ -35,10 +33,7 @@ def load_text(
     encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a text file."""
-    raw = b"".join(read_blocks(path))
-    sha256 = hashlib.sha256(raw).hexdigest()
-    info = {"name": KNOWN_NAMES.get(sha256, path.name), "bytes": len(raw), "sha256": sha256}
-    text = decode_text(raw, path, encoding)
+    info, text = file_info(path), read_text(path, encoding)
     note_end_of_text(path, text)
     boundary = len(text) * 9 // 10
     train, val = (text[:boundary], text[boundary:]) if hold_out else (text, text)
@@ -130,7 +125,7 @@ def load_corpus(
 
         loaded = load_documents(path, *options, separator.replace("\\n", "\n"), encoding)
     else:
-        return load_text(path, *options, encoding)
+        loaded = load_text(path, *options, encoding)
     if loaded[1].info["sha256"] != file_sha256(path):
         raise UserError(f"{path} changed while it was read: try again")
     return loaded

@@ -96,18 +96,13 @@ def likely_encodings(raw: bytes, at: int) -> str:
     return ", ".join(found)
 
 
-def decode_text(raw: bytes, path: Path, encoding: str = "utf-8") -> str:
-    r"""The text of a file from its bytes, with line ends as \n. Raises UserError if it is empty or
-    not in this encoding."""
-    text = "".join(decode_blocks([raw], path, encoding=encoding))
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    r"""The text of a file, with line ends as \n. Raises UserError if it is empty or not in this
+    encoding."""
+    text = "".join(decode_blocks(read_blocks(path), path, encoding=encoding))
     if not text:
         raise UserError(f"{path} is empty")
     return text
-
-
-def read_text(path: Path) -> str:
-    r"""The text of a file, with line ends as \n. Raises UserError if it is empty or not UTF-8."""
-    return decode_text(b"".join(read_blocks(path)), path)
 
 
 def replace_surrogates(text: str) -> str:
@@ -133,7 +128,9 @@ def file_sha256(*paths: Path) -> str:
 
 def file_info(path: Path) -> dict[str, Any]:
     """What identifies the text of a corpus, in checkpoints and logs."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    sha256 = file_sha256(path)
+    name = KNOWN_NAMES.get(sha256, path.name)
+    return {"name": name, "bytes": path.stat().st_size, "sha256": sha256}
 
 
 def note_end_of_text(path: Path, text: str) -> None:
