@@ -5,8 +5,8 @@
     python explore.py sweep --settings "temperature=0.5,0.8,1.1 top_k=20,40"
 
 chat continues a conversation; a model trained on questions answers them. probs prints the most
-likely tokens at each step. sweep samples with every combination of --settings, prints the samples
-and their statistics, and writes both to sweep.txt, or to --output_file.
+likely tokens at each step. sweep samples with every combination of --settings, and prints the
+samples and their statistics; --output_file writes them to a file too.
 """
 
 import itertools
@@ -37,7 +37,6 @@ from sampling.text import (
 )
 from system.command_line import parse_args
 from system.errors import run
-from system.files import file_problems
 from system.settings import UserError, all_problems, convert, setting
 from tokenizer import Tokenizer
 
@@ -48,7 +47,6 @@ UNUSED_FLAGS: dict[str, tuple[str, ...]] = {
     "sweep": ("beams", "stream"),
 }
 SWEPT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-SWEEP_FILE = "sweep.txt"  # the default of --output_file
 N_SHOWN = 5  # probabilities per step of probs
 
 
@@ -185,7 +183,7 @@ def run_sweep(
     model: GPT, tokenizer: Tokenizer, config: SampleConfig, sweep: str, first_lines: str
 ) -> Iterator[str]:
     """Sample with each combination of settings. Yields the samples, and then the lines of a table
-    of their statistics; writes both below `first_lines`."""
+    of their statistics; --output_file gets both, below `first_lines`."""
     lines, table = [], ["settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"]
     for values in parse_sweep(sweep):
         name = " ".join(f"{key}={value:g}" for key, value in values.items())
@@ -198,9 +196,9 @@ def run_sweep(
             f"{found['distinct-2']:12.3f}{found['log-probability']:17.3f}"
         )
     yield from table
-    path = Path(config.output_file or SWEEP_FILE)
-    write_text(path, first_lines + "\n".join([*lines, *table]) + "\n")
-    yield f"samples: {path}"
+    if config.output_file:
+        write_text(Path(config.output_file), first_lines + "\n".join([*lines, *table]) + "\n")
+        yield f"samples: {config.output_file}"
 
 
 # --- command line
@@ -217,8 +215,6 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
     if ignored:
         found.append(f"{explore.action} does not use {', '.join(ignored)}")
     if explore.action == "sweep":
-        if not config.output_file:
-            found += file_problems(Path(SWEEP_FILE))
         try:
             combinations = parse_sweep(explore.settings)
         except ValueError as error:

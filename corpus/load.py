@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from corpus.corpus import Corpus, make_tokenizer, utf8_length
-from corpus.text import (
-    file_info,
-    file_sha256,
-    note_end_of_text,
-    read_text,
-    token_dtype,
-)
+from corpus.text import file_info, file_sha256, note_end_of_text, read_text, token_dtype
 from system.settings import UserError
 from tokenizer import Tokenizer
 

@@ -77,6 +77,9 @@ class DatasetConfig:
                 f"tokenizer must be one of {', '.join(TOKENIZERS)} or a checkpoint, "
                 f"not {self.tokenizer!r}"
             )
+        others = [s for s in self.sources if Path(s).is_file() and not s.lower().endswith(".jsonl")]
+        if others and self.text_field != "text":
+            found.append(f"--text_field is for .jsonl files, not {others[0]}: leave it out")
         return found + [
             f"{source} contains question/answer records: use it with train.py directly"
             for source in self.sources

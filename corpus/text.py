@@ -46,9 +46,11 @@ def check_is_text(raw: bytes, path: Path, start: int = 0) -> None:
     if not start and raw.startswith(UTF16_MARKS):
         raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
     if (position := raw.find(b"\0")) >= 0:
+        advice = "save it as UTF-8 text"
+        if path.suffix == ".pt":
+            advice = "to continue the run of a checkpoint, give --resume and its --tag"
         raise UserError(
-            f"{path} is a binary file or UTF-16 text (byte {start + position} is 0): save it as "
-            "UTF-8 text"
+            f"{path} is a binary file or UTF-16 text (byte {start + position} is 0): {advice}"
         )
 
 
@@ -128,9 +130,8 @@ def file_sha256(*paths: Path) -> str:
 
 def file_info(path: Path) -> dict[str, Any]:
     """What identifies the text of a corpus, in checkpoints and logs."""
-    sha256 = file_sha256(path)
-    name = KNOWN_NAMES.get(sha256, path.name)
-    return {"name": name, "bytes": path.stat().st_size, "sha256": sha256}
+    info: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"name": KNOWN_NAMES.get(info["sha256"], path.name), **info}
 
 
 def note_end_of_text(path: Path, text: str) -> None:

@@ -68,9 +68,8 @@ def encode_splits(
     block_size: int,
     ask: bool,
 ) -> Splits:
-    """The records of both splits as examples; ask: see `encode_pair`. Records longer than the
-    window are left out: generate.py would not show the model the start of their prompts. Prints how
-    many these are. Raises UserError if a split is empty after that."""
+    """The records of both splits as examples; ask: see `encode_pair`. Those longer than the window,
+    whose prompts generate.py would cut, are left out. Raises UserError if a split is empty then."""
     encoded: Splits = {}
     for name, records in zip(("train", "val"), splits, strict=True):
         examples = [kind.encode(tokenizer, record, ask) for record in records]

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
@@ -38,6 +39,8 @@ HINTS = {
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if swept := re.search(r"--(temperature|top_[kp]|min_p):.* value: '(.*,.*)'", message):
+            message += f"; to compare them: explore.py sweep --settings {swept[1]}={swept[2]}"
         raise UserError(message)
 
 
@@ -88,7 +91,10 @@ def parse_args(
         make_parser(known, doc, defaults).print_help()
         sys.exit()
     if unknown:
-        names = [n for f in known.values() for n in (f.name, *f.metadata.get("alias", "").split())]
+        words = (
+            f"{n} {f.metadata.get('alias', '')} {SYNONYMS.get(n, '')}" for n, f in known.items()
+        )
+        names = " ".join(words).split()
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], names)}")
     results = resolve(flags)
     problems = [p for config in results[: len(types)] for p in settings.all_problems(config)]

@@ -134,6 +134,7 @@ def test_probabilities_after_a_question_are_those_of_the_answer(monkeypatch, cap
 
 def test_a_sweep_measures_each_combination(trained, capsys):
     flags = ["--settings=temperature=0,0.8,5 top_k=3,9", "--max_tokens=40", "--num_samples=2"]
+    flags += ["--output_file=sweep.txt"]
     assert explore.main(["sweep", *flags]) == 0
     shown, table = capsys.readouterr().out.split("settings  ")
     title, *rows, where = f"settings {table}".splitlines()

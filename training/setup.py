@@ -309,7 +309,7 @@ def print_summary(
     if corpus.train_bytes < SMALL_TEXT:
         note(
             f"{corpus.train_bytes:,} bytes of training text are few, a new model will memorize "
-            "them: use 50 kB or more, or fine-tune a trained model on them (see finetune.py --help)"
+            "them: use 50 kB or more, or fine-tune a trained model (finetune.py)"
         )
     memory = memory_estimate(gpt, config)
     uses = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())

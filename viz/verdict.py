@@ -21,7 +21,7 @@ PLATEAU = 0.01  # a healthy run lowers its validation loss by at least 1% in its
 DECAYED = 0.25  # of the peak learning rate: below it, the schedule flattens the curve
 STRONG_DECAY = 1.0  # weight decay for texts that are read often (Kim et al. 2025)
 LARGE_GAP = 0.1  # between validation and training loss, relative to the validation loss
-MEMORIZED = (2.0, 0.2)  # validation loss: times the training loss, and above it by this of ln V
+MEMORIZED, FAR = 2.0, 0.2  # validation loss: times the training loss, and above it by this of ln V
 
 
 def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -181,8 +181,7 @@ def overfitting(curve: Curve) -> str | None:
 
 def memorized(curve: Curve) -> str | None:
     val, train = curve.val[-1], curve.train[-1] if curve.train else curve.val[-1]
-    factor, share = MEMORIZED
-    if val < factor * train or val - train < share * curve.uniform:
+    if val < MEMORIZED * train or val - train < FAR * curve.uniform:
         return None
     return (
         f"memorized: the training loss is {train:.2f}, the validation loss {val:.2f}: use more "
