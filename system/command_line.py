@@ -91,10 +91,8 @@ def parse_args(
         make_parser(known, doc, defaults).print_help()
         sys.exit()
     if unknown:
-        words = (
-            f"{n} {f.metadata.get('alias', '')} {SYNONYMS.get(n, '')}" for n, f in known.items()
-        )
-        names = " ".join(words).split()
+        names = [n for f in known.values() for n in (f.name, *f.metadata.get("alias", "").split())]
+        names += [n for name in known for n in SYNONYMS.get(name, "").split()]
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], names)}")
     results = resolve(flags)
     problems = [p for config in results[: len(types)] for p in settings.all_problems(config)]

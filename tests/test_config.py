@@ -162,6 +162,7 @@ def test_a_mistake_is_named(line: str, message: str):
         ("optimiser", "optimizer"),
         ("resum", "resume"),
         ("warm", "warmup_steps"),  # the beginning of a name
+        ("output", "output_dir"),  # of one from another code base
         ("n-layr=3", "n_layer"),
     ],
 )

@@ -263,6 +263,12 @@ def test_another_encoding_is_proposed_and_read(workplace, text, encoding, others
         load.load_corpus("a.json", encoding=encoding)
 
 
+def test_a_checkpoint_is_no_text(workplace):
+    Path("a.pt").write_bytes(b"PK\0\0")
+    with pytest.raises(UserError, match="to continue the run of a checkpoint, give --resume and"):
+        load.load_corpus("a.pt")
+
+
 def test_an_empty_text_is_rejected(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"")
     with pytest.raises(UserError, match=r"text\.txt is empty"):
