@@ -190,7 +190,7 @@ class TrainConfig:
     seed: int = fixed(1337, "seed of initial weights, batches and dropout", low=0)
     minutes: float | None = pretrain(None, "train the best run that fits in N minutes", above=0)
     plan: bool = pretrain(False, "print the best plans for 1 to 240 minutes, and exit")
-    max_steps: int = setting(5000, "steps in total", low=1, group="training", alias="max_iters")
+    max_steps: int = setting(5000, "optimizer steps", low=1, group="training", alias="max_iters")
     batch_size: int = setting(64, "sequences per micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches per step, over all processes", low=1)
     lr_max: float = setting(1e-3, "peak learning rate", above=0, high=1e9, alias="learning_rate")
