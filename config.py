@@ -18,6 +18,7 @@ pretrain = partial(fixed, pretrain=True)  # nor has fine-tuning this flag
 derived = partial(setting, 0, low=0)  # 0: GPTConfig computes it from the settings `of`
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 ENCODINGS = ("gpt2", "r50k_base", "cl100k_base", "o200k_base")  # of tiktoken
+TEXT_ENCODINGS = ("utf-8", "cp1252", "mac_roman", "cp1250", "cp1251", "gb18030", "shift_jis")
 TOKENIZERS = ("char", "bpe", *ENCODINGS)
 PRESET_HELP = "auto: laptop on a CPU, medium on a GPU"
 DEVICE_HELP = "cpu, cuda, cuda:1 or mps; auto: the fastest available"
@@ -111,7 +112,9 @@ class GPTConfig:
     vocab_size: int = setting(50257, "token ids; the tokenizer's", low=1, flag=False)
     block_size: int = setting(256, "context window", low=1, group="sizes", alias="context_length")
     n_layer: int = setting(6, "number of blocks", low=1, alias="n_layers")
-    n_head: int = derived("attention heads; 0: about n_embd / 64", of=("n_embd",), alias="n_heads")
+    n_head: int = derived(
+        "attention heads; with another n_embd, or 0: n_embd / 64", of=("n_embd",), alias="n_heads"
+    )
     n_embd: int = setting(384, "channels of the residual stream", low=1, alias="d_model")
     n_kv_head: int = derived("key/value heads (grouped-query attention); 0: n_head", of=("n_head",))
     head_size: int = derived("channels per head; 0: n_embd / n_head", of=("n_embd", "n_head"))
@@ -177,11 +180,12 @@ class TrainConfig:
     tokenizer: str = pretrain("char", "characters, byte pairs, or tiktoken's", choices=TOKENIZERS)
     bpe_vocab_size: int = pretrain(2000, "size of a bpe vocabulary", low=257, alias="vocab_size")
     separator: str = fixed("", "text between documents of a file; \\n: newline; default: none")
+    encoding: str = fixed("utf-8", "of a text file", choices=TEXT_ENCODINGS)
     hold_out: bool = fixed(True, "validate on a part that is not trained on; off: train on all")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of runs")
     tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG/")
-    resume: bool = setting(False, "continue the run of this tag from its latest.pt")
+    resume: bool = setting(False, "continue the run of this tag from latest.pt, to --max_steps")
     overwrite: bool = setting(False, "delete the run of this tag and start a new one")
     seed: int = fixed(1337, "seed of initial weights, batches and dropout", low=0)
     minutes: float | None = pretrain(None, "train the best run that fits in N minutes", above=0)
@@ -278,6 +282,6 @@ def train_settings(flags: dict[str, Any], device_type: str) -> tuple[GPTConfig, 
         preset = preset | OPTIMIZERS[flags["optimizer"]].defaults
     arch = ARCHS.get(flags.get("arch", preset.get("arch", "")), {})
     values = preset | arch | flags | {"preset": name}
-    if "n_embd" in flags and "n_head" not in flags:
+    if values.get("n_embd") != preset.get("n_embd") and "n_head" not in flags:
         values["n_head"] = 0  # the preset's heads belong to the preset's width
     return from_dict(GPTConfig, values), from_dict(TrainConfig, values)

@@ -5,11 +5,10 @@
     python explore.py sweep --settings "temperature=0.5,0.8,1.1 top_k=20,40"
 
 chat continues a conversation; a model trained on questions answers them. probs prints the most
-likely tokens at each step. sweep samples with every combination of --settings, prints statistics of
-the samples and writes the samples to sweep.md, or to --output_file.
+likely tokens at each step. sweep samples with every combination of --settings, and prints the
+samples and their statistics; --output_file writes them to a file too.
 """
 
-import html
 import itertools
 import shlex
 import sys
@@ -39,7 +38,6 @@ from sampling.text import (
     warn_if_cut,
 )
 from system.command_line import parse_args
-from system.files import file_problems
 from system.settings import UserError, all_problems, convert, setting
 from tokenizer import Tokenizer
 
@@ -50,7 +48,6 @@ UNUSED_FLAGS: dict[str, tuple[str, ...]] = {
     "sweep": ("beams", "stream"),
 }
 SWEPT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-SWEEP_FILE = "sweep.md"  # the default of --output_file
 N_SHOWN = 5  # probabilities per step of probs
 
 
@@ -186,27 +183,23 @@ def distinct_ngrams(texts: Sequence[Sequence[int]], n: int) -> float:
 def run_sweep(
     model: GPT, tokenizer: Tokenizer, config: SampleConfig, sweep: str, first_lines: str
 ) -> Iterator[str]:
-    """Sample with each combination of settings. Yields the lines of a table of their statistics,
-    and writes the samples as one Markdown table below `first_lines`."""
-    yield "settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"
-    rows = ["| settings | sample |", "|---|---|"]
+    """Sample with each combination of settings. Yields the samples, and then the lines of a table
+    of their statistics; --output_file gets both, below `first_lines`."""
+    lines, table = [], ["settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"]
     for values in parse_sweep(sweep):
         name = " ".join(f"{key}={value:g}" for key, value in values.items())
         samples, found = sample_with_statistics(model, tokenizer, replace(config, **values))
-        yield (
+        for sample in samples:
+            lines.append(f"--- {name}\n{sample}\n")
+            yield lines[-1]
+        table.append(
             f"{name:40}{found['entropy']:7.3f}{found['distinct-1']:12.3f}"
             f"{found['distinct-2']:12.3f}{found['log-probability']:17.3f}"
         )
-        rows += [f"| {name} | {table_cell(sample)} |" for sample in samples]
-    path = Path(config.output_file or SWEEP_FILE)
-    write_text(path, first_lines + "\n".join(rows) + "\n")
-    yield f"samples: {path}"
-
-
-def table_cell(text: str) -> str:
-    """A text as one cell of a Markdown table, on one line, without HTML or bars."""
-    text = html.escape(text.strip("\n"), quote=False).replace("\\", "\\\\").replace("|", "\\|")
-    return "<br>".join(text.splitlines())
+    yield from table
+    if config.output_file:
+        write_text(Path(config.output_file), first_lines + "\n".join([*lines, *table]) + "\n")
+        yield f"samples: {config.output_file}"
 
 
 # --- command line
@@ -223,8 +216,6 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
     if ignored:
         found.append(f"{explore.action} does not use {', '.join(ignored)}")
     if explore.action == "sweep":
-        if not config.output_file:
-            found += file_problems(Path(SWEEP_FILE))
         try:
             combinations = parse_sweep(explore.settings)
         except ValueError as error:

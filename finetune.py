@@ -59,7 +59,7 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
         path = find_corpus(config.data)
     kind, specials = objective.records, objective.specials
     records = kind.read(path) if kind else []
-    texts = map(kind.text, records) if kind else texts_of(path, config.separator)
+    texts = map(kind.text, records) if kind else texts_of(path, config)
     if specials is None:
         check_known(tokenizer, texts, str(path))
     else:
@@ -75,17 +75,18 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     check_unchanged(info, config, setup.state)
     splits = split_records(records) if config.hold_out else (records, records)
     ask = answers_questions(base.tokenizer) and not last_trained_on_text(base.state)
-    sizes = (setup.gpt_config.block_size, settings.long == "skip")
-    return tokenizer, info, encode_splits(kind, splits, tokenizer, *sizes, ask)
+    block_size = setup.gpt_config.block_size
+    return tokenizer, info, encode_splits(kind, splits, tokenizer, block_size, ask)
 
 
-def texts_of(path: Path, separator: str) -> Iterable[str]:
+def texts_of(path: Path, config: TrainConfig) -> Iterable[str]:
     """The texts in a corpus; none if it is a data set or too large, which load_corpus rejects."""
     if path.is_dir() or path.stat().st_size > MAX_IN_MEMORY:
         return []
     if path.suffix.lower() == ".json":
         return [record_text(record) for record in read_records(path)]
-    return (text for text, _ in iter_documents(path, separator=separator))
+    found = iter_documents(path, separator=config.separator, encoding=config.encoding)
+    return (text for text, _ in found)
 
 
 # --- runs
@@ -143,9 +144,10 @@ def write_merged(setup: Setup) -> int:
 def print_summary(setup: Setup, model: GPT, data: Corpus | Splits) -> None:
     """Print what will be fine-tuned, on what, and how, before anything slow starts."""
     settings, config = setup.settings, setup.config
-    splits: Any = [data.train_ids, data.val_ids] if isinstance(data, Corpus) else data.values()
-    unit = "tokens" if isinstance(data, Corpus) else "records"
-    n_train, n_val = map(len, splits)
+    if isinstance(data, Corpus):
+        unit, n_train, n_val = "tokens", len(data.train_ids), len(data.val_ids)
+    else:
+        unit, (n_train, n_val) = "records", (len(split.records) for split in data.values())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_all = model.num_params()
     print(

@@ -292,7 +292,7 @@ def run_training(
             with matching_contents(run_dir / "latest.pt"):
                 trainer.restore(state)
             warn_if_rate_jumps(trainer.step, trainer.config, state["train_config"])
-            print(f"resuming at step {trainer.step}")
+            print(f"resuming at step {trainer.step}, to step {trainer.config.max_steps} in all")
         log = RunLog(trainer.config, header, trainer.task.tokens_per_step, state, started)
         status = trainer.train(log)
         if status == 0:

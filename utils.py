@@ -150,10 +150,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def read_data(path: Path) -> Any:
     """What torch.save wrote, on the CPU, loaded with weights_only=True, so that a file from a
-    stranger cannot run code. The checksums in the file are verified, which torch.load does not do:
-    5 GB/s. Raises UserError if the file is missing or damaged."""
+    stranger cannot run code. Of a run's folder, that is best.pt. The checksums in the file are
+    verified, which torch.load does not do: 5 GB/s. Raises UserError if it is missing or damaged."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder: name a checkpoint in it, such as best.pt")
+        path = path / "best.pt"
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}: train one with `python train.py`")
     if not (path.is_file() and zipfile.is_zipfile(path)):  # a pipe would wait forever

@@ -93,6 +93,7 @@ def iter_documents(
     bad_bytes: str = "strict",
     chunk_end: ChunkEnd = lambda text, limit: 0,
     blocks: Iterable[bytes] | None = None,
+    encoding: str = "utf-8",
 ) -> Iterator[tuple[str, bool]]:
     """Yield the documents of a file: the text_field of each line of a .jsonl file, see
     `jsonl_texts`; otherwise the text between separators, which is the full text if separator is "".
@@ -102,7 +103,7 @@ def iter_documents(
     file's bytes, if the caller reads them. Raises UserError, with the position, if the file is
     invalid.
     """
-    stream = decode_blocks(blocks or read_blocks(path), path, bad_bytes)
+    stream = decode_blocks(blocks or read_blocks(path), path, bad_bytes, encoding)
     if path.suffix.lower() != ".jsonl":
         yield from split_stream(stream, separator, chunk_end)
         return
@@ -111,11 +112,11 @@ def iter_documents(
         yield from split_stream([text], "", chunk_end)
 
 
-def read_documents(path: Path, separator: str) -> list[str]:
+def read_documents(path: Path, separator: str, encoding: str = "utf-8") -> list[str]:
     """The documents of a .jsonl file, or those between the separators of a text file; without blank
     ones, and without empty lines around a separator. Raises UserError if there are none, or no
     separator."""
-    found = iter_documents(path, separator=separator)
+    found = iter_documents(path, separator=separator, encoding=encoding)
     texts = [text.strip("\n") if separator else text for text, _ in found]
     if separator and len(texts) == 1:
         raise UserError(
@@ -195,10 +196,11 @@ def load_documents(
     tokenizer: Tokenizer | None,
     hold_out: bool = True,
     separator: str = "",
+    encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a .jsonl file, one document per line, or of a text file with separators."""
     info = file_info(path)
-    documents = read_documents(path, separator)
+    documents = read_documents(path, separator, encoding)
     texts = split_documents(documents) if hold_out else (documents, documents)
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
     first = special_id(tokenizer, END_OF_TEXT)

@@ -7,19 +7,11 @@ pseudo-randomly, by its number. With --no-hold_out, both splits have everything.
 each document starts with <|endoftext|>, each record with <BOS>.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from corpus.corpus import Corpus, make_tokenizer, utf8_length
-from corpus.text import (
-    KNOWN_NAMES,
-    decode_text,
-    file_sha256,
-    note_end_of_text,
-    read_blocks,
-    token_dtype,
-)
+from corpus.text import file_info, file_sha256, note_end_of_text, read_text, token_dtype
 from system.settings import UserError
 from tokenizer import Tokenizer
 
@@ -27,13 +19,15 @@ MAX_IN_MEMORY = 1 << 28  # bytes; larger files must be streamed, by prepare.py
 
 
 def load_text(
-    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, hold_out: bool = True
+    path: Path,
+    kind: str,
+    bpe_vocab_size: int,
+    tokenizer: Tokenizer | None,
+    hold_out: bool = True,
+    encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a text file."""
-    raw = b"".join(read_blocks(path))
-    sha256 = hashlib.sha256(raw).hexdigest()
-    info = {"name": KNOWN_NAMES.get(sha256, path.name), "bytes": len(raw), "sha256": sha256}
-    text = decode_text(raw, path)
+    info, text = file_info(path), read_text(path, encoding)
     note_end_of_text(path, text)
     boundary = len(text) * 9 // 10
     train, val = (text[:boundary], text[boundary:]) if hold_out else (text, text)
@@ -87,6 +81,7 @@ def load_corpus(
     tokenizer: Tokenizer | None = None,
     separator: str = "",
     hold_out: bool = True,
+    encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
     """Load the corpus `data`, a path or the name of a data set, and its tokenizer.
 
@@ -100,6 +95,8 @@ def load_corpus(
     suffix = path.suffix.lower()
     if separator and (path.is_dir() or suffix in (".json", ".jsonl")):
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
+    if encoding != "utf-8" and (path.is_dir() or suffix == ".json"):
+        raise UserError(f"--encoding is for text files and .jsonl, not for {path}: leave it out")
     if path.is_dir() and not hold_out:
         raise UserError(f"--no-hold_out is for files, and {path}/ is split already: leave it out")
     if path.is_dir():
@@ -120,9 +117,9 @@ def load_corpus(
     elif separator or suffix == ".jsonl":
         from corpus.documents import load_documents  # only for several documents
 
-        loaded = load_documents(path, *options, separator.replace("\\n", "\n"))
+        loaded = load_documents(path, *options, separator.replace("\\n", "\n"), encoding)
     else:
-        return load_text(path, *options)
+        loaded = load_text(path, *options, encoding)
     if loaded[1].info["sha256"] != file_sha256(path):
         raise UserError(f"{path} changed while it was read: try again")
     return loaded
@@ -135,8 +132,8 @@ def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
     data = settings.get("data", "")
     if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:
         raise UserError("the checkpoint does not name its corpus")
-    hold_out, separator = settings.get("hold_out", True), settings.get("separator", "")
-    _, corpus = load_corpus(data, tokenizer=tokenizer, separator=separator, hold_out=hold_out)
+    own = {n: settings[n] for n in ("separator", "hold_out", "encoding") if n in settings}
+    _, corpus = load_corpus(data, tokenizer=tokenizer, **own)
     if corpus.info["sha256"] != state["corpus"]["sha256"]:
         raise UserError(f"{data} is not what the checkpoint was trained on")
     return corpus

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from config import TOKENIZERS
+from config import TEXT_ENCODINGS, TOKENIZERS
 from corpus.clean import Chunk, CleanConfig, RemovalStats, chunk_end, clean, new_stats
 from corpus.documents import hash_to_unit, is_validation, iter_documents
 from corpus.download import DATASETS, fetch
@@ -55,6 +55,7 @@ class DatasetConfig:
         "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
     )
     bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")
+    encoding: str = setting("utf-8", "of the text", choices=TEXT_ENCODINGS)
     text_field: str = setting("text", "field of a .jsonl record that contains the text")
     separator: str = setting(
         "", "text between the documents of a text file; \\n for a line end; default: one document"
@@ -77,6 +78,9 @@ class DatasetConfig:
                 f"tokenizer must be one of {', '.join(TOKENIZERS)} or a checkpoint, "
                 f"not {self.tokenizer!r}"
             )
+        others = [s for s in self.sources if Path(s).is_file() and not s.lower().endswith(".jsonl")]
+        if others and self.text_field != "text":
+            found.append(f"--text_field is for .jsonl files, not {others[0]}: leave it out")
         return found + [
             f"{source} contains question/answer records: use it with train.py directly"
             for source in self.sources
@@ -199,9 +203,8 @@ class SourceReader:
                 blocks = self.read(path, bar)
                 field, separator = self.config.text_field, self.separator
                 ends = functools.partial(chunk_end, config=self.cleaning)
-                for text, last in iter_documents(
-                    path, field, separator, self.bad_bytes, ends, blocks
-                ):
+                options = (self.bad_bytes, ends, blocks, self.config.encoding)
+                for text, last in iter_documents(path, field, separator, *options):
                     if not separator and path.suffix.lower() != ".jsonl":
                         note_end_of_text(path, text)
                     is_val = is_validation(number, self.config.val_share, self.config.seed)

@@ -46,49 +46,65 @@ def check_is_text(raw: bytes, path: Path, start: int = 0) -> None:
     if not start and raw.startswith(UTF16_MARKS):
         raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
     if (position := raw.find(b"\0")) >= 0:
+        advice = "save it as UTF-8 text"
+        if path.suffix == ".pt":
+            advice = "to continue the run of a checkpoint, give --resume and its --tag"
         raise UserError(
-            f"{path} is a binary file or UTF-16 text (byte {start + position} is 0): save it as "
-            "UTF-8 text"
+            f"{path} is a binary file or UTF-16 text (byte {start + position} is 0): {advice}"
         )
 
 
-def decode_blocks(blocks: Iterable[bytes], path: Path, bad_bytes: str = "strict") -> Iterator[str]:
+def decode_blocks(
+    blocks: Iterable[bytes], path: Path, bad_bytes: str = "strict", encoding: str = "utf-8"
+) -> Iterator[str]:
     r"""Yield the text of a file, given its bytes as a stream, with line ends as \n.
 
-    bad_bytes: "strict" raises UserError if the file is not UTF-8, "replace" replaces invalid bytes
-    by U+FFFD. Raises UserError if the file is binary or UTF-16.
+    bad_bytes: "strict" raises UserError if the file is not in this encoding, "replace" replaces
+    invalid bytes by U+FFFD and prints how many. Raises UserError if it is binary or UTF-16.
     """
-    utf8 = codecs.getincrementaldecoder("utf-8-sig")(bad_bytes)
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    n_read = 0
+    codec = "utf-8-sig" if encoding == "utf-8" else encoding
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(codec)(bad_bytes), True)
+    n_read = n_replaced = 0
     try:
         for raw in blocks:
             check_is_text(raw, path, n_read)
             n_read += len(raw)
-            yield decoder.decode(raw)
+            text = decoder.decode(raw)
+            n_replaced += text.count("\ufffd")
+            yield text
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         # error.object also holds the incomplete character at the end of the previous block.
-        position = n_read - len(error.object) + error.start
+        raw, position = error.object, n_read - len(error.object) + error.start
         raise UserError(
-            f"{path} is not UTF-8 text (byte {position} is 0x{error.object[error.start]:02x}): "
-            "save it as UTF-8 (or, to train on it, make a data set with `prepare.py --bad_bytes "
-            "replace`)"
+            f"{path} is not {encoding.upper()} text (byte {position} is 0x{raw[error.start]:02x}): "
+            f"{likely_encodings(raw, error.start)}; or convert it with `iconv -f ENCODING -t UTF-8 "
+            f"{path}`, or make a data set with `prepare.py --bad_bytes replace`"
         ) from None
+    if n_replaced and bad_bytes == "replace":
+        note(f"{path}: {n_replaced:,} characters are U+FFFD, in place of bytes that are invalid")
 
 
-def decode_text(raw: bytes, path: Path) -> str:
-    r"""The text of a file from its bytes, with line ends as \n. Raises UserError if it is empty or
-    not UTF-8 text."""
-    text = "".join(decode_blocks([raw], path))
+def likely_encodings(raw: bytes, at: int) -> str:
+    """The line around byte `at` in the two most likely encodings, with their flags: those of texts
+    with some accents or, if most bytes are not ASCII, of Cyrillic and of Chinese."""
+    line = raw[raw.rfind(b"\n", 0, at) + 1 :].partition(b"\n")[0]
+    latin = 2 * sum(byte > 127 for byte in line) < len(line)
+    found = []
+    for name in ("cp1252", "mac_roman") if latin else ("cp1251", "gb18030"):
+        text = line.decode(name, "replace").strip()
+        start = max(0, next((i for i, c in enumerate(text) if not c.isascii()), 0) - 20)
+        found.append(f"--encoding {name} reads {text[start : start + 40]!r}")
+    return ", ".join(found)
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    r"""The text of a file, with line ends as \n. Raises UserError if it is empty or not in this
+    encoding."""
+    text = "".join(decode_blocks(read_blocks(path), path, encoding=encoding))
     if not text:
         raise UserError(f"{path} is empty")
     return text
-
-
-def read_text(path: Path) -> str:
-    r"""The text of a file, with line ends as \n. Raises UserError if it is empty or not UTF-8."""
-    return decode_text(b"".join(read_blocks(path)), path)
 
 
 def replace_surrogates(text: str) -> str:
@@ -114,7 +130,8 @@ def file_sha256(*paths: Path) -> str:
 
 def file_info(path: Path) -> dict[str, Any]:
     """What identifies the text of a corpus, in checkpoints and logs."""
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    info: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"name": KNOWN_NAMES.get(info["sha256"], path.name), **info}
 
 
 def note_end_of_text(path: Path, text: str) -> None:

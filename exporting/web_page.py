@@ -117,7 +117,8 @@ def pick_precision(
     # false if the rise is not a number
     precision = "int8" if rise["int8"] < MAX_LOSS_RISE else "float16"
     losses = ", ".join(f"{loss + change:.4f} ({change:+.4f}) in {p}" for p, change in rise.items())
-    print(f"loss on part of the validation split: {loss:.4f} in float32, {losses}")
+    questions = " (with the questions)" * answers_questions(tokenizer)
+    print(f"loss on part of the validation split{questions}: {loss:.4f} in float32, {losses}")
     print(f"weights in {precision}: int8 must raise the loss by less than {MAX_LOSS_RISE}")
     if not math.isfinite(rise[precision]):
         raise UserError("the model's loss is not finite: its training diverged")

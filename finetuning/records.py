@@ -1,4 +1,4 @@
-"""Records as batches: how they are read, encoded, cut to the window, padded and evaluated."""
+"""Records as batches: how they are read, encoded, padded and evaluated."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,13 +12,23 @@ from torch import Tensor
 
 from config import TrainConfig
 from corpus.records import encode_record, read_pairs, read_records, record_text
+from corpus.text import note
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 from training.distributed import all_reduce, rank, world_size
 from training.task import CheckpointFormat
 
 Example = tuple[np.ndarray, int]  # the ids of a text (T,), and how many of them are its prompt
-Splits = dict[str, list[list[Example]]]  # train and val: a question has one example, a pair two
+
+
+class Split(NamedTuple):
+    """The records of a split that fit the window."""
+
+    records: list[list[Example]]  # a question has one example, a pair two
+    n_long: int = 0  # how many do not fit
+
+
+Splits = dict[str, Split]  # train and val
 
 
 class RecordKind(NamedTuple):
@@ -56,42 +66,26 @@ def encode_splits(
     splits: Sequence[list[Any]],
     tokenizer: Tokenizer,
     block_size: int,
-    skip_long: bool,
     ask: bool,
 ) -> Splits:
-    """The records of both splits as examples that fit the window; ask: see `encode_pair`. Prints
-    how many were too long. Raises UserError if a split is empty after that."""
+    """The records of both splits as examples; ask: see `encode_pair`. Those longer than the window,
+    whose prompts generate.py would cut, are left out. Raises UserError if a split is empty then."""
     encoded: Splits = {}
     for name, records in zip(("train", "val"), splits, strict=True):
         examples = [kind.encode(tokenizer, record, ask) for record in records]
-        fitted = (fit_window(e, block_size, skip_long) for e in examples)
-        encoded[name] = [e for e in fitted if e is not None]
-        n_long = sum(max(len(ids) for ids, _ in e) > block_size + 1 for e in examples)
-        n_out = len(examples) - len(encoded[name])
-        if not encoded[name]:
-            raise UserError(
-                f"no {name} record fits the window of {block_size} tokens: shorten the answers, or "
-                "use a model with a longer window" + ", or leave out --long skip" * skip_long
-            )
+        sizes = [max(len(ids) for ids, _ in e) - 1 for e in examples]  # windows that fit them
+        fitted = [e for e, size in zip(examples, sizes, strict=True) if size <= block_size]
+        n_long = len(examples) - len(fitted)
+        advice = f"use a model trained with --block_size {max(sizes)} or more, or shorten them"
+        if not fitted:
+            raise UserError(f"no {name} record fits the window of {block_size} tokens: {advice}")
         if n_long:
-            print(
+            note(
                 f"{n_long} of {len(examples)} {name} records are longer than the window of "
-                f"{block_size} tokens: {n_out} left out, {n_long - n_out} cut at the start"
+                f"{block_size} tokens: they are left out, and count as not answered; {advice}"
             )
+        encoded[name] = Split(fitted, n_long)
     return encoded
-
-
-def fit_window(
-    examples: Sequence[Example], block_size: int, skip_long: bool
-) -> list[Example] | None:
-    """Examples with the same prompt, cut at its start so that the longest one fits the window. None
-    if they are to be skipped, or if the text after the prompt alone is too long."""
-    excess = max(len(ids) for ids, _ in examples) - block_size - 1
-    if excess <= 0:
-        return list(examples)
-    if skip_long or excess >= min(n_prompt for _, n_prompt in examples):
-        return None
-    return [(ids[excess:], n_prompt - excess) for ids, n_prompt in examples]
 
 
 def pad_batch(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +123,7 @@ class Records:
         """The records of a micro-batch, without repetition: a function of (seed, step, micro_step).
         The micro-batches of a step together are the batch that a larger batch_size would give,
         unless there are fewer records: then some are repeated."""
-        items, n_micro_steps = self.splits["train"], self.config.grad_accum
+        items, n_micro_steps = self.splits["train"].records, self.config.grad_accum
         size = min(self.config.batch_size, len(items))
         rng = np.random.default_rng((self.config.seed, step, 0))
         chosen = rng.choice(len(items), min(size * n_micro_steps, len(items)), replace=False)
@@ -143,7 +137,7 @@ class Records:
         records of a split, or all (None); and how many these are. The processes share the records;
         each computes equally many batches, as FSDP requires, so its last one may include a record
         that another process counts."""
-        items = self.splits[split]
+        items = self.splits[split].records
         n = min(n or len(items), len(items))
         chosen = [items[i] for i in np.linspace(0, len(items) - 1, n).astype(int)]
         own = chosen[rank() :: world_size()]

@@ -20,6 +20,7 @@ from utils import load_checkpoint, matching_contents, read_checkpoint
 LORA_LR_SCALE = 5  # B is zero at first, so the updates of A are too
 # Instead of pretraining's rate if that is unknown (imported models) or does not fit AdamW (SGD's).
 IMPORTED_LR = 3e-4
+OWN_CORPUS = ("data", "separator", "hold_out", "encoding")  # settings that the base has
 FOR_MERGE = {"source", "merge", "out_dir", "tag", "overwrite", "device"}
 
 
@@ -30,7 +31,7 @@ def load_base(path: Path) -> Base:
     model, tokenizer, state = load_checkpoint(path, torch.device("cpu"))
     state["optimizers"] = []  # twice as large as the weights, and not needed
     saved = state["train_config"]
-    names = ("data", "separator", "hold_out", "lr_max", "optimizer")
+    names = (*OWN_CORPUS, "lr_max", "optimizer")
     values = {name: saved[name] for name in names if name in saved}
     with matching_contents(path):
         if "lr" in state.get("finetune", {}):
@@ -148,7 +149,7 @@ def run_config(
         lr *= OBJECTIVES[settings.objective].lr_scale * (LORA_LR_SCALE if adapt.lora_rank else 1)
     values = own | {"lr_max": lr, "tokenizer": base.tokenizer.to_dict()["kind"]}
     if "data" not in flags:
-        values |= {name: getattr(base.trained, name) for name in ("data", "separator", "hold_out")}
+        values |= {name: getattr(base.trained, name) for name in OWN_CORPUS}
     return from_dict(TrainConfig, values | flags)
 
 
@@ -168,7 +169,7 @@ def check_finetune(*results: Any) -> list[str]:
     settings, adapt, config, gpt_config, base, teacher, state = setup = Setup(*results)
     found = check_run(gpt_config, config)
     for path in filter(None, (settings.source, settings.teacher)):
-        if Path(path).resolve().parent == setup.run_dir.resolve():
+        if setup.run_dir.resolve() in (Path(path).resolve(), Path(path).resolve().parent):
             found.append(f"{setup.run_dir}/ contains {path}: give the run another --tag")
     if settings.merge and is_torchrun():
         found.append("--merge needs one process: run it without torchrun")

@@ -150,7 +150,8 @@ class QATask:
     def score(self, model: GPT, split: str, n: int | None) -> tuple[float, float]:
         """The mean loss per scored token, and the fraction of exact answers, over n evenly spaced
         records of a split, or all (None). Greedy generation gives an answer exactly if each of its
-        tokens is the most likely one after the correct tokens before it."""
+        tokens is the most likely one after the correct tokens before it. Records longer than the
+        window are not answered."""
 
         def measure(x: Tensor, y: Tensor) -> list[Tensor]:
             logits, scored = model(x)[0], y != -100
@@ -158,13 +159,15 @@ class QATask:
             return [-log_probability(logits, y), scored.sum(dim=1), exact]
 
         loss, n_tokens, n_exact, n_records = self.records.totals(measure, split, n)
-        return loss / n_tokens, n_exact / n_records
+        fitting, n_long = self.records.splits[split]
+        share = len(fitting) / (len(fitting) + n_long)
+        return loss / n_tokens, n_exact / n_records * share
 
     def sample(self, model: GPT) -> str:
         tokenizer, config = self.records.tokenizer, self.records.config
         greedy = SampleConfig(temperature=0, max_new_tokens=config.sample_tokens)
         texts = []
-        for ((ids, n_prompt),) in self.records.splits["val"][:2]:
+        for ((ids, n_prompt),) in self.records.splits["val"].records[:2]:
             prompt = torch.from_numpy(ids[:n_prompt]).to(self.records.device)
             steps = stream_texts(model, tokenizer, greedy, prompt)
             answer = "".join(piece for (piece,) in steps)
@@ -255,7 +258,7 @@ class Objective:
     dropout: bool = True  # may be trained with dropout
 
 
-TEXT_FLAGS = ("doc_mask", "grow_windows", "separator")
+TEXT_FLAGS = ("doc_mask", "grow_windows", "separator", "encoding")
 # Runs are short, data sets small, and batches of records vary in length, for each of which
 # torch.compile would compile again. Answers are memorized; the others must not make the model
 # forget. A student's loss has no limit of 0, so one batch cannot be overfitted.
@@ -272,7 +275,7 @@ OBJECTIVES = {
         lr_scale=1.0,
         defaults={"max_steps": 600, "batch_size": 16, "eval_every": 100, "compile": False}
         | {"data": "data/qa.json"},
-        flags=("long", "overfit_batch"),
+        flags=("overfit_batch",),
         records=ANSWERS,
         specials=QA_SPECIALS,
     ),
@@ -288,7 +291,7 @@ OBJECTIVES = {
         lr_scale=0.01,
         defaults={"max_steps": 200, "batch_size": 8, "eval_every": 50, "compile": False}
         | {"dropout": 0.0, "lora_dropout": 0.0},
-        flags=("long", "beta", "overfit_batch"),
+        flags=("beta", "overfit_batch"),
         records=PAIRS,
         dropout=False,
     ),
@@ -302,8 +305,6 @@ class FinetuneConfig:
     source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning",
                           alias="checkpoint base model model_name_or_path")  # fmt: skip
     objective: str = setting("text", "what to train for", choices=tuple(OBJECTIVES))
-    long: str = setting("cut", "qa, dpo: cut the prompt of records longer than the window, or skip "
-                        "these records", choices=("cut", "skip"))  # fmt: skip
     teacher: str = setting("", "distill: checkpoint of the teacher")
     temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
     alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)

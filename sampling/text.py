@@ -144,6 +144,8 @@ def checkpoint_line(path: str | Path, state: dict[str, Any]) -> str:
     measured."""
     if not state["corpus"]["sha256"]:
         return f"{path}: an imported model"
+    if not state["step"] and "finetune" not in state:
+        return f"{path}: not trained yet (step 0), it writes noise; its run may have a latest.pt"
     losses = [record["val"] for record in state["log"] if record["step"] == state["step"]]
     loss = f", validation loss {losses[-1]:.4f}" if losses else ""
     return f"{path}: step {state['step']}{loss}"

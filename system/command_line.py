@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
@@ -41,6 +42,8 @@ COMMANDS |= {"show_probs": "explore.py probs", "demo": "demo.py"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if swept := re.search(r"--(temperature|top_[kp]|min_p):.* value: '(.*,.*)'", message):
+            message += f"; to compare them: explore.py sweep --settings {swept[1]}={swept[2]}"
         raise UserError(message)
 
 
@@ -92,6 +95,7 @@ def parse_args(
         sys.exit()
     if unknown:
         names = [n for f in known.values() for n in (f.name, *f.metadata.get("alias", "").split())]
+        names += [n for name in known for n in SYNONYMS.get(name, "").split()]
         raise UserError(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], names)}")
     results = resolve(flags)
     problems = [p for config in results[: len(types)] for p in settings.all_problems(config)]

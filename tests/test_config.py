@@ -120,6 +120,7 @@ def test_heads_follow_the_width_unless_given():
     assert read("--d_model 512 --n_layers 8")[0].n_head == 8
     assert read("--n_embd 512 --n_head 4")[0].n_head == 4
     assert read("--n_embd 32")[0].n_head == 1
+    assert read("--preset laptop --n_embd 128")[0].n_head == 4  # the preset's own width
     widths = {192: 3, 200: 2, 250: 1, 300: 3, 500: 5, 768: 12}  # channels per head: even
     for n_embd, n_head in widths.items():
         gpt = read(f"--n_embd {n_embd}")[0]
@@ -163,6 +164,7 @@ def test_a_mistake_is_named(line: str, message: str):
         ("optimiser", "optimizer"),
         ("resum", "resume"),
         ("warm", "warmup_steps"),  # the beginning of a name
+        ("output", "output_dir"),  # of one from another code base
         ("n-layr=3", "n_layer"),
     ],
 )

@@ -218,7 +218,7 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"good \xff bad", r"not UTF-8 text \(byte 5 is 0xff\): save it as .* --bad_bytes replace"),
+        (b"good \xff bad", r"not UTF-8 text \(byte 5 is 0xff\): .*iconv -f .* --bad_bytes replace"),
         (b"\x00\x01\x80", r"binary file or UTF-16 text \(byte 0 is 0\): save it as UTF-8 text"),
         ("UTF-16".encode("utf-16-le"), r"binary file or UTF-16 text \(byte 1 is 0\): save it as"),
         (b"\xff\xfea\x00", "is UTF-16 text: save it as UTF-8"),
@@ -236,6 +236,37 @@ def test_a_file_that_is_not_utf8_is_rejected_with_the_position(
     for function in (read, text_module.read_text):
         with pytest.raises(UserError, match=message):
             function(tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "others"),
+    [
+        ("Ein Käse für Zoë, „schön“.", "cp1252", "--encoding mac_roman reads"),
+        ("Привет, мир, как дела", "cp1251", "--encoding gb18030 reads"),
+        ("你好世界。", "gb18030", "--encoding cp1251 reads"),
+    ],
+)
+def test_another_encoding_is_proposed_and_read(workplace, text, encoding, others):
+    Path("a.txt").write_bytes(b"first line\n" * 20 + f"{text}\nlast\n".encode(encoding))
+    with pytest.raises(UserError, match=others) as error:
+        load.load_corpus("a.txt")
+    assert f"--encoding {encoding} reads {text!r}" in str(error.value)
+    tokenizer, corpus = load.load_corpus("a.txt", encoding=encoding, hold_out=False)
+    assert text in tokenizer.decode(corpus.train_ids)
+    documents = load.load_corpus("a.txt", separator="\\n", encoding=encoding, hold_out=False)
+    assert text in documents[0].decode(documents[1].train_ids)
+    config = {"data": "a.txt", "encoding": encoding, "hold_out": False}
+    same = load.training_corpus(tokenizer, {"train_config": config, "corpus": corpus.info})
+    assert (same.train_ids == corpus.train_ids).all()
+    Path("a.txt").rename("a.json")
+    with pytest.raises(UserError, match="--encoding is for text files"):
+        load.load_corpus("a.json", encoding=encoding)
+
+
+def test_a_checkpoint_is_no_text(workplace):
+    Path("a.pt").write_bytes(b"PK\0\0")
+    with pytest.raises(UserError, match="to continue the run of a checkpoint, give --resume and"):
+        load.load_corpus("a.pt")
 
 
 def test_an_empty_text_is_rejected(tmp_path):

@@ -78,6 +78,7 @@ def run_command(line: str, inline: bool) -> None:
     elif program == "train.py":
         resumed = "--resume" in words
         tiny = ["--max_steps=80"] if resumed else [*TINY_RUN, "--max_steps=60", "--eval_every=30"]
+        tiny += [] if resumed else ["--block_size=32"]  # for questions with their answers
         tiny += ["--overwrite"] * (inline and not resumed)  # it may be named twice
         status = train.main([*words, *tiny])
         assert status == (1 if "--overfit_batch" in words else 0)  # 60 steps are too few for that

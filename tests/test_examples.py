@@ -103,7 +103,7 @@ def test_git_ignores_what_the_commands_write_by_default(trained):
     assert train.main([*TINY_RUN, "--arch=qwen3", "--tag=qwen3"]) == 0
     assert export.main(["checkpoints/qwen3/best.pt", "out"]) == 0
     written = {path.name for path in Path().iterdir()}
-    assert {"sweep.md", "embeddings.png", "out", "checkpoints", "data"} <= written
+    assert {"embeddings.png", "out", "checkpoints", "data"} <= written
     status = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=all"], capture_output=True, text=True
     )

@@ -31,7 +31,7 @@ from corpus.corpus import Corpus
 from finetuning import lora, records
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
-from finetuning.records import Records, encode_pair, encode_splits, fit_window
+from finetuning.records import Records, Split, encode_pair, encode_splits
 from finetuning.setup import (
     check_finetune,
     help_defaults,
@@ -239,7 +239,7 @@ def make_task(objective: str, config: TrainConfig) -> QATask | DPOTask:
     records = records if objective == "qa" else [PAIRS[:3], PAIRS[3:]]
     tokenizer = CharTokenizer.train([json.dumps([RECORDS, PAIRS]) + "\n"], QA_SPECIALS)
     kind = OBJECTIVES[objective].records
-    splits = encode_splits(kind, records, tokenizer, 64, skip_long=False, ask=False)
+    splits = encode_splits(kind, records, tokenizer, 64, ask=False)
     reference = make_task_model(tokenizer.vocab_size, seed=1)
     setup = SimpleNamespace(settings=FinetuneConfig(beta=0.3))
     data = Records(splits, tokenizer, config, CPU, PlainFormat({}))
@@ -255,7 +255,7 @@ def test_samples_of_answers_are_as_long_as_requested():
     text = task.sample(make_task_model(task.records.tokenizer.vocab_size, seed=3))
     prompts = [
         task.records.tokenizer.decode(ids[1:n].tolist())
-        for ((ids, n),) in task.records.splits["val"][:2]
+        for ((ids, n),) in task.records.splits["val"].records[:2]
     ]
     assert len("\n".join(prompts)) < len(text) <= len("\n".join(prompts)) + 2 * 3 * len("<EOS>")
 
@@ -263,7 +263,7 @@ def test_samples_of_answers_are_as_long_as_requested():
 def records_in_order(records: Records, step: int, micro_step: int) -> tuple:
     """Instead of `random_batch`: the same records in a step, whatever the batch size."""
     size = records.config.batch_size
-    return records.batch(records.splits["train"][micro_step * size :][:size])
+    return records.batch(records.splits["train"].records[micro_step * size :][:size])
 
 
 def text_loss(model: GPT, ids: np.ndarray, n_prompt: int) -> torch.Tensor:
@@ -273,7 +273,7 @@ def text_loss(model: GPT, ids: np.ndarray, n_prompt: int) -> torch.Tensor:
 
 
 def answer_losses(task: QATask, model: GPT, split: str = "train") -> list[torch.Tensor]:
-    return [text_loss(model, *example) for (example,) in task.records.splits[split]]
+    return [text_loss(model, *example) for (example,) in task.records.splits[split].records]
 
 
 @pytest.mark.parametrize(("batch_size", "grad_accum"), [(4, 1), (2, 2), (1, 4)])
@@ -284,7 +284,7 @@ def test_a_step_averages_over_tokens_whatever_the_micro_batches(batch_size, grad
     )  # fmt: skip
     task = make_task("qa", config)
     model = make_task_model(task.records.tokenizer.vocab_size)
-    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.records.splits["train"]]
+    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.records.splits["train"].records]
     assert n_tokens == [40, 38, 3, 2]
     loss = sum(answer_losses(task, model)) / 83
     expected = torch.autograd.grad(loss, list(model.parameters()))
@@ -335,7 +335,7 @@ def test_an_evaluation_of_preferences_averages_over_pairs():
     task = make_task("dpo", TrainConfig(batch_size=3))  # of four pairs
     model = make_task_model(task.records.tokenizer.vocab_size)
     losses, margins = [], []
-    for pair in task.records.splits["train"]:
+    for pair in task.records.splits["train"].records:
         models = (model, task.reference)
         log_p = [[-text_loss(m, *text).item() for text in pair] for m in models]
         chosen, rejected = (0.3 * (log_p[0][i] - log_p[1][i]) for i in (0, 1))
@@ -518,7 +518,7 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
         (["ADAPTER", "--merge=ADAPTER"], "is a LoRA adapter"),
         (["checkpoints/best.pt", "--merge=checkpoints/best.pt"], "a checkpoint, not the adapter"),
         (["checkpoints/best.pt", "--merge=none.pt"], r"there is no adapter none\.pt"),
-        (["checkpoints", "--merge=ADAPTER"], "checkpoints is a folder"),
+        (["data", "--merge=ADAPTER"], r"there is no checkpoint data/best\.pt"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "--resume has no effect on"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--data=x", "--lora_rank=2"],
          "--data has no effect on --merge.*--lora_rank has no effect"),
@@ -619,7 +619,7 @@ def test_batches_are_a_pure_function_of_seed_step_and_micro_step(monkeypatch):
 
     def batch(step, micro_step, n=20, **settings):
         config = TrainConfig(**{"batch_size": 3, "grad_accum": 2, "seed": 5, **settings})
-        return Records({"train": [*range(n)]}, None, config, CPU, None).random_batch(
+        return Records({"train": Split([*range(n)])}, None, config, CPU, None).random_batch(
             step, micro_step
         )
 
@@ -637,26 +637,31 @@ def test_batches_are_a_pure_function_of_seed_step_and_micro_step(monkeypatch):
 # --- mistakes
 
 
-def test_long_records_are_cut_at_the_start_or_skipped():
-    ids = np.arange(10)
-    for block_size, n_cut in ((9, 0), (8, 1), (7, 2)):
-        ((cut, n_prompt),) = fit_window([(ids, 6)], block_size, skip_long=False)
-        assert cut.tolist() == list(range(n_cut, 10)) and n_prompt == 6 - n_cut
-    assert fit_window([(ids, 6)], 7, skip_long=True) is None
-    assert fit_window([(ids, 6)], 3, skip_long=False) is None  # the answer alone is too long
-    both = fit_window([(ids, 6), (ids[:8], 6)], 7, skip_long=False)  # a pair has one prompt
-    assert [(text.tolist()[0], n) for text, n in both] == [(2, 4), (2, 4)]
+def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys):
+    kind = OBJECTIVES["qa"].records
+    tokenizer = CharTokenizer.train([json.dumps(RECORDS) + "\n"], QA_SPECIALS)
+    ids, _ = kind.encode(tokenizer, RECORDS[0], False)[0]
+    for block_size, n_fit in ((len(ids) - 1, 1), (len(ids) - 2, 0)):
+        splits = [[RECORDS[0], {"question": "e", "answer": "e"}]] * 2
+        train = encode_splits(kind, splits, tokenizer, block_size, ask=False)["train"]
+        assert (len(train.records), train.n_long) == (1 + n_fit, 1 - n_fit)
+    task = make_task("qa", TrainConfig(precision="float32"))
+    model = make_task_model(task.records.tokenizer.vocab_size)
+    model.forward = lambda x: (F.one_hot(task.records.batch(train_records)[1].clamp(min=0), 99),)
+    train_records = task.records.splits["train"].records
+    assert task.score(model, "train", None)[1] == 1
+    task.records.splits["train"] = Split(train_records, n_long=12)
+    assert task.score(model, "train", None)[1] == 4 / 16
 
-
-def test_long_records_are_reported(place: Path, capsys):
-    long = {"question": "Why " * 20, "answer": "So."}
+    long = {"question": "Why " * 20, "answer": "So."}  # <BOS>, Question: , \nAnswer:, <EOS>
     Path("long.json").write_text(json.dumps([*RECORDS, long]))
     tune("--objective=qa", "--data=long.json")
-    assert "1 of 5 train records are longer" in capsys.readouterr().out
-    tune("--objective=qa", "--data=long.json", "--long=skip", "--tag=b")
-    assert "1 left out, 0 cut" in capsys.readouterr().out
-    Path("long.json").write_text(json.dumps([long | {"answer": "So " * 40}] * 3))
-    with pytest.raises(UserError, match="no train record fits the window of 48 tokens"):
+    shown = capsys.readouterr()
+    assert "1 of 5 train records are longer than the window of 48 tokens" in shown.err
+    n_tokens = len("Question: \nAnswer: So.") + 79 + 1  # and <BOS> and <EOS>, less the last target
+    assert f"count as not answered; use a model trained with --block_size {n_tokens}" in shown.err
+    Path("long.json").write_text(json.dumps([long] * 3))
+    with pytest.raises(UserError, match="no train record fits the window of 48 tokens: use a mod"):
         tune("--objective=qa", "--data=long.json", "--tag=c")
 
 
@@ -673,7 +678,7 @@ def test_long_records_are_reported(place: Path, capsys):
         (["--data=other.txt", "--dropout=1"], "dropout must be below 1"),
         (["--data=other.txt", "--lora_rank=2", "--lora_dropout=1"], "lora_dropout must be below 1"),
         (["--data=other.txt", "--lora_rank=2", "--lora_alpha=1e30"], "lora_alpha must be at most"),
-        (["--data=other.txt", "--long=skip", "--beta=1"], "long is for .*; --beta is for"),
+        (["--data=other.txt", "--alpha=1", "--beta=1"], "alpha is for .*; --beta is for"),
         (["--objective=qa", "--separator=x"], "--separator is for --objective text or distill"),
         (["--objective=distill", "--teacher=a", "--overfit_batch"], "--overfit_batch is for"),
         (["--objective=qa", "--data=other.txt"], r"other\.txt is not JSON"),
@@ -681,7 +686,7 @@ def test_long_records_are_reported(place: Path, capsys):
         (["--objective=dpo", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
         (["--objective=dpo", "--data=accents.jsonl"], r"accents\.jsonl has characters .*: 'é'"),
         (["--objective=dpo", "--data=pairs.jsonl", "--dropout=0.1"], "trains without dropout"),
-        (["--objective=distill", "--teacher=data"], "data is a folder"),
+        (["--objective=distill", "--teacher=data"], "no checkpoint data/best.pt"),
         (["--data=data"], "data/ is not a data set"),
         (["--data=other.txt", "--out_dir=other.txt"], "cannot write"),
         (["--data=other.txt", "--lora_rank=17"], "lora_rank 17 is above the smaller side .* 16"),
@@ -738,6 +743,7 @@ def test_a_resume_rejects_what_cannot_change(runs: Path, monkeypatch, objective,
         (["checkpoints/best.pt", "--tag="], r"checkpoints/ contains checkpoints/best\.pt"),
         (["checkpoints/best.pt"], "--resume it, --overwrite it"),
         (["checkpoints/qa/best.pt", "--overwrite"], r"qa/ contains checkpoints/qa/best\.pt"),
+        (["checkpoints/qa", "--overwrite"], "qa/ contains checkpoints/qa:"),
         (["--objective=distill", "--teacher=checkpoints/qa/best.pt", "--tag=qa", "--overwrite"],
          r"qa/ contains checkpoints/qa/best\.pt"),
         (["--resume", "--tag="], r"a run of train\.py: resume it with train\.py"),

@@ -625,6 +625,8 @@ def test_one_line_names_the_checkpoint_its_loss_and_the_seed_that_was_drawn(trai
     again, line = capsys.readouterr()
     assert again == text
     assert line == f"checkpoints/best.pt: step 20, validation loss {val:.4f}\n"
+    generate.main(["checkpoints", "--max_tokens=30", f"--seed={seed}"])  # the folder of the run
+    assert capsys.readouterr().out == text
     assert len({generate.draw_seed() for _ in range(4)}) > 1
     for flags in (["--temperature=0"], ["--beams=2"]):  # no random numbers
         generate.main([*flags, "--max_tokens=3", "--output_file=out.txt"])
@@ -639,6 +641,10 @@ def test_the_loss_of_a_checkpoint_is_that_of_its_own_step(workplace, capsys):
         (own | {"log": log}, "model.pt: step 20, validation loss 2.0000"),
         (own | {"log": log, "step": 25}, "model.pt: step 25"),
         (own, "model.pt: step 20"),
+        (
+            own | {"step": 0},
+            "model.pt: not trained yet (step 0), it writes noise; its run may have a latest.pt",
+        ),
         ({}, "model.pt: an imported model"),
     ):
         save_model("model.pt", make_model(), CharTokenizer.train(["abcdefghij\n"]), **contents)

@@ -286,10 +286,15 @@ def test_the_summary_of_a_run(capsys, monkeypatch):
     corpus = Corpus(np.zeros(4321), np.zeros(1000), info, 9000, 2500)
     monkeypatch.setattr(setup, "count_params", lambda gpt: (12345, 100))
     setup.print_summary(gpt, config, corpus, CPU)
-    assert capsys.readouterr().out.splitlines() == [
+    shown = capsys.readouterr()
+    assert "note: 9,000 bytes of training text are few, a new model will memorize" in shown.err
+    setup.print_summary(gpt, config, replace(corpus, train_bytes=45000), CPU)
+    assert capsys.readouterr().err == ""
+    assert shown.out.splitlines() == [
         "corpus: a book, 1,234,567 bytes; 4,321 training tokens, 1,000 validation tokens, "
         "vocabulary 8, 2.50 bytes per token",
-        "model: 3 layers, 2 heads, 8 channels, window 5; rmsnorm, swiglu, rope; 12,345 parameters",
+        "model: 3 layers, 2 heads of 4, 8 channels, window 5; rmsnorm, swiglu, rope; "
+        "12,345 parameters",
         "memory: about 1,202 MB (weights 2, rest 1,200)",
         "run: preset tiny, 70 steps of 9 x 4 sequences, learning rate 0.001 to 1e-05",
         "uniform guessing would give a loss of ln(8) = 2.0794",

@@ -117,6 +117,8 @@ def test_the_range_of_the_curve_is_that_of_the_losses_after_the_first_tenth():
     assert (low, high) == pytest.approx((1.5 - 0.075, 3.0 + 0.075))
     diverged = log([4.2, 2.0, 1e6], [4.2, 2.0, 1e6])
     assert 4.2 < plot_runs([Run("a", SETTINGS, diverged)]).axes[0].get_ylim()[1] < 6
+    memorized = log([4.2, 0.1, 0.1], [4.2, 5.0, 7.0])  # the last point is always in the picture
+    assert 7.0 < plot_runs([Run("a", SETTINGS, memorized)]).axes[0].get_ylim()[1] < 8
 
 
 def test_the_loss_of_a_uniform_guess_is_a_line_if_it_is_in_the_range():

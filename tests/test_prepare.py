@@ -274,7 +274,7 @@ def test_the_default_removes_nothing():
 def write_invalid_files(workplace: Path) -> None:
     (workplace / "empty.txt").write_text("")
     (workplace / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
-    (workplace / "latin.txt").write_bytes("été".encode("latin-1"))
+    (workplace / "latin.txt").write_bytes(b"\xe9t\xe9 " * 9)
     (workplace / "mixed").mkdir()
     (workplace / "mixed" / "a.txt").write_text("text " * 100)
     (workplace / "mixed" / "b.txt").write_bytes(b"good, then \xff\xfe")
@@ -298,6 +298,7 @@ def write_invalid_files(workplace: Path) -> None:
         (["mixed/a.txt", "--min_chars=9999"], "no text remains to learn"),
         (["mixed/a.txt", "--drop_lines=(", "--min_chars=9", "--max_chars=5"], "regular.*|below"),
         (["mixed/a.txt", "--vocab_size=5"], "vocab_size must be at least 258"),
+        (["mixed/a.txt", "--text_field=body"], "--text_field is for .jsonl files, not mixed/a.txt"),
         (["qa.json"], "qa.json contains question/answer records: use it with train.py"),
         (["mixed/a.txt", "--max_chars=9999999"], "max_chars must be at most 4194304"),
         ([], "give files, folders, or the name of a data set"),
@@ -315,10 +316,13 @@ def test_invalid_input_is_one_error_and_leaves_nothing(workplace, words, message
     assert sorted((workplace / "data").iterdir()) == before
 
 
-def test_invalid_bytes_are_replaced_if_requested(workplace):
+def test_invalid_bytes_are_replaced_if_requested(workplace, capsys):
     write_invalid_files(workplace)
     make("mixed", "--bad_bytes=replace", "--tokenizer=char")
+    assert "2 characters are U+FFFD, in place of" in capsys.readouterr().err
     assert "good, then \ufffd\ufffd" in all_texts()
+    make("latin.txt", "--encoding=cp1252", "--tokenizer=char", name="latin")
+    assert "é" in Path("data/latin/tokenizer.json").read_text(encoding="utf-8")
 
 
 def test_an_existing_data_set_is_overwritten_only_if_requested(stories):

@@ -477,7 +477,11 @@ def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     assert read_lines(run) == [HEADER, *log.records, {"final": final}]
     assert (run / "loss_curve.png").exists()
     log.stopped(17)
-    assert capsys.readouterr().out == "stopped and saved at step 17; --resume continues from here\n"
+    words = f"17; --resume continues from here; next: python generate.py {run / 'best.pt'}\n"
+    assert capsys.readouterr().out == f"stopped and saved at step {words}"
+    log.records[:] = log.records[:1]  # stopped before the first evaluation of a trained model
+    log.stopped(17)
+    assert capsys.readouterr().out.endswith(f"python generate.py {run / 'latest.pt'}\n")
 
 
 def test_a_new_log_makes_its_folders_and_a_checkpoint_may_lack_files(workplace):

@@ -96,8 +96,20 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     "20 steps that are flat": case(curve([4.17, 4.0, 4.0, 4.0, 4.0], every=5), SHORT),
     "step 0 only": case(same([4.17]), SHORT, "more steps", "falling"),
     "quick: 2 evaluations in 120 steps": case(
-        same([4.2, 2.3], 120), f"{SHORT} (still falling, from 4.20 to 2.30)", "--eval_every"
+        same([4.2, 2.3], 120), f"{HEALTHY} 120", "more steps", "short"
     ),
+    "2 evaluations that are flat": case(same([4.2, 4.18], 120), SHORT, "--eval_every", "falling"),
+    "50 steps, the validation loss rises": case(
+        curve([5.6, 5.37, 5.41], [5.6, 4.8, 4.1], 25), SHORT, "more steps", "falling"
+    ),
+    "300 characters": case(
+        curve([3.5, 4.85], [3.5, 0.146], 120),
+        "overfitting from the start",
+        "more text",
+        "--lr_max",
+        vocab_size=33,
+    ),
+    "2000 characters": case(curve([3.6, 2.9], [3.6, 0.2], 120), "memorized", "0.20|2.90|more text"),
     "flat": case(curve([4.2, 4.17, 4.17, 4.16]), "not moving from ln(V) = 4.17", "--overfit_batch"),
     "flat, noisy": case(same(noisy([LN65] * 20, 0.03)), "not moving", lacks="diverg"),
     "flat, GPT-2": case(
@@ -194,7 +206,17 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         curve(U_SHAPE, MEMORIZED), OVER, lacks="--patience", patience=5, max_steps=600
     ),
     "tiny losses": case(
-        same([4.17, 0.5, 0.002, 0.0021, 0.0023]), "solved", "almost 0", "diverg|overfit"
+        same([4.17, 0.5, 0.002, 0.0021, 0.0023]), "solved", "0.0023|repeated", "diverg|overfit"
+    ),
+    "exact answers": case(
+        [r | {"exact": r["step"] / 40} for r in same([4.17, 0.06], 40)],
+        "solved",
+        "validation loss 0.06, 100% of the answers are exact|trained on",
+        "repeated",
+        hold_out=False,
+    ),
+    "half of the answers": case(
+        [r | {"exact": r["step"] / 160} for r in same([4.17, 0.6], 80)], SHORT
     ),
     "zero, then one high evaluation": case(curve([4.17, 0, 0, 0, 0, 0.5]), "plateaued"),
     "zero": case(same([4.17, 0.5, 0.0, 0.0]), "solved"),

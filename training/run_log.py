@@ -270,7 +270,17 @@ class RunLog:
         """Report that a signal stopped the run."""
         if rank() == 0:
             self.plot()
-            print(f"stopped and saved at step {step}; --resume continues from here")
+            print(
+                f"stopped and saved at step {step}; --resume continues from here; next: "
+                f"{self.sample_command()}"
+            )
+
+    def sample_command(self) -> str:
+        """What samples from this run: its best step, or its newest while that is step 0."""
+        file = self.run_dir / ("best.pt" if self.best()["step"] else "latest.pt")
+        has_questions = str(self.header["corpus"].get("name", "")).endswith(".json")
+        question = ' --prompt "Who are you?"' if has_questions else ""
+        return f"python generate.py {quote_path(file)}{question}"
 
     def finish(self, metrics: dict[str, float]) -> None:
         """Report the metrics of the best checkpoint over the whole validation split."""
@@ -285,14 +295,11 @@ class RunLog:
                 f"stopped at step {last['step']}: no improvement in {self.since_best()} "
                 f"evaluations (--patience {self.config.patience})"
             )
-        has_questions = str(self.header["corpus"].get("name", "")).endswith(".json")
-        question = ' --prompt "Who are you?"' if has_questions else ""
         print(
             f"done in {last['seconds']:.0f} s: best at step {final['step']}; over the whole "
             f"validation split: {status_line(metrics)}\n"
             f"verdict: {words}\n"
-            f"files: {self.run_dir}/; next: python generate.py "
-            f"{quote_path(self.run_dir / 'best.pt')}{question}",
+            f"files: {self.run_dir}/; next: {self.sample_command()}",
             flush=True,
         )
         self.plot()

@@ -23,6 +23,7 @@ from config import (
 )
 from corpus.corpus import Corpus, check_length
 from corpus.load import is_dataset, load_corpus
+from corpus.text import note
 from model import GPT
 from system.device import (
     check_memory,
@@ -44,6 +45,7 @@ from training.distributed import (
 from training.run_log import run_files
 from utils import count_params, read_checkpoint
 
+SMALL_TEXT = 45_000  # bytes of training text, nine tenths of the 50 kB that the README asks for
 MAX_GRAPH_PARAMS = 20_000_000  # of a model whose kernels are launched by CUDA graphs
 WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
 NO_FLOAT16 = "--parallel fsdp has no loss scaling for float16"
@@ -147,9 +149,9 @@ def load_data(
     Raises UserError if they do not fit the settings or the run to resume."""
     if state and known is None:
         known = tokenizers.from_dict(state["tokenizer"])
-    new = (config.tokenizer, config.bpe_vocab_size)
+    new, own = (config.tokenizer, config.bpe_vocab_size), (config.hold_out, config.encoding)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, config.hold_out)
+        tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, *own)
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
@@ -308,14 +310,20 @@ def print_summary(
 ) -> None:
     """Print what will be trained, and on what, before anything slow starts. Raises UserError if it
     does not fit in memory."""
+    if corpus.train_bytes < SMALL_TEXT:
+        note(
+            f"{corpus.train_bytes:,} bytes of training text are few, a new model will memorize "
+            "them: use 50 kB or more, or fine-tune a trained model (finetune.py)"
+        )
     memory = memory_estimate(gpt, config)
     uses = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
     print(
         f"corpus: {corpus.info['name']}, {corpus.info['bytes']:,} bytes; {len(corpus.train_ids):,} "
         f"training tokens, {len(corpus.val_ids):,} validation tokens, vocabulary {gpt.vocab_size}, "
         f"{corpus.bytes_per_token:.2f} bytes per token\n"
-        f"model: {gpt.n_layer} layers, {gpt.n_head} heads, {gpt.n_embd} channels, window "
-        f"{gpt.block_size}; {gpt.norm}, {gpt.mlp}, {gpt.pos}; {count_params(gpt)[0]:,} parameters\n"
+        f"model: {gpt.n_layer} layers, {gpt.n_head} heads of {gpt.head_size}, {gpt.n_embd} "
+        f"channels, window {gpt.block_size}; {gpt.norm}, {gpt.mlp}, {gpt.pos}; "
+        f"{count_params(gpt)[0]:,} parameters\n"
         f"memory: about {sum(memory.values()) / 1e6:,.0f} MB ({uses})\n"
         f"run: preset {config.preset}, {config.max_steps} steps of {config.batch_size} x "
         f"{config.grad_accum} sequences, learning rate {config.lr_max:g} to {config.lr_min:g}\n"

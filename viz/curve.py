@@ -140,7 +140,7 @@ def plot_losses(axes: "Axes", run: Run, x: str, color: str, highest: float, only
 
 def loss_range(runs: list[Run]) -> tuple[float, float]:
     """The lowest and the highest loss after the START of the runs, the highest not far above that
-    of a uniform guess."""
+    of a uniform guess or the last one."""
     shown: list[float] = []
     for run in runs:
         records = run.log + run.steps
@@ -150,6 +150,8 @@ def loss_range(runs: list[Run]) -> tuple[float, float]:
         shown += [number for number in numbers if is_number(number)]
     guess = max(math.log(run.settings["vocab_size"]) for run in runs)
     limit = 1.2 * max(guess, *(run.log[0]["val"] for run in runs))
+    lasts = [run.log[-1]["val"] for run in runs]
+    limit = max(limit, *(last for last in lasts if last < 3 * limit), 0)
     return min(shown), min(max(shown), max(limit, min(shown)))
 
 

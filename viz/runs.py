@@ -41,8 +41,9 @@ def read_run(path: Path) -> Run:
             if numbers != sorted(set(numbers)):
                 raise ValueError("its steps do not increase")
         for i, record in enumerate(log, 1):
-            record = {"train": 0.0} | record  # only this may be missing
-            check_numbers(f"evaluation {i}", record, ("step", "train", "val", "lr", "seconds"))
+            record = {"train": 0.0, "exact": 0.0} | record  # only these may be missing
+            names = ("step", "train", "val", "lr", "seconds", "exact")
+            check_numbers(f"evaluation {i}", record, names)
         for i, record in enumerate(steps, 1):
             check_numbers(f"training step {i}", record, ("step", "loss", "lr", "seconds"))
     except (LookupError, TypeError, ValueError) as error:  # values of any kind

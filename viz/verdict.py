@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 # Thresholds of the verdict. "Of ln V" is relative to ln(vocab_size), the loss of a uniform guess.
-MIN_EVALUATIONS = 3  # two points do not show a trend
+MIN_EVALUATIONS = 3  # two points do not show a trend, unless they are far apart
 MIN_STEPS = 100  # the default warmup, and about the memory of AdamW's averages
 UNTRAINED = 0.97  # of ln V: above it, nothing was learned
 PRETRAINED = 0.9  # of ln V: a run that starts below it continues from a trained model
@@ -21,6 +21,7 @@ PLATEAU = 0.01  # a healthy run lowers its validation loss by at least 1% in its
 DECAYED = 0.25  # of the peak learning rate: below it, the schedule flattens the curve
 STRONG_DECAY = 1.0  # weight decay for texts that are read often (Kim et al. 2025)
 LARGE_GAP = 0.1  # between validation and training loss, relative to the validation loss
+MEMORIZED, FAR = 2.0, 0.2  # validation loss: times the training loss, and above it by this of ln V
 
 
 def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -31,9 +32,10 @@ def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     weight_decay what was tried. The first rule that applies decides:
 
     diverging     the training loss ends 10% above its lowest; or both losses end 3% above theirs
-    too short     fewer than 3 evaluations or 100 steps
-    solved        the validation loss ends below 1% of ln V
+    solved        all answers are exact, or the validation loss ends below 1% of ln V
+    too short     fewer than 100 steps, or fewer than 3 evaluations and no clear change
     overfitting   the validation loss ends 1% above its lowest, the training loss falls
+    memorized     the validation loss is twice the training loss, and 20% of ln V above it
     not moving    the best loss is above 97% of ln V, or 99% of a trained model's first loss
     stuck         the best loss is above 70% of ln V when the learning rate has decayed, and it
                   did not fall before that
@@ -60,6 +62,8 @@ class Curve:
         self.train = train if len(train) == len(log) else None
         self.fitted = self.train or self.val
         self.uniform = math.log(settings["vocab_size"])
+        self.exact = log[-1].get("exact")  # share of exact answers, if the data are questions
+        self.held_out = settings.get("hold_out", True)
         self.pretrained = self.val[0] < PRETRAINED * self.uniform
         self.level = min(self.val)  # the lowest loss, at evaluation `best`
         self.best = self.val.index(self.level)
@@ -134,25 +138,27 @@ def diverging(curve: Curve) -> str | None:
 
 
 def too_short(curve: Curve) -> str | None:
-    if curve.steps[-1] >= MIN_STEPS and len(curve.steps) >= MIN_EVALUATIONS:
+    fall = curve.val[0] - curve.val[-1]
+    shown = len(curve.steps) >= MIN_EVALUATIONS or abs(fall) > JUMP * curve.uniform
+    if curve.steps[-1] >= MIN_STEPS and shown:
         return None
     if curve.out_of_patience:
         return "too short to judge: raise --patience"
     more = "train for more steps"
     if curve.steps[-1] >= MIN_STEPS:
         more += ", or lower --eval_every"
-    fell = curve.val[0] - curve.val[-1] > JUMP * curve.uniform
-    state = f" (still falling, from {curve.val[0]:.2f} to {curve.val[-1]:.2f})" if fell else ""
+    falling = fall > JUMP * curve.uniform and curve.val[-1] == curve.level
+    state = f" (still falling, from {curve.val[0]:.2f} to {curve.val[-1]:.2f})" if falling else ""
     return f"too short to judge{state}: {more}"
 
 
 def solved(curve: Curve) -> str | None:
-    if curve.val[-1] > SOLVED * curve.uniform:
+    if curve.val[-1] > SOLVED * curve.uniform and curve.exact != 1:
         return None
-    return (
-        f"solved: the validation loss of {curve.val[-1]:.2g} is almost 0; check that the "
-        "validation text is not repeated in the training text"
-    )
+    answers = "" if curve.exact is None else f", {curve.exact:.0%} of the answers are exact"
+    advice = "check that the validation text is not repeated in the training text"
+    advice = advice if curve.held_out else "measured on what it was trained on (--no-hold_out)"
+    return f"solved: validation loss {curve.val[-1]:.2g}{answers}; {advice}"
 
 
 def overfitting(curve: Curve) -> str | None:
@@ -164,12 +170,23 @@ def overfitting(curve: Curve) -> str | None:
     decay = "" if strong else f" --weight_decay {STRONG_DECAY:g},"
     advice = f"use more text,{decay} a smaller model, or fewer steps"
     if curve.best == 0:
-        since, advice = "from the start", "use more text or a lower --lr_max"
+        lower = " or a lower --lr_max" * curve.pretrained
+        since, advice = "from the start", f"use more text{lower}"
     elif not curve.patience:
         advice += " (--patience 3)"
     if curve.train is None:
         advice += "; or the learning rate is too high: there is no training loss to tell"
     return f"overfitting {since}: {advice}"
+
+
+def memorized(curve: Curve) -> str | None:
+    val, train = curve.val[-1], curve.train[-1] if curve.train else curve.val[-1]
+    if val < MEMORIZED * train or val - train < FAR * curve.uniform:
+        return None
+    return (
+        f"memorized: the training loss is {train:.2f}, the validation loss {val:.2f}: use more "
+        "text or a smaller model"
+    )
 
 
 def not_moving(curve: Curve) -> str | None:
@@ -214,7 +231,10 @@ def healthy(curve: Curve) -> str:
     return f"healthy: best at step {curve.steps[curve.best]}; {advice}"
 
 
-RULES = (diverging, too_short, solved, overfitting, not_moving, stuck, plateaued, healthy)
+RULES = (
+    *(diverging, solved, too_short, overfitting, memorized),
+    *(not_moving, stuck, plateaued, healthy),
+)
 
 
 def notes(curve: Curve) -> str:
