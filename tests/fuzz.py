@@ -14,6 +14,7 @@ started by root, as the user `nobody` (if that can read the installed packages):
 that case.
 """
 
+import codecs
 import contextlib
 import gc
 import importlib
@@ -45,6 +46,7 @@ import torch
 
 import demo
 import utils
+from config import TEXT_ENCODINGS
 from system.command_line import parse_args
 from system.settings import setting
 from tests.fuzz_cases import (
@@ -304,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
         make_fixtures(top / "base")
         scripts = [name for name in settings.only.split(",") if name] or SCRIPTS
         flags = {script: settings_of(script) for script in scripts}
+        for encoding in TEXT_ENCODINGS:
+            codecs.lookup(encoding)  # a child may not read Python's files
         gc.freeze()  # a collection in a child would copy all pages
         started = time.monotonic()
         for number in [settings.case] if one_case else range(settings.n):

@@ -19,7 +19,7 @@ from system.settings import UserError, kind_of
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps".split()
 RUN = "--device=cpu --no-compile --precision=float32 --batch_size=2 --max_steps=2 --eval_every=1 "
 RUN += "--eval_windows=2 --sample_tokens=3"
-TINY = f"--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 {RUN}"
+TINY = f"--n_layer=1 --n_head=2 --n_embd=16 --block_size=48 {RUN}"
 SAMPLE = "--max_new_tokens=5 --device=cpu"
 CHAR, LLAMA, BPE, QA = (f"checkpoints/{name}/best.pt" for name in ("char", "llama", "bpe", "qa"))
 ADAPTER = "checkpoints/lora/adapter.pt"

@@ -91,7 +91,7 @@ def test_nothing_is_claimed_about_the_training_of_an_imported_model(workplace):
     card = Path("out/README.md").read_text()
     assert "Imported from mine with TinyLLM" in card and "folder" not in card
     assert not re.search("steps|learning rate|training data|from scratch", card)
-    with pytest.raises(UserError, match="does not name its corpus: choose one with --data"):
+    with pytest.raises(UserError, match="does not name its corpus; choose a corpus with --data"):
         evaluate.main(["imported.pt"])
 
 
