@@ -20,7 +20,6 @@ install gguf`; a page needs nothing.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
 from system.start import run
 
 from exporting.folders import check_target, import_optional

@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
 from system.start import run
 
 from config import GPTConfig, TrainConfig

@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
 from system.start import run
 
 from system.command_line import parse_args

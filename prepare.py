@@ -22,7 +22,6 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
 from system.start import run
 
 import numpy as np

@@ -21,7 +21,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
 from system.start import run
 
 import torch

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
 from typing import Any
-
 from system.start import run
 
 import torch

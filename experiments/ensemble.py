@@ -9,7 +9,6 @@ different seeds. Sampling from them together would take as long as from all of t
 import math
 from dataclasses import dataclass
 from typing import Any, cast
-
 from system.start import run
 
 import torch

@@ -5,7 +5,6 @@ compared with large batches.
 """
 
 import itertools
-
 from system.start import run
 
 from matplotlib.figure import Figure

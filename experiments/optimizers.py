@@ -12,7 +12,6 @@ import math
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
-
 from system.start import run
 
 from matplotlib.figure import Figure

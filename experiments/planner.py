@@ -12,7 +12,6 @@ import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
 from system.start import run
 
 import numpy as np

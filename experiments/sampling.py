@@ -15,7 +15,6 @@ small part of the text, read many times.
 import re
 from dataclasses import replace
 from typing import Any
-
 from system.start import run
 
 import torch

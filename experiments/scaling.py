@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable
 from operator import itemgetter
 from typing import NamedTuple
-
 from system.start import run
 
 import numpy as np

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
 from typing import NamedTuple
-
 from system.start import run
 
 import torch

@@ -10,7 +10,6 @@ kept next to the runs, so that an interrupted study resumes with the same ones.
 """
 
 import math
-
 from system.start import run
 
 from corpus.bpe import from_tiktoken

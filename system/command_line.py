@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
@@ -29,21 +28,20 @@ SYNONYMS = {
     "eval_every": "eval_interval eval_steps",
     "precision": "dtype",
 }
-# Names without an equal: the flag to use instead, and what to do.
+# Names without an equal: what to use instead.
 HINTS = {
-    "epochs num_epochs max_epochs num_train_epochs": ("max_steps", "--dry_run prints the epochs"),
-    "eval_iters": ("eval_windows", "it counts windows, batch_size times as many"),
-    "init_from resume_from_checkpoint": ("resume", "it continues the run of --tag"),
+    "epochs num_epochs max_epochs num_train_epochs": "--max_steps (--dry_run prints the epochs)",
+    "eval_iters": "--eval_windows (it counts windows, batch_size times as many)",
+    "init_from resume_from_checkpoint": "--resume (it continues the run of --tag)",
+    "chat sweep show_probs": "python explore.py, with chat, sweep or probs",
+    "demo": "python demo.py",
 }
-# Names of actions: the command that does them.
-COMMANDS = {"chat": "explore.py chat", "sweep": "explore.py sweep"}
-COMMANDS |= {"show_probs": "explore.py probs", "demo": "demo.py"}
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if swept := re.search(r"--(temperature|top_[kp]|min_p):.* value: '(.*,.*)'", message):
-            message += f"; to compare them: explore.py sweep --settings {swept[1]}={swept[2]}"
+        if "--temperature: invalid" in message:
+            message += "; explore.py sweep --settings temperature=0.5,1 compares several values"
         raise UserError(message)
 
 
@@ -104,8 +102,7 @@ def parse_args(
 
 
 def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) -> Parser:
-    """The parser of these fields. Its help shows the defaults. Its result has only the flags that
-    are given."""
+    """The parser of these fields, whose result has only the flags that are given."""
     parser = Parser(
         usage="%(prog)s [ARGUMENT ...] [--FLAG VALUE ...]",
         description=doc.strip(),
@@ -120,9 +117,8 @@ def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) 
     for f in known.values():
         kind, limits, default = kind_of(f), f.metadata, defaults.get(f.name, "")
         group = parser.add_argument_group(limits["group"]) if "group" in limits else group
-        default = default.replace("\n", "\\n") if isinstance(default, str) else default
-        help = limits["help"] + f" [{default}]" * (default not in (None, "", ()))
-        help = help.replace("%", "%%")
+        shown = f" [{default}]".replace("\n", "\\n") * (default not in (None, "", ()))
+        help = (limits["help"] + shown).replace("%", "%%")
         read: Any = settings.unescape if limits.get("escapes") else str if kind is tuple else kind
         options: dict[str, Any] = {"type": read}
         choices = limits.get("choices")
@@ -150,11 +146,9 @@ def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) 
 def hint(word: str, names: list[str]) -> str:
     """What to write instead of an unknown flag; empty if it is like none of these names."""
     name = word.removeprefix("--").partition("=")[0].replace("-", "_") if word[:1] == "-" else ""
-    if name in COMMANDS:
-        return f": use python {COMMANDS[name]}"
-    flag, text = next((HINTS[names] for names in HINTS if name in names.split()), ("", ""))
-    if flag in names:
-        return f": use --{flag} ({text})"
+    instead = next((HINTS[key] for key in HINTS if name in key.split()), "")
+    if instead.split(" ")[0].removeprefix("--") in ("python", *names):
+        return f": use {instead}"
     longer = [n for n in names if name and n.startswith(name)]
     near = longer or difflib.get_close_matches(name, names, 1, 0.75)
     return f": did you mean --{near[0]}?" if near else ""

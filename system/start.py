@@ -9,11 +9,9 @@ from typing import Any
 from system.errors import error_reason
 from system.settings import UserError
 
-# At the end of each operation, threads of GNU's OpenMP spin until the next one begins. Its default
-# of 300,000 rounds takes the core away from other threads: next to two other programs, training
-# took up to 50 times as long. With this limit it takes its fair share of the time, and no more time
-# than before on an idle machine (docs/benchmarks.md). Read when torch loads the library; other
-# OpenMP libraries ignore it.
+# At the end of each operation, threads of GNU's OpenMP spin until the next one begins: by default
+# 300,000 times, which takes the core from other threads. Beside another program a training step
+# took 20 times as long, with this limit 3 times (docs/benchmarks.md). Read when torch is loaded.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}:
     os.environ["GOMP_SPINCOUNT"] = "3000"
 

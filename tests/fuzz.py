@@ -39,7 +39,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
 from system.start import run
 
 import torch

@@ -177,9 +177,9 @@ def test_a_flag_without_an_equal_gets_a_hint_that_names_a_flag_of_the_script():
                                               "epochs)")  # fmt: skip
     with pytest.raises(UserError, match=r"^unrecognized arguments: --epochs=1$"):
         parse_args(SampleConfig, ["--epochs=1"], "")
-    for flag, action in (("chat", "chat"), ("sweep", "sweep"), ("show_probs", "probs")):
+    for flag in ("chat", "sweep", "show_probs"):
         assert action in explore.UNUSED_FLAGS
-        with pytest.raises(UserError, match=rf"--{flag}: use python explore\.py {action}$"):
+        with pytest.raises(UserError, match=rf"--{flag}: use python explore\.py, "):
             parse_args(SampleConfig, [f"--{flag}"], "")
     known = {f.name for cls in (GPTConfig, TrainConfig, LoRAConfig) for f in fields(cls)}
     assert SYNONYMS.keys() | {flag for flag, _ in HINTS.values()} <= known

@@ -218,7 +218,7 @@ def test_the_precision_applies_to_the_model(trained, monkeypatch):
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
         (["sweep", "--output_file=data"], "data is a folder"),
         (["sweep", "--settings="], "--settings: '' is not NAME="),
-        (["probs", "--temperature=0.2,0.5"], "compare them: .* --settings temperature=0.2,0.5"),
+        (["probs", "--temperature=0.2,0.5"], "explore.py sweep --settings"),
         (["sweep", "--temperature=0.7"], "--temperature is among the --settings to compare"),
         (["sweep", "--settings=top_k=1 top_k=2"], "'top_k=2' is not NAME=.* each once"),
         (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),

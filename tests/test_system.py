@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
-
 from system.start import accept_any_text, run
 
 import pytest
