@@ -13,7 +13,7 @@ from system.settings import UserError
 # 300,000 times, which takes the core from other threads. Beside another program a training step
 # took 20 times as long, with this limit 3 times (docs/benchmarks.md). Read when torch is loaded.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}:
-    os.environ["GOMP_SPINCOUNT"] = "3000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -19,7 +19,7 @@ import train
 from config import GPTConfig, TrainConfig
 from system.settings import UserError
 from train import Trainer
-from training import run_log, setup
+from training import cpu_clock, run_log, setup
 from training.run_log import RunLog, status_line
 from training.task import Pretraining
 
@@ -135,6 +135,22 @@ def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
         assert record["ms_per_step"] == pytest.approx(250)
         assert record["tokens_per_second"] == pytest.approx(4 * 128)
     assert records[0]["seconds"] == 3 + 7 + 60 + 4 * 0.25 + 3
+
+
+@pytest.mark.parametrize(("cpu_share", "says"), [(0.9, 0), (0.4, 1)])
+def test_a_busy_cpu_is_said_once_with_the_times(workplace, monkeypatch, capsys, cpu_share, says):
+    """In steps of 500 ms one thread computes for 450 or 200 ms."""
+    now = 0.0
+    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now * cpu_share)
+    monkeypatch.setattr(run_log, "time", clock)
+    monkeypatch.setattr(cpu_clock, "time", clock)
+    log = make_log(log_every=1)
+    log.begin(SimpleNamespace(step=0, device=torch.device("cpu")))
+    for step in range(1, 31):
+        now += 0.5
+        log.training_step(step, {"loss": torch.tensor(1.0)}, 1e-3)
+    line = "other programs use the CPU: a step takes 500 ms, about 200 ms alone"
+    assert capsys.readouterr().out.count(line) == says
 
 
 # --- patience
