@@ -162,6 +162,7 @@ def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path):
 
 FIXED = {
     "separator",
+    "encoding",
     "hold_out",
     "preset",
     "arch",
