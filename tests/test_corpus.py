@@ -149,9 +149,8 @@ def test_records_that_change_while_they_are_read_are_an_error(tmp_path, monkeypa
     path = tmp_path / "qa.json"
     path.write_text(json.dumps([{"question": "a", "answer": "b"}] * 4))
     original = records.read_records
-    monkeypatch.setattr(
-        records, "read_records", lambda path: [original(path), path.write_text("new")][0]
-    )
+    read_and_change = lambda path: [original(path), path.write_text("new")][0]  # noqa: E731
+    monkeypatch.setattr(records, "read_records", read_and_change)
     with pytest.raises(UserError, match=r"qa\.json changed while it was read: try again"):
         load.load_corpus(str(path))
 
@@ -206,9 +205,8 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
     best = "checkpoints/best.pt"
     assert evaluate.main([best]) == 0
     short = ["--max_steps=2", "--eval_every=2", "--eval_windows=2", "--sample_tokens=0"]
-    assert (
-        finetune.main([best, *flags, *short, "--device=cpu", "--batch_size=2", "--no-compile"]) == 0
-    )
+    short += ["--device=cpu", "--batch_size=2", "--no-compile"]
+    assert finetune.main([best, *flags, *short]) == 0
     assert "also occur in the training split" in capsys.readouterr().err
 
 
