@@ -384,9 +384,8 @@ def answer(model: GPT, tokenizer: CharTokenizer, question: str) -> str:
     """The greedy answer to a question, up to <EOS>."""
     prompt = tokenizer.encode(f"<BOS>Question: {question}\nAnswer:", "all")
     greedy = SampleConfig(temperature=0, max_new_tokens=40)
-    return "".join(
-        piece for (piece,) in stream_texts(model, tokenizer, greedy, torch.tensor(prompt))
-    )
+    pieces = stream_texts(model, tokenizer, greedy, torch.tensor(prompt))
+    return "".join(piece for (piece,) in pieces)
 
 
 @pytest.mark.parametrize(("n", "steps"), [(2, 60), pytest.param(20, 250, marks=pytest.mark.slow)])
@@ -397,9 +396,8 @@ def test_a_model_trained_on_a_few_records_answers_them(workplace, n, steps):
     answers = [answer(model, tokenizer, record["question"]) for record in RECORDS[:n]]
     assert answers == [f" {record['answer']}" for record in RECORDS[:n]]
     # evaluate.py scores what the run validated on
-    row = evaluate.evaluate_checkpoint(
-        Path("checkpoints/best.pt"), evaluate.EvaluateConfig(), torch.device("cpu")
-    )
+    path, config = Path("checkpoints/best.pt"), evaluate.EvaluateConfig()
+    row = evaluate.evaluate_checkpoint(path, config, torch.device("cpu"))
     assert float(row["loss"]) == pytest.approx(state["log"][-1]["val"], abs=1e-4)
 
 

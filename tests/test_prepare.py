@@ -468,7 +468,7 @@ def children(pid: int) -> list[int]:
 def test_after_a_killed_run_no_processes_remain_and_the_next_run_works(workplace):
     process = start_long_run(workplace)
     workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not Path("data/set").exists()
     deadline = time.monotonic() + 300

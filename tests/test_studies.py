@@ -97,9 +97,8 @@ def test_results_are_accompanied_by_a_record(workplace: Path):
     (made,) = record["made by"]
     text = Path("data/input.txt").read_bytes()
     digest = subprocess.run(["sha256sum", "data/input.txt"], capture_output=True, text=True)
-    assert made["corpus"] == {
-        "name": "input.txt", "bytes": len(text), "sha256": digest.stdout.split()[0]
-    }  # fmt: skip
+    sha256 = digest.stdout.split()[0]
+    assert made["corpus"] == {"name": "input.txt", "bytes": len(text), "sha256": sha256}
     assert made["runs"] == 3 and made["precision"] == "float32"
     assert re.match(rf"cpu, {torch.get_num_threads()} threads?, ", made["machine"])
     assert torch.__version__ in made["versions"]
