@@ -52,9 +52,7 @@ def run_first_cell(folder: Path, repo: str = "") -> None:
     runpy.run_path(str(script))
 
 
-def test_the_notebook_finds_the_code_or_clones_it_or_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_notebook_finds_the_code_or_clones_it_or_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="set REPO"):
         run_first_cell(tmp_path)

@@ -149,9 +149,8 @@ def test_records_that_change_while_they_are_read_are_an_error(tmp_path, monkeypa
     path = tmp_path / "qa.json"
     path.write_text(json.dumps([{"question": "a", "answer": "b"}] * 4))
     original = records.read_records
-    monkeypatch.setattr(
-        records, "read_records", lambda path: [original(path), path.write_text("new")][0]
-    )
+    read_and_change = lambda path: [original(path), path.write_text("new")][0]  # noqa: E731
+    monkeypatch.setattr(records, "read_records", read_and_change)
     with pytest.raises(UserError, match=r"qa\.json changed while it was read: try again"):
         load.load_corpus(str(path))
 
@@ -206,9 +205,8 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
     best = "checkpoints/best.pt"
     assert evaluate.main([best]) == 0
     short = ["--max_steps=2", "--eval_every=2", "--eval_windows=2", "--sample_tokens=0"]
-    assert (
-        finetune.main([best, *flags, *short, "--device=cpu", "--batch_size=2", "--no-compile"]) == 0
-    )
+    short += ["--device=cpu", "--batch_size=2", "--no-compile"]
+    assert finetune.main([best, *flags, *short]) == 0
     assert "also occur in the training split" in capsys.readouterr().err
 
 
@@ -386,9 +384,8 @@ def answer(model: GPT, tokenizer: CharTokenizer, question: str) -> str:
     """The greedy answer to a question, up to <EOS>."""
     prompt = tokenizer.encode(f"<BOS>Question: {question}\nAnswer:", "all")
     greedy = SampleConfig(temperature=0, max_new_tokens=40)
-    return "".join(
-        piece for (piece,) in stream_texts(model, tokenizer, greedy, torch.tensor(prompt))
-    )
+    pieces = stream_texts(model, tokenizer, greedy, torch.tensor(prompt))
+    return "".join(piece for (piece,) in pieces)
 
 
 @pytest.mark.parametrize(("n", "steps"), [(2, 60), pytest.param(20, 250, marks=pytest.mark.slow)])
@@ -399,9 +396,8 @@ def test_a_model_trained_on_a_few_records_answers_them(workplace, n, steps):
     answers = [answer(model, tokenizer, record["question"]) for record in RECORDS[:n]]
     assert answers == [f" {record['answer']}" for record in RECORDS[:n]]
     # evaluate.py scores what the run validated on
-    row = evaluate.evaluate_checkpoint(
-        Path("checkpoints/best.pt"), evaluate.EvaluateConfig(), torch.device("cpu")
-    )
+    path, config = Path("checkpoints/best.pt"), evaluate.EvaluateConfig()
+    row = evaluate.evaluate_checkpoint(path, config, torch.device("cpu"))
     assert float(row["loss"]) == pytest.approx(state["log"][-1]["val"], abs=1e-4)
 
 

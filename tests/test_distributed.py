@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -385,9 +386,8 @@ def check_bfloat16() -> None:
 def process_group(monkeypatch):
     """A group of this process alone: the real collectives, DDP and FSDP, without torchrun."""
     set_world_size(monkeypatch, 1)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -473,12 +473,10 @@ def test_the_collectives_use_what_torchrun_says(process_group, monkeypatch):
     box: list[object] = []
     assert broadcast_from_rank0(lambda: box.append(1) or "x") == "x" and box == [1]
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    sent = []
-    monkeypatch.setattr(
-        torch.distributed, "broadcast_object_list", lambda box, **kw: sent.append((box[0], kw))
-    )
+    broadcast = Mock()
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
     assert broadcast_from_rank0(lambda: 1 / 0) is None  # only rank 0 calls it
-    assert sent == [(None, {"src": 0, "device": CPU})]
+    assert broadcast.mock_calls == [call([None], src=0, device=CPU)]
 
 
 def test_each_process_has_its_own_gpu_and_only_rank_0_prints(monkeypatch, capsys):

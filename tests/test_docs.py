@@ -198,9 +198,7 @@ def test_the_custom_loss_is_trained_and_logged(tiny_training: Path):
     assert 0 < last["plain"] < 4 and last["plain"] != last["train"]
 
 
-def test_five_lines_of_python_train_sample_and_inspect(
-    tiny_training: Path, capsys: pytest.CaptureFixture
-):
+def test_five_lines_of_python_train_sample_and_inspect(tiny_training, capsys):
     scope = run_snippet("README.md", "ROMEO:", "the dog")
     printed = capsys.readouterr().out
     assert "\nthe dog" in printed and "GPT(" in printed
@@ -221,9 +219,7 @@ def test_the_core_files_that_the_readme_names_exist():
     assert len(names) > 10 and all((ROOT / name).exists() for name in names)
 
 
-def test_the_evaluations_are_read_as_the_settings_page_says(
-    tiny_training: Path, capsys: pytest.CaptureFixture
-):
+def test_the_evaluations_are_read_as_the_settings_page_says(tiny_training, capsys):
     train.main([])
     capsys.readouterr()
     run_snippet("settings.md")

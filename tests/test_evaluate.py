@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -174,10 +175,8 @@ def test_a_short_text_is_evaluated_or_one_error(trained, text, split, n_tokens):
 
 
 def test_devices_without_float64_are_enough(monkeypatch):
-    def no_float64(*args: object, **kwargs: object) -> None:
-        raise TypeError("MPS does not support float64")
-
-    monkeypatch.setattr(torch.Tensor, "double", no_float64)
+    error = TypeError("MPS does not support float64")
+    monkeypatch.setattr(torch.Tensor, "double", Mock(side_effect=error))
     assert evaluate_val(make_model(), random_corpus(101))["loss"] > 0
 
 
@@ -192,9 +191,7 @@ def test_checkpoints_without_a_known_corpus_need_data(trained):
     state = torch.load("checkpoints/best.pt", weights_only=True)
     del state["train_config"]["data"]
     torch.save(state, "checkpoints/best.pt")
-    with pytest.raises(
-        UserError, match=r"best\.pt: the checkpoint does not name its corpus; choose"
-    ):
+    with pytest.raises(UserError, match=r"best\.pt: the checkpoint does not name its corpus; ch"):
         evaluate.main([])
     assert evaluate.main(["--data=data/input.txt"]) == 0
 

@@ -11,6 +11,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,9 +51,11 @@ def parse_tiny_study(*words: str) -> study.Study:
     return study.parse_study("some", ["--device=cpu", *words], "")
 
 
-def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str) -> list[dict[str, str]]:
-    """Run a quick study with two seeds, then again with training forbidden. Returns the rows of its
-    first table."""
+def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **constants: Any) -> Any:
+    """Run a quick study with two seeds and these constants, then again with training forbidden.
+    Returns the rows of its first table."""
+    for name, value in ({"QUICK": TINY} | constants).items():
+        monkeypatch.setattr(module, name, value)
     words = ("--quick", "--seeds=2", "--device=cpu", *words)
     progress: list[str] = []
     with monkeypatch.context() as patch:
@@ -119,10 +122,8 @@ def test_the_swaps_cover_every_component():
 
 
 def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(swaps, "QUICK", TINY)
     some = (swaps.BASE, "learned positions to RoPE", "post-norm")
-    monkeypatch.setattr(swaps, "SWAPS", {name: swaps.SWAPS[name] for name in some})
-    rows = run_twice(swaps, monkeypatch)
+    rows = run_twice(swaps, monkeypatch, SWAPS={name: swaps.SWAPS[name] for name in some})
     runs = results("swaps_quick")
     assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
     base, rope = ([runs[f"{slug}-{seed}"] for seed in (1, 2)] for slug in (
@@ -140,10 +141,8 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_ablation(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ablation, "QUICK", TINY)
-    some = (ablation.BASE, "no token shift")
-    monkeypatch.setattr(ablation, "VARIANTS", {name: ablation.VARIANTS[name] for name in some})
-    rows = run_twice(ablation, monkeypatch)
+    some = {name: ablation.VARIANTS[name] for name in (ablation.BASE, "no token shift")}
+    rows = run_twice(ablation, monkeypatch, VARIANTS=some)
     runs = results("ablation_quick")
     shifts = {"fast": None, "no-token-shift": False}
     for row, (slug, token_shift) in zip(rows, shifts.items(), strict=True):
@@ -160,11 +159,8 @@ def test_every_variant_of_the_ablation_differs_from_the_preset():
 
 
 def test_sizes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sizes, "QUICK", TINY)
-    monkeypatch.setattr(sizes, "EVALUATIONS", 2)
     small = {name: {"n_layer": 1, "n_embd": n} for name, n in (("a", 8), ("b", 16), ("c", 24))}
-    monkeypatch.setattr(sizes, "SIZES", {True: small})
-    rows = run_twice(sizes, monkeypatch)
+    rows = run_twice(sizes, monkeypatch, EVALUATIONS=2, SIZES={True: small})
     assert [row["size"] for row in rows] == [*"abcabc"]
     assert [row["steps"] for row in rows[:3]] == ["6"] * 3
     shares = {run["flags"]["share"] for run in results("sizes_quick").values()}
@@ -172,10 +168,8 @@ def test_sizes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_lr_context(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lr_context, "QUICK", TINY)
-    monkeypatch.setattr(lr_context, "WINDOWS", {True: (8, 16)})
-    monkeypatch.setattr(lr_context, "RATES", {True: (1e-3, 1e-2)})
-    rows = run_twice(lr_context, monkeypatch)
+    constants = {"WINDOWS": {True: (8, 16)}, "RATES": {True: (1e-3, 1e-2)}}
+    rows = run_twice(lr_context, monkeypatch, **constants)
     found = [(row["window"], row["peak rate"]) for row in rows]
     assert found == [("8", "0.001"), ("8", "0.01"), ("16", "0.001"), ("16", "0.01")]
     runs = results("lr_context_quick")
@@ -193,12 +187,7 @@ def test_a_folder_with_a_run_of_other_settings_is_refused(workplace: Path):
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_an_interrupted_run_is_resumed(
-    error: type[BaseException],
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-):
+def test_an_interrupted_run_is_resumed(error, workplace, monkeypatch, capsys):
     complete, interrupted = (parse_tiny_study(f"--out_dir={name}") for name in "ab")
     expected = complete.make_run("a", TINY)
     with monkeypatch.context() as patch:
@@ -278,10 +267,8 @@ def test_the_time_of_the_steps_excludes_evaluations():
 def test_tables_as_markdown_and_csv():
     rows = [{"name": "a", "loss": 1.23456, "n": 1234567}, {"name": "b", "loss": math.nan, "n": 2}]
     names, _, *lines = study.to_markdown(rows).splitlines()
-    assert (names, lines) == (
-        "| name | loss | n |",
-        ["| a | 1.2346 | 1,234,567 |", "| b | - | 2 |"],
-    )
+    assert names == "| name | loss | n |"
+    assert lines == ["| a | 1.2346 | 1,234,567 |", "| b | - | 2 |"]
     assert study.to_csv(rows).splitlines() == ["name,loss,n", "a,1.23456,1234567", "b,nan,2"]
     row = {"difference": 0.5, "95% from": -0.25, "to": 1.25, "p": 3e-6}
     assert study.to_markdown([row]).splitlines()[2] == "| +0.5000 | -0.2500 | +1.2500 | 3e-06 |"
@@ -350,8 +337,7 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     flags = {key: value for key, value in TINY.items() if key not in ("max_steps", "eval_every")}
     widths = {4e6: (8, 12, 16), 8e6: (8, 12, 16)}
     plan = scaling.Plan(flags | {"lr_max": 1e-2}, widths)
-    monkeypatch.setattr(scaling, "QUICK", plan)
-    run_twice(scaling, monkeypatch, "--data=data/input.txt")
+    run_twice(scaling, monkeypatch, "--data=data/input.txt", QUICK=plan)
     runs = results("scaling_quick")
     *rows, check_run = table("scaling_quick_runs")
     assert len(runs) == 2 * (len(rows) + 1) == 14
@@ -376,17 +362,14 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr(tokenization, "QUICK", TINY)
-    monkeypatch.setattr(tokenization, "BPE_VOCAB_SIZES", {True: (260, 300)})
-    monkeypatch.setattr(tokenization, "SECONDS", {True: 1.0})
     times = iter((0.1, 0.2, 0.25))  # per step; a second measurement would fail
-    monkeypatch.setattr(tokenization, "seconds_per_step", lambda trainer: next(times))
-
-    def no_network(name: str) -> None:
-        raise UserError("no network")
-
-    monkeypatch.setattr(tokenization, "from_tiktoken", no_network)
-    rows = run_twice(tokenization, monkeypatch, "--data=data/input.txt")
+    constants = {
+        "BPE_VOCAB_SIZES": {True: (260, 300)},
+        "SECONDS": {True: 1.0},
+        "seconds_per_step": lambda trainer: next(times),
+        "from_tiktoken": Mock(side_effect=UserError("no network")),
+    }
+    rows = run_twice(tokenization, monkeypatch, "--data=data/input.txt", **constants)
     assert "without GPT-2's tokenizer: no network" in capsys.readouterr().out
     assert [row["steps"] for row in rows] == ["10", "5", "4"]
     runs = results("tokenization_quick")
@@ -414,28 +397,22 @@ def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
 def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     flags = TINY | {"save_every": 2}
     samples = {"num_samples": 2, "max_new_tokens": 20}
-    for name, value in (
-        ("QUICK", flags),
-        ("QUICK_OVERFITTED", flags),
-        ("SAMPLES", {True: samples}),
-    ):
-        monkeypatch.setattr(sampling, name, value)
-    monkeypatch.setattr(sampling, "SWEEPS", {"temperature": (0.5, 1.0), "top_k": (1, 99)})
-    rows = run_twice(sampling, monkeypatch)
+    constants = {"QUICK": flags, "QUICK_OVERFITTED": flags, "SAMPLES": {True: samples}}
+    constants["SWEEPS"] = {"temperature": (0.5, 1.0), "top_k": (1, 99)}
+    rows = run_twice(sampling, monkeypatch, **constants)
     settings = [("temperature", "0.5"), ("temperature", "1"), ("top_k", "1"), ("top_k", "99")]
     assert [(row["setting"], row["value"]) for row in rows] == settings
     low, off, greedy, every = rows
     assert float(low["entropy"]) < float(off["entropy"])
-    always_one_text = float(greedy["entropy"]), float(greedy["95% margin of surprise"])
-    assert always_one_text == (0, 0)
+    assert float(greedy["entropy"]) == float(greedy["95% margin of surprise"]) == 0  # one text
     assert float(off["95% margin of surprise"]) > 0  # another seed gives another text
     assert list(every.values())[2:] == list(off.values())[2:]  # both are the full distribution
     run, overfitted = (results("sampling_quick")[name] for name in ("model", "overfitted"))
     assert overfitted["flags"]["share"] == sampling.SHARE
     checkpoints = table("sampling_quick_checkpoints")
     assert [row["step"] for row in checkpoints] == ["0", "2", "4", "6"]
-    best = "checkpoints/studies/sampling_quick/model/best.pt"
-    uniform = math.log(load_checkpoint(best)[1].vocab_size)
+    tokenizer = load_checkpoint("checkpoints/studies/sampling_quick/model/best.pt")[1]
+    uniform = math.log(tokenizer.vocab_size)
     assert float(checkpoints[0]["validation loss"]) == pytest.approx(uniform, abs=0.1)  # untrained
     assert [row["step"] for row in table("sampling_quick_overfitting")] == ["0", "2", "4", "6"]
     assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
@@ -480,9 +457,7 @@ def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
 # --- benchmarks
 
 
-def test_the_tokenizer_benchmark_prints_a_row_for_each(
-    workplace: Path, capsys: pytest.CaptureFixture
-):
+def test_the_tokenizer_benchmark_prints_a_row_for_each(workplace, capsys):
     words = ["tokenizers", "--data=data/input.txt", "--vocab_size=300", "--repeats=1"]
     assert bench.main(words) == 0
     names = ("data/input.txt", "ours, train", "ours, encode", "tiktoken, encode")
@@ -538,11 +513,7 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
 @pytest.mark.parametrize(
     ("main", "flag", "problem"),
     [
-        (
-            speedrun.main,
-            "--recipes=quick,slow",
-            "no recipe 'slow': choose from quick",
-        ),
+        (speedrun.main, "--recipes=quick,slow", "no recipe 'slow': choose from quick"),
         (speedrun.main, "--seeds=1,x", "seeds must be numbers"),
         (speedrun.main, "--nanogpt=missing", "missing is not a checkout of nanoGPT"),
         (bench.main, "gpu --nanogpt=missing", "missing is not a checkout of nanoGPT"),

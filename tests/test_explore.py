@@ -144,9 +144,8 @@ def test_a_sweep_measures_each_combination(trained, capsys):
     assert measures["temperature=5", "top_k=9"][0] > measures["temperature=0.8", "top_k=9"][0]
     assert measures["temperature=5", "top_k=9"][3] < measures["temperature=0", "top_k=9"][3] < 0
     assert shown.count("--- temperature=0.8 top_k=9\n") == 2 and shown.count("\n\n") >= 12
-    assert (
-        Path("sweep.txt").read_text().endswith(f"{shown}settings  {table.partition('samples:')[0]}")
-    )
+    written = f"{shown}settings  {table.partition('samples:')[0]}"
+    assert Path("sweep.txt").read_text().endswith(written)
 
 
 def test_the_file_of_a_sweep_contains_the_command_that_reproduces_it(trained):

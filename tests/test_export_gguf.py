@@ -290,19 +290,11 @@ def test_patterns_of_imported_models(pattern, name):
 
 def rendered(fields: dict[str, Any]) -> str:
     template = jinja2.Template(fields["tokenizer.chat_template"], keep_trailing_newline=True)
-    roles = ("user", "assistant", "user")
-    texts = ("Who?", " me", "Why?\n")
-    return template.render(
-        messages=[{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
-    )
+    messages = [("user", "Who?"), ("assistant", " me"), ("user", "Why?\n")]
+    return template.render(messages=[{"role": role, "content": text} for role, text in messages])
 
 
-def test_a_model_of_text_continues_the_conversation():
-    fields, _ = exported(model_of("llama", CHARS), CHARS)
-    assert rendered(fields) == "Who? meWhy?\n"
-    assert (
-        Path("model.Modelfile").read_text()
-        == """\
+MODELFILE = """\
 # For Ollama: ollama create NAME -f model.Modelfile, then ollama run NAME
 FROM ./model.gguf
 TEMPLATE \"\"\"{{ .Prompt }}{{ .Response }}\"\"\"
@@ -313,7 +305,12 @@ PARAMETER min_p 0.0
 PARAMETER repeat_penalty 1.0
 PARAMETER num_ctx 24
 """
-    )
+
+
+def test_a_model_of_text_continues_the_conversation():
+    fields, _ = exported(model_of("llama", CHARS), CHARS)
+    assert rendered(fields) == "Who? meWhy?\n"
+    assert Path("model.Modelfile").read_text() == MODELFILE
 
 
 def test_a_model_that_answers_questions_is_asked_each_message():

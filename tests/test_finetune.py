@@ -200,9 +200,8 @@ def test_preferences_end_with_the_token_that_ends_a_text_of_the_model():
     for tokenizer, end in (
         (qa, "<EOS>"), (plain, ""), (pretrained, "<|endoftext|>"), (answering, "<EOS>")
     ):  # fmt: skip
-        for (ids, n_prompt), key in zip(
-            encode_pair(tokenizer, pair, ask=False), ("chosen", "rejected"), strict=True
-        ):
+        encoded = encode_pair(tokenizer, pair, ask=False)
+        for (ids, n_prompt), key in zip(encoded, ("chosen", "rejected"), strict=True):
             assert tokenizer.decode(ids[:n_prompt].tolist()) == pair["prompt"]
             assert tokenizer.decode(ids[n_prompt:].tolist()) == pair[key] + end
 
@@ -363,9 +362,7 @@ def test_a_larger_vocabulary_does_not_change_the_old_tokens(kind):
     larger = make_model(vocab_size=new.vocab_size)
     larger.load_state_dict(extend_weights(model.state_dict(), old, new))
     assert new.decode(new.encode("the fox").tolist()) == "the fox"
-    ids = {
-        tokenizer: torch.from_numpy(tokenizer.encode("the fox"))[None] for tokenizer in (old, new)
-    }
+    ids = {t: torch.from_numpy(t.encode("the fox"))[None] for t in (old, new)}
     assert torch.equal(model.tok(ids[old]), larger.tok(ids[new]))
     logits = [m(ids[t])[0] for m, t in ((model, old), (larger, new))]
     rows = [new.encode(chr(c)).item() for c in range(97, 123) if chr(c) in text]
@@ -619,9 +616,8 @@ def test_batches_are_a_pure_function_of_seed_step_and_micro_step(monkeypatch):
 
     def batch(step, micro_step, n=20, **settings):
         config = TrainConfig(**{"batch_size": 3, "grad_accum": 2, "seed": 5, **settings})
-        return Records({"train": Split([*range(n)])}, None, config, CPU, None).random_batch(
-            step, micro_step
-        )
+        records = Records({"train": Split([*range(n)])}, None, config, CPU, None)
+        return records.random_batch(step, micro_step)
 
     batches = {(s, m): batch(s, m) for s in range(3) for m in range(2)}
     assert batches[2, 1] == batch(2, 1)
@@ -866,9 +862,7 @@ def test_a_base_of_an_older_version_without_settings_is_fine_tuned(place: Path):
         ({"optimizer": "muon"}, ["SOURCE", "--data=other.txt", "--optimizer=sgd"], 1e-2),
     ],
 )
-def test_the_learning_rate_follows_from_the_base_and_the_objective(
-    place: Path, origin, words, rate
-):
+def test_the_learning_rate_follows_from_the_base_and_the_objective(place, origin, words, rate):
     state = read("", "best.pt")
     state["train_config"] |= {"lr_max": 2e-2, "optimizer": "adamw"} | origin
     if origin.get("imported"):
@@ -981,9 +975,8 @@ def test_the_teacher_has_no_dropout_and_is_not_trained(place: Path, monkeypatch)
     hard = student(x, y)[1]
     p, q = ((m(x)[0] / 4).softmax(-1) for m in (plain.eval(), student))
     soft = (p * (p / q).log()).sum(-1).mean()
-    assert task.loss(student, x, y)["loss"].item() == pytest.approx(
-        (0.5 * 16 * soft + 0.5 * hard).item(), rel=1e-4
-    )
+    expected = (0.5 * 16 * soft + 0.5 * hard).item()
+    assert task.loss(student, x, y)["loss"].item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("n_records", [1, 40])

@@ -207,9 +207,8 @@ def assert_compiled_sampling_equals_eager(model: GPT, **settings: Any) -> None:
 
 
 def test_compiling_that_does_not_work_is_an_error_before_sampling(trained, monkeypatch, capsys):
-    monkeypatch.setattr(
-        torch, "compile", Mock(side_effect=RuntimeError("no C++ compiler\nand a long trace"))
-    )
+    error = RuntimeError("no C++ compiler\nand a long trace")
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=error))
     with pytest.raises(UserError, match=r"does not work here \(no C\+\+ compiler\): leave it out"):
         generate.main(["--compile"])
     assert capsys.readouterr().out == ""
@@ -658,9 +657,8 @@ def test_without_a_seed_each_text_is_another_but_samples_in_training_are_the_sam
     assert len({generate.sample_text(model, tokenizer, config)[0] for _ in range(3)}) > 1
     config = SampleConfig(max_new_tokens=40, seed=1337)
     assert sample_from_newline(model, tokenizer, 40) == sample_from_newline(model, tokenizer, 40)
-    assert [sample_from_newline(model, tokenizer, 40)] == generate.sample_text(
-        model, tokenizer, config
-    )
+    expected = generate.sample_text(model, tokenizer, config)
+    assert [sample_from_newline(model, tokenizer, 40)] == expected
 
 
 # --- questions

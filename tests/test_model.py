@@ -247,9 +247,7 @@ def test_dropout_acts_on_the_embeddings_and_on_both_branches_of_a_block():
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_rotations_norms_of_queries_and_the_loss_are_float32(
-    monkeypatch, precision: str, autocast: bool
-):
+def test_rotations_norms_of_queries_and_the_loss_are_float32(monkeypatch, precision, autocast):
     model, idx = make_model(**ARCHS["qwen3"]), torch.randint(11, (2, 12))
     seen = set()
     rotate = parts.rotate

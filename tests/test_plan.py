@@ -176,9 +176,7 @@ def test_a_small_text_is_not_read_more_often_than_it_helps():
 
 
 def test_a_shortened_schedule_continues_from_its_learning_rate():
-    config = TrainConfig(
-        lr_max=0.01, lr_min=0.001, max_steps=1000, warmup_steps=100, schedule="linear"
-    )
+    config = replace(CONFIG, lr_min=0.001, warmup_steps=100)
     before = train.get_lr(400, config)
     slope = before - train.get_lr(401, config)
     end_schedule_at(config, 400, 700)  # 300 steps instead of 600

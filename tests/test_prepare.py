@@ -49,11 +49,16 @@ def make(*words: str, vocab_size: int = 300, name: str = "set") -> dict:
     return json.loads(Path("data", name, "manifest.json").read_text())
 
 
+def make_of(documents: list[str], *words: str, **settings: Any) -> dict:
+    """Write these documents to stories.jsonl and make a data set of them."""
+    write_jsonl(Path("stories.jsonl"), documents)
+    return make("stories.jsonl", *words, **settings)
+
+
 @pytest.fixture
 def stories(workplace: Path) -> dict:
     """The manifest of a data set, data/set, that was made of stories.jsonl."""
-    write_jsonl(workplace / "stories.jsonl")
-    return make("stories.jsonl")
+    return make_of(STORIES)
 
 
 def texts(split: str) -> list[str]:
@@ -171,8 +176,7 @@ def test_a_data_set_read_in_pieces_is_that_of_the_full_texts(
 
 
 def test_several_processes_write_the_same_data_set_as_one(workplace, monkeypatch):
-    write_jsonl(workplace / "stories.jsonl", STORIES * 3)
-    one = make("stories.jsonl", "--dedup")
+    one = make_of(STORIES * 3, "--dedup")
     monkeypatch.setattr(dataset, "MIN_PARALLEL", 0)
     monkeypatch.setattr(sources, "BATCH_SIZE", 500)
     two = make("stories.jsonl", "--dedup", "--overwrite", "--workers=2")
@@ -205,14 +209,12 @@ def test_cleaning_removes_and_counts_in_the_order_of_the_steps(workplace, capsys
         "Another that is kept, and as long.",
         "secret 1234 is dropped\nThis remains of the document.",
     ]
-    write_jsonl(workplace / "a.jsonl", stories)
-    manifest = make(
-        "a.jsonl", "--metadata", "--drop_lines=secret \\d+", "--whitespace", "--dedup",
+    manifest = make_of(
+        stories, "--metadata", "--drop_lines=secret \\d+", "--whitespace", "--dedup",
         "--min_chars=20", "--max_chars=100", "--tokenizer=char",
     )  # fmt: skip
-    assert sorted(all_texts()) == sorted(
-        [kept, "Another that is kept, and as long.", "This remains of the document."]
-    )
+    others = {"Another that is kept, and as long.", "This remains of the document."}
+    assert set(all_texts()) == {kept} | others and len(all_texts()) == 3
     counts = {step: what["count"] for step, what in manifest["removed"].items()}
     assert counts.pop("whitespace") > 0
     assert counts == {"metadata": 3, "empty": 1, "length": 2, "duplicates": 1}
@@ -395,8 +397,8 @@ def test_a_source_that_changes_while_it_is_read_is_an_error(workplace, monkeypat
 
 
 def test_validation_documents_in_the_training_split_are_counted(workplace, capsys):
-    path = write_jsonl(workplace / "stories.jsonl", STORIES[:40] * 2)
-    shared = make("stories.jsonl")["shared_documents"]
+    path = workplace / "stories.jsonl"
+    shared = make_of(STORIES[:40] * 2)["shared_documents"]
     splits = texts("train"), texts("val")
     assert shared == sum(text in splits[0] for text in splits[1]) > 0
     message = f"{shared} of {len(splits[1])} validation documents also occur in the training split"
@@ -409,15 +411,14 @@ def test_validation_documents_in_the_training_split_are_counted(workplace, capsy
     load.load_corpus(str(write_jsonl(path)), "bpe", 300)
     assert "also occur" not in capsys.readouterr().err
     # the only validation document is moved there at the end
-    write_jsonl(workplace / "two.jsonl", ["a", "a"])
-    assert make("two.jsonl", "--tokenizer=char", name="two")["shared_documents"] == 1
+    assert make_of(["a", "a"], "--tokenizer=char", name="two")["shared_documents"] == 1
 
 
 @pytest.mark.parametrize(("last", "shared"), [("a long one " * 20, 1), ("other " * 20, 0)])
 def test_a_long_document_in_both_splits_is_counted(workplace, monkeypatch, last, shared):
     monkeypatch.setattr(cleaning, "CHUNK_SIZE", 50)
-    write_jsonl(workplace / "a.jsonl", ["a long one " * 20, "a", last])
-    manifest = make("a.jsonl", "--tokenizer=char", "--val_share=1e-9")  # the last one is moved
+    documents = ["a long one " * 20, "a", last]  # the last one is moved
+    manifest = make_of(documents, "--tokenizer=char", "--val_share=1e-9")
     assert manifest["shared_documents"] == shared
 
 
@@ -445,15 +446,10 @@ def start_long_run(workplace: Path) -> subprocess.Popen:
     (workplace / "long.txt").write_text("all work and no play makes jack a dull boy\n" * 50_000)
     command = [sys.executable, "-c", SLOW, *["long.txt"] * 20]
     command += ["--workers=2", "--name=set", "--tokenizer=char"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command,
-        cwd=workplace,
-        stderr=subprocess.PIPE,
-        env=environment,
-        # a shell that runs the tests in the background ignores SIGINT, and processes inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    options = {"cwd": workplace, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    # a shell that runs the tests in the background ignores SIGINT, and processes inherit that
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, **options)
     deadline = time.monotonic() + 300
     written = workplace / "data" / ".set.part" / "new" / "train.bin"
     while not (written.exists() and written.stat().st_size):
@@ -472,15 +468,14 @@ def children(pid: int) -> list[int]:
 def test_after_a_killed_run_no_processes_remain_and_the_next_run_works(workplace):
     process = start_long_run(workplace)
     workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not Path("data/set").exists()
     deadline = time.monotonic() + 300
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline, "the workers are still running"
         time.sleep(0.1)
-    write_jsonl(workplace / "stories.jsonl")
-    make("stories.jsonl")
+    make_of(STORIES)
     assert sorted(os.listdir("data")) == ["input.txt", "set"]
 
 
@@ -499,8 +494,8 @@ def test_an_interrupted_run_leaves_nothing(workplace, number, status):
 
 def test_statistics_equal_those_calculated_by_hand(workplace, capsys):
     # Characters are tokens, and each document starts with a separator: lengths 11, 21, ..., 1001.
-    write_jsonl(workplace / "a.jsonl", ["a" * (10 * i) for i in range(1, 101)])
-    make("a.jsonl", "--tokenizer=char", "--val_share=1e-9", "--stats")
+    documents = ["a" * (10 * i) for i in range(1, 101)]
+    make_of(documents, "--tokenizer=char", "--val_share=1e-9", "--stats")
     said = capsys.readouterr().out
     # the last one is for validation, because one must be: 99 remain
     assert "tokens per document: median 501, 95th percentile 942, longest 991" in said
@@ -512,14 +507,12 @@ def test_statistics_equal_those_calculated_by_hand(workplace, capsys):
     assert prepare.main(["--name=set", "--stats"]) == 0
     assert "95th percentile 942" in capsys.readouterr().out
     for length, window in ((10, 64), (127, 128), (128, 256)):  # with its separator, 11 and so on
-        write_jsonl(workplace / "b.jsonl", ["b" * length] * 5)
-        make("b.jsonl", "--tokenizer=char", "--stats", "--overwrite")
+        make_of(["b" * length] * 5, "--tokenizer=char", "--stats", "--overwrite")
         assert f"--block_size {window} fits 100%" in capsys.readouterr().out
 
 
 def test_a_model_trains_on_a_data_set_and_resumes(workplace, capsys):
-    write_jsonl(workplace / "stories.jsonl", STORIES * 5)
-    make("stories.jsonl")
+    make_of(STORIES * 5)
     assert train.main([*TINY_RUN, "--data=data/set", "--doc_mask"]) == 0
     assert "vocabulary 300" in capsys.readouterr().out
     assert train.main(["--resume", "--max_steps=30"]) == 0
@@ -530,9 +523,8 @@ def test_a_model_trains_on_a_data_set_and_resumes(workplace, capsys):
 
 def test_a_data_set_can_have_the_tokenizer_of_a_checkpoint(workplace, capsys):
     checkpoint = "checkpoints/best.pt"
-    write_jsonl(workplace / "stories.jsonl", STORIES * 5)
     assert train.main([*TINY_RUN, "--tokenizer=bpe", "--vocab_size=300"]) == 0
-    make("stories.jsonl")
+    make_of(STORIES * 5)
     with pytest.raises(UserError, match=r"another tokenizer .* NAME --tokenizer CHECKPOINT`"):
         evaluate.main([checkpoint, "--data=data/set"])
     make("stories.jsonl", f"--tokenizer={checkpoint}", "--overwrite")
@@ -546,9 +538,8 @@ def test_characters_that_a_checkpoint_would_read_as_unk_are_an_error(workplace, 
     tokenizer = CharTokenizer.train(["so it goes"], ("<UNK>", END_OF_TEXT))
     monkeypatch.setattr(dataset, "checkpoint_tokenizer", lambda path: tokenizer)
     Path("unk.pt").touch()
-    write_jsonl(workplace / "a.jsonl", ["so it goes", "so it gœs"])
     with pytest.raises(UserError, match=r"a source has characters that the model does not .* 'œ'"):
-        make("a.jsonl", "--tokenizer=unk.pt")
+        make_of(["so it goes", "so it gœs"], "--tokenizer=unk.pt")
 
 
 @pytest.mark.parametrize("flag", ["--tokenizer=char", "--vocab_size=500"])
@@ -558,8 +549,7 @@ def test_a_data_set_has_its_own_tokenizer(stories, flag):
 
 
 def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch):
-    write_jsonl(workplace / "stories.jsonl")
-    one = make("stories.jsonl", "--tokenizer=char", name="one")
+    one = make_of(STORIES, "--tokenizer=char", name="one")
     monkeypatch.setattr(dataset, "SHARD_SIZE", 100)
     many = make("stories.jsonl", "--tokenizer=char", name="many")
     assert many["splits"] == one["splits"] and many["sha256"] == one["sha256"]
@@ -614,8 +604,7 @@ def damage(path: Path, rng: random.Random) -> str:
 @pytest.mark.parametrize("hashed", [True, False])
 def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hashed):
     monkeypatch.setattr(dataset, "SHARD_SIZE", 300)
-    write_jsonl(workplace / "stories.jsonl")
-    manifest = make("stories.jsonl")
+    manifest = make_of(STORIES)
     if not hashed:  # as earlier versions wrote it: damages are found, if not all
         manifest = {key: manifest[key] for key in manifest.keys() - {"files", "checksum"}}
         Path("data/set/manifest.json").write_text(json.dumps(manifest))
@@ -706,11 +695,7 @@ def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, m
 
 
 def test_batches_are_mapped_in_order_and_few_are_read_ahead(monkeypatch: pytest.MonkeyPatch):
-    read, settings = [], {}
-
-    def pool(workers: int, **kwargs: Any) -> ThreadPoolExecutor:
-        settings.update(kwargs, workers=workers)
-        return ThreadPoolExecutor(workers)
+    read, pool = [], Mock(side_effect=lambda n, **_: ThreadPoolExecutor(n))
 
     def batches() -> Iterator[list[Any]]:
         for i in range(20):
@@ -721,8 +706,9 @@ def test_batches_are_mapped_in_order_and_few_are_read_ahead(monkeypatch: pytest.
     results = sources.parallel_map(lambda batch: batch[0] ** 2, batches(), 2)
     assert next(results) == 0 and len(read) == 5  # four more than the first keep two busy
     assert list(results) == [i**2 for i in range(1, 20)]
-    assert settings["workers"] == 2 and settings["initializer"] is sources.init_worker
-    assert settings["mp_context"].get_start_method() == "spawn"
+    assert pool.call_args.args == (2,)
+    assert pool.call_args.kwargs["initializer"] is sources.init_worker
+    assert pool.call_args.kwargs["mp_context"].get_start_method() == "spawn"
 
 
 def test_one_process_needs_no_pool(monkeypatch: pytest.MonkeyPatch):
@@ -732,12 +718,10 @@ def test_one_process_needs_no_pool(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("platform", "expected"), [("win32", 61), ("linux", 96)])
 def test_windows_has_at_most_61_processes(monkeypatch: pytest.MonkeyPatch, platform, expected):
-    asked = []
-    monkeypatch.setattr(
-        sources, "ProcessPoolExecutor", lambda n, **_: asked.append(n) or ThreadPoolExecutor(1)
-    )
+    pool = Mock(side_effect=lambda n, **_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sources, "ProcessPoolExecutor", pool)
     monkeypatch.setattr(sources.sys, "platform", platform)
-    assert list(sources.parallel_map(len, [[]], 96)) == [0] and asked == [expected]
+    assert list(sources.parallel_map(len, [[]], 96)) == [0] and pool.call_args.args == (expected,)
 
 
 def test_a_killed_worker_is_one_error(monkeypatch: pytest.MonkeyPatch):

@@ -90,9 +90,7 @@ def test_records_are_read_with_the_characters_of_text_files(tmp_path: Path):
         ([], "must be a list of records"),
     ],
 )
-def test_invalid_records_are_reported_with_their_position(
-    tmp_path: Path, content: object, message: str
-):
+def test_invalid_records_are_reported_with_their_position(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         records.read_records(write(tmp_path / "qa.json", content))
 

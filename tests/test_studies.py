@@ -97,9 +97,8 @@ def test_results_are_accompanied_by_a_record(workplace: Path):
     (made,) = record["made by"]
     text = Path("data/input.txt").read_bytes()
     digest = subprocess.run(["sha256sum", "data/input.txt"], capture_output=True, text=True)
-    assert made["corpus"] == {
-        "name": "input.txt", "bytes": len(text), "sha256": digest.stdout.split()[0]
-    }  # fmt: skip
+    sha256 = digest.stdout.split()[0]
+    assert made["corpus"] == {"name": "input.txt", "bytes": len(text), "sha256": sha256}
     assert made["runs"] == 3 and made["precision"] == "float32"
     assert re.match(rf"cpu, {torch.get_num_threads()} threads?, ", made["machine"])
     assert torch.__version__ in made["versions"]
@@ -247,12 +246,10 @@ def test_the_honest_loss_is_that_of_the_last_token():
 
 
 def test_mistakes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mistakes, "QUICK", TINY)
     some = (mistakes.BASE, "no causal mask", "targets not shifted", "high learning rate")
     chosen = {name: mistakes.MISTAKES[name] for name in some}
     chosen["high learning rate"] = mistakes.Mistake("", {"lr_max": 1e9, "arch": "gpt2"})
-    monkeypatch.setattr(mistakes, "MISTAKES", chosen)
-    rows = run_twice(mistakes, monkeypatch)
+    rows = run_twice(mistakes, monkeypatch, MISTAKES=chosen)
     runs = results("mistakes_quick")
     assert [row["mistake"] for row in rows] == list(some)
     for row, slug in zip(rows[:2], ("correct", "no-causal-mask"), strict=True):
@@ -271,13 +268,10 @@ def test_mistakes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_optimizers(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(optimizers, "QUICK", TINY)
     some = (optimizers.BASE, "SGD")
-    monkeypatch.setattr(optimizers, "FLAGS", {name: optimizers.FLAGS[name] for name in some})
-    for name, value in (("GRID", 1), ("EXTENSIONS", 0), ("THRESHOLDS", (0.0, 1.0))):
-        monkeypatch.setattr(optimizers, name, value)
-    monkeypatch.setattr(optimizers, "CLIPPED", some)
-    rows = run_twice(optimizers, monkeypatch)
+    constants = {"GRID": 1, "EXTENSIONS": 0, "THRESHOLDS": (0.0, 1.0), "CLIPPED": some}
+    constants["FLAGS"] = {name: optimizers.FLAGS[name] for name in some}
+    rows = run_twice(optimizers, monkeypatch, **constants)
     tuning = table("optimizers_quick_tuning")
     assert len(tuning) == 2 * 3
     for row, name in zip(rows, some, strict=True):

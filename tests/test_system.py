@@ -231,9 +231,8 @@ def test_a_folder_without_locks_can_be_used_also_when_an_old_lock_file_is_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "lock").touch()
-    monkeypatch.setattr(
-        "fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented"))
-    )
+    error = OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
     with locked(tmp_path, "a test"):
         assert "cannot be locked" in capsys.readouterr().out
 

@@ -365,9 +365,8 @@ def test_a_slow_download_is_announced(monkeypatch: pytest.MonkeyPatch, capsys):
 
 
 def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        bpe.tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no route to host"))
-    )
+    error = ConnectionError("no route to host")
+    monkeypatch.setattr(bpe.tiktoken, "get_encoding", Mock(side_effect=error))
     with pytest.raises(UserError, match=r"ConnectionError.*TIKTOKEN_CACHE_DIR.*--tokenizer bpe"):
         bpe.from_tiktoken("gpt2")
 

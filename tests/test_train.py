@@ -38,9 +38,8 @@ def make_trainer(model=None, separator: int | None = None, **settings: object) -
     defaults = {"batch_size": 4, "max_steps": 20, "compile": False, "precision": "float32"}
     config = TrainConfig(**{**defaults, **settings})
     ids = np.random.default_rng(0).integers(11, size=500)
-    corpus = Corpus(
-        ids[:450], ids[450:], {"name": "random", "sha256": ""}, 450, 50, separator=separator
-    )
+    info = {"name": "random", "sha256": ""}
+    corpus = Corpus(ids[:450], ids[450:], info, 450, 50, separator=separator)
     model = model or make_model()
     tokenizer = CharTokenizer.train(["abcdefghijk"])
     task = Pretraining(corpus, tokenizer, model.config.block_size, config, CPU)
@@ -104,15 +103,13 @@ def test_learning_rate_at_named_steps():
 
 def test_only_matrices_decay():
     model = make_model(**ARCHS["gpt2"])
-    decayed, kept = train.configure_optimizers(model, TrainConfig(weight_decay=0.3))[
-        "adamw"
-    ].param_groups
+    optimizers = train.configure_optimizers(model, TrainConfig(weight_decay=0.3))
+    decayed, kept = optimizers["adamw"].param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0.0)
     assert decayed["betas"] == kept["betas"] == (0.9, 0.95)
     names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)] for p in kept["params"]} == {
-        name for name in names.values() if "norm" in name or name.endswith("bias")
-    }
+    expected = {name for name in names.values() if "norm" in name or name.endswith("bias")}
+    assert {names[id(p)] for p in kept["params"]} == expected
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
 
 
@@ -176,9 +173,8 @@ def test_muon_orthogonalizes_a_gradient(monkeypatch, shape: tuple[int, int], bfl
 
 
 def test_muon_moves_all_rows_of_a_matrix_alike_in_the_first_step():
-    trainer = make_trainer(
-        optimizer="muon", lr_max=1e-2, warmup_steps=0, weight_decay=0.0, grad_clip=0.0
-    )
+    settings = {"lr_max": 1e-2, "warmup_steps": 0, "weight_decay": 0.0, "grad_clip": 0.0}
+    trainer = make_trainer(optimizer="muon", **settings)
     mlp = trainer.model.blocks[0].mlp
     weights = [(w, w.detach().clone()) for w in (mlp.fc.weight, mlp.proj.weight)]
     trainer.train_step()
@@ -394,9 +390,8 @@ def test_a_task_defines_its_batches_loss_metrics_and_checkpoints(tmp_path, capsy
     out = capsys.readouterr().out
     assert re.search(r"step 2 \| train 1\.2500 \| val 1\.5000 \|.* margin 0\.250 ", out)
     assert "over the whole validation split: val 1.7500 | margin 0.250" in out
-    assert (tmp_path / "samples.txt").read_text() == "".join(
-        f"--- step {step}\na sample\n\n" for step in ("0, before training", 2)
-    )
+    samples = [f"--- step {step}\na sample\n\n" for step in ("0, before training", 2)]
+    assert (tmp_path / "samples.txt").read_text() == "".join(samples)
     state = utils.read_checkpoint(tmp_path / "latest.pt")
     weights = trainer.model.tok.weight.detach().clone()
     assert state["kept"] == 7 and torch.allclose(state["model"]["tok.weight"], weights + 1)

@@ -209,10 +209,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch, funct
     path = tmp_path / "latest.pt"
     save_model(path, make_model(), TOKENIZER)
     before = path.read_bytes()
-
-    monkeypatch.setattr(
-        os, function, Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    )
+    error = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, function, Mock(side_effect=error))
     with pytest.raises(UserError, match=r"No space left on device.*previous file is unchanged"):
         save_model(path, make_model(seed=1), TOKENIZER)
     assert path.read_bytes() == before
@@ -253,9 +251,8 @@ def reference_starts(n_ids: int, T: int, B: int, seed: int, number: int) -> list
     """Where the windows of a batch begin, in Python's integers: the i-th window of a run begins at
     the fractional part of offset + i / golden ratio, times the number of possible starts."""
     offset = int(np.random.default_rng(seed).integers(1 << 64, dtype=np.uint64))
-    fractions = [
-        (offset + i * 0x9E3779B97F4A7C15) % 2**64 for i in range(number * B, number * B + B)
-    ]
+    numbers = range(number * B, number * B + B)
+    fractions = [(offset + i * 0x9E3779B97F4A7C15) % 2**64 for i in numbers]
     return [(fraction >> 11) * (n_ids - T) // 2**53 for fraction in fractions]
 
 
