@@ -11,7 +11,7 @@ from system.settings import UserError
 
 # At the end of each operation, threads of GNU's OpenMP spin until the next one begins: by default
 # 300,000 times, which takes the core from other threads. Beside another program a training step
-# took 20 times as long, with this limit 2 to 3 times (docs/benchmarks.md). Read when torch is loaded.
+# took 20 times as long, with this limit 2 to 3 times (docs/benchmarks.md). Read on loading torch.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"}:
     os.environ["GOMP_SPINCOUNT"] = "2000"
 
