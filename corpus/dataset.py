@@ -182,8 +182,8 @@ def make_dataset(
     UserError if a source is invalid or no text remains.
     """
     reader = SourceReader(config, cleaning)
+    hold_out(reader)  # mostly reads one batch: not worth starting worker processes
     reader.workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
-    hold_out(reader)
     tokenizer = learn_tokenizer(config, reader)
     text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")

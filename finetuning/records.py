@@ -82,7 +82,7 @@ def encode_splits(
         if n_long:
             note(
                 f"{n_long} of {len(examples)} {name} records are longer than the window of "
-                f"{block_size} tokens: they are left out, and count as not answered; {advice}"
+                f"{block_size} tokens: they are left out (questions: not answered); {advice}"
             )
         encoded[name] = Split(fitted, n_long)
     return encoded

@@ -140,7 +140,7 @@ def test_user_errors_are_reported(workplace):
     with pytest.raises(UserError, match=r"there is no checkpoint nowhere\.pt"):
         evaluate.main(["checkpoints/best.pt", "nowhere.pt"])
     with pytest.raises(UserError, match="--separator is for the text of --data"):
-        evaluate.main(["--separator=fox"])  # which would split the training text anew
+        evaluate.main(["--separator=fox"])  # which would split the training text again, differently
     with open("data/input.txt", "a") as file:
         file.write("more")
     with pytest.raises(UserError, match=r"best\.pt: shakespeare is not what the .* --data"):

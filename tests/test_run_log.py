@@ -139,9 +139,9 @@ def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
 
 @pytest.mark.parametrize(("cpu_share", "says"), [(0.9, 0), (0.4, 1)])
 def test_a_busy_cpu_is_said_once_with_the_times(workplace, monkeypatch, capsys, cpu_share, says):
-    """In steps of 500 ms one thread computes for 450 or 200 ms."""
+    """In steps of 500 ms the thread that trains computes for 450 or 200 ms."""
     now = 0.0
-    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now * cpu_share)
+    clock = SimpleNamespace(perf_counter=lambda: now, thread_time=lambda: now * cpu_share)
     monkeypatch.setattr(run_log, "time", clock)
     monkeypatch.setattr(cpu_clock, "time", clock)
     log = make_log(log_every=1)
