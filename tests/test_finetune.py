@@ -652,12 +652,10 @@ def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys
     long = {"question": "Why " * 20, "answer": "So."}  # <BOS>, Question: , \nAnswer:, <EOS>
     Path("long.json").write_text(json.dumps([*RECORDS, long]))
     tune("--objective=qa", "--data=long.json")
-    shown = capsys.readouterr()
-    assert "1 of 5 train records are longer than the window of 48 tokens" in shown.err
+    shown = capsys.readouterr().err
+    assert "1 of 5 train records are longer than the window of 48 tokens" in shown
     n_tokens = len("Question: \nAnswer: So.") + 79 + 1  # and <BOS> and <EOS>, less the last target
-    assert (
-        f"questions: not answered); use a model trained with --block_size {n_tokens}" in shown.err
-    )
+    assert f"(questions: not answered); use a model trained with --block_size {n_tokens}" in shown
     Path("long.json").write_text(json.dumps([long] * 3))
     with pytest.raises(UserError, match="no train record fits the window of 48 tokens: use a mod"):
         tune("--objective=qa", "--data=long.json", "--tag=c")
