@@ -79,9 +79,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "baseline": (4, 4, 128, 64, 12, 2000, 1e-3, 0.0, 250),
     }.items()
 }
-# Compiling needs a C++ compiler and takes 15 to 24 s. In all, it saves less than 16 s of 160 on an
-# AMD EPYC, 49 s of 223 on an Intel Xeon.
-PRESETS["laptop"] |= {"compile": False}
 # With more weights than characters in the text, 30 times the usual decay (Kim et al. 2025).
 PRESETS["medium"] |= {"weight_decay": 3.0}
 # Lowest loss in a given time on a CPU: there LayerNorm is one kernel and RMSNorm six operations,
@@ -215,7 +212,7 @@ class TrainConfig:
     wandb: bool = setting(False, "also log to Weights & Biases")
     device: str = setting("auto", DEVICE_HELP, group="machine")
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
-    compile: bool | None = setting(None, "torch.compile; default: if it works here")
+    compile: bool | None = setting(None, "torch.compile; default: if it is faster here")
     grad_checkpoint: bool = setting(False, "recompute activations in the backward pass")
     parallel: str = setting("ddp", "replicate or shard the model", choices=("ddp", "fsdp"),
                             pretrain=True)  # fmt: skip

@@ -282,17 +282,22 @@ def run_training(
 ) -> tuple[int, RunLog]:
     """Train, from a checkpoint if there is one, and score the best step. With --minutes, the run's
     time begins at `started`, otherwise now. Returns the exit status and the log."""
-    settings = asdict(trainer.model.config) | asdict(trainer.config)
-    header = {"corpus": trainer.task.format.entries["corpus"]} | settings
-    run_dir = Path(trainer.config.out_dir, trainer.config.tag)
+    config = trainer.config
+    run_dir = Path(config.out_dir, config.tag)
     with contextlib.nullcontext() if rank() else locked(run_dir, "a training run"):
-        check_current(run_dir, trainer.config, state)
+        check_current(run_dir, config, state)
+        if config.compile is None:
+            from training.auto_compile import compile_if_faster  # only on a CPU, for many steps
+
+            config.compile = compile_if_faster(trainer.model, trainer.task, config)
         if state:
             with matching_contents(run_dir / "latest.pt"):
                 trainer.restore(state)
-            warn_if_rate_jumps(trainer.step, trainer.config, state["train_config"])
-            print(f"resuming at step {trainer.step}, to step {trainer.config.max_steps} in all")
-        log = RunLog(trainer.config, header, trainer.task.tokens_per_step, state, started)
+            warn_if_rate_jumps(trainer.step, config, state["train_config"])
+            print(f"resuming at step {trainer.step}, to step {config.max_steps} in all")
+        settings = asdict(trainer.model.config) | asdict(config)
+        header = {"corpus": trainer.task.format.entries["corpus"]} | settings
+        log = RunLog(config, header, trainer.task.tokens_per_step, state, started)
         status = trainer.train(log)
         if status == 0:
             log.finish(trainer.evaluate_best(log))

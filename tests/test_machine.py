@@ -18,7 +18,7 @@ from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
 from corpus.corpus import Corpus
 from system.device import compiler_problem
 from system.settings import UserError
-from training import setup, task
+from training import auto_compile, setup, task
 from training.setup import memory_estimate, pick_compile, pick_precision, preset_table
 from training.task import to_gpu_if_small
 
@@ -29,11 +29,31 @@ def test_nothing_is_compiled_if_compiling_does_not_work(monkeypatch, capsys):
     monkeypatch.setattr(
         torch, "compile", Mock(side_effect=RuntimeError("no C++ compiler\nand a long trace"))
     )
-    assert pick_compile(None, CPU) is False
+    assert pick_compile(TrainConfig(), torch.device("meta")) is False
     assert capsys.readouterr().out == "not compiling: no C++ compiler\n"
     with pytest.raises(UserError, match=r"not work here \(no C\+\+ compiler\): give --no-compile"):
-        pick_compile(True, CPU)
-    assert pick_compile(None, torch.device("mps")) is False
+        pick_compile(TrainConfig(compile=True), CPU)
+    assert pick_compile(TrainConfig(), torch.device("mps")) is False
+
+
+def test_a_cpu_compiles_if_the_steps_of_the_run_save_more_time_than_it_takes(monkeypatch):
+    assert pick_compile(TrainConfig(max_steps=300), CPU) is None
+    assert pick_compile(TrainConfig(max_steps=299), CPU) is False
+    model, config, task = make_model(), TrainConfig(max_steps=2000), Mock(tokens_per_step=1)
+    monkeypatch.setattr(auto_compile, "compiler_problem", lambda device: "")
+
+    def decide(*seconds, **changes):  # of a step: eager, compiled
+        monkeypatch.setattr(auto_compile, "step_seconds", Mock(side_effect=seconds))
+        decided = auto_compile.compile_if_faster(model, task, replace(config, **changes))
+        assert decided == all(block._compiled_call_impl is not None for block in model.blocks)
+        return decided
+
+    assert decide(0.08) is False  # 2000 steps save 0.15 x 160 s = 24 s
+    assert decide(0.09, 0.084) is False  # not faster, so it is undone
+    assert decide(0.09, grow_windows=True) is False
+    assert decide(0.09, 0.07) is True
+    monkeypatch.setattr(setup, "world_size", lambda: 2)
+    assert pick_compile(config, CPU) is False
 
 
 def test_the_memory_of_optimizers_checkpointing_and_shards_by_hand(monkeypatch):
@@ -112,13 +132,13 @@ def test_a_function_is_compiled_for_the_device_to_see_if_that_works(monkeypatch)
     monkeypatch.setattr(
         torch, "compile", lambda function: lambda x: seen.append((function, x.device))
     )
-    assert pick_compile(None, torch.device("meta")) is True
+    assert pick_compile(TrainConfig(), torch.device("meta")) is True
     assert "TORCHINDUCTOR_VEC_ISA_OK" not in os.environ
     assert seen == [(torch.neg, torch.device("meta"))]
-    assert pick_compile(True, CPU) is True
+    assert pick_compile(TrainConfig(compile=True), CPU) is True
     assert seen[1:] == [(torch.neg, CPU)]
     assert os.environ["TORCHINDUCTOR_VEC_ISA_OK"] == "1"
-    assert pick_compile(False, CPU) is False
+    assert pick_compile(TrainConfig(compile=False), CPU) is False
     assert len(seen) == 2
 
 
@@ -224,9 +244,7 @@ def test_the_memory_of_gpt_2_by_hand():
 def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch, capsys):
     kept = []
     monkeypatch.setattr(setup, "keep_freed_memory", lambda: kept.append(True))
-    monkeypatch.setattr(
-        setup, "pick_compile", lambda wanted, device: (wanted, device) == (None, CPU)
-    )
+    monkeypatch.setattr(setup, "pick_compile", lambda config, device: device == CPU)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     config = TrainConfig(precision="bfloat16", seed=77, parallel="fsdp")
     torch.set_float32_matmul_precision("highest")
@@ -305,8 +323,7 @@ def test_the_table_of_presets_in_the_help():
     lines = [line.split() for line in preset_table().splitlines()]
     assert lines[0] == ["preset", *PRESET_FIELDS]
     assert lines[1] == "laptop 4 4 128 256 9 2400 0.004 0.0 300".split()
-    assert lines[2] == "and compile False".split()
-    assert lines[3][0] == "tiny" and lines[4][0] == "small"  # nothing else in tiny
+    assert lines[2][0] == "tiny" and lines[3][0] == "small"  # nothing else in tiny
     assert lines[-4] == ["arch", *ARCH_FIELDS]  # gpt2, llama, qwen3: all settings are columns
     assert lines[-2] == "llama rmsnorm swiglu rope False False False False False".split()
 

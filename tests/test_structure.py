@@ -41,6 +41,7 @@ OPTIONAL = {
     "sampling.checks.sampling_problems": "system.files",
     "tokenizer.encode_segments": "system.segments",
     "train.main": "training.checks training.plan",
+    "train.run_training": "training.auto_compile",
     "training.distributed.make_replica": "training.fsdp",
     "training.muon.update": "training.fsdp",
     "training.run_log.__init__": "training.writers",

@@ -46,6 +46,7 @@ from training.run_log import run_files
 from utils import count_params, read_checkpoint
 
 SMALL_TEXT = 45_000  # bytes of training text, nine tenths of the 50 kB that the README asks for
+MIN_COMPILED_STEPS = 300  # on a CPU; with fewer, compiling takes longer than it saves
 MAX_GRAPH_PARAMS = 20_000_000  # of a model whose kernels are launched by CUDA graphs
 WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
 NO_FLOAT16 = "--parallel fsdp has no loss scaling for float16"
@@ -188,14 +189,14 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
         why = "as before"
     if device.type == "cpu":
         keep_freed_memory()
-    config.compile = pick_compile(config.compile, device)
+    config.compile = pick_compile(config, device)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
-    compiled = "compiled, so the first step is slow" if config.compile else "eager"
+    how = {False: "eager", True: "compiled, so the first step is slow", None: "compiled if faster"}
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     if world_size() > 1:
         threads += f" in {world_size()} processes, {config.parallel}"
-    print(f"machine: {device}{threads}, {config.precision} ({why}), {compiled}")
+    print(f"machine: {device}{threads}, {config.precision} ({why}), {how[config.compile]}")
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
@@ -224,9 +225,12 @@ def matmul_seconds(dtype: torch.dtype) -> float:
     return seconds
 
 
-def pick_compile(wanted: bool | None, device: torch.device) -> bool:
-    """Whether to use torch.compile: as requested, else if it works. Raises UserError if it is
-    requested and does not work."""
+def pick_compile(config: TrainConfig, device: torch.device) -> bool | None:
+    """Whether to use torch.compile: as requested, else if it works. None: on a CPU, if it makes a
+    run of many steps faster. Raises UserError if it is requested and does not work."""
+    wanted = config.compile
+    if wanted is None and device.type == "cpu":
+        return None if config.max_steps >= MIN_COMPILED_STEPS and world_size() == 1 else False
     if wanted is False or (wanted is None and device.type == "mps"):
         return False
     problem = compiler_problem(device)
