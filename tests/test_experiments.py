@@ -323,11 +323,12 @@ def test_a_power_law_is_fitted():
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])
-def test_matrix_weights_of_gpt2(tie_weights: bool):
-    """12 L C^2 in the blocks and V C in the output layer, without tables, biases and gains."""
-    sizes = {"vocab_size": 100, "n_layer": 3, "n_embd": 32, "mlp": "gelu", "pos": "learned"}
-    config = GPTConfig(**sizes, bias=True, tie_weights=tie_weights)
-    assert scaling.matrix_weights(config) == 12 * 3 * 32**2 + 100 * 32
+def test_matrix_weights_of_gpt2(workplace: Path, tie_weights: bool):
+    """12 L C^2 in the blocks and V C in the output layer, without tables and gains."""
+    flags = {"n_layer": 3, "n_head": 2, "mlp": "gelu", "pos": "learned", "tie_weights": tie_weights}
+    some = parse_tiny_study()
+    n = scaling.weights_of_width(some, scaling.Plan(flags, {}), 32)
+    assert n == 12 * 3 * 32**2 + some.corpus({})[0].vocab_size * 32
 
 
 def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
