@@ -291,7 +291,7 @@ def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, m
     rows = dict(line.strip("| ").split(" | ") for line in lines)
     assert "WRONG" not in str(rows)
     assert rows["losses of 50 steps, float32"] == "within 0 of the CPU's in float32"
-    assert rows["losses of 50 steps, bfloat16"].startswith("within 0.0")
+    assert 0 < float(rows["losses of 50 steps, bfloat16"].split()[1]) < 0.05
     assert rows["resumed run"] == rows["ddp run"] == "weights within 0"
     assert rows["sampling in float32"] == "equals the CPU's"
     step = r"[\d,]+ tokens/s, [\d.]+ ms/step, [\d,]+ of [\d,]+ GFLOP/s \(MFU \d+%\), [\d,]+ MB"
