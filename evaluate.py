@@ -4,6 +4,7 @@
     python evaluate.py checkpoints/a/best.pt checkpoints/b/best.pt
     python evaluate.py checkpoints/a/best.pt --data other.txt --split train
     python evaluate.py --stride 64                         also the loss with more context
+    python evaluate.py a/best.pt b/best.pt --ensemble      also the mean of their probabilities
 
 The loss is in nats per token, which is comparable between models with the same tokenizer. Bits per
 byte (bpb) are comparable between all models evaluated on the same text. top-1 is the accuracy of
@@ -21,10 +22,11 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from system.start import run
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
@@ -54,9 +56,33 @@ class EvaluateConfig:
     stride: int | None = setting(
         None, "also the loss over windows that begin every STRIDE tokens; see above", low=1
     )
+    ensemble: bool = setting(False, "also all together: the mean of their probabilities")
     batch_size: int = setting(16, "windows per batch", low=1)
     device: str = setting("auto", DEVICE_HELP)
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
+
+
+class Ensemble(nn.Module):
+    """Predicts the mean of the models' probabilities."""
+
+    def __init__(self, models: list[GPT]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.config, self.tok = models[0].config, models[0].tok  # which an evaluation reads
+
+    def forward(self, idx: Tensor, targets: Tensor, docs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (B, T, V) and their mean loss, as from a GPT."""
+        logs = [model(idx, docs=docs)[0].float().log_softmax(dim=-1) for model in self.models]
+        mixed = torch.stack(logs).logsumexp(dim=0) - math.log(len(logs))  # (B, T, V)
+        return mixed, nn.functional.nll_loss(mixed.flatten(0, 1), targets.flatten())
+
+
+def check_alike(states: list[dict[str, Any]], names: list[str]) -> None:
+    """Raise UserError if models with these states differ in one of these settings."""
+    settings = [s["train_config"] | s["gpt_config"] | s for s in states]
+    for name in names:
+        if any(other.get(name) != settings[0].get(name) for other in settings):
+            raise UserError(f"the models of an ensemble have different values of {name}")
 
 
 @torch.no_grad()
@@ -97,10 +123,19 @@ def evaluate_split(
     }
 
 
-def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device) -> dict[str, str]:
-    """The row of a checkpoint in the table, by column. Raises UserError if its corpus is missing or
-    has changed since the training."""
-    model, tokenizer, state = utils.load_checkpoint(path, device)
+def evaluate_checkpoints(
+    paths: list[Path], config: EvaluateConfig, device: torch.device
+) -> dict[str, str]:
+    """The row of a checkpoint, or of an ensemble, in the table, by column. Raises UserError if its
+    corpus is missing or has changed since the training."""
+    loaded = [utils.load_checkpoint(path, device) for path in paths]
+    models = [model for model, _, _ in loaded]
+    path, (model, tokenizer, state) = paths[0], loaded[0]
+    if len(paths) > 1:
+        same_text = ["corpus", "separator", "hold_out"] * (not config.data)
+        names = ["tokenizer", "block_size", "doc_mask", *same_text]
+        check_alike([state for _, _, state in loaded], names)
+        model = cast(GPT, Ensemble(models))
     objective = "" if config.data else last_objective(state)
     if objective == "dpo":
         raise UserError(f"{path} was trained on pairs of answers: choose a text with --data")
@@ -124,8 +159,8 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     bytes_per_token = n_bytes / len(ids) if has_bpb else math.nan
     loss = result["loss"]
     row = {
-        "checkpoint": str(path),
-        "parameters": f"{model.num_params() / 1e6:.2f} M",
+        "checkpoint": f"all {len(paths)} together" if len(paths) > 1 else str(path),
+        "parameters": f"{sum(model.num_params() for model in models) / 1e6:.2f} M",
         "split": config.split,
         "tokens": f"{result['tokens']:,}",
         "loss": f"{loss:.4f}",
@@ -160,6 +195,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--separator is for the text of --data: leave it out, or give both")
     paths = [Path(name) for name in config.checkpoints]
     paths = paths or [newest_checkpoint(Path("checkpoints"))]
+    if config.ensemble and len(set(paths)) < 2:
+        raise UserError("--ensemble needs two or more checkpoints")
     device = pick_device(config.device)
     for path in paths:  # damaged ones, and strides that would skip tokens: before anything slow
         state = utils.read_checkpoint(path)
@@ -171,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     config.precision, _ = pick_precision(config.precision, device)
     rows: list[dict[str, str]] = []
     try:
-        for path in paths:
-            rows.append(evaluate_checkpoint(path, config, device))
+        for group in [[path] for path in paths] + [paths] * config.ensemble:
+            rows.append(evaluate_checkpoints(group, config, device))
     finally:  # print the finished rows even after an error
         if rows:
             print(format_table(rows))

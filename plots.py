@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         paths = paths or [newest_checkpoint(Path("checkpoints")).parent]
         runs = [read_run(path) for path in paths]
         for run in runs if config.x == "tokens" else []:
-            info = run.settings["corpus"]
-            if info["name"].endswith((".json", *[".jsonl"] * ("documents" not in info))):
+            counted = any(record.get("tokens_per_second") for record in run.log)
+            if "questions" in run.settings["corpus"] or not counted:
                 raise UserError(f"{run.name}: its records have padding; use --x step or --x time")
         figure = plot_runs(runs, config.x)
     else:

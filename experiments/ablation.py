@@ -34,8 +34,7 @@ QUICK: Flags = {"max_steps": 500, "eval_every": 500}
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("ablation", argv, __doc__)
     base = {"preset": "fast"} | (QUICK if study.config.quick else {})
-    run_variants(study, base, VARIANTS, "Without one part of the fast preset")
-    return 0
+    return run_variants(study, base, VARIANTS, "Without one part of the fast preset")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ except ImportError:
 
 Row = dict[str, Any]  # of a table: column -> value
 
-SIGNIFICANT = 0.05  # p-values below it
 LOSS = "validation loss (nats per token)"  # the label of an axis
 
 
@@ -81,7 +80,6 @@ def add_differences(
     """
     rows = [row | dict.fromkeys(("difference", "95% from", "to", "p"), "") for row in rows]
     values = list(values)
-    tested: list[tuple[Row, float]] = []
     for i, base in enumerate(bases or [0] * len(rows)):
         if base == i:
             continue
@@ -92,8 +90,9 @@ def add_differences(
         center, half = mean(differences), margin(differences)
         rows[i] |= {"difference": center, "95% from": center - half, "to": center + half}
         if len(differences) > 1:
-            tested.append((rows[i], p_value(differences)))
-    for (row, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+            rows[i]["p"] = p_value(differences)
+    tested = [row for row in rows if row["p"] != ""]
+    for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p"] = p
     return rows
 
@@ -122,7 +121,7 @@ def plot_differences(
     groups: dict[str, list[float]] = {base: []}
     for name, values in others:
         groups[name] = [b - a for a, b in zip(first, values, strict=True)]
-    significant = [isinstance(row["p"], float) and row["p"] < SIGNIFICANT for row in rows]
+    significant = [isinstance(row["p"], float) and row["p"] < 0.05 for row in rows]
     axes.axvline(0, color="gray", linewidth=1)
     plot_seeds(axes, groups, [ORANGE if yes else BLUE for yes in significant])
     axes.set(xlabel=f"validation loss minus that of {base} (nats per token)")

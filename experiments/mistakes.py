@@ -31,7 +31,7 @@ from corpus.corpus import Corpus
 from experiments import study as studies
 from experiments.comparison import Row, add_differences, mean, mean_columns
 from experiments.optimizers import FULL, QUICK
-from experiments.study import Result, Runs, Study, kept, log_values, parse_study
+from experiments.study import Result, Runs, Study, kept, parse_study
 from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
 from training.setup import Flags
 from training.task import Pretraining
@@ -282,9 +282,10 @@ def plot(runs: Runs, honest: dict[str, list[float]], top: float) -> Figure:
     titles = {name: f"{name}\nhonest loss: {mean(losses):.2f}" for name, losses in honest.items()}
     for axes, name in zip(panels, names, strict=False):
         for shown, colors in ((correct, (GRAY, GRAY)), (name, (ORANGE, BLUE))):
-            steps = log_values(runs[shown][0], "step")
-            axes.plot(steps, log_values(runs[shown][0], "train"), "--", color=colors[0])
-            axes.plot(steps, log_values(runs[shown][0], "val"), color=colors[1])
+            log = runs[shown][0]["log"]
+            steps = [record["step"] for record in log]
+            axes.plot(steps, [record["train"] for record in log], "--", color=colors[0])
+            axes.plot(steps, [record["val"] for record in log], color=colors[1])
         axes.set_title(titles[name], fontsize=10)
         axes.set_ylim(0, top)
     legend.axis("off")

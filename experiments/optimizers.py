@@ -16,22 +16,13 @@ from system.start import run
 
 from matplotlib.figure import Figure
 
-import train
+from config import OPTIMIZERS
 from experiments.comparison import LOSS, Row, plot_curves
 from experiments.study import Runs, Study, compare, gradient_norms, parse_study
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
 Tuning = dict[str, dict[float, float]]  # optimizer -> learning rate -> validation loss
-
-
-class PlainSGD(train.Trainer):
-    """--optimizer sgd, which has momentum, without it."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        for group in self.optimizers["sgd"].param_groups:
-            group["momentum"] = 0.0
 
 
 BASE, MOMENTUM = "AdamW", "SGD with momentum"
@@ -66,9 +57,9 @@ def named_flags(study: Study, name: str, rate: float, clip: float) -> tuple[str,
     return f"{name}-rate{rate:g}-clip{clip:g}", flags
 
 
-def trainer_of(name: str) -> AbstractContextManager[Any]:
-    """The context in which an optimizer trains."""
-    return patch.object(train, "Trainer", PlainSGD if name == "SGD" else train.Trainer)
+def options_of(name: str) -> AbstractContextManager[Any]:
+    """The context in which an optimizer trains: --optimizer sgd has momentum otherwise."""
+    return patch.dict(OPTIMIZERS["sgd"].options, {"momentum": 0.0} if name == "SGD" else {})
 
 
 def tune(study: Study, name: str) -> dict[float, float]:
@@ -158,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     best: dict[str, float] = {}
     runs: Runs = {}
     for name in FLAGS:
-        with trainer_of(name):
+        with options_of(name):
             tuning[name] = tune(study, name)
             best[name] = best_rate(tuning[name])
             runs[name] = study.with_seeds(*named_flags(study, name, best[name], CLIP))
@@ -167,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         for clip in THRESHOLDS:
             clipped[name, clip] = runs[name]
             if clip != CLIP:
-                with trainer_of(name):
+                with options_of(name):
                     folder, flags = named_flags(study, name, best[name], clip)
                     clipped[name, clip] = study.with_seeds(folder, flags)
     rates = {name: {"optimizer": name, "learning rate": f"{best[name]:g}"} for name in FLAGS}

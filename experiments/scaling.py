@@ -19,14 +19,13 @@ from typing import NamedTuple
 from system.start import run
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from config import GPTConfig
 from experiments.comparison import LOSS, Row, margin, mean, mean_columns
 from experiments.study import Study, loss_columns, parse_study, val_losses
-from model import GPT
 from system.settings import from_dict
+from training.checks import params_by_component
 from training.setup import Flags
 from viz.curve import BLACK, COLORS, new_figure
 
@@ -138,23 +137,17 @@ def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
 # --- runs
 
 
-def matrix_weights(gpt: GPTConfig) -> int:
-    """The number of weights of all matrices that a token is multiplied with, N."""
-    with torch.device("meta"):  # shapes without memory
-        model = GPT(gpt)
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-
-
 def weights_of_width(study: Study, plan: Plan, width: int) -> int:
-    """N of the model of this width."""
+    """N of the model of this width: the weights of the matrices that a token is multiplied with."""
     vocab_size = study.corpus(plan.flags)[0].vocab_size
     settings = plan.flags | {"n_embd": width, "vocab_size": vocab_size}
-    return matrix_weights(from_dict(GPTConfig, settings))
+    counts = params_by_component(from_dict(GPTConfig, settings))
+    return counts["attention"] + counts["MLP"] + vocab_size * width
 
 
 def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Row, list[float]]:
-    """Spend a budget on the model of this width, with each seed; the learning rate decays to 0 at
-    the end of the budget. Returns the row of the table of all runs, and the losses."""
+    """Spend a budget on the model of this width, with each seed. Returns the row of the table of
+    all runs, and the losses."""
     n = weights_of_width(study, plan, width)
     tokens_per_step = plan.flags["batch_size"] * plan.flags["block_size"]
     steps = max(1, round(budget / (6 * n * tokens_per_step)))
@@ -184,8 +177,7 @@ def nearest_width(study: Study, plan: Plan, n: float) -> int:
 def result_tables(
     best: dict[float, Best], laws_by_seed: list[dict[str, Law]], row: Row, measured: list[float]
 ) -> dict[str, list[Row]]:
-    """The tables of the best sizes, of the laws, and of what they predict for the budget of a run,
-    whose row and losses are given."""
+    """The tables of the best sizes, of the laws, and of what they predict for a measured run."""
     best_rows = [
         {
             "TFLOP": budget / 1e12,
@@ -233,9 +225,7 @@ def plot(
     budget: float,
     measured: list[float],
 ) -> Figure:
-    """Left: the losses over the size for each budget and seed, with the parabolas and their minima.
-    Right: the loss at the best size over compute, and the law, with the measured losses of a run
-    with a further budget."""
+    """Left: loss over size for each budget and seed. Right: loss at the best size over compute."""
     figure = new_figure(11, 5)
     left, right = figure.subplots(1, 2)
     for (c, profile), color in zip(profiles.items(), COLORS, strict=False):

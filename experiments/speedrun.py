@@ -31,6 +31,8 @@ from tqdm import tqdm
 from corpus.load import find_corpus
 from corpus.text import file_info
 from experiments.baselines import nanogpt_command, nanogpt_problems
+from experiments.comparison import mean
+from experiments.study import to_markdown
 from experiments.timing import ROOT, run_record
 from system.command_line import parse_args
 from system.device import pick_device
@@ -125,21 +127,16 @@ def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
 
 
 def table(results: dict[str, list[Timed]]) -> str:
-    """The seconds and losses of the runs by recipe, as a Markdown table. Times are relative to the
-    first recipe."""
-    lines = ["| recipe | seconds | median | relative | validation loss | mean |"]
-    lines.append("|---|---|---|---|---|---|")
-    unit = 0.0
+    """The seconds and losses of the runs by recipe; times are relative to the first recipe."""
+    rows = []
+    medians = {name: median_high(run.seconds for run in runs) for name, runs in results.items()}
+    unit, *_ = medians.values()
     for name, runs in results.items():
-        seconds, losses = zip(*runs, strict=True)
-        middle = median_high(seconds)
-        unit = unit or middle
-        lines.append(
-            f"| {name} | {', '.join(f'{s:.1f}' for s in seconds)} | {middle:.1f} | "
-            f"{middle / unit:.2f} | {', '.join(f'{loss:.4f}' for loss in losses)} | "
-            f"{sum(losses) / len(losses):.4f} |"
-        )
-    return "\n".join(lines)
+        row = {"recipe": name, "seconds": ", ".join(f"{run.seconds:.1f}" for run in runs)}
+        row |= {"median": f"{medians[name]:.1f}", "relative": f"{medians[name] / unit:.2f}"}
+        row["validation loss"] = ", ".join(f"{run.loss:.4f}" for run in runs)
+        rows.append(row | {"mean": f"{mean([run.loss for run in runs]):.4f}"})
+    return to_markdown(rows)
 
 
 def main(argv: list[str] | None = None) -> int:

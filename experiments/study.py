@@ -42,7 +42,7 @@ from utils import read_checkpoint
 from viz.curve import new_figure, save_figure
 from viz.runs import read_run
 
-Result = dict[str, Any]  # of a run: see `Study.make_run`
+Result = dict[str, Any]  # of a run: its flags, and see `Study.train_one`
 Runs = dict[Any, list[Result]]  # variant -> a run per seed
 
 TABLE_NOTE = """\
@@ -78,13 +78,8 @@ def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
     return {"seconds": seconds, "ms_per_step": 1000 * seconds / max(1, log[-1]["step"])}
 
 
-def log_values(result: Result, key: str) -> list[float]:
-    """A metric of each evaluation of a run."""
-    return [record[key] for record in result["log"]]
-
-
 def gradient_norms(runs: list[Result]) -> list[float]:
-    """The norm of the gradient before clipping, for each step of runs with log_every 1."""
+    """The norm of the gradient before clipping at each step of runs with log_every 1."""
     logs = [read_run(Path(result["flags"]["out_dir"])).steps for result in runs]
     return [line["grad_norm"] for steps in logs for line in steps if line["grad_norm"] is not None]
 
@@ -95,8 +90,7 @@ def val_losses(runs: list[Result]) -> list[float]:
 
 
 def loss_columns(runs: list[Result], timed: bool = False) -> Row:
-    """The mean of the validation losses, with the half width of its confidence interval; if timed,
-    also the mean time of a training step."""
+    """The mean of the validation losses with its margin; if timed, also the time of a step."""
     columns = mean_columns("validation loss", val_losses(runs))
     if timed:
         columns["ms per step"] = round(mean([result["ms_per_step"] for result in runs]), 1)
@@ -106,8 +100,7 @@ def loss_columns(runs: list[Result], timed: bool = False) -> Row:
 def compare(
     runs: Runs, columns: Callable[[Any], Row], timed: bool = False, bases: list[int] | None = None
 ) -> list[Row]:
-    """A row for each variant: the columns that columns(variant) returns, those of `loss_columns`,
-    and those of `add_differences`."""
+    """A row for each variant: columns(variant), `loss_columns` and `add_differences`."""
     rows = [columns(variant) | loss_columns(some, timed) for variant, some in runs.items()]
     return add_differences(rows, map(val_losses, runs.values()), bases)
 
@@ -160,12 +153,8 @@ def describe(records: list[dict[str, Any]]) -> str:
 def kept(file: Path, compute: Callable[[], Any]) -> Any:
     """The value in a JSON file, which is computed if there is no file yet."""
     if not file.exists():
-        write_json(file, compute())
+        write_file(file, json.dumps(compute()))
     return json.loads(file.read_text())
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_file(path, json.dumps(value))
 
 
 def write_file(path: Path, text: str) -> None:
@@ -194,18 +183,12 @@ class Study:
     records: list[dict[str, Any]] = field(default_factory=list)  # what each of them depends on
 
     @property
-    def full_name(self) -> str:
-        """The name of its folder and files, different for the quick and the full size."""
-        return self.name + "_quick" * self.config.quick
-
-    @property
     def folder(self) -> Path:
-        """The folder of its runs."""
-        return Path(self.config.out_dir, self.full_name)
+        """The folder of its runs; its results have the same name."""
+        return Path(self.config.out_dir, self.name + "_quick" * self.config.quick)
 
     def progress(self) -> str:
-        """Which run is next, and about how long the rest will take if the remaining runs take as
-        long as the finished ones."""
+        """Which run is next, and how long the rest takes if its runs take as long as the others."""
         n_done = len(self.seconds)
         progress = f"run {n_done + 1} of {self.n_runs}"
         if n_done:
@@ -237,13 +220,8 @@ class Study:
 
     def make_run(self, name: str, flags: Flags, share: float = 1.0) -> Result:
         """The result of a run with the flags of train.py, on this share of the training tokens. A
-        finished run is read from its folder, an unfinished one is resumed.
-
-        The result has flags, params, val (the loss of the best checkpoint over the whole validation
-        split, in nats per token; infinite if the run diverged), bpb, seconds (of the training steps
-        only), ms_per_step, log, its evaluations, and record, see `run_record`. Raises UserError if
-        the folder contains a run with other settings, and KeyboardInterrupt if the user stops the
-        run.
+        finished run is read from its folder, an unfinished one is resumed. Raises UserError if the
+        folder contains a run with other settings, and KeyboardInterrupt if the user stops the run.
         """
         folder = self.folder / re.sub(r"[^\w.+-]+", "-", name)
         flags = {"data": self.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
@@ -256,16 +234,18 @@ class Study:
                 f"{folder} contains a run with other settings: delete it, or give another --out_dir"
             )
         if "val" not in result:
-            print(f"{self.full_name}, {self.progress()}: {name} ...", end=" ", flush=True)
+            print(f"{self.folder.name}, {self.progress()}: {name} ...", end=" ", flush=True)
             result |= self.train_one(flags, share)
-            write_json(file, result)
+            write_file(file, json.dumps(result))
             print(f"validation loss {result['val']:.4f}, {result['seconds']:.0f} s", flush=True)
         self.seconds.append(result["log"][-1]["seconds"])
         self.records.append(result["record"])
         return result
 
     def train_one(self, flags: Flags, share: float) -> Result:
-        """Train with these flags without printing, from latest.pt if there is one."""
+        """Train with these flags without printing, from latest.pt if there is one. The result has
+        val (the loss of the best checkpoint over the whole validation split, in nats per token;
+        infinite if the run diverged), log (its evaluations), and the times of `step_times`."""
         trainer = self.make_trainer(flags, share)
         run_dir = Path(flags["out_dir"])
         latest = run_dir / "latest.pt"
@@ -300,7 +280,7 @@ class Study:
         """Print the tables, by title, and write them with the figure: NAME.png, NAME.md, NAME.csv
         for the first table, and NAME_WORD.csv for each further one, where WORD begins its title.
         NAME.json records the command, and what each run depends on (`run_record`)."""
-        path = Path(self.config.results, self.full_name)
+        path = Path(self.config.results, self.folder.name)
         records = [r for i, r in enumerate(self.records) if r not in self.records[:i]]
         counts = [{"runs": self.records.count(r)} | r for r in records]
         made_by = {"command": self.command, "made by": counts}
@@ -322,8 +302,7 @@ class Study:
 
 
 def parse_study(name: str, argv: list[str] | None, doc: str, data: str = StudyConfig.data) -> Study:
-    """Read the command line of a study. data: the default of --data. Raises UserError if a setting
-    is invalid."""
+    """Read the command line of a study. data: the default of --data."""
     config = parse_args(
         StudyConfig,
         argv,
@@ -337,9 +316,8 @@ def parse_study(name: str, argv: list[str] | None, doc: str, data: str = StudyCo
     return Study(name, config, pick_device(config.device), command)
 
 
-def run_variants(study: Study, base: Flags, variants: dict[str, Flags], title: str) -> None:
-    """A study that compares variants with the first one. Each trains with its flags added to the
-    base."""
+def run_variants(study: Study, base: Flags, variants: dict[str, Flags], title: str) -> int:
+    """A study that compares variants with the first one: flags that are added to the base."""
     study.n_runs = len(variants) * study.config.seeds
     runs: Runs = {name: study.with_seeds(name, base | flags) for name, flags in variants.items()}
     params = {name: some[0]["params"] for name, some in runs.items()}
@@ -348,3 +326,4 @@ def run_variants(study: Study, base: Flags, variants: dict[str, Flags], title: s
     figure = new_figure(8, 5)
     plot_differences(figure.subplots(), rows, losses, title)
     study.write_results({title: rows}, figure)
+    return 0

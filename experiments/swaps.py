@@ -36,8 +36,7 @@ FULL: Flags = {"preset": "medium"}
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("swaps", argv, __doc__)
     base = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL)
-    run_variants(study, base, SWAPS, "One component at a time")
-    return 0
+    return run_variants(study, base, SWAPS, "One component at a time")
 
 
 if __name__ == "__main__":

@@ -70,10 +70,9 @@ def parse_args(
 ) -> Any:
     """Read and validate a command line (sys.argv if argv is None). Raises UserError.
 
-    classes: a dataclass of settings, or a tuple of several; returns an instance, or a tuple.
-    resolve(flags) creates them if that takes more than defaults; what it returns after them is
-    returned too. check(...) finds further problems. help_defaults: the flags, if not all settings,
-    with the defaults that --help shows, if not those that resolve returns.
+    classes: a dataclass of settings, or a tuple of several; returns an instance, or a tuple, with
+    what resolve(flags) returns after them, if it creates them. check(...) finds further problems.
+    help_defaults: the flags and defaults that --help shows, if not those that resolve returns.
     """
     types = classes if isinstance(classes, tuple) else (classes,)
     known = {f.name: f for cls in types for f in fields(cls) if f.metadata.get("flag", True)}
@@ -85,11 +84,10 @@ def parse_args(
     given, unknown = make_parser(known, doc, {}).parse_known_intermixed_args(words)
     flags = {n: tuple(v) if isinstance(v, list) else v for n, v in vars(given).items()}
     if flags.pop("help", False):
-        defaults = help_defaults or {}
         if help_defaults is None:
             configs = resolve({n: flags[n] for n in ("preset", "arch") if n in flags})
-            defaults = {n: v for config in configs[: len(types)] for n, v in vars(config).items()}
-        make_parser(known, doc, defaults).print_help()
+            help_defaults = {n: v for c in configs[: len(types)] for n, v in vars(c).items()}
+        make_parser(known, doc, help_defaults).print_help()
         sys.exit()
     if unknown:
         names = [n for f in known.values() for n in (f.name, *f.metadata.get("alias", "").split())]
@@ -120,9 +118,8 @@ def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) 
         shown = f" [{default}]".replace("\n", "\\n") * (default not in (None, "", ()))
         help = (limits["help"] + shown).replace("%", "%%")
         read: Any = settings.unescape if limits.get("escapes") else str if kind is tuple else kind
-        options: dict[str, Any] = {"type": read}
-        choices = limits.get("choices")
-        options |= {"choices": choices} if choices else {"metavar": kind.__name__.upper()}
+        metavar = None if "choices" in limits else kind.__name__.upper()
+        options: Any = {"type": read, "choices": limits.get("choices"), "metavar": metavar}
         if limits.get("positional"):
             n_words, name = "*" if kind is tuple else "?", f.name.upper()  # choices fail on "?"
             group.add_argument(f.name, nargs=n_words, help=help, type=read, metavar=name)
@@ -132,10 +129,9 @@ def make_parser(known: dict[str, Field], doc: str, defaults: Mapping[str, Any]) 
             names.append(f"no-{f.name}")
         if names:
             group.add_argument(*(f"--{name}" for name in names), dest=f.name, help=help, **options)
-        for name in (*names, *SYNONYMS.get(f.name, "").split()):
-            for spelling in {f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}"}:
-                if spelling != f"--{name}" or name not in names:
-                    parser.add_argument(spelling, dest=f.name, help=argparse.SUPPRESS, **options)
+        words = f"{' '.join(names)} {SYNONYMS.get(f.name, '')}"
+        for name in {*words.replace("_", "-").split(), *words.replace("-", "_").split()} - {*names}:
+            parser.add_argument(f"--{name}", dest=f.name, help=argparse.SUPPRESS, **options)
         if f.name == "pos":
             options = {"type": learned, "nargs": "?", "const": "true", "help": argparse.SUPPRESS}
             names = ["--use_learned_pos_emb", "--use-learned-pos-emb"]

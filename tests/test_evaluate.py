@@ -14,9 +14,11 @@ from conftest import TINY_RUN, make_model, make_text
 import evaluate
 import train
 from corpus.corpus import Corpus
+from corpus.load import load_corpus
 from evaluate import EvaluateConfig
 from model import GPT
 from system.settings import UserError
+from utils import load_checkpoint
 from viz.runs import read_run
 
 
@@ -212,3 +214,33 @@ def test_questions_need_a_model_of_questions(trained):
     (trained / "qa.json").write_text(json.dumps([{"question": "a", "answer": "b"}] * 5))
     with pytest.raises(UserError, match="has no <BOS> token"):
         evaluate.main(["--data=qa.json"])
+
+
+def test_an_ensemble_predicts_the_mean_probability(workplace, capsys):
+    for tag in "12":
+        train.main([*TINY_RUN, f"--tag={tag}", f"--seed={tag}"])
+    paths = ["checkpoints/1/best.pt", "checkpoints/2/best.pt"]
+    capsys.readouterr()
+    assert evaluate.main([*paths, "--ensemble", "--precision=float32", "--batch_size=1"]) == 0
+    *_, both = capsys.readouterr().out.splitlines()
+    models = [load_checkpoint(path)[0] for path in paths]
+    _, corpus = load_corpus("shakespeare", "char", 0)
+    ids, losses = torch.from_numpy(corpus.val_ids[:].astype(int)), []
+    for start in range(0, len(ids) - 1, 16):
+        piece = ids[start : start + 17]
+        with torch.no_grad():
+            p = sum(model(piece[None, :-1])[0][0].softmax(dim=-1) for model in models) / 2
+        losses += (-p.log()[torch.arange(len(piece) - 1), piece[1:]]).tolist()
+    assert both.startswith("all 2 together")
+    assert float(both.split()[7]) == pytest.approx(np.mean(losses), abs=1e-4)
+
+
+def test_an_ensemble_needs_models_that_are_alike(workplace):
+    for tag, flag in (("a", "--seed=1"), ("b", "--block_size=8"), ("c", "--no-hold_out")):
+        train.main([*TINY_RUN, f"--tag={tag}", flag, "--max_steps=1"])
+    paths = [f"checkpoints/{tag}/best.pt" for tag in "abc"]
+    with pytest.raises(UserError, match="two or more checkpoints"):
+        evaluate.main([paths[0], "--ensemble"])
+    for path, what in zip(paths[1:], ("block_size", "hold_out"), strict=True):
+        with pytest.raises(UserError, match=f"different values of {what}"):
+            evaluate.main([paths[0], path, "--ensemble"])

@@ -14,15 +14,12 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 from config import ARCH_FIELDS, ARCHS, GPTConfig, TrainConfig, train_settings
-from corpus.load import load_corpus
 from experiments import (
     ablation,
     bench,
     comparison,
-    ensemble,
     lr_context,
     sampling,
     scaling,
@@ -326,11 +323,12 @@ def test_a_power_law_is_fitted():
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])
-def test_matrix_weights_of_gpt2(tie_weights: bool):
-    """12 L C^2 in the blocks and V C in the output layer, without tables, biases and gains."""
-    sizes = {"vocab_size": 100, "n_layer": 3, "n_embd": 32, "mlp": "gelu", "pos": "learned"}
-    config = GPTConfig(**sizes, bias=True, tie_weights=tie_weights)
-    assert scaling.matrix_weights(config) == 12 * 3 * 32**2 + 100 * 32
+def test_matrix_weights_of_gpt2(workplace: Path, tie_weights: bool):
+    """12 L C^2 in the blocks and V C in the output layer, without tables and gains."""
+    flags = {"n_layer": 3, "n_head": 2, "mlp": "gelu", "pos": "learned", "tie_weights": tie_weights}
+    some = parse_tiny_study()
+    n = scaling.weights_of_width(some, scaling.Plan(flags, {}), 32)
+    assert n == 12 * 3 * 32**2 + some.corpus({})[0].vocab_size * 32
 
 
 def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
@@ -418,40 +416,6 @@ def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
     (validation,) = table("sampling_quick_validation")
     assert float(validation["surprise"]) == pytest.approx(run["val"], abs=1e-5)
-
-
-# --- ensemble
-
-
-def test_an_ensemble_predicts_the_mean_probability(workplace: Path, capsys: Any):
-    runs = [parse_tiny_study().make_run(f"{n}", TINY | {"seed": n}) for n in (1, 2)]
-    paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
-    capsys.readouterr()
-    assert ensemble.main([*paths, "--device=cpu"]) == 0
-    *_, one, two, both = capsys.readouterr().out.splitlines()
-    found = [float(line.split("|")[2]) for line in (one, two, both)]
-    assert found[:2] == pytest.approx([run["val"] for run in runs], abs=1e-4)
-
-    models = [load_checkpoint(path)[0] for path in paths]
-    _, corpus = load_corpus("shakespeare", "char", 0)
-    ids, losses = torch.from_numpy(corpus.val_ids[:].astype(int)), []
-    for start in range(0, len(ids) - 1, 16):
-        piece = ids[start : start + 17]
-        with torch.no_grad():
-            p = sum(model(piece[None, :-1])[0][0].softmax(dim=-1) for model in models) / 2
-        losses += (-p.log()[torch.arange(len(piece) - 1), piece[1:]]).tolist()
-    assert found[2] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
-
-
-def test_an_ensemble_needs_models_that_are_alike(workplace: Path):
-    flags = {}, {"block_size": 8}, {"hold_out": False}
-    runs = [parse_tiny_study().make_run(f"{i}", TINY | f) for i, f in enumerate(flags)]
-    paths = [f"{run['flags']['out_dir']}/best.pt" for run in runs]
-    with pytest.raises(UserError, match="two or more checkpoints"):
-        ensemble.main(paths[:1])
-    for path, what in zip(paths[1:], ("block_size", "hold_out"), strict=True):
-        with pytest.raises(UserError, match=f"different values of {what}"):
-            ensemble.main([paths[0], path])
 
 
 # --- benchmarks

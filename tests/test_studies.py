@@ -303,6 +303,6 @@ def test_the_grid_is_extended_until_the_best_rate_is_inside(monkeypatch: pytest.
 
 def test_plain_sgd_has_no_momentum(workplace: Path):
     for name, momentum in (("SGD", 0.0), ("SGD with momentum", 0.9)):
-        with optimizers.trainer_of(name):
+        with optimizers.options_of(name):
             trainer = parse_tiny_study().make_trainer(TINY | {"optimizer": "sgd"})
         assert {g["momentum"] for g in trainer.optimizers["sgd"].param_groups} == {momentum}

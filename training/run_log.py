@@ -20,7 +20,7 @@ from system.files import atomic_write
 from system.settings import UserError
 from training.cpu_clock import BUSY, CpuClock
 from training.distributed import rank, world_size
-from viz.curve import Run, best_record, plot_runs, save_figure, training_steps
+from viz.curve import Run, best_record, plot_runs, read_records, save_figure, training_steps
 from viz.verdict import verdict
 
 Record = dict[str, Any]  # the metrics of an evaluation or of a training step, by name
@@ -108,8 +108,9 @@ class RunLog:
         """Write log.jsonl as it was at a checkpoint, but with the current settings: the evaluations
         are in the checkpoint, the training steps in the file. Returns all records."""
         file = self.run_dir / "log.jsonl"
-        steps = [record for record in training_steps(file) if record["step"] <= step]
-        records = sorted([*self.records, *steps], key=lambda r: (r["step"], "val" in r))
+        steps = training_steps(read_records(file)) if file.exists() else []
+        records = [*self.records, *(record for record in steps if record["step"] <= step)]
+        records.sort(key=lambda record: (record["step"], "val" in record))
         with atomic_write(file) as new_file:
             new_file.write("".join(map(json_line, (self.header, *records))).encode())
         self.write_evaluations()
@@ -255,7 +256,7 @@ class RunLog:
     def plot(self) -> None:
         """Draw the curve so far."""
         start = time.perf_counter()
-        steps = training_steps(self.run_dir / "log.jsonl")
+        steps = training_steps(read_records(self.run_dir / "log.jsonl"))
         run = Run(str(self.run_dir), self.header, self.records, steps=steps)
         save_figure(plot_runs([run]), self.run_dir / "loss_curve.png")
         now = time.perf_counter()

@@ -45,14 +45,18 @@ class Run:
         return math.prod(self.settings[k] for k in ("batch_size", "grad_accum", "block_size"))
 
 
-def training_steps(file: Path) -> list[Record]:
-    """The training steps of a log.jsonl that can be read; none if there is no such file."""
-    found, numbers = [], ("step", "loss", "lr", "seconds")
-    with contextlib.suppress(FileNotFoundError):
-        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, RecursionError):
-                found += [json.loads(line)]
-    steps = [line for line in found if isinstance(line, dict) and "val" not in line]
+def read_records(file: Path) -> list[Record]:
+    """The lines of a log.jsonl that can be read. The last one may have been cut off."""
+    found = []
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            found += [json.loads(line)]
+    return [line for line in found if isinstance(line, dict)]
+
+
+def training_steps(records: list[Record]) -> list[Record]:
+    """The training steps among the records of a log, as far as they can be drawn."""
+    steps, numbers = (r for r in records if "val" not in r), ("step", "loss", "lr", "seconds")
     return [step for step in steps if all(is_number(step.get(name)) for name in numbers)]
 
 

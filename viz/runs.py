@@ -1,34 +1,34 @@
 """Reading the logs of runs, which may be damaged, for plots.py."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from system.errors import first_line
 from system.settings import UserError
 from utils import read_checkpoint
-from viz.curve import MAX_NUMBER, Record, Run, is_number
+from viz.curve import MAX_NUMBER, Record, Run, is_number, read_records, training_steps
 
 MAX_RUNS = 20  # in one picture: more verdicts and names than that do not fit
 SIZES = ("vocab_size", "batch_size", "grad_accum", "block_size", "n_layer", "n_embd")
 
 
 def read_run(path: Path) -> Run:
-    """Read a run from its folder, its log.jsonl or one of its checkpoints. The last line of a log
-    may be cut off. A checkpoint does not contain the training steps. Raises UserError if there is
-    no valid log or no evaluation in it."""
+    """Read a run from its folder, its log.jsonl or one of its checkpoints, which do not contain the
+    training steps. Raises UserError if there is no valid log or no evaluation in it."""
     if path.suffix == ".pt":
         state = read_checkpoint(path)
         settings = state["gpt_config"] | state["train_config"] | {"corpus": state["corpus"]}
         lines = [settings, *state["log"]]
     else:
-        lines = read_log(path if path.suffix == ".jsonl" else path / "log.jsonl")
+        file = path if path.suffix == ".jsonl" else path / "log.jsonl"
+        try:
+            lines = read_records(file)
+        except OSError as error:
+            raise UserError(f"{file.parent} is not the folder of a run: {error}") from None
     try:
         settings, *records = lines
         final = records.pop()["final"] if records and "final" in records[-1] else {}
-        log = [record for record in records if "val" in record]
-        steps = [record for record in records if "val" not in record]
+        log, steps = [r for r in records if "val" in r], training_steps(records)
         if not log:
             raise UserError(f"{path} cannot be plotted: the run has not been evaluated yet")
         check_numbers("the settings", settings, SIZES, low=1)
@@ -44,26 +44,9 @@ def read_run(path: Path) -> Run:
             record = {"train": 0.0, "exact": 0.0} | record  # only these may be missing
             names = ("step", "train", "val", "lr", "seconds", "exact")
             check_numbers(f"evaluation {i}", record, names)
-        for i, record in enumerate(steps, 1):
-            check_numbers(f"training step {i}", record, ("step", "loss", "lr", "seconds"))
     except (LookupError, TypeError, ValueError) as error:  # values of any kind
         raise UserError(f"{path} cannot be plotted, it is damaged: {first_line(error)}") from None
     return Run(str(path), settings, log, steps, final)
-
-
-def read_log(file: Path) -> list[Any]:
-    """The lines of a log.jsonl. If the last one was cut off, it is left out, with a note."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.split("\n") if line]
-        values = [json.loads(line) for line in lines[:-1]]
-        try:
-            values += map(json.loads, lines[-1:])
-        except ValueError:
-            print(f"note: {file}: the last line is cut off and left out")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file.parent} is not the folder of a run: {error}") from None
-    return values
 
 
 def check_numbers(
