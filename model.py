@@ -355,6 +355,7 @@ class GPT(nn.Module):
         docs: Tensor | None = None,
         cache: KVCache | None = None,
         maps: list[Tensor] | None = None,
+        loss_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits (B, T, V) for token ids idx (B, T), and their loss if there are targets.
 
@@ -362,7 +363,8 @@ class GPT(nn.Module):
         ignored. With docs (B, T), the number of each token's document, tokens attend within their
         document only. With a cache, idx continues the cached tokens and is appended to them, and
         the logits are those of the last position, (B, 1, V). If `maps` is an empty list, each layer
-        appends its attention weights (B, H, T, S) to it (slower).
+        appends its attention weights (B, H, T, S) to it (slower). With loss_only, the logits are
+        empty: if compiled code returns them, it also computes a gradient of their size.
         """
         start, size = cache.length if cache else 0, self.config.block_size
         end = start + idx.size(1)
@@ -385,7 +387,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
-        return logits, loss
+        return (logits.new_empty(0) if loss_only else logits), loss
 
     def num_params(self) -> int:
         """The number of parameters; tied weights count once."""

@@ -30,7 +30,7 @@ from torch import Tensor
 from config import OPTIMIZERS, GPTConfig, TrainConfig, from_dict
 from model import GPT
 from system.command_line import parse_args
-from system.files import locked, save_checkpoint
+from system.files import copy_file, locked, save_checkpoint
 from training.distributed import (
     StopSignal,
     all_reduce,
@@ -57,6 +57,9 @@ from training.setup import (
 )
 from training.task import Metrics, Pretraining, Task
 from utils import autocast, matching_contents, mix_seed, read_checkpoint, to_device
+
+# From 2^16 in 30 steps whose float16 gradients all overflow: then no step changes any weight.
+MIN_SCALE = 2.0**-14
 
 # --- schedule and optimizers
 
@@ -214,7 +217,8 @@ class Trainer:
         return metrics
 
     def check_finite(self) -> None:
-        """Raise UserError for the first unchecked step whose loss or gradient is not finite."""
+        """Raise UserError for the first unchecked step whose loss or gradient is not finite, and if
+        float16 gradients overflow at every step."""
         for step, metrics in self.unchecked:
             numbers = {name: metrics[name].item() for name in ("loss", "grad_norm")}
             if self.scaler.is_enabled():  # it skips steps whose float16 gradient overflows
@@ -222,6 +226,8 @@ class Trainer:
             if not all(map(math.isfinite, numbers.values())):
                 raise diverged(step, numbers)
         self.unchecked.clear()
+        if (scale := self.scaler.get_scale()) < MIN_SCALE:
+            raise diverged(self.step, {"float16 loss scale": scale})
 
     # --- checkpoints
 
@@ -260,8 +266,10 @@ class Trainer:
             "step": self.step,
             **log.state(),
         }
-        for name in names:
-            save_checkpoint(log.run_dir / name, state)
+        first, *others = (log.run_dir / name for name in names)
+        save_checkpoint(first, state)
+        for path in others:
+            copy_file(first, path)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint: on a CPU, all that follows is bit for bit the same."""

@@ -52,6 +52,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically. (A hard link would be faster, but `cp` to one name changes both.)"""
+    with open(source, "rb") as content, atomic_write(target) as file:
+        shutil.copyfileobj(content, file)
+
+
 def part_path(path: Path) -> Path:
     """Where the new content of a file is until it is complete."""
     return path.with_name(path.name + ".part")

@@ -70,14 +70,14 @@ def test_files_of_another_run_are_not_deleted_silently(workplace: Path, name: st
 
 
 def test_a_checkpoint_that_is_due_is_written_before_the_one_to_resume_from(workplace, monkeypatch):
-    save = train.save_checkpoint
+    copy_file = train.copy_file
 
-    def save_or_die(path: Path, state: dict) -> None:
-        if path.name == "latest.pt" and state["step"] == 10:
+    def copy_or_die(source: Path, target: Path) -> None:
+        if target.name == "latest.pt" and utils.read_checkpoint(source)["step"] == 10:
             raise Killed
-        save(path, state)
+        copy_file(source, target)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_or_die)
+    monkeypatch.setattr(train, "copy_file", copy_or_die)
     with pytest.raises(Killed):
         train.main([*TINY_RUN, "--save_every=10"])
     assert utils.read_checkpoint(Path("checkpoints/ckpt_00010.pt"))["step"] == 10
@@ -276,3 +276,16 @@ def test_an_overflow_anywhere_skips_the_step_of_all_optimizers(bad: float, name:
     trainer.train_step()
     assert not torch.equal(parameters[name], before[name])
     assert all(p.isfinite().all() for p in parameters.values())
+
+
+def test_a_run_whose_float16_gradients_always_overflow_stops():
+    trainer = make_trainer(precision="float16", max_steps=100)
+    trainer.model.tok.weight.register_hook(lambda grad: grad * math.nan)
+    for _ in range(30):  # the scale is 2^16, then half in each step
+        trainer.train_step()
+    trainer.check_finite()
+    trainer.train_step()
+    with pytest.raises(
+        UserError, match=r"at step 31 .float16 loss scale 3.05.*--precision float32"
+    ):
+        trainer.check_finite()

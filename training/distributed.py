@@ -146,7 +146,10 @@ class Replica:
 
     def __init__(self, model: Any):
         self.model = model
-        self.net = DistributedDataParallel(model) if dist.is_initialized() else model  # to train
+        self.net = model  # to train
+        if dist.is_initialized():
+            # Gradients are views of the buckets that DDP communicates, not copied to them.
+            self.net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Accumulate the gradients of backward passes locally: all but the last one of a step need

@@ -343,6 +343,6 @@ def diverged(step: int, numbers: dict[str, float]) -> UserError:
     """The error of a run whose loss or gradient is infinite or not a number."""
     what = ", ".join(f"{name} {value}" for name, value in numbers.items())
     return UserError(
-        f"diverged at step {step} ({what}): try a lower --lr_max; checkpoints of earlier steps "
-        "are kept"
+        f"diverged at step {step} ({what}): try a lower --lr_max, or instead of float16 "
+        "--precision float32; checkpoints of earlier steps are kept"
     )

@@ -108,7 +108,7 @@ class Pretraining:
         return min(parts, self.block_size)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        return {"loss": model(x, y, self.document_numbers(x))[1]}
+        return {"loss": model(x, y, self.document_numbers(x), loss_only=True)[1]}
 
     def document_numbers(self, x: Tensor) -> Tensor | None:
         """With doc_mask, the number of each token's document within its window, (B, T)."""
