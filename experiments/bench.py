@@ -148,8 +148,8 @@ def bench_train(config: BenchConfig) -> list[Row]:
 
 
 def bench_data(config: BenchConfig) -> list[Row]:
-    """The time to read a batch from data sets of 10 MB and 10 GB, in one file and in several, which
-    are memory-mapped as those of prepare.py. (The files are sparse, so they take no disk space.)"""
+    """The time to read a batch from data sets of 10 MB and 10 GB, memory-mapped as those of
+    prepare.py. (The files are sparse, so they take no disk space.)"""
     gpt, train_config = train_settings({"preset": config.preset}, "")
     rows = [Row("data set", f"batches of {train_config.batch_size} x {gpt.block_size} tokens")]
     datasets = {"10 MB": (10**7, 1), "10 GB": (10**10, 1), "10 GB in 20 files": (10**10, 20)}

@@ -105,8 +105,7 @@ def cpu_model() -> str:
 
 
 def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
-    """The median time of each function. They are called in turns, so that a machine that becomes
-    slower does so for all of them."""
+    """The median time of each function. They are called in turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():

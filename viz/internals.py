@@ -29,7 +29,6 @@ MAX_TICK_LABELS = 32  # more tokens than that are not readable along an axis
 MAP_INCHES, TOKEN_INCHES = 2.6, 0.16  # smallest side of an attention map; per labeled token
 MAX_EMBEDDINGS = 150  # tokens in the plot of embeddings
 MAX_BARS = 20  # tokens in the plot of temperatures
-NO_LEARNED_POSITIONS = "this model has no learned positions\n(train with --pos learned)"
 # Groups of tokens by color; a token is in the first group that contains it.
 TOKEN_GROUPS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "vowels": (ORANGE, lambda text: text.islower() and text.strip("\u2423")[:1] in "aeiou"),
@@ -123,7 +122,9 @@ def plot_positions(model: GPT) -> "Figure":
         plot_similarity(bottom_right, model.pos.table.weight, "similarity of learned positions")
     else:
         bottom_right.set_axis_off()
-        bottom_right.text(0.1, 0.5, NO_LEARNED_POSITIONS)
+        bottom_right.text(
+            0.1, 0.5, "this model has no learned positions\n(train with --pos learned)"
+        )
     return figure
 
 
@@ -187,8 +188,7 @@ def plot_embeddings(model: GPT, tokenizer: Tokenizer) -> "Figure":
 
 
 def principal_components(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two principal components of vectors (N, C), (N, 2), and the share of the variance
-    that each explains, (2,)."""
+    """The first two principal components of vectors (N, C), (N, 2), and their variances' shares."""
     centered = vectors - vectors.mean(dim=0)
     _, sizes, directions = torch.linalg.svd(centered, full_matrices=False)
     return centered @ directions[:2].T, (sizes**2 / (sizes**2).sum())[:2]
