@@ -122,9 +122,8 @@ def plot_positions(model: GPT) -> "Figure":
         plot_similarity(bottom_right, model.pos.table.weight, "similarity of learned positions")
     else:
         bottom_right.set_axis_off()
-        bottom_right.text(
-            0.1, 0.5, "this model has no learned positions\n(train with --pos learned)"
-        )
+        words = "this model has no learned positions\n(train with --pos learned)"
+        bottom_right.text(0.1, 0.5, words)
     return figure
 
 
