@@ -98,7 +98,11 @@ def stream_html(
     for the prompt, at most every REFRESH_SECONDS while text is generated, and at the end. The tint
     of a token is its probability at temperature 1."""
     prompt = encode_prompt(tokenizer, config.prompt, config.qa).to(model.tok.weight.device)
-    page = f'<div style="{TEXT_STYLE}"><b>{html.escape(decode_prompt(tokenizer, prompt))}</b>'
+    shown = html.escape(decode_prompt(tokenizer, prompt))
+    if unknown := tokenizer.unknown(config.prompt):
+        names = html.escape(" ".join(sorted(unknown)))
+        shown = f"<i>without characters that the model does not know: {names}</i>\n{shown}"
+    page = f'<div style="{TEXT_STYLE}"><b>{shown}</b>'
     writer = TextWriter(tokenizer)
     last_time, n_new = 0.0, config.max_new_tokens
     longer = replace(config, max_new_tokens=n_new + 1)  # for the logits after the text
@@ -120,12 +124,9 @@ def stream_html(
 
 
 def sample_config(values: tuple[Any, ...], qa: bool) -> SampleConfig:
-    """The settings for the values of the page's inputs, which a request can set to anything. Raises
-    UserError if they are invalid."""
+    """The settings for the values of the page's inputs, which a request can set to anything."""
     config = from_dict(SampleConfig, dict(zip(SETTINGS, values, strict=True)) | {"qa": qa})
     raise_problems(all_problems(config))
-    if config.max_new_tokens > MAX_TOKENS:
-        raise UserError(f"at most {MAX_TOKENS} tokens")
     return config
 
 

@@ -90,11 +90,8 @@ def evaluate_split(
     model: GPT, corpus: Corpus, config: EvaluateConfig, doc_mask: bool, stride: int | None = None
 ) -> dict[str, Any]:
     """Evaluate a model on every token of a split but the first. Raises UserError if there is none.
-
-    Returns the number of predicted tokens, the mean loss in nats, the top-1 accuracy and the tokens
-    per second. With doc_mask, tokens attend only within their own document. Windows begin every
-    `stride` tokens, 1 to block_size, which is the default; see the top of this file.
-    """
+    With doc_mask, tokens attend only within their own document. Windows begin every `stride`
+    tokens, 1 to block_size, which is the default; see the top of this file."""
     block_size = model.config.block_size
     ids = corpus.val_ids if config.split == "val" else corpus.train_ids
     if len(ids) < 2:
@@ -126,8 +123,7 @@ def evaluate_split(
 def evaluate_checkpoints(
     paths: list[Path], config: EvaluateConfig, device: torch.device
 ) -> dict[str, str]:
-    """The row of a checkpoint, or of an ensemble, in the table, by column. Raises UserError if its
-    corpus is missing or has changed since the training."""
+    """The row of a checkpoint, or of an ensemble, in the table, by column."""
     loaded = [utils.load_checkpoint(path, device) for path in paths]
     models = [model for model, _, _ in loaded]
     path, (model, tokenizer, state) = paths[0], loaded[0]

@@ -53,7 +53,7 @@ class PlotConfig:
         path = self.output
         if path.suffix not in (".png", ".svg"):
             found.append(f"--output_file {path} must end in .png or .svg")
-        found += file_problems(path)
+        found += file_problems(path, mark=b"atplotlib")  # as PNG and SVG files say
         if len(self.inputs) > MAX_RUNS:
             found.append(f"at most {MAX_RUNS} runs fit in a picture, not {len(self.inputs)}")
         if self.picture != "runs" and len(self.inputs) > 1:

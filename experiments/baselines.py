@@ -98,9 +98,8 @@ def nanogpt_command(checkout: str, text: Path, out_dir: str) -> list[str]:
 
 
 def llama_cpp_command(model: Path, threads: int, mode: str) -> list[str]:
-    """The command that runs llama_cpp.mjs; empty if its npm package is not installed, in the folder
-    NODE_LLAMA_CPP or by `npm install -g node-llama-cpp`."""
-    folder = os.environ.get("NODE_LLAMA_CPP", "")
+    """The command that runs llama_cpp.mjs; empty if its npm package is not installed."""
+    folder = os.environ.get("NODE_LLAMA_CPP", "")  # otherwise npm's, of `npm install -g`
     node, npm = shutil.which("node"), shutil.which("npm")
     if npm and not folder:
         result = subprocess.run([npm, "root", "-g"], capture_output=True, text=True)
@@ -112,8 +111,7 @@ def llama_cpp_command(model: Path, threads: int, mode: str) -> list[str]:
 
 
 def llama_cpp_samplers(n: int, gpt: GPTConfig) -> Functions:
-    """llama.cpp's greedy generation of n tokens on a CPU, with models of the same sizes. Its
-    processes end with this one. Raises UserError if it is not installed or lacks a component."""
+    """llama.cpp's greedy generation of n tokens on a CPU. Its processes end with this one."""
     if not llama_cpp_command(Path(), 1, "fast"):
         raise UserError("llama.cpp: npm install -g node-llama-cpp")
     model = GPT(dataclasses.replace(gpt, block_size=max(gpt.block_size, n + 1)))
@@ -163,8 +161,7 @@ def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> Functions:
 
 
 def hf_tokenizer(texts: list[str], vocab_size: int) -> Functions:
-    """Training and encoding with Hugging Face's tokenizers, in this order: encoding uses what was
-    learned."""
+    """Training and then encoding with Hugging Face's tokenizers."""
     import tokenizers  # optional package
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()

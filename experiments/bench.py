@@ -4,7 +4,6 @@ python -m experiments.bench tokenizers --data data/plays.jsonl --vocab_size 1000
 python -m experiments.bench generate --nanogpt path/to/nanoGPT
 python -m experiments.bench train --preset laptop --arch gpt2 --nanogpt path/to/nanoGPT
 python -m experiments.bench data
-python -m experiments.bench gpu --nanogpt path/to/nanoGPT
 """
 
 import functools
@@ -14,10 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
+from timeit import timeit
 from typing import Any
 from system.start import run
-
-import torch
 
 from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
 from corpus.bpe import count_pieces, train_bpe
@@ -26,7 +24,6 @@ from corpus.folder import map_token_files
 from corpus.load import find_corpus
 from experiments import baselines, timing
 from experiments.baselines import Functions
-from experiments.gpu import bench_gpu
 from experiments.timing import Row, Training
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
@@ -34,7 +31,7 @@ from system.settings import UserError, setting
 from training.setup import Flags
 from utils import count_params, get_batch
 
-BENCHMARKS = ("tokenizers", "generate", "train", "data", "gpu")
+BENCHMARKS = ("tokenizers", "generate", "train", "data")
 
 
 @dataclass
@@ -59,7 +56,8 @@ class BenchConfig:
 
 def model_flags(config: BenchConfig) -> Flags:
     """The flags of the model that is measured."""
-    flags = {"preset": config.preset, "vocab_size": timing.VOCAB_SIZE}
+    vocab_size = 50304 if config.preset == "gpt2" else timing.VOCAB_SIZE  # as in nanoGPT
+    flags = {"preset": config.preset, "vocab_size": vocab_size}
     return flags | ({"arch": config.arch} if config.arch else {})
 
 
@@ -76,8 +74,7 @@ def compared(functions: Callable[[], Functions]) -> Functions:
 
 
 def bench_tokenizers(config: BenchConfig) -> list[Row]:
-    """Training and encoding: ours, Hugging Face's tokenizers if they are installed, and tiktoken's
-    encoder with the vocabulary that ours learned."""
+    """Training and encoding: ours, Hugging Face's, and tiktoken's encoder with our vocabulary."""
     path = find_corpus(config.data or "plays")
     texts = [text for text, _ in iter_documents(path)]
     text = "\n".join(texts)
@@ -104,9 +101,8 @@ def bench_tokenizers(config: BenchConfig) -> list[Row]:
 
 
 def bench_generate(config: BenchConfig) -> list[Row]:
-    """Tokens per second and sample at temperature 0.8 and top-k 40: ours without and with a cache,
-    in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
-    llama.cpp's, which is greedy, on a CPU."""
+    """Tokens per second and sample at temperature 0.8 and top-k 40: ours with several settings,
+    Hugging Face's, nanoGPT's, and llama.cpp's, which is greedy, on a CPU."""
     device, n = pick_device(config.device), config.tokens
     gpt, _ = train_settings(model_flags(config), device.type)
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
@@ -120,7 +116,7 @@ def bench_generate(config: BenchConfig) -> list[Row]:
     others |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
     if device.type == "cpu":
         others |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
-    head = Row(f"{config.preset}, {n} tokens", f"{device}, {torch.get_num_threads()} threads")
+    head = Row(f"{config.preset}, {n} tokens", timing.device_name(device))
     return [head, *timing.sampling_rows(gpt, device, ours, others, config.repeats)]
 
 
@@ -141,7 +137,7 @@ def bench_train(config: BenchConfig) -> list[Row]:
     head = Row(
         f"{config.preset}, {count_params(gpt)[0]:,} parameters, "
         f"batches of {train_config.batch_size} x {gpt.block_size}",
-        f"{device}, {torch.get_num_threads()} threads",
+        timing.device_name(device),
     )
     return [head, *timing.training_rows(trainings, config.steps, config.repeats)]
 
@@ -150,8 +146,8 @@ def bench_train(config: BenchConfig) -> list[Row]:
 
 
 def bench_data(config: BenchConfig) -> list[Row]:
-    """The time to read a batch from data sets of 10 MB and 10 GB, in one file and in several, which
-    are memory-mapped as those of prepare.py. (The files are sparse, so they take no disk space.)"""
+    """The time to read a batch from data sets of 10 MB and 10 GB, memory-mapped as those of
+    prepare.py. (The files are sparse, so they take no disk space.)"""
     gpt, train_config = train_settings({"preset": config.preset}, "")
     rows = [Row("data set", f"batches of {train_config.batch_size} x {gpt.block_size} tokens")]
     datasets = {"10 MB": (10**7, 1), "10 GB": (10**10, 1), "10 GB in 20 files": (10**10, 20)}
@@ -163,7 +159,7 @@ def bench_data(config: BenchConfig) -> list[Row]:
                     file.truncate(size // n_files)
             ids = map_token_files(paths, "uint16")
             read = functools.partial(get_batch, ids, gpt.block_size, train_config.batch_size, 0)
-            times = [timing.time_once(functools.partial(read, i)) for i in range(200)]
+            times = [timeit(functools.partial(read, i), number=1) for i in range(200)]
             rows.append(Row(name, f"{1000 * median_high(times):.2f} ms per batch"))
     return rows
 
@@ -177,7 +173,6 @@ def main(argv: list[str] | None = None) -> int:
         "generate": bench_generate,
         "train": bench_train,
         "data": bench_data,
-        "gpu": lambda config: bench_gpu(config.nanogpt),
     }
     print(timing.to_table(functions[config.benchmark](config)))
     return 0

@@ -34,8 +34,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def margin(values: list[float]) -> float:
-    """The half width of the confidence interval of the mean; NaN if there is none: for a single
-    value, or if one of them is infinite."""
+    """The half width of the confidence interval of the mean; NaN if there is none."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     quantile = stats.t.ppf(0.975, len(values) - 1)
@@ -115,8 +114,7 @@ def plot_seeds(axes: Axes, groups: dict[str, list[float]], colors: Sequence[str]
 def plot_differences(
     axes: Axes, rows: list[Row], losses: dict[str, list[float]], title: str
 ) -> None:
-    """The differences of the losses of each variant to those of the first one. rows: those of
-    `add_differences`, for the colors."""
+    """The differences of losses to those of the first variant; rows: of `add_differences`."""
     (base, first), *others = losses.items()
     groups: dict[str, list[float]] = {base: []}
     for name, values in others:
@@ -138,8 +136,7 @@ def plot_band(
 
 
 def plot_curves(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """The validation loss of each variant's runs, without the first evaluation, of an untrained
-    model."""
+    """The validation loss of each variant's runs, without that of the untrained model."""
     for (name, results), color in zip(runs.items(), COLORS, strict=False):
         logs = (result["log"][1:] for result in results)
         by_step = list(zip(*logs, strict=False))  # as far as all seeds got

@@ -31,8 +31,7 @@ SCHEDULES: dict[str, Flags] = {
 
 
 def train_rates(study: Study, base: Flags) -> Runs:
-    """Each peak learning rate with each window length, with the same number of tokens per step. A
-    variant is (window, rate)."""
+    """Each peak rate with each window, with equal tokens per step. A variant is (window, rate)."""
     runs: Runs = {}
     tokens, quick = base["batch_size"] * base["block_size"], study.config.quick
     for window, rate in itertools.product(WINDOWS[quick], RATES[quick]):

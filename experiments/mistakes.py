@@ -185,9 +185,8 @@ HONEST_WINDOWS = 2000
 
 
 def honest_loss(study: Study, result: Result) -> float:
-    """The loss of the last token of windows of text that no run reads, given the tokens before it:
-    of the last checkpoint of a run, infinite if it diverged. Called in the context of the mistake,
-    which may be a part of the model. It is kept in the folder of the run."""
+    """The honest loss of the last checkpoint of a run, kept in its folder; infinite if it diverged.
+    Called in the context of the mistake, which may be a part of the model."""
     if not math.isfinite(result["val"]):
         return math.inf
     folder = Path(result["flags"]["out_dir"])
@@ -216,11 +215,10 @@ def last_token_loss(model: GPT, text: np.ndarray, device: torch.device) -> float
 
 
 def last_sample(result: Result) -> str:
-    """The text that a run sampled at its last evaluation, in one line. Texts without anything but
-    newlines are not in the file."""
+    """The text that a run sampled at its last evaluation, in one line."""
     text = Path(result["flags"]["out_dir"], "samples.txt").read_text(encoding="utf-8")
     *_, step, sample = re.split(r"^--- step (\d+).*\n", text, flags=re.MULTILINE)
-    if int(step) < result["log"][-1]["step"]:
+    if int(step) < result["log"][-1]["step"]:  # such texts are not in the file
         return "(only newlines)"
     return " / ".join(sample.strip("\n").split("\n")).replace("|", "\\|")
 

@@ -63,8 +63,7 @@ def options_of(name: str) -> AbstractContextManager[Any]:
 
 
 def tune(study: Study, name: str) -> dict[float, float]:
-    """The validation loss for each learning rate of the grid, which is extended as long as the best
-    rate is at its end."""
+    """The validation loss for each rate of the grid, extended until the best one is inside."""
     middle = EXPONENTS[name]
     todo = list(range(middle - GRID, middle + GRID + 1))
     limit = len(todo) + EXTENSIONS

@@ -143,8 +143,7 @@ def pilots(rows: list[Row]) -> dict[tuple[str, float, float], Pilot]:
 
 
 def pairs(rows: list[Row], use: str) -> list[tuple[Pilot, Row]]:
-    """Each run with this use, after each pilot on its text that takes less training, with the same
-    seed."""
+    """Each run with this use, after each shorter pilot on its text with the same seed."""
     return [
         (pilot, row)
         for (text, _, seed), pilot in pilots(rows).items()
@@ -182,8 +181,7 @@ def fit(rows: list[Row]) -> Law:
 
 
 def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:
-    """The runs with this use, and the errors of their predictions from each pilot: means over the
-    seeds, with margins."""
+    """The runs with this use, and the errors predicted from each pilot: means over the seeds."""
     names = ("text", "size", "dropout", "weight decay", "steps", "epochs")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:

@@ -58,8 +58,7 @@ SHARE = 0.05  # of the text is what the run that overfits reads
 
 
 def split_loss(model: GPT, corpus: Corpus, split: str) -> float:
-    """The mean loss over the validation split, or over as much of the training split, in nats per
-    token."""
+    """The mean loss over the validation split, or over as much of the training split."""
     corpus = replace(corpus, train_ids=corpus.train_ids[: len(corpus.val_ids)])
     config = EvaluateConfig(split=split, precision="float32")
     return evaluate_split(model, corpus, config, doc_mask=False)["loss"]
@@ -146,10 +145,8 @@ def longest_copy(text: str, source: str) -> int:
 
 
 def evaluate_models(study: Study, name: str, tokenizer: Tokenizer, corpus: Corpus) -> list[Point]:
-    """For the untrained model and each checkpoint of a run: the losses; of its samples at
-    temperature 0.8, with every seed, the share of words that occur in the training text,
-    distinct-2, and the mean length of the longest passage copied from the training text; and the
-    beginning of a sample."""
+    """For the untrained model and each checkpoint of a run: the losses, and statistics of samples
+    with each seed at temperature 0.8."""
     train_text = tokenizer.decode(corpus.train_ids[:].tolist())
     known = set(split_words(train_text))
     samples = SAMPLES[study.config.quick]
@@ -188,8 +185,7 @@ def evaluate_models(study: Study, name: str, tokenizer: Tokenizer, corpus: Corpu
 def plot(
     points: list[Point], validation: dict[str, float], evaluated: dict[str, list[Point]]
 ) -> Figure:
-    """A column per sampling setting: the statistics in nats above, the shares below; dotted lines
-    for the validation text. Then a column per run: the losses above, samples below."""
+    """A column per sampling setting, then one per run with the losses above, samples below."""
     figure = new_figure(16, 6.5)
     parts: Any = figure.subfigures(1, 2, width_ratios=[len(SWEEPS), len(evaluated)])
     panels = parts[0].subplots(2, len(SWEEPS), sharex="col", sharey="row")

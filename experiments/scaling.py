@@ -78,11 +78,8 @@ class Best(NamedTuple):
 
 
 def parabola_minimum(sizes: list[int], losses: list[float]) -> Best:
-    """The size at the minimum of a parabola fitted to the losses over log(size).
-
-    The parabola is not valid outside the range of the trained sizes: if its minimum is outside, the
-    nearest of them is returned. If it has no minimum, the size with the lowest loss is.
-    """
+    """The size at the minimum of a parabola fitted to the losses over log(size); within the range
+    of the trained sizes, outside of which it is not valid."""
     logs = np.log(sizes)
     curvature, slope, height = np.polyfit(logs, losses, 2) if len(sizes) > 2 else (0, 0, 0)
     if curvature <= 0:
@@ -102,7 +99,6 @@ def fit_power_law(x: list[float], y: list[float]) -> Law:
 
 
 def evaluate_law(law: Law, x: float) -> float:
-    """The value of a power law at x."""
     return law[0] * x ** law[1]
 
 
@@ -120,12 +116,8 @@ def best_sizes(
 
 
 def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
-    """The power laws from compute to the best size, its tokens and its loss.
-
-    The loss has a constant part that no compute removes (Hoffmann et al. 2022, equation 2), and
-    this law does not: it holds for nearby budgets only, and predicts slightly too low a loss beyond
-    them.
-    """
+    """The power laws from compute to the best size, its tokens and its loss. They have no constant
+    part, which no compute removes (Hoffmann et al. 2022, equation 2), so they hold nearby only."""
     sizes = {
         "weights": [b.weights for b in best.values()],
         "tokens": [budget / (6 * b.weights) for budget, b in best.items()],

@@ -35,8 +35,7 @@ def with_evaluations(flags: Flags, steps: int) -> Flags:
 
 
 def equal_time(study: Study, base: Flags, timed: Runs) -> Runs:
-    """Runs of each size that take as long as the middle size took at equal tokens. The numbers of
-    steps are stored in steps.json, so that a resumed study uses the same ones."""
+    """Runs of each size that take as long as the middle size took at equal tokens."""
     ms = {name: min(result["ms_per_step"] for result in runs) for name, runs in timed.items()}
     _, middle, *_ = ms.values()
     steps = kept(
@@ -50,8 +49,7 @@ def equal_time(study: Study, base: Flags, timed: Runs) -> Runs:
 
 
 def little_text(study: Study, base: Flags) -> Runs:
-    """The middle size on a share of the text, with and without dropout, for three times as many
-    steps. A variant is (amount of text, dropout)."""
+    """The middle size, for three times as many steps. A variant is (amount of text, dropout)."""
     _, size, *_ = SIZES[study.config.quick].values()
     base = with_evaluations(base | size, 3 * base["max_steps"])
     return {
@@ -82,8 +80,7 @@ def size_rows(equal: str, group: Runs) -> list[Row]:
 
 
 def overfitting_rows(text_runs: Runs) -> list[Row]:
-    """A row per amount of text and dropout: the losses at the end, and the best validation loss.
-    Differences are to the same text without dropout."""
+    """A row per amount of text and dropout; differences are to the same text without dropout."""
 
     def columns(variant: tuple[str, float]) -> Row:
         runs = text_runs[variant]

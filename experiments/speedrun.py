@@ -83,8 +83,7 @@ class Timed(NamedTuple):
 
 
 def time_losses(command: list[str], cwd: str, environment: dict[str, str]) -> list[Timed]:
-    """Run a training command. Returns each validation loss that it prints with the seconds since
-    its start. Raises UserError if it fails or prints none."""
+    """Run a training command. Returns each validation loss that it prints, with the time."""
     losses = []
     last_line = ""
     start = time.perf_counter()

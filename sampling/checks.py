@@ -1,7 +1,6 @@
 """Checks before text is generated: settings that exclude each other, files, memory."""
 
 import os
-import zipfile
 from pathlib import Path
 
 import torch
@@ -37,11 +36,7 @@ def sampling_problems(config: SampleConfig) -> list[str]:
     if config.output_file:
         from system.files import file_problems  # only with --output_file
 
-        path = Path(config.output_file)
-        problems = file_problems(path)
-        both = [os.path.realpath(name) for name in (config.output_file, prompt_file)]
-        if not problems and (both[0] == both[1] or zipfile.is_zipfile(path)):
-            problems = [f"{path} is a checkpoint or the prompt: give the name of another file"]
+        problems = file_problems(Path(config.output_file), mark=b"# model trained on ")
         found += [f"--output_file: {problem}" for problem in problems]
     return found
 

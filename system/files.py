@@ -63,8 +63,9 @@ def part_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def file_problems(path: Path) -> list[str]:
-    """Why `atomic_write` cannot write a file; empty if it can."""
+def file_problems(path: Path, mark: bytes = b"") -> list[str]:
+    """Why `atomic_write` cannot write a file, or with a mark, should not: there is a file without
+    the mark in its first 1000 bytes, which we did not write. Empty if it can."""
     try:
         if path.is_dir():
             return [f"{path} is a folder: give the name of a file"]
@@ -72,6 +73,8 @@ def file_problems(path: Path) -> list[str]:
             return [f"{path} is not a regular file"]
         if not path.parent.is_dir():
             return [f"there is no folder {path.parent}"]
+        if mark and path.exists() and mark not in path.open("rb").read(1000):
+            return [f"{path} exists and is not an earlier output: give the name of another file"]
         in_use = part_path(path).exists()  # by another process
         part_path(path).open("ab").close()
         if not in_use:

@@ -37,12 +37,10 @@ class Law:
         number of training tokens.
 
         More parameters and steps are better, with diminishing returns (Hoffmann et al. 2022), and
-        so is a longer window. (Steps predict the loss better than tokens: doubling the batch sizes
-        of SIZES hardly changes it.) Reading the text several times has a cost, which is
-        higher for models that are large for it. Dropout and weight decay reduce this cost, and slow
-        down learning. (Muennighoff et al. 2023 let repeated tokens count less, so that the loss
-        cannot rise. For these small texts it does. Kim et al. 2025 found that repeated texts need
-        30 times the usual weight decay.)
+        so is a longer window. (Steps predict the loss better than tokens.) Reading the text several
+        times has a cost, which is higher for models that are large for it. Dropout and weight decay
+        reduce this cost (Kim et al. 2025), and slow down learning. (Muennighoff et al. 2023 let
+        repeated tokens count less, so that the loss cannot rise. For these small texts it does.)
         """
         overfit = self.overfit * (run.n_params / unique) ** self.overfit_power * run.epochs
         strength = self.dropout_power * run.dropout + self.decay_power * run.weight_decay

@@ -121,7 +121,7 @@ def evaluate(trainer: Any, n_windows: int) -> float:
 
 
 def final_seconds(trainer: Any) -> float:
-    """The time that a run takes after its last step: it evaluates the whole validation split."""
+    """The time that a run takes after its last step, for the whole validation split."""
     n_windows = len(even_starts(len(trainer.task.corpus.val_ids), trainer.model.config.block_size))
     return n_windows * seconds_per_window(trainer) + END_SECONDS
 
@@ -251,11 +251,8 @@ def plan_run(
     flags: Flags, gpt: GPTConfig, config: TrainConfig, make_trainer: MakeTrainer, started: float
 ) -> tuple[GPTConfig, TrainConfig]:
     """Measure, print the plan, and return the best settings for the time in config.minutes (or for
-    the longest of BUDGETS). Raises UserError if the time is too short.
-
-    make_trainer(gpt, config) makes a trainer on the corpus; `started` is when the process began, by
-    time.perf_counter.
-    """
+    the longest of BUDGETS). Raises UserError if the time is too short. started: when the process
+    began, by time.perf_counter."""
     budgets = (config.minutes,) if config.minutes else BUDGETS
     limit, startup = 60 * budgets[-1], time.perf_counter() - started
     print("plan: timing this machine, and a short pilot run on this text", flush=True)

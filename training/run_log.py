@@ -125,8 +125,7 @@ class RunLog:
     # --- during training
 
     def begin(self, trainer: Any) -> tqdm:
-        """The bar that shows the steps, to be used as a context; with --minutes, also the
-        deadline."""
+        """The bar that shows the steps, to be used as a context."""
         if self.config.minutes:
             from training.deadline import Deadline  # only with --minutes
 
@@ -138,8 +137,7 @@ class RunLog:
         return self.bar
 
     def training_step(self, step: int, metrics: dict[str, Tensor], lr: float) -> None:
-        """Record a step: log its loss every log_every steps, and keep its metrics for the
-        evaluation."""
+        """Record a step: log its loss every log_every steps, and keep it for the evaluation."""
         first = self.timed_step is None
         due = step % self.config.log_every == 0
         if first or due or self.is_evaluation_step(step):
@@ -162,8 +160,8 @@ class RunLog:
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def begins_with_evaluation(self, step: int) -> bool:
-        """Whether a run that starts or resumes at this step is evaluated first: a new one, and one
-        whose max_steps was lowered to the step at which it was stopped."""
+        """Whether a run that starts or resumes at this step is evaluated first: if it is new, or
+        its max_steps was lowered to this step."""
         last = self.records[-1]["step"] if self.records else -1
         return last < step and self.is_evaluation_step(step)
 

@@ -3,7 +3,7 @@ of temperature on the next token. `python plots.py --picture ...` draws them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,6 @@ MAX_TICK_LABELS = 32  # more tokens than that are not readable along an axis
 MAP_INCHES, TOKEN_INCHES = 2.6, 0.16  # smallest side of an attention map; per labeled token
 MAX_EMBEDDINGS = 150  # tokens in the plot of embeddings
 MAX_BARS = 20  # tokens in the plot of temperatures
-NO_LEARNED_POSITIONS = "this model has no learned positions\n(train with --pos learned)"
 # Groups of tokens by color; a token is in the first group that contains it.
 TOKEN_GROUPS: dict[str, tuple[str, Callable[[str], bool]]] = {
     "vowels": (ORANGE, lambda text: text.islower() and text.strip("\u2423")[:1] in "aeiou"),
@@ -75,6 +74,27 @@ def token_labels(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
     return [tokenizer.decode([i]).translate(VISIBLE_SPACES) for i in ids.tolist()]
 
 
+def drawable(labels: list[str]) -> list[str]:
+    """Labels for a figure. Matplotlib's font lacks Chinese, Japanese and others: all later texts
+    use installed fonts too, and characters that none of them has become escapes, with a note."""
+    import matplotlib
+    from matplotlib import font_manager, ft2font
+
+    names, missing = ["sans-serif"], {char for char in "".join(labels) if char.isprintable()}
+    fonts = [f for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name]  # boxes
+    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):  # matplotlib's first
+        if missing:
+            glyphs = ft2font.FT2Font(font.fname).get_charmap()
+            found = {char for char in missing if ord(char) in glyphs}
+            names += [font.name] * bool(found)
+            missing -= found
+    matplotlib.rcParams["font.family"] = names
+    if missing:
+        print("note: no installed font has all characters (Noto Sans CJK has many): escapes")
+    escapes = {ord(char): ascii(char)[1:-1] for char in missing}
+    return [label.translate(escapes) for label in labels]
+
+
 # --- attention
 
 
@@ -86,7 +106,7 @@ def plot_attention(
     the rows of a map, keys its columns; each row sums to 1."""
     maps: list[Tensor] = []  # per layer, (1, H, T, T)
     model(ids[None], maps=maps)
-    ticks = token_labels(tokenizer, ids) if len(ids) <= MAX_TICK_LABELS else []
+    ticks = drawable(token_labels(tokenizer, ids)) if len(ids) <= MAX_TICK_LABELS else []
     side = max(MAP_INCHES, TOKEN_INCHES * len(ticks))
     figure = new_figure(1 + side * len(heads), 0.6 + side * len(layers))
     grid = figure.subplots(len(layers), len(heads), squeeze=False)
@@ -123,7 +143,8 @@ def plot_positions(model: GPT) -> "Figure":
         plot_similarity(bottom_right, model.pos.table.weight, "similarity of learned positions")
     else:
         bottom_right.set_axis_off()
-        bottom_right.text(0.1, 0.5, NO_LEARNED_POSITIONS)
+        words = "this model has no learned positions\n(train with --pos learned)"
+        bottom_right.text(0.1, 0.5, words)
     return figure
 
 
@@ -168,18 +189,19 @@ def plot_embeddings(model: GPT, tokenizer: Tokenizer) -> "Figure":
     texts = token_labels(tokenizer, torch.arange(model.config.vocab_size))
     shown = [i for i, text in enumerate(texts) if text.isprintable() and "\ufffd" not in text]
     shown = shown[:MAX_EMBEDDINGS]
+    labels = drawable([texts[i] for i in shown])
+    groups = [next(g for g, (_, has) in TOKEN_GROUPS.items() if has(texts[i])) for i in shown]
     points, shares = principal_components(F.normalize(model.tok.weight[shown]))
     figure = new_figure(8, 8)
     axes = figure.subplots()
     axes.scatter(*points.T.numpy(), alpha=0)  # sets the limits of the axes, which text does not
-    for i, (x, y) in zip(shown, points.tolist(), strict=True):
-        color = next(color for color, contains in TOKEN_GROUPS.values() if contains(texts[i]))
-        axes.text(
-            x, y, texts[i], ha="center", va="center", color=color, fontsize=12, parse_math=False
-        )
-    for name, (color, _) in TOKEN_GROUPS.items():
-        axes.plot([], [], "s", color=color, label=name)
-    axes.legend()
+    place: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
+    for (x, y), label, group in zip(points.tolist(), labels, groups, strict=True):
+        axes.text(x, y, label, color=TOKEN_GROUPS[group][0], fontsize=12, **place)
+    if len(set(groups)) > 1:  # other scripts have no case
+        for name, (color, _) in TOKEN_GROUPS.items():
+            axes.plot([], [], "s", color=color, label=name)
+        axes.legend()
     axes.set(xlabel=f"first principal component ({shares[0]:.0%} of the variance)")
     axes.set(ylabel=f"second principal component ({shares[1]:.0%} of the variance)")
     axes.set_title("token embeddings", fontsize=10)
@@ -187,8 +209,7 @@ def plot_embeddings(model: GPT, tokenizer: Tokenizer) -> "Figure":
 
 
 def principal_components(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two principal components of vectors (N, C), (N, 2), and the share of the variance
-    that each explains, (2,)."""
+    """The first two principal components of vectors (N, C), (N, 2), and their variances' shares."""
     centered = vectors - vectors.mean(dim=0)
     _, sizes, directions = torch.linalg.svd(centered, full_matrices=False)
     return centered @ directions[:2].T, (sizes**2 / (sizes**2).sum())[:2]
@@ -204,9 +225,11 @@ def plot_temperatures(
     """The probabilities of the MAX_BARS most likely tokens after a text (T,), and the entropy of
     the distribution over all tokens, at each temperature."""
     logits = model(ids[None])[0][:, -1]  # (1, V)
+    tokens = adjust_logits(logits)[1][0, :MAX_BARS]
+    prompt = repr(tokenizer.decode(ids.tolist()))
+    prompt, *labels = drawable([prompt, *token_labels(tokenizer, tokens)])
     figure = new_figure(8, 1.2 + 1.5 * len(temperatures))
     rows = figure.subplots(len(temperatures), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    tokens = adjust_logits(logits)[1][0, :MAX_BARS]
     for temperature, axes in zip(temperatures, rows, strict=True):
         probs, _ = adjust_logits(logits, temperature)  # (1, V), sorted; (1, 1) at temperature 0
         entropy = -torch.xlogy(probs, probs).sum()
@@ -215,9 +238,8 @@ def plot_temperatures(
         text = f"temperature {temperature:g}: entropy {entropy:.2f} nats"
         axes.text(0.99, 0.85, text, ha="right", va="top", transform=axes.transAxes)
         axes.grid(alpha=0.3, axis="y")
-    rows[-1].set_xticks(range(len(tokens)), token_labels(tokenizer, tokens), parse_math=False)
+    rows[-1].set_xticks(range(len(tokens)), labels, parse_math=False)
     rows[-1].set_xlabel("next token, most likely first")
-    prompt = tokenizer.decode(ids.tolist())
-    rows[0].set_title(f"next token after {prompt!r}", fontsize=10, parse_math=False)
+    rows[0].set_title(f"next token after {prompt}", fontsize=10, parse_math=False)
     figure.supylabel("probability", fontsize=10)
     return figure
