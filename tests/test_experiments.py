@@ -493,7 +493,7 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
         (speedrun.main, "--recipes=quick,slow", "no recipe 'slow': choose from quick"),
         (speedrun.main, "--seeds=1,x", "seeds must be numbers"),
         (speedrun.main, "--nanogpt=missing", "missing is not a checkout of nanoGPT"),
-        (bench.main, "train --nanogpt=missing", "missing is not a checkout of nanoGPT"),
+        (bench.main, "gpu --nanogpt=missing", "missing is not a checkout of nanoGPT"),
     ],
 )
 def test_benchmarks_name_what_is_wrong(main: Any, flag: str, problem: str):
