@@ -49,6 +49,7 @@ from training.setup import (
     check_current,
     check_run,
     compile_model,
+    decide_compile,
     load_data,
     preset_table,
     print_summary,
@@ -294,10 +295,7 @@ def run_training(
     run_dir = Path(config.out_dir, config.tag)
     with contextlib.nullcontext() if rank() else locked(run_dir, "a training run"):
         check_current(run_dir, config, state)
-        if config.compile is None:
-            from training.auto_compile import compile_if_faster  # only on a CPU, for many steps
-
-            config.compile = compile_if_faster(trainer.model, trainer.task, config)
+        decide_compile(trainer.model, trainer.task, config)
         if state:
             with matching_contents(run_dir / "latest.pt"):
                 trainer.restore(state)

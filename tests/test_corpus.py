@@ -397,7 +397,7 @@ def test_a_model_trained_on_a_few_records_answers_them(workplace, n, steps):
     assert answers == [f" {record['answer']}" for record in RECORDS[:n]]
     # evaluate.py scores what the run validated on
     path, config = Path("checkpoints/best.pt"), evaluate.EvaluateConfig()
-    row = evaluate.evaluate_checkpoint(path, config, torch.device("cpu"))
+    row = evaluate.evaluate_checkpoints([path], config, torch.device("cpu"))
     assert float(row["loss"]) == pytest.approx(state["log"][-1]["val"], abs=1e-4)
 
 

@@ -41,11 +41,11 @@ OPTIONAL = {
     "sampling.checks.sampling_problems": "system.files",
     "tokenizer.encode_segments": "system.segments",
     "train.main": "training.checks training.plan",
-    "train.run_training": "training.auto_compile",
     "training.distributed.make_replica": "training.fsdp",
     "training.muon.update": "training.fsdp",
     "training.run_log.__init__": "training.writers",
     "training.run_log.begin": "training.deadline",
+    "training.setup.decide_compile": "training.auto_compile",
     "training.setup.resolve_train": "training.plan training.resume",
 }
 

@@ -241,6 +241,14 @@ def pick_compile(config: TrainConfig, device: torch.device) -> bool | None:
     return not problem
 
 
+def decide_compile(model: GPT, task: Any, config: TrainConfig) -> None:
+    """Measure whether to compile, if pick_compile has left it open."""
+    if config.compile is None:
+        from training.auto_compile import compile_if_faster  # only on a CPU, for many steps
+
+        config.compile = compile_if_faster(model, task, config)
+
+
 def compile_model(model: GPT, config: TrainConfig, device: torch.device, same_shapes: bool) -> None:
     """Compile the model in place, before it is wrapped with DDP or FSDP.
 
