@@ -232,7 +232,7 @@ class TrainConfig:
             found.append(f"warmup_steps {self.warmup_steps} is above max_steps {self.max_steps}")
         if self.resume and self.overwrite:
             found.append("--resume continues a run and --overwrite deletes it: give one of them")
-        if self.tag in (".", "..") or "/" in self.tag or "\\" in self.tag:
+        if self.tag.endswith(".") or set(self.tag) & set('/\\:*?"<>|'):  # Windows has no such names
             found.append(f"tag {self.tag!r} must be a plain name: paths belong in --out_dir")
         return found
 

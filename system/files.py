@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(tmp_path, path)
+        replace_file(tmp_path, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if a write fails
         reason = getattr(error, "strerror", None) or first_line(error)
         with contextlib.suppress(OSError):
@@ -41,6 +42,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             tmp_path.unlink()
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """os.replace. Windows refuses it while another program, such as generate.py or a virus scanner,
+    reads the target: wait for that, for up to ten seconds."""
+    for _ in range(100):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if sys.platform != "win32":
+                raise
+            time.sleep(0.1)
+    os.replace(source, target)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

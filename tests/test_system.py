@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 from system.start import accept_any_text, run
@@ -181,6 +182,17 @@ def test_the_check_of_a_file_keeps_what_another_process_writes(tmp_path: Path):
         file.write(b"complete")
     assert path.read_bytes() == b"complete"
     assert file_problems(path) == [] and list(tmp_path.iterdir()) == [path]
+
+
+def test_on_windows_a_file_that_is_being_read_is_replaced_later(tmp_path, monkeypatch):
+    replace, waits = os.replace, []
+    refused = Mock(side_effect=[PermissionError(13, "in use"), PermissionError(13, "in use"), None])
+    monkeypatch.setattr(os, "replace", lambda *paths: refused() or replace(*paths))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with atomic_write(tmp_path / "new") as file:
+        file.write(b"text")
+    assert (tmp_path / "new").read_bytes() == b"text" and sum(waits) == 0.2
 
 
 @pytest.mark.parametrize("atomic", [True, False])

@@ -62,7 +62,7 @@ def init_process_group(device_name: str) -> torch.device:
     # gloo for numbers on the CPU, so that agreeing on them does not wait for the GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open)
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (stays open)
     return device
 
 
@@ -129,7 +129,10 @@ class StopSignal:
             signal.signal(s, signal.SIG_DFL)
 
     def __enter__(self) -> "StopSignal":
-        self.handlers = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if sys.platform == "win32":
+            signals.append(signal.SIGBREAK)  # Ctrl-Break
+        self.handlers = {s: signal.signal(s, self.handle) for s in signals}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -231,7 +231,7 @@ class RunLog:
         """Append a sample to samples.txt, and print its first lines, wrapped to the terminal."""
         if not sample:
             return
-        with open(self.run_dir / SAMPLES, "a", encoding="utf-8") as file:
+        with open(self.run_dir / SAMPLES, "a", encoding="utf-8", newline="\n") as file:
             file.write(f"--- step {step}{'' if step else ', before training'}\n{sample}\n\n")
         width = max(20, shutil.get_terminal_size((SAMPLE_WIDTH, 24)).columns - 5)
         lines = (part for line in sample.splitlines() for part in textwrap.wrap(line, width))
@@ -241,7 +241,7 @@ class RunLog:
 
     def append(self, record: Record) -> None:
         """Add a line to log.jsonl. The first line is the header."""
-        with open(self.run_dir / "log.jsonl", "a", encoding="utf-8") as file:
+        with open(self.run_dir / "log.jsonl", "a", encoding="utf-8", newline="\n") as file:
             file.write("" if file.tell() else json_line(self.header))
             file.write(json_line(record))
 
