@@ -232,9 +232,8 @@ def test_a_new_run_deletes_the_files_of_the_old_one_and_no_others(workplace, mon
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(f"my own {name}")
 
-    monkeypatch.setattr(
-        Trainer, "train", mock.Mock(side_effect=KeyboardInterrupt)
-    )  # before the new run writes anything
+    # before the new run writes anything
+    monkeypatch.setattr(Trainer, "train", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         train.main([*TINY_RUN, "--overwrite"])
     assert files_in(run) == own | {"lock"}
@@ -338,12 +337,6 @@ def test_a_resumed_log_continues_the_seconds_and_times_only_its_own_steps(workpl
     assert record["seconds"] == 11 + 30 + 9 * 2.0
 
 
-def test_evaluations_are_at_multiples_and_at_the_last_step():
-    log = SimpleNamespace(config=TrainConfig(max_steps=14, eval_every=4))
-    found = [step for step in range(1, 15) if RunLog.is_evaluation_step(log, step)]
-    assert found == [4, 8, 12, 14]
-
-
 def test_training_steps_are_logged_in_between_and_after_a_resume_as_before(workplace, monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(run_log, "PLOT_INTERVAL", math.inf)
@@ -413,6 +406,7 @@ def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workpl
 def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace):
     read: list[int] = []
     log = make_log(eval_every=7, max_steps=24)
+    assert [step for step in range(1, 25) if log.is_evaluation_step(step)] == [7, 14, 21, 24]
     for step in range(3, 25):
         number: Any = SimpleNamespace(item=lambda step=step: read.append(step) or 1.0)
         log.training_step(step, {"loss": number}, lr=0.0)

@@ -182,12 +182,6 @@ def test_clipping_after_the_step_does_not_limit_it(name: str, workplace: Path):
     assert trainer.config.grad_clip == 1e-3
 
 
-def test_without_warmup_the_first_step_has_the_peak_learning_rate(workplace: Path):
-    flags = mistakes.MISTAKES["high learning rate, no warmup"].flags
-    assert train.get_lr(0, tiny_trainer(**flags).config) == mistakes.HIGH_RATE
-    assert mistakes.MISTAKES["high learning rate"].flags == {"lr_max": mistakes.HIGH_RATE}
-
-
 def test_without_residual_connections_the_input_of_a_block_is_lost():
     with mistakes.MISTAKES["no residual connections"].context():
         block = tiny_gpt().blocks[0]
