@@ -44,6 +44,12 @@ def test_the_text_equals_generate_and_is_tinted_by_probability(monkeypatch):
     assert bars == demo.probability_bars(TOKENIZER, logits, config)
 
 
+def test_the_page_names_the_characters_that_it_drops():
+    config = SampleConfig(prompt="a<x>z", max_new_tokens=1)
+    page, *_ = next(demo.stream_html(make_model(), TOKENIZER, config))
+    assert "<b><i>without characters that the model does not know: x z</i>\na&lt;&gt;</b>" in page
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -69,7 +75,6 @@ def test_bars_show_the_distribution_that_is_sampled_from(settings, expected):
     [
         ({"prompt": None}, "prompt must be of type str"),
         ({"temperature": float("nan")}, "temperature must be a finite number"),
-        ({"top_k": 2.5}, "top_k must be of type int"),
         ({"seed": -3}, "seed must be at least 0"),
     ],
 )

@@ -63,8 +63,6 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **const
     n_runs = len(list(Path("checkpoints/studies").glob("*/*/study.json")))
     assert len(progress) == n_runs
     assert progress[0] == f"run 1 of {n_runs}"  # nothing to estimate from
-    assert n_runs == 1 or re.match(rf"run {n_runs} of {n_runs}, about 0:00:\d\d left", progress[-1])
-    assert not Path("experiments").exists()  # where the published results are
     slug = module.__name__.removeprefix("experiments.") + "_quick"
     name = Path("checkpoints/studies/results", slug)
     rows = table(slug)
@@ -72,7 +70,7 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **const
     with monkeypatch.context() as patch:
         patch.setattr(study.Study, "train_one", lambda *args: pytest.fail("trained again"))
         assert module.main(list(words)) == 0
-    assert table(slug)[0].keys() == rows[0].keys()
+    assert table(slug) == rows
     text = name.with_suffix(".md").read_text()
     assert f"`python -m {module.__name__} --quick --seeds 2" in text and "; cpu, " in text
     return rows
@@ -203,14 +201,6 @@ def test_an_interrupted_run_is_resumed(error, workplace, monkeypatch, capsys):
     assert [record["step"] for record in result["log"]] == [0, 3, 6]
 
 
-def test_the_rest_of_a_study_takes_as_long_as_the_finished_runs(workplace: Path):
-    some = parse_tiny_study()
-    some.n_runs = 48
-    assert some.progress() == "run 1 of 48"
-    some.seconds = [30.0, 90.0]
-    assert some.progress() == "run 3 of 48, about 0:46:00 left"  # 46 runs of a minute
-
-
 def test_finished_runs_of_a_resumed_study_count(workplace: Path, capsys: pytest.CaptureFixture):
     parse_tiny_study("--seeds=2").with_seeds("a", TINY)
     resumed = parse_tiny_study("--seeds=2")
@@ -218,23 +208,22 @@ def test_finished_runs_of_a_resumed_study_count(workplace: Path, capsys: pytest.
     capsys.readouterr()
     for name in "ab":
         resumed.with_seeds(name, TINY)
-    one, two = capsys.readouterr().out.splitlines()
-    assert re.match(r"some, run 3 of 4, about 0:00:\d\d left: b-1", one)
-    assert re.match(r"some, run 4 of 4, about 0:00:\d\d left: b-2", two)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.match(r"some, run 4 of 4, about 0:00:\d\d left: b-2", last)
     log = resumed.make_run("a-1", TINY | {"seed": 1})["log"]
     assert resumed.seconds[0] == log[-1]["seconds"] > 0  # of the earlier command
+    resumed.n_runs, resumed.seconds = 48, [30.0, 90.0]
+    assert resumed.progress() == "run 3 of 48, about 0:46:00 left"  # 46 runs of a minute
 
 
 def test_published_results_are_replaced_only_on_request(workplace: Path):
     published = Path("experiments/results/some.csv")
     published.parent.mkdir(parents=True)
     published.write_text("published")
-    tables = {"Numbers": [{"n": 1}]}
-    parse_tiny_study().write_results(tables, new_figure(2, 2))
-    assert published.read_text() == "published"
+    for flag, expected in (("--seeds=3", "published"), ("--results=experiments/results", "n\n1\n")):
+        parse_tiny_study(flag).write_results({"Numbers": [{"n": 1}]}, new_figure(2, 2))
+        assert published.read_text() == expected
     assert Path("checkpoints/studies/results/some.csv").read_text() == "n\n1\n"
-    parse_tiny_study("--results=experiments/results").write_results(tables, new_figure(2, 2))
-    assert published.read_text() == "n\n1\n"
 
 
 def test_a_diverged_run_is_a_result(workplace: Path):

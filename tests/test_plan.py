@@ -109,15 +109,10 @@ def test_the_study_writes_its_runs_and_their_predictions(fast, monkeypatch, caps
     law = planner.fit(rows)
     errors = []
     for first, last in ((rows[0], rows[3]), (rows[6], rows[9])):  # seeds 1 and 2
-        pilot, run = (
-            Run(row["params"], row["steps"], row["epochs"], 16.0, 0, row["weight decay"])
-            for row in (first, last)
-        )
-        errors += [Pilot(pilot, first["unique"], first["loss"]).predict(run, law) - last["loss"]]
+        pilot = Pilot(planner.run_of(first), first["unique"], first["loss"])
+        errors += [pilot.predict(planner.run_of(last), law) - last["loss"]]
     assert float(row["measured"]) == pytest.approx((rows[3]["loss"] + rows[9]["loss"]) / 2)
     assert float(row["error from 2 steps"]) == pytest.approx(sum(errors) / 2)
-    half = 12.706 * abs(errors[0] - errors[1]) / 2  # the 97.5% quantile of t for two seeds
-    assert float(row["95% margin, 2 steps"]) == pytest.approx(half, rel=1e-4)
     assert not list(Path("checkpoints/studies/planner").glob("*/*.pt"))
     assert f"LAW = {law}" in capsys.readouterr().out
 
@@ -264,12 +259,9 @@ def test_a_resumed_run_gets_the_planned_steps_back(monkeypatch):
     assert saved.max_steps == 1000 and resumed.rates[-1] < 0.01 / 500
 
 
-def test_slow_evaluations_shorten_a_run_too(monkeypatch):
-    config = make_config()
-    assert 105 < FakeRun(monkeypatch, config).train(lambda step: 0.1, evaluation=6.0) <= 120
-
-
-def test_the_final_evaluation_is_expected_to_be_as_slow_as_the_steps(monkeypatch):
+def test_evaluations_shorten_a_run_too_and_the_last_one_is_as_slow_as_the_steps(monkeypatch):
+    slow = FakeRun(monkeypatch, make_config())
+    assert 105 < slow.train(lambda step: 0.1, evaluation=6.0) <= 120
     run = FakeRun(monkeypatch, make_config())
     run.train(lambda step: 0.1 if step < 200 else 0.3)
     assert 110 < run.now + 3 * 5.0 <= 120
@@ -384,9 +376,7 @@ def test_too_little_time_is_an_error_that_names_the_least(fast):
     [
         (["--minutes=1", "--max_steps=5"], "choose --max_steps: leave it out"),
         (["--plan", "--preset=tiny"], "choose --preset: leave it out"),
-        (["--minutes=1", "--overfit_batch"], "--overfit_batch"),
         (["--minutes=0"], "minutes must be above 0"),
-        (["--minutes=1", "--block_size=0"], "block_size must be at least 1"),
         (["--minutes=1", "--n_embd=30", "--n_head=4"], "not divisible by n_head"),
     ],
 )

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, make_model
+from matplotlib import font_manager
 
 import plots
 import train
@@ -220,6 +222,20 @@ def test_embeddings_are_plotted_at_their_principal_components():
     np.testing.assert_allclose(shares.numpy(), values[:-3:-1] / values.sum(), rtol=1e-3)
     figure = internals.plot_embeddings(make_model(), TOKENIZER)
     assert [text.get_text() for text in figure.axes[0].texts] == ["↵", "␣", *"abcdefghi"]
+    assert len(figure.axes[0].get_legend().get_texts()) == len(internals.TOKEN_GROUPS)
+    digits = internals.plot_embeddings(make_model(), CharTokenizer.train(["0123456789\n"]))
+    assert digits.axes[0].get_legend() is None
+
+
+def test_labels_are_of_characters_that_fonts_have(monkeypatch, capsys):
+    """Of those that matplotlib includes, only STIX has a bold A, and none has kanji."""
+    fonts = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    with matplotlib.rc_context():
+        assert internals.drawable(["a"]) == ["a"] and not capsys.readouterr().out
+        assert internals.drawable(["a日\U0001d400"]) == ["a\\u65e5\U0001d400"]
+        assert matplotlib.rcParams["font.family"] == ["sans-serif", "DejaVu Sans", "STIXGeneral"]
+    assert capsys.readouterr().out.count("no installed font") == 1
 
 
 def test_only_printable_tokens_are_plotted():
@@ -249,6 +265,7 @@ def test_bars_are_the_softmax_at_each_temperature():
     [
         (["nowhere"], "nowhere is not the folder of a run"),
         (["--output_file=a.jpg"], "in .png or .svg"),
+        (["--output_file=photo.png"], "photo.png exists and is not an earlier output"),
         (["--output_file=no/a.png"], "there is no folder no"),
         (["--picture=positions"], r"positions\.png is a folder"),
         (["a", "b", "--picture=positions"], "takes one checkpoint, not 2"),
@@ -259,6 +276,7 @@ def test_bars_are_the_softmax_at_each_temperature():
 )
 def test_invalid_settings_are_reported_together(workplace, flags, message):
     Path("positions.png").mkdir()
+    Path("photo.png").write_text("a photo")
     with pytest.raises(UserError, match=message):
         plots.main(flags)
 
