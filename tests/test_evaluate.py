@@ -14,11 +14,9 @@ from conftest import TINY_RUN, make_model, make_text
 import evaluate
 import train
 from corpus.corpus import Corpus
-from corpus.load import load_corpus
 from evaluate import EvaluateConfig
 from model import GPT
 from system.settings import UserError
-from utils import load_checkpoint
 from viz.runs import read_run
 
 
@@ -195,31 +193,25 @@ def test_losses_that_differ_from_those_of_the_training_are_explained(workplace, 
         evaluate.main([])
 
 
-def test_an_ensemble_predicts_the_mean_probability(workplace, capsys):
-    for tag in "12":
-        train.main([*TINY_RUN, f"--tag={tag}", f"--seed={tag}"])
-    paths = ["checkpoints/1/best.pt", "checkpoints/2/best.pt"]
-    capsys.readouterr()
-    assert evaluate.main([*paths, "--ensemble", "--precision=float32", "--batch_size=1"]) == 0
-    *_, both = capsys.readouterr().out.splitlines()
-    models = [load_checkpoint(path)[0] for path in paths]
-    _, corpus = load_corpus("shakespeare", "char", 0)
-    ids, losses = torch.from_numpy(corpus.val_ids[:].astype(int)), []
-    for start in range(0, len(ids) - 1, 16):
-        piece = ids[start : start + 17]
-        with torch.no_grad():
-            p = sum(model(piece[None, :-1])[0][0].softmax(dim=-1) for model in models) / 2
-        losses += (-p.log()[torch.arange(len(piece) - 1), piece[1:]]).tolist()
-    assert both.startswith("all 2 together")
-    assert float(both.split()[7]) == pytest.approx(np.mean(losses), abs=1e-4)
+def test_an_ensemble_predicts_the_mean_probability():
+    models, ids = [make_model(seed) for seed in (1, 2)], torch.arange(12)[None] % 11
+    mixed, loss = evaluate.Ensemble(models)(ids, ids, None)
+    probs = sum(model(ids)[0].softmax(dim=-1) for model in models) / 2
+    assert torch.allclose(mixed.exp(), probs, atol=1e-6)
+    assert loss.item() == pytest.approx(-probs[0, range(12), ids[0]].log().mean().item())
 
 
-def test_an_ensemble_needs_models_that_are_alike(workplace):
-    for tag, flag in (("a", "--seed=1"), ("b", "--block_size=8"), ("c", "--no-hold_out")):
+def test_an_ensemble_is_evaluated_if_its_models_are_alike(workplace, capsys):
+    for tag, flag in (("a", "--seed=1"), ("b", "--seed=2"), ("c", "--block_size=8")):
         train.main([*TINY_RUN, f"--tag={tag}", flag, "--max_steps=1"])
-    paths = [f"checkpoints/{tag}/best.pt" for tag in "abc"]
-    with pytest.raises(UserError, match="two or more checkpoints"):
-        evaluate.main([paths[0], "--ensemble"])
-    for path, what in zip(paths[1:], ("block_size", "hold_out"), strict=True):
-        with pytest.raises(UserError, match=f"different values of {what}"):
-            evaluate.main([paths[0], path, "--ensemble"])
+    train.main([*TINY_RUN, "--tag=d", "--no-hold_out", "--max_steps=1"])
+    a, b, c, d = (f"checkpoints/{tag}/best.pt" for tag in "abcd")
+    for paths, message in (([a], "two or more"), ([a, c], "block_size"), ([a, d], "hold_out")):
+        with pytest.raises(UserError, match=message):
+            evaluate.main([*paths, "--ensemble"])
+    capsys.readouterr()
+    assert evaluate.main([a, b, "--ensemble", "--precision=float32"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert rows[2][:3] == ["all", "2", "together"]
+    assert float(rows[2][3]) == pytest.approx(2 * float(rows[0][1]), abs=0.011)  # parameters
+    assert float(rows[2][7]) < (float(rows[0][5]) + float(rows[1][5])) / 2  # by Jensen's inequality

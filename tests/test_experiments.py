@@ -105,11 +105,6 @@ def test_the_commands_in_the_documentation_exist():
     assert "python experiments/" not in text
 
 
-def test_all_problems_of_a_command_line_are_reported_together():
-    with pytest.raises(UserError, match=r"seeds must be at least 1.*'gpu'"):
-        study.parse_study("some", ["--seeds=0", "--device=gpu"], "")
-
-
 def test_the_swaps_cover_every_component():
     base = ARCHS["gpt2"]
     for name in ARCH_FIELDS:
@@ -466,18 +461,14 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
     assert records[1]["corpus"]["sha256"] == hashlib.sha256(b"some text").hexdigest()
 
 
-@pytest.mark.parametrize(
-    ("main", "flag", "problem"),
-    [
-        (speedrun.main, "--recipes=quick,slow", "no recipe 'slow': choose from quick"),
-        (speedrun.main, "--seeds=1,x", "seeds must be numbers"),
-        (speedrun.main, "--nanogpt=missing", "missing is not a checkout of nanoGPT"),
-        (bench.main, "train --nanogpt=missing", "missing is not a checkout of nanoGPT"),
-    ],
-)
-def test_benchmarks_name_what_is_wrong(main: Any, flag: str, problem: str):
-    with pytest.raises(UserError, match=problem):
-        main(flag.split())
+def test_benchmarks_name_what_is_wrong():
+    for main, flags, problem in (
+        (speedrun.main, ["--recipes=quick,slow"], "no recipe 'slow': choose from quick"),
+        (speedrun.main, ["--seeds=1,x"], "seeds must be numbers"),
+        (bench.main, ["train", "--nanogpt=missing"], "missing is not a checkout of nanoGPT"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            main(flags)
 
 
 @pytest.mark.parametrize("name", speedrun.RECIPES)

@@ -136,6 +136,9 @@ def test_what_the_user_fixes_is_kept():
     assert run.step == 0.1 * plan.DROPOUT_TIME
     timed = replace(BIG, gpt=replace(BIG.gpt, dropout=0.3))
     assert timed.best_run(100.0, PILOT, flags).step == 0.1  # its dropout was timed
+    run = BIG.best_run(100.0, PILOT, {"warmup_steps": 400})  # as many steps after it as during it
+    assert run.config.max_steps == 890 and run.config.warmup_steps == 400
+    assert BIG.best_run(100.0, PILOT, {"warmup_steps": 450}).loss == math.inf
 
 
 def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_one():
@@ -145,12 +148,6 @@ def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_o
 
     assert best(20) == SMALL.n_params and best(100_000) == BIG.n_params
     assert BIG.best_run(11.0, PILOT, {}).loss == math.inf  # less than 50 steps
-
-
-def test_a_run_has_as_many_steps_after_the_warmup_as_during_it():
-    run = BIG.best_run(100.0, PILOT, {"warmup_steps": 400})
-    assert run.config.max_steps == 890 and run.config.warmup_steps == 400
-    assert BIG.best_run(100.0, PILOT, {"warmup_steps": 450}).loss == math.inf
 
 
 def test_a_small_text_is_not_read_more_often_than_it_helps():

@@ -59,9 +59,6 @@ def test_differences_are_paired_by_seed():
     assert rows[1]["to"] == pytest.approx(0.31 / 3 + half, abs=1e-6)
     assert rows[1]["p"] == pytest.approx(2 * (1 - 31 / math.sqrt(2 + 31**2)))  # two comparisons
     assert rows[2]["p"] == 1  # the mean difference is 0
-
-
-def test_rows_are_compared_to_their_own_bases():
     values = [[1.0, 1.0], [2.0, 2.5], [5.0, 5.0], [4.0, 4.5]]
     rows = comparison.add_differences([{}, {}, {}, {}], values, bases=[0, 0, 2, 2])
     assert [row["difference"] for row in rows] == ["", 1.25, "", -0.75]
@@ -207,19 +204,14 @@ def test_with_dropout_two_evaluations_differ(name: str, workplace: Path):
     assert trainer.model.training
 
 
-def test_training_on_validation_data(workplace: Path):
-    correct, task = tiny_trainer().task, tiny_trainer("training on validation data").task
-    both = [*correct.train_ids.tolist(), *correct.corpus.val_ids.tolist()]
-    assert task.train_ids.tolist() == both
-    assert task.corpus.val_ids.tolist() == correct.corpus.val_ids.tolist()
-
-
-def test_shuffled_tokens(workplace: Path):
-    tasks = tiny_trainer().task, tiny_trainer("shuffled tokens").task
-    for name in ("train_ids", "val_ids"):
-        before, after = (getattr(task.corpus, name).tolist() for task in tasks)
-        assert before != after and sorted(before) == sorted(after)
-    assert tasks[1].train_ids.tolist() == tasks[1].corpus.train_ids.tolist()
+def test_training_on_validation_data_and_on_shuffled_tokens(workplace: Path):
+    names = (mistakes.BASE, "training on validation data", "shuffled tokens")
+    correct, both, shuffled = (tiny_trainer(name).task for name in names)
+    train_ids, val_ids = correct.train_ids.tolist(), correct.corpus.val_ids.tolist()
+    assert both.train_ids.tolist() == [*train_ids, *val_ids]
+    assert both.corpus.val_ids.tolist() == val_ids
+    for before, after in ((train_ids, shuffled.train_ids), (val_ids, shuffled.corpus.val_ids)):
+        assert before != after.tolist() and sorted(before) == sorted(after)
 
 
 # --- the studies
