@@ -22,7 +22,7 @@ from model import rotate
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from viz import internals
-from viz.curve import Run, plot_runs
+from viz.curve import Run, drawable, plot_runs
 from viz.runs import read_run
 
 TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
@@ -231,11 +231,14 @@ def test_labels_are_of_characters_that_fonts_have(monkeypatch, capsys):
     """Of those that matplotlib includes, only STIX has a bold A, and none has kanji."""
     fonts = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    run = Run("日", SETTINGS | {"corpus": {"name": "日"}}, log([4.2, 2], [4.2, 2]))
     with matplotlib.rc_context():
-        assert internals.drawable(["a"]) == ["a"] and not capsys.readouterr().out
-        assert internals.drawable(["a日\U0001d400"]) == ["a\\u65e5\U0001d400"]
+        assert drawable(["a"]) == ["a"] and not capsys.readouterr().err
+        assert drawable(["a日\U0001d400"]) == ["a\\u65e5\U0001d400"]
         assert matplotlib.rcParams["font.family"] == ["sans-serif", "DejaVu Sans", "STIXGeneral"]
-    assert capsys.readouterr().out.count("no installed font") == 1
+        axes = plot_runs([run]).axes[0]
+    assert axes.get_title(loc="left").startswith("\\u65e5, 3 layers")
+    assert capsys.readouterr().err.count("without an installed font") == 1
 
 
 def test_only_printable_tokens_are_plotted():
@@ -265,7 +268,7 @@ def test_bars_are_the_softmax_at_each_temperature():
     [
         (["nowhere"], "nowhere is not the folder of a run"),
         (["--output_file=a.jpg"], "in .png or .svg"),
-        (["--output_file=photo.png"], "photo.png exists and is not an earlier output"),
+        (["--output_file=photo.png"], "photo.png is not an earlier output"),
         (["--output_file=no/a.png"], "there is no folder no"),
         (["--picture=positions"], r"positions\.png is a folder"),
         (["a", "b", "--picture=positions"], "takes one checkpoint, not 2"),
