@@ -4,6 +4,7 @@ python -m experiments.bench tokenizers --data data/plays.jsonl --vocab_size 1000
 python -m experiments.bench generate --nanogpt path/to/nanoGPT
 python -m experiments.bench train --preset laptop --arch gpt2 --nanogpt path/to/nanoGPT
 python -m experiments.bench data
+python -m experiments.bench gpu
 """
 
 import functools
@@ -24,6 +25,7 @@ from corpus.folder import map_token_files
 from corpus.load import find_corpus
 from experiments import baselines, timing
 from experiments.baselines import Functions
+from experiments.gpu import bench_gpu
 from experiments.timing import Row, Training
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
@@ -31,7 +33,7 @@ from system.settings import UserError, setting
 from training.setup import Flags
 from utils import count_params, get_batch
 
-BENCHMARKS = ("tokenizers", "generate", "train", "data")
+BENCHMARKS = ("tokenizers", "generate", "train", "data", "gpu")
 
 
 @dataclass
@@ -173,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         "generate": bench_generate,
         "train": bench_train,
         "data": bench_data,
+        "gpu": lambda config: bench_gpu(),
     }
     print(timing.to_table(functions[config.benchmark](config)))
     return 0

@@ -40,15 +40,16 @@ VOCAB_SIZE = 65  # the characters of TinyShakespeare
 
 
 class Row(NamedTuple):
-    """What was measured, and the result."""
+    """What was measured or checked, and the result."""
 
     what: str
     result: str
+    problem: bool = False
 
 
 def to_table(rows: list[Row]) -> str:
     """Rows as a Markdown table. The first one is its head."""
-    head, *lines = (f"| {row.what} | {row.result} |" for row in rows)
+    head, *lines = (f"| {r.what} | {'WRONG: ' * r.problem}{r.result} |" for r in rows)
     return "\n".join([head, "|---|---|", *lines])
 
 

@@ -1,13 +1,11 @@
 """The paths on a GPU without one, on fake tensors: they have a shape, a type and a device but no
 numbers, and an operation on tensors of two devices raises."""
 
-import copy
 import ctypes
 import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import COMPONENTS, TINY_RUN
+from conftest import COMPONENTS
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train
 from config import OPTIMIZERS, GPTConfig, SampleConfig, TrainConfig
 from corpus.corpus import Corpus
-from experiments.timing import VOCAB_SIZE, make_trainer, sample
+from experiments import bench
+from experiments import gpu as gpu_bench
+from experiments.timing import Row, to_table
 from generate import generate
 from model import GPT
 from sampling import beam_search
@@ -280,62 +279,36 @@ def test_gradients_of_two_micro_steps_cannot_be_summed_in_reused_memory():
     assert losses[0].isfinite() and losses[1:].isnan().all()
 
 
-# --- on a GPU if there is one, compared with the CPU; on the CPU, to know that these tests run
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-TINY = {"preset": "laptop", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
-TINY |= {"batch_size": 4, "lr_max": 3e-3, "warmup_steps": 5, "vocab_size": VOCAB_SIZE}
+# --- the benchmark
 
 
-def train_tiny(device: str, precision: str = "float32", **flags: Any) -> tuple[Trainer, Tensor]:
-    """A trainer after 50 steps, and their losses, on the CPU."""
-    torch.set_float32_matmul_precision("highest")  # TF32 rounds factors to 10 bits
-    flags = TINY | {"precision": precision, "compile": False} | flags
-    trainer = make_trainer(flags, torch.device(device))
-    return trainer, torch.stack([trainer.train_step()["loss"] for _ in range(50)]).cpu()
+def test_the_gpu_benchmark_checks_a_tiny_model_on_the_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["gpu"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("| cpu, 1 thread") and torch.__version__ in head
+    rows = dict(line.strip("| ").split(" | ") for line in lines)
+    assert "WRONG" not in str(rows)
+    assert rows["losses of 50 steps, float32"] == "within 0 of the CPU's in float32"
+    assert 0 < float(rows["losses of 50 steps, bfloat16"].split()[1]) < 0.05
+    assert rows["resumed run"] == rows["ddp run"] == "weights within 0"
+    assert rows["sampling in float32"] == "equals the CPU's"
+    assert rows["CUDA graphs"].startswith("losses within 0, ")
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("precision", "limit"), [("float32", 1e-3), ("bfloat16", 0.05), ("float16", 0.05)]
-)
-def test_losses_are_those_of_float32_on_the_cpu(device, precision, limit):
-    (_, exact), (_, found) = train_tiny("cpu"), train_tiny(device, precision)
-    assert exact[-10:].mean() < exact[:10].mean() - 10 * limit or precision != "float32"
-    assert (found - exact)[-10:].mean().abs() < limit
-    assert (found - exact).abs().max() < 10 * limit
+def test_a_difference_is_marked_in_the_table(monkeypatch):
+    results = iter([torch.zeros(50), *(torch.full((50,), x) for x in (0.002, 0.04, 0.06))])
+    monkeypatch.setattr(gpu_bench, "losses", lambda trainer, n: next(results))
+    rows = gpu_bench.check_losses(CPU)
+    assert [row.problem for row in rows] == [True, False, True]
+    assert "WRONG: within 0.002" in to_table(rows)
+    monkeypatch.setattr(gpu_bench, "losses", lambda trainer, n: None)
+    monkeypatch.setattr(gpu_bench, "sample", lambda *args: torch.rand(3, 50))
+    assert gpu_bench.check_sampling(CPU)[0].problem
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_trained_model_samples_as_on_the_cpu_with_and_without_a_cache(device):
-    model = train_tiny(device)[0].model.eval()
-    config = SampleConfig(max_new_tokens=50, num_samples=3, seed=1)
-    expected = sample(copy.deepcopy(model).to(CPU), config)
-    assert torch.equal(sample(model, config), expected)
-    assert torch.equal(sample(model, replace(config, cache=False)), expected)
+def test_the_other_checks_are_made_after_an_error():
+    def fail(device: torch.device) -> list[Row]:
+        raise torch.OutOfMemoryError("out of memory\nTried to allocate")
 
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_resumed_run_and_one_with_ddp_end_with_the_same_weights(workplace, monkeypatch, device):
-    words = [*TINY_RUN, f"--device={device}", "--save_every=10"]
-    train.main([*words, "--tag=whole"])
-    shutil.copytree("checkpoints/whole", "checkpoints/resumed")
-    Path("checkpoints/resumed/ckpt_00010.pt").replace("checkpoints/resumed/latest.pt")
-    train.main(["--resume", "--tag=resumed"])
-    torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "1"}
-    for name, value in (torchrun | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}).items():
-        monkeypatch.setenv(name, value)
-    train.main([*words, "--tag=ddp"])
-    whole, *others = (
-        torch.load(f"checkpoints/{tag}/latest.pt", weights_only=True, map_location="cpu")["model"]
-        for tag in ("whole", "resumed", "ddp")
-    )
-    for other in others:
-        assert max((other[name] - whole[name]).abs().max() for name in whole) < 1e-3
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiling_with_cuda_graphs_does_not_change_the_losses(device):
-    """They launch all kernels of a small model at once."""
-    (_, plain), (_, compiled) = train_tiny(device), train_tiny(device, compile=device == "cuda")
-    assert (plain - compiled).abs().max() < 0.05
+    assert gpu_bench.attempt(fail, CPU) == [Row("fail", "out of memory", True)]
