@@ -4,7 +4,7 @@ python -m experiments.bench tokenizers --data data/plays.jsonl --vocab_size 1000
 python -m experiments.bench generate --nanogpt path/to/nanoGPT
 python -m experiments.bench train --preset laptop --arch gpt2 --nanogpt path/to/nanoGPT
 python -m experiments.bench data
-python -m experiments.bench gpu
+python -m experiments.bench gpu --nanogpt path/to/nanoGPT
 """
 
 import functools
@@ -14,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
-from timeit import timeit
 from typing import Any
 from system.start import run
+
+import torch
 
 from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
 from corpus.bpe import count_pieces, train_bpe
@@ -58,8 +59,7 @@ class BenchConfig:
 
 def model_flags(config: BenchConfig) -> Flags:
     """The flags of the model that is measured."""
-    vocab_size = 50304 if config.preset == "gpt2" else timing.VOCAB_SIZE  # as in nanoGPT
-    flags = {"preset": config.preset, "vocab_size": vocab_size}
+    flags = {"preset": config.preset, "vocab_size": timing.VOCAB_SIZE}
     return flags | ({"arch": config.arch} if config.arch else {})
 
 
@@ -76,7 +76,8 @@ def compared(functions: Callable[[], Functions]) -> Functions:
 
 
 def bench_tokenizers(config: BenchConfig) -> list[Row]:
-    """Training and encoding: ours, Hugging Face's, and tiktoken's encoder with our vocabulary."""
+    """Training and encoding: ours, Hugging Face's tokenizers if they are installed, and tiktoken's
+    encoder with the vocabulary that ours learned."""
     path = find_corpus(config.data or "plays")
     texts = [text for text, _ in iter_documents(path)]
     text = "\n".join(texts)
@@ -103,8 +104,9 @@ def bench_tokenizers(config: BenchConfig) -> list[Row]:
 
 
 def bench_generate(config: BenchConfig) -> list[Row]:
-    """Tokens per second and sample at temperature 0.8 and top-k 40: ours with several settings,
-    Hugging Face's, nanoGPT's, and llama.cpp's, which is greedy, on a CPU."""
+    """Tokens per second and sample at temperature 0.8 and top-k 40: ours without and with a cache,
+    in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
+    llama.cpp's, which is greedy, on a CPU."""
     device, n = pick_device(config.device), config.tokens
     gpt, _ = train_settings(model_flags(config), device.type)
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
@@ -118,7 +120,7 @@ def bench_generate(config: BenchConfig) -> list[Row]:
     others |= compared(lambda: baselines.nanogpt_samplers(config.nanogpt, n, gpt, device))
     if device.type == "cpu":
         others |= compared(lambda: baselines.llama_cpp_samplers(n, gpt))
-    head = Row(f"{config.preset}, {n} tokens", timing.device_name(device))
+    head = Row(f"{config.preset}, {n} tokens", f"{device}, {torch.get_num_threads()} threads")
     return [head, *timing.sampling_rows(gpt, device, ours, others, config.repeats)]
 
 
@@ -139,7 +141,7 @@ def bench_train(config: BenchConfig) -> list[Row]:
     head = Row(
         f"{config.preset}, {count_params(gpt)[0]:,} parameters, "
         f"batches of {train_config.batch_size} x {gpt.block_size}",
-        timing.device_name(device),
+        f"{device}, {torch.get_num_threads()} threads",
     )
     return [head, *timing.training_rows(trainings, config.steps, config.repeats)]
 
@@ -161,7 +163,7 @@ def bench_data(config: BenchConfig) -> list[Row]:
                     file.truncate(size // n_files)
             ids = map_token_files(paths, "uint16")
             read = functools.partial(get_batch, ids, gpt.block_size, train_config.batch_size, 0)
-            times = [timeit(functools.partial(read, i), number=1) for i in range(200)]
+            times = [timing.time_once(functools.partial(read, i)) for i in range(200)]
             rows.append(Row(name, f"{1000 * median_high(times):.2f} ms per batch"))
     return rows
 
@@ -175,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         "generate": bench_generate,
         "train": bench_train,
         "data": bench_data,
-        "gpu": lambda config: bench_gpu(),
+        "gpu": lambda config: bench_gpu(config.nanogpt),
     }
     print(timing.to_table(functions[config.benchmark](config)))
     return 0

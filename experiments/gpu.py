@@ -1,5 +1,4 @@
-"""Check what a GPU computes. Without one: a test on the CPU. `bench train` and `bench generate`
-measure how fast it is."""
+"""Check what a GPU computes, and measure how fast. Without one: a test with a tiny model."""
 
 import contextlib
 import copy
@@ -12,26 +11,29 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from timeit import timeit
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import train
-from config import SampleConfig
+from config import SampleConfig, train_settings
 from experiments import timing
-from experiments.timing import ROOT, Row, device_name, git_commit, make_trainer, sample
+from experiments.timing import ROOT, Row, Training, git_commit, make_trainer, sample
 from system.errors import first_line
 from system.settings import UserError
 from train import Trainer
-from training.setup import Flags
+from training.setup import Flags, pick_precision
 from utils import read_checkpoint
 
 CPU = torch.device("cpu")
 TINY: Flags = {"preset": "laptop", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32}
 TINY |= {"batch_size": 4, "lr_max": 3e-3, "warmup_steps": 5, "vocab_size": timing.VOCAB_SIZE}
-MEDIUM: Flags = {"preset": "medium", "vocab_size": timing.VOCAB_SIZE, "compile": True}
+MODELS: dict[str, Flags] = {
+    "medium": {"preset": "medium", "vocab_size": timing.VOCAB_SIZE},
+    "124 M": {"preset": "gpt2", "arch": "gpt2", "vocab_size": 50304},
+}
 
 
 def losses(trainer: Trainer, n_steps: int) -> Tensor:
@@ -92,41 +94,62 @@ def check_runs(device: torch.device) -> list[Row]:
     ]
 
 
-def check_cuda_graphs(device: torch.device) -> list[Row]:
-    """CUDA graphs launch all kernels of a small model at once: they change the time of a step, not
-    the loss."""
-    flags = MEDIUM if device.type == "cuda" else TINY | {"compile": False}
+# --- measurements
+
+
+def cuda_graphs_rows(name: str, flags: Flags, device: torch.device, n_steps: int) -> list[Row]:
+    """What CUDA graphs change, which launch all kernels of a small model at once: not the loss."""
     trainers = [make_trainer(flags, device) for _ in range(2)]
     if flags["compile"]:
         trainers[0].model.compile(dynamic=False)
     without, with_graphs = (losses(trainer, 50) for trainer in trainers)
     largest = (without - with_graphs).abs().max().item()
-    times = [timeit(functools.partial(losses, trainer, 20), number=1) for trainer in trainers]
+    times = [timing.time_once(functools.partial(losses, trainer, n_steps)) for trainer in trainers]
     result = f"losses within {largest:.1g}, {times[0] / times[1]:.2f} times as fast"
-    return [Row("CUDA graphs", result, not largest < 0.05)]
+    return [Row(f"CUDA graphs, {name}", result, not largest < 0.05)]
 
 
 # --- the table
 
 
-def attempt(check: Callable[[torch.device], list[Row]], device: torch.device) -> list[Row]:
-    """The rows of a check, or its error: the others are made all the same."""
+def attempt(what: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
+    """The rows of a measurement, or its error: the others are measured all the same."""
     try:
-        return check(device)
+        return measure(*args)
     except (RuntimeError, UserError) as error:  # also those of PyTorch, CUDA and the compiler
-        return [Row(check.__name__, first_line(error), True)]
+        return [Row(what, first_line(error), True)]
 
 
-def bench_gpu() -> list[Row]:
-    """The checks, on an NVIDIA GPU if there is one."""
-    device, driver = torch.device("cpu"), "none"
-    if torch.cuda.is_available():
-        device = torch.device("cuda")
+def bench_gpu(nanogpt: str = "") -> list[Row]:
+    """The checks and measurements."""
+    is_cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if is_cuda else "cpu")
+    card, driver = "no GPU: a test with a tiny model", "none"
+    models, n_steps, n_tokens = {"toy": TINY}, 2, 40
+    if is_cuda:
+        card = torch.cuda.get_device_name(device)
         query = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
         driver = subprocess.getoutput(query).splitlines()[0]
-    versions = f"driver {driver}, torch {torch.__version__}, commit {git_commit()}"
-    rows = [Row(device_name(device), versions)]
+        models, n_steps, n_tokens = MODELS, 20, 250
+    rows = [Row(card, f"driver {driver}, torch {torch.__version__}, commit {git_commit()}")]
     torch.set_float32_matmul_precision("highest")  # TF32 rounds factors to 10 bits
-    for check in (check_losses, check_sampling, check_runs, check_cuda_graphs):
-        rows += attempt(check, device)  # check_runs allows TF32
-    return rows
+    for check in (check_losses, check_sampling, check_runs):
+        rows += attempt(check.__name__, check, device)  # check_runs, the last, allows TF32
+    precision, _ = pick_precision("auto", device)
+    rows.append(Row("precision of the measurements", precision))
+    settings: dict[str, Any] = {"precision": precision, "compile": is_cuda}
+    models = {name: flags | settings for name, flags in models.items()}
+    for name, flags in models.items():
+        for checkout in ("", nanogpt) if nanogpt else ("",):
+            what = f"{'nanoGPT' if checkout else 'training'}, {name}"
+            training = Training(what, tuple(flags.items()), device, checkout)
+            rows += attempt(what, timing.training_rows, [training], n_steps, 1)
+    name, flags = next(iter(models.items()))
+    settings |= {"max_new_tokens": n_tokens, "seed": 1}
+    configs = {
+        f"sampling {name}, batch size {batch}": SampleConfig(**settings, num_samples=batch)
+        for batch in (1, 8, 64)
+    }
+    gpt, _ = train_settings(flags, device.type)
+    rows += attempt("speed of sampling", timing.sampling_rows, gpt, device, configs, {}, 1)
+    return rows + attempt("CUDA graphs", cuda_graphs_rows, name, flags, device, n_steps)

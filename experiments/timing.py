@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-import timeit
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -104,12 +104,19 @@ def cpu_model() -> str:
 # --- functions
 
 
+def time_once(function: Callable[[], Any]) -> float:
+    """The seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
 def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
     """The median time of each function. They are called in turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(timeit.timeit(function, number=1))
+            times[name].append(time_once(function))
     return {name: median_high(seconds) for name, seconds in times.items()}
 
 
@@ -121,7 +128,7 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations per second in the product of two large matrices, at best."""
     n = 2048 if device.type == "cpu" else 8192
     a = torch.ones(n, n, device=device, dtype=getattr(torch, precision))
-    times = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=9)  # item() waits
+    times = [time_once(lambda: (a @ a)[0, 0].item()) for _ in range(9)]  # item() waits for the GPU
     return 2 * n**3 / min(times)
 
 

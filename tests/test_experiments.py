@@ -14,9 +14,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import torch
 
-from config import ARCH_FIELDS, ARCHS, GPTConfig, SampleConfig, TrainConfig, train_settings
+from config import ARCH_FIELDS, ARCHS, GPTConfig, TrainConfig, train_settings
 from experiments import (
     ablation,
     bench,
@@ -402,18 +401,6 @@ def test_the_tokenizer_benchmark_prints_a_row_for_each(workplace, capsys):
     names = ("data/input.txt", "ours, train", "ours, encode", "tiktoken, encode")
     lines = [line for line in capsys.readouterr().out.splitlines() if "MB" in line]
     assert all(f"| {name} |" in line for line, name in zip(lines, names, strict=False))
-
-
-def test_the_speed_of_steps_and_of_sampling_is_measured():
-    flags, cpu = TINY | {"vocab_size": timing.VOCAB_SIZE}, torch.device("cpu")
-    (row,) = timing.training_rows([timing.Training("toy", tuple(flags.items()), cpu)], 2, 1)
-    step = r"[\d,]+ tokens/s, [\d.]+ ms/step, [\d,]+ of [\d,]+ GFLOP/s \(MFU \d+%\), [\d,]+ MB"
-    assert row.what == "toy" and re.fullmatch(step, row.result)
-    configs = {"ours": SampleConfig(num_samples=8, max_new_tokens=20)}
-    gpt, _ = train_settings(flags, "cpu")
-    rows = timing.sampling_rows(gpt, cpu, configs, {"other": lambda: None}, 1)
-    assert re.fullmatch(r"8 x [\d,]+ tokens/s, 0.0 MB per token", rows[0].result)
-    assert rows[1].what == "other" and rows[1].result.endswith(" tokens/s")
 
 
 def time_script(script: str, folder: Path) -> list[speedrun.Timed]:

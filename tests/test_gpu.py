@@ -3,6 +3,7 @@ numbers, and an operation on tensors of two devices raises."""
 
 import ctypes
 import itertools
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -282,18 +283,21 @@ def test_gradients_of_two_micro_steps_cannot_be_summed_in_reused_memory():
 # --- the benchmark
 
 
-def test_the_gpu_benchmark_checks_a_tiny_model_on_the_cpu(capsys, monkeypatch):
+def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["gpu"]) == 0
     head, _, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("| cpu, 1 thread") and torch.__version__ in head
+    assert head.startswith("| no GPU") and torch.__version__ in head
     rows = dict(line.strip("| ").split(" | ") for line in lines)
     assert "WRONG" not in str(rows)
     assert rows["losses of 50 steps, float32"] == "within 0 of the CPU's in float32"
     assert 0 < float(rows["losses of 50 steps, bfloat16"].split()[1]) < 0.05
     assert rows["resumed run"] == rows["ddp run"] == "weights within 0"
     assert rows["sampling in float32"] == "equals the CPU's"
-    assert rows["CUDA graphs"].startswith("losses within 0, ")
+    step = r"[\d,]+ tokens/s, [\d.]+ ms/step, [\d,]+ of [\d,]+ GFLOP/s \(MFU \d+%\), [\d,]+ MB"
+    assert re.match(step, rows["training, toy"])
+    assert re.match(r"8 x [\d,]+ tokens/s, 0.1 MB per token", rows["sampling toy, batch size 8"])
+    assert rows["CUDA graphs, toy"].startswith("losses within 0, ")
 
 
 def test_a_difference_is_marked_in_the_table(monkeypatch):
@@ -307,8 +311,9 @@ def test_a_difference_is_marked_in_the_table(monkeypatch):
     assert gpu_bench.check_sampling(CPU)[0].problem
 
 
-def test_the_other_checks_are_made_after_an_error():
-    def fail(device: torch.device) -> list[Row]:
-        raise torch.OutOfMemoryError("out of memory\nTried to allocate")
+def test_the_other_rows_are_measured_after_an_error():
+    def fail(message: str) -> list[Row]:
+        raise torch.OutOfMemoryError(message)
 
-    assert gpu_bench.attempt(fail, CPU) == [Row("fail", "out of memory", True)]
+    rows = gpu_bench.attempt("run", fail, "out of memory\nTried to allocate")
+    assert rows == [Row("run", "out of memory", True)]
