@@ -541,6 +541,21 @@ def test_a_run_shortened_to_the_step_where_it_stopped_is_evaluated_there(workpla
     assert torch.load("checkpoints/best.pt", weights_only=True)["step"] == 7
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_gpu_run_learns_and_resumes(workplace, precision):
+    flags = [*TINY_RUN, "--device=cuda", f"--precision={precision}", "--max_steps=100"]
+    assert train.main(flags) == 0
+    assert train.main(["--resume", "--max_steps=200"]) == 0
+    log = final_state()["log"]
+    assert log[-1]["val"] < 0.8 * log[0]["val"]
+
+
+@pytest.mark.gpu
+def test_compiled_training_on_a_gpu(workplace):
+    assert train.main([*TINY_RUN, "--device=cuda", "--compile"]) == 0
+
+
 def test_two_runs_of_one_seed_are_equal(workplace):
     for tag in ("one", "two"):
         train.main([*TINY_RUN, "--dropout=0.1", f"--tag={tag}"])
