@@ -448,14 +448,18 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
     assert records[1]["corpus"]["sha256"] == hashlib.sha256(b"some text").hexdigest()
 
 
-def test_benchmarks_name_what_is_wrong():
-    for main, flags, problem in (
-        (speedrun.main, ["--recipes=quick,slow"], "no recipe 'slow': choose from quick"),
-        (speedrun.main, ["--seeds=1,x"], "seeds must be numbers"),
-        (bench.main, ["train", "--nanogpt=missing"], "missing is not a checkout of nanoGPT"),
-    ):
-        with pytest.raises(UserError, match=problem):
-            main(flags)
+@pytest.mark.parametrize(
+    ("main", "flag", "problem"),
+    [
+        (speedrun.main, "--recipes=quick,slow", "no recipe 'slow': choose from quick"),
+        (speedrun.main, "--seeds=1,x", "seeds must be numbers"),
+        (speedrun.main, "--nanogpt=missing", "missing is not a checkout of nanoGPT"),
+        (bench.main, "gpu --nanogpt=missing", "missing is not a checkout of nanoGPT"),
+    ],
+)
+def test_benchmarks_name_what_is_wrong(main: Any, flag: str, problem: str):
+    with pytest.raises(UserError, match=problem):
+        main(flag.split())
 
 
 @pytest.mark.parametrize("name", speedrun.RECIPES)
