@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_high
+from timeit import timeit
 from typing import Any
 from system.start import run
 
@@ -76,8 +77,7 @@ def compared(functions: Callable[[], Functions]) -> Functions:
 
 
 def bench_tokenizers(config: BenchConfig) -> list[Row]:
-    """Training and encoding: ours, Hugging Face's tokenizers if they are installed, and tiktoken's
-    encoder with the vocabulary that ours learned."""
+    """Training and encoding: ours, Hugging Face's, and tiktoken's encoder with our vocabulary."""
     path = find_corpus(config.data or "plays")
     texts = [text for text, _ in iter_documents(path)]
     text = "\n".join(texts)
@@ -104,9 +104,8 @@ def bench_tokenizers(config: BenchConfig) -> list[Row]:
 
 
 def bench_generate(config: BenchConfig) -> list[Row]:
-    """Tokens per second and sample at temperature 0.8 and top-k 40: ours without and with a cache,
-    in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
-    llama.cpp's, which is greedy, on a CPU."""
+    """Tokens per second and sample at temperature 0.8 and top-k 40: ours with several settings,
+    Hugging Face's, nanoGPT's, and llama.cpp's, which is greedy, on a CPU."""
     device, n = pick_device(config.device), config.tokens
     gpt, _ = train_settings(model_flags(config), device.type)
     settings: dict[str, dict[str, Any]] = {"no cache": {"cache": False}}
@@ -163,7 +162,7 @@ def bench_data(config: BenchConfig) -> list[Row]:
                     file.truncate(size // n_files)
             ids = map_token_files(paths, "uint16")
             read = functools.partial(get_batch, ids, gpt.block_size, train_config.batch_size, 0)
-            times = [timing.time_once(functools.partial(read, i)) for i in range(200)]
+            times = [timeit(functools.partial(read, i), number=1) for i in range(200)]
             rows.append(Row(name, f"{1000 * median_high(times):.2f} ms per batch"))
     return rows
 

@@ -12,7 +12,7 @@ import platform
 import re
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -104,19 +104,12 @@ def cpu_model() -> str:
 # --- functions
 
 
-def time_once(function: Callable[[], Any]) -> float:
-    """The seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
     """The median time of each function. They are called in turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            times[name].append(time_once(function))
+            times[name].append(timeit.timeit(function, number=1))
     return {name: median_high(seconds) for name, seconds in times.items()}
 
 
@@ -128,7 +121,7 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     """Floating-point operations per second in the product of two large matrices, at best."""
     n = 2048 if device.type == "cpu" else 8192
     a = torch.ones(n, n, device=device, dtype=getattr(torch, precision))
-    times = [time_once(lambda: (a @ a)[0, 0].item()) for _ in range(9)]  # item() waits for the GPU
+    times = timeit.repeat(lambda: (a @ a)[0, 0].item(), number=1, repeat=9)  # item() waits
     return 2 * n**3 / min(times)
 
 

@@ -40,11 +40,6 @@ class Run:
     steps: list[Record] = field(default_factory=list)  # step, loss, lr, grad_norm, seconds
     final: Record = field(default_factory=dict)  # of a finished run: its best step, val, verdict
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Training tokens per optimizer step."""
-        return math.prod(self.settings[k] for k in ("batch_size", "grad_accum", "block_size"))
-
 
 def read_records(file: Path) -> list[Record]:
     """The lines of a log.jsonl that can be read. The last one may have been cut off."""
@@ -138,7 +133,8 @@ def points(run: Run, records: list[Record], name: str, x: str) -> tuple[list[flo
     """A metric of these records, at most MAX_POINTS: where they are on the horizontal axis (the
     steps, the million tokens trained on until then, or the minutes), and its values."""
     records = records[:: math.ceil(len(records) / MAX_POINTS) or 1]
-    scale = {"step": 1.0, "tokens": run.tokens_per_step / 1e6, "time": 1 / 60}[x]
+    per_step = math.prod(run.settings[name] for name in ("batch_size", "grad_accum", "block_size"))
+    scale = {"step": 1.0, "tokens": per_step / 1e6, "time": 1 / 60}[x]
     xs = [record["seconds" if x == "time" else "step"] * scale for record in records]
     values = [record.get(name) for record in records]
     return xs, [v if is_number(v) else math.nan for v in values]  # a gap: step 0 has no grad_norm
