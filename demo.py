@@ -98,11 +98,11 @@ def stream_html(
     for the prompt, at most every REFRESH_SECONDS while text is generated, and at the end. The tint
     of a token is its probability at temperature 1."""
     prompt = encode_prompt(tokenizer, config.prompt, config.qa).to(model.tok.weight.device)
-    shown = html.escape(decode_prompt(tokenizer, prompt))
-    if unknown := tokenizer.unknown(config.prompt):
-        names = html.escape(" ".join(sorted(unknown)))
-        shown = f"<i>without characters that the model does not know: {names}</i>\n{shown}"
-    page = f'<div style="{TEXT_STYLE}"><b>{shown}</b>'
+    text = decode_prompt(tokenizer, prompt)
+    page = f'<div style="{TEXT_STYLE}"><b>{html.escape(text)}</b>'
+    if dropped := sorted(set(config.prompt) - set(text)):
+        names = html.escape(" ".join(dropped))
+        page = f"<i>without characters that the model does not know: {names}</i>{page}"
     writer = TextWriter(tokenizer)
     last_time, n_new = 0.0, config.max_new_tokens
     longer = replace(config, max_new_tokens=n_new + 1)  # for the logits after the text

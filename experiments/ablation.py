@@ -11,9 +11,8 @@ from system.start import run
 from experiments.study import parse_study, run_variants
 from training.setup import Flags
 
-BASE = "fast"
 VARIANTS: dict[str, Flags] = {
-    BASE: {},
+    "fast": {},
     "AdamW instead of Muon": {"optimizer": "adamw", "lr_max": 4e-3},
     "cosine instead of linear decay": {"schedule": "cosine"},
     "no token shift": {"token_shift": False},

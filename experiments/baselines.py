@@ -1,5 +1,4 @@
-"""Other implementations, for comparison: nanoGPT, llama.cpp, Hugging Face's models and
-tokenizers."""
+"""Other implementations, for comparison: nanoGPT, llama.cpp, Hugging Face's."""
 
 import dataclasses
 import functools

@@ -1,10 +1,8 @@
 """Do two variants differ? Means with confidence intervals, and a test of differences.
 
-Variants are trained with the same seeds, so a difference is tested within pairs: a seed sets the
-initial weights and the batches, and what it adds to the loss of both variants cancels out.
-Student's t distribution accounts for a standard deviation that is estimated from a few seeds. A
-study tests many variants at once, and of twenty without any effect one would be "significant" at
-0.05; Holm's method corrects for this.
+A difference is tested within pairs of runs with the same seed, which sets the initial weights and
+the batches of both: what it adds to their losses cancels out. Of twenty variants without any effect
+one would be "significant" at 0.05; Holm's method corrects for this.
 """
 
 import math

@@ -2,11 +2,9 @@
 
     python -m experiments.mistakes --quick
 
-Each mistake is a few lines below: a subclass or a function that replaces one part of the correct
-code while a run trains, or settings. The training loss, the validation loss and the gradient norm
-are what the person who makes the mistake sees: some mistakes make the losses too good. The honest
-loss is that of the last token of windows of text that no run reads, given only the tokens before
-it, which is what a sampler needs.
+Each mistake is a subclass or a function that replaces one part of the correct code while a run
+trains, or settings. Some mistakes make the losses too good. The honest loss is that of the last
+token of windows of text that no run reads, given only the tokens before it, as in sampling.
 """
 
 import math

@@ -24,7 +24,6 @@ from viz.curve import COLORS, new_figure
 
 Tuning = dict[str, dict[float, float]]  # optimizer -> learning rate -> validation loss
 
-
 BASE, MOMENTUM = "AdamW", "SGD with momentum"
 FLAGS: dict[str, Flags] = {
     BASE: {"optimizer": "adamw"},

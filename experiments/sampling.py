@@ -2,14 +2,10 @@
 
     python -m experiments.sampling --quick
 
-Each sampling setting is varied alone, with the others off. Measured are the entropy of the
-distributions that the tokens are sampled from; the surprise, which is minus the mean
-log-probability of the tokens at temperature 1; and distinct-1 and distinct-2, the distinct tokens
-and token pairs as a share of all (Li et al. 2016). The validation text is shown for comparison:
-human text is neither the most probable nor the most varied text (Holtzman et al. 2020).
-
-Samples are also compared along a run, from the untrained model on, and along a run that overfits: a
-small part of the text, read many times.
+Each sampling setting is varied alone, with the others off. Measured are the statistics of
+explore.py; the surprise is minus the mean log-probability. The validation text is shown for
+comparison: human text is neither the most probable nor the most varied (Holtzman et al. 2020).
+Samples are also compared along a run, and along one that overfits: on little text, read often.
 """
 
 import re

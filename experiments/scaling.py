@@ -6,10 +6,7 @@ Approach 2 of Hoffmann et al. (2022), the IsoFLOP profile: several sizes are tra
 compute, a large one on few tokens, a small one on many. The minimum of a parabola through their
 losses is the best size for this budget. The best sizes of several budgets give power laws, which
 predict the loss for a larger budget; a run that the laws were not fitted to checks the prediction.
-
-Compute is C = 6 N D: N weights in the matrices that each token is multiplied with, including the
-output layer but not the embedding, which is a lookup, and D training tokens. The products of
-queries, keys and values are not counted.
+Compute is C = 6 N D: N weights in the matrices that each token is multiplied with, D tokens.
 """
 
 import math

@@ -8,9 +8,8 @@ from system.start import run
 from experiments.study import parse_study, run_variants
 from training.setup import Flags
 
-BASE = "GPT-2's architecture"
 SWAPS: dict[str, Flags] = {
-    BASE: {},
+    "GPT-2's architecture": {},
     "LayerNorm to RMSNorm": {"norm": "rmsnorm"},
     "GELU to ReLU": {"mlp": "relu"},
     "GELU to SiLU": {"mlp": "silu"},

@@ -3,10 +3,8 @@
     python -m experiments.tokenization --quick
 
 A token of a larger vocabulary covers more text, so a window reaches further and a step reads more;
-but the output layer grows with the vocabulary, and a step takes longer. The models differ in
-nothing else. The time per step is measured first; then each tokenizer gets as many steps as fit
-into the same time, and the learning rate decays to zero by the last one. The numbers of steps are
-kept next to the runs, so that an interrupted study resumes with the same ones.
+but the output layer grows with the vocabulary, and a step takes longer. The time per step is
+measured first; then each tokenizer gets as many steps as fit into the same time.
 """
 
 import math

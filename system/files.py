@@ -78,8 +78,8 @@ def part_path(path: Path) -> Path:
 
 
 def file_problems(path: Path, mark: bytes = b"") -> list[str]:
-    """Why `atomic_write` cannot write a file, or with a mark, should not: there is a file without
-    the mark in its first 1000 bytes, which we did not write. Empty if it can."""
+    """Why `atomic_write` cannot write a file; empty if it can. mark: what our files have in their
+    first 1000 bytes; a file without it is not replaced."""
     try:
         if path.is_dir():
             return [f"{path} is a folder: give the name of a file"]
@@ -87,8 +87,11 @@ def file_problems(path: Path, mark: bytes = b"") -> list[str]:
             return [f"{path} is not a regular file"]
         if not path.parent.is_dir():
             return [f"there is no folder {path.parent}"]
-        if mark and path.exists() and mark not in path.open("rb").read(1000):
-            return [f"{path} exists and is not an earlier output: give the name of another file"]
+        if mark and path.exists():
+            with path.open("rb") as file:
+                head = file.read(1000)
+            if head and mark not in head:
+                return [f"{path} is not an earlier output: choose another --output_file"]
         in_use = part_path(path).exists()  # by another process
         part_path(path).open("ab").close()
         if not in_use:

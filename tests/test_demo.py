@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 import sys
 import time
@@ -44,6 +45,13 @@ def test_the_text_equals_generate_and_is_tinted_by_probability(monkeypatch):
     assert bars == demo.probability_bars(TOKENIZER, logits, config)
 
 
+def test_the_page_names_the_characters_that_it_drops():
+    config = SampleConfig(prompt="a<x>z", max_new_tokens=1)
+    page, *_ = next(demo.stream_html(make_model(), TOKENIZER, config))
+    assert page.startswith("<i>without characters that the model does not know: x z</i><div")
+    assert "<b>a&lt;&gt;</b>" in page
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -64,22 +72,13 @@ def test_bars_show_the_distribution_that_is_sampled_from(settings, expected):
     assert re.findall(r"left:([\d.]+)%", page) == ["50.0", "30.0", "20.0"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prompt": None}, "prompt must be of type str"),
-        ({"temperature": float("nan")}, "temperature must be a finite number"),
-        ({"top_k": 2.5}, "top_k must be of type int"),
-        ({"seed": -3}, "seed must be at least 0"),
-    ],
-)
-def test_invalid_inputs_are_user_errors(change: dict, message: str):
-    names = ("prompt", "temperature", "top_k", "top_p", "seed", "max_new_tokens")
-    values = dict(zip(names, ("a", 1, 0, 1, 3, 5), strict=True))
+def test_invalid_inputs_are_user_errors():
+    values = dict(zip(demo.SETTINGS, ("a", 1, 0, 1, 3, 5), strict=True))
     config = demo.sample_config(tuple(values.values()), qa=False)
     assert config == SampleConfig(**values, qa=False)
-    with pytest.raises(UserError, match=message):
-        demo.sample_config(tuple((values | change).values()), qa=False)
+    for bad in ({"prompt": None}, {"temperature": math.nan}, {"top_k": 2.5}, {"seed": -3}):
+        with pytest.raises(UserError, match=f"{next(iter(bad))} must be "):
+            demo.sample_config(tuple((values | bad).values()), qa=False)
 
 
 def test_the_name_of_a_corpus_is_not_html(trained):

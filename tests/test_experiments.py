@@ -62,8 +62,6 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **const
     n_runs = len(list(Path("checkpoints/studies").glob("*/*/study.json")))
     assert len(progress) == n_runs
     assert progress[0] == f"run 1 of {n_runs}"  # nothing to estimate from
-    assert n_runs == 1 or re.match(rf"run {n_runs} of {n_runs}, about 0:00:\d\d left", progress[-1])
-    assert not Path("experiments").exists()  # where the published results are
     slug = module.__name__.removeprefix("experiments.") + "_quick"
     name = Path("checkpoints/studies/results", slug)
     rows = table(slug)
@@ -71,7 +69,7 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **const
     with monkeypatch.context() as patch:
         patch.setattr(study.Study, "train_one", lambda *args: pytest.fail("trained again"))
         assert module.main(list(words)) == 0
-    assert table(slug)[0].keys() == rows[0].keys()
+    assert table(slug) == rows
     text = name.with_suffix(".md").read_text()
     assert f"`python -m {module.__name__} --quick --seeds 2" in text and "; cpu, " in text
     return rows
@@ -106,11 +104,6 @@ def test_the_commands_in_the_documentation_exist():
     assert "python experiments/" not in text
 
 
-def test_all_problems_of_a_command_line_are_reported_together():
-    with pytest.raises(UserError, match=r"seeds must be at least 1.*'gpu'"):
-        study.parse_study("some", ["--seeds=0", "--device=gpu"], "")
-
-
 def test_the_swaps_cover_every_component():
     base = ARCHS["gpt2"]
     for name in ARCH_FIELDS:
@@ -119,7 +112,7 @@ def test_the_swaps_cover_every_component():
 
 
 def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    some = (swaps.BASE, "learned positions to RoPE", "post-norm")
+    some = ("GPT-2's architecture", "learned positions to RoPE", "post-norm")
     rows = run_twice(swaps, monkeypatch, SWAPS={name: swaps.SWAPS[name] for name in some})
     runs = results("swaps_quick")
     assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
@@ -138,21 +131,18 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_ablation(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    some = {name: ablation.VARIANTS[name] for name in (ablation.BASE, "no token shift")}
+    some = {name: ablation.VARIANTS[name] for name in ("fast", "no token shift")}
     rows = run_twice(ablation, monkeypatch, VARIANTS=some)
-    runs = results("ablation_quick")
-    shifts = {"fast": None, "no-token-shift": False}
-    for row, (slug, token_shift) in zip(rows, shifts.items(), strict=True):
-        one, two = runs[f"{slug}-1"], runs[f"{slug}-2"]
-        assert one["flags"].get("token_shift") == token_shift
-        assert float(row["validation loss"]) == pytest.approx((one["val"] + two["val"]) / 2)
+    flags = [run["flags"] for run in results("ablation_quick").values()]
+    assert len(rows) == 2 and {f["preset"] for f in flags} == {"fast"}
+    assert sorted(str(f.get("token_shift")) for f in flags) == ["False", "False", "None", "None"]
 
 
 def test_every_variant_of_the_ablation_differs_from_the_preset():
     fast = train_settings({"preset": "fast"}, "cpu")
     for name, change in ablation.VARIANTS.items():
         variant = train_settings({"preset": "fast"} | change, "cpu")
-        assert (variant == fast) == (name == ablation.BASE), name
+        assert (variant == fast) == (name == "fast"), name
 
 
 def test_sizes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
@@ -205,14 +195,6 @@ def test_an_interrupted_run_is_resumed(error, workplace, monkeypatch, capsys):
     assert [record["step"] for record in result["log"]] == [0, 3, 6]
 
 
-def test_the_rest_of_a_study_takes_as_long_as_the_finished_runs(workplace: Path):
-    some = parse_tiny_study()
-    some.n_runs = 48
-    assert some.progress() == "run 1 of 48"
-    some.seconds = [30.0, 90.0]
-    assert some.progress() == "run 3 of 48, about 0:46:00 left"  # 46 runs of a minute
-
-
 def test_finished_runs_of_a_resumed_study_count(workplace: Path, capsys: pytest.CaptureFixture):
     parse_tiny_study("--seeds=2").with_seeds("a", TINY)
     resumed = parse_tiny_study("--seeds=2")
@@ -220,23 +202,22 @@ def test_finished_runs_of_a_resumed_study_count(workplace: Path, capsys: pytest.
     capsys.readouterr()
     for name in "ab":
         resumed.with_seeds(name, TINY)
-    one, two = capsys.readouterr().out.splitlines()
-    assert re.match(r"some, run 3 of 4, about 0:00:\d\d left: b-1", one)
-    assert re.match(r"some, run 4 of 4, about 0:00:\d\d left: b-2", two)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.match(r"some, run 4 of 4, about 0:00:\d\d left: b-2", last)
     log = resumed.make_run("a-1", TINY | {"seed": 1})["log"]
     assert resumed.seconds[0] == log[-1]["seconds"] > 0  # of the earlier command
+    resumed.n_runs, resumed.seconds = 48, [30.0, 90.0]
+    assert resumed.progress() == "run 3 of 48, about 0:46:00 left"  # 46 runs of a minute
 
 
 def test_published_results_are_replaced_only_on_request(workplace: Path):
     published = Path("experiments/results/some.csv")
     published.parent.mkdir(parents=True)
     published.write_text("published")
-    tables = {"Numbers": [{"n": 1}]}
-    parse_tiny_study().write_results(tables, new_figure(2, 2))
-    assert published.read_text() == "published"
+    for flag, expected in (("--seeds=3", "published"), ("--results=experiments/results", "n\n1\n")):
+        parse_tiny_study(flag).write_results({"Numbers": [{"n": 1}]}, new_figure(2, 2))
+        assert published.read_text() == expected
     assert Path("checkpoints/studies/results/some.csv").read_text() == "n\n1\n"
-    parse_tiny_study("--results=experiments/results").write_results(tables, new_figure(2, 2))
-    assert published.read_text() == "n\n1\n"
 
 
 def test_a_diverged_run_is_a_result(workplace: Path):
@@ -245,8 +226,6 @@ def test_a_diverged_run_is_a_result(workplace: Path):
     result = some.make_run("a", flags)
     assert math.isinf(result["val"]) and math.isinf(result["bpb"])
     assert [record["step"] for record in result["log"]] == [0]
-    rows = comparison.add_differences([{}, {}], [[1.0, 1.1], [result["val"], 1.0]])
-    assert rows[1] == {"difference": "diverged", "95% from": "", "to": "", "p": ""}
     assert some.make_run("a", flags) == result
 
 
@@ -315,11 +294,6 @@ def test_parabola_minimum():
     assert (n, loss) == pytest.approx((20_000, losses(small, 0.2)[-1])) and "beyond" in found
     n, loss, found = scaling.parabola_minimum(small, losses(small, -0.2))
     assert (n, loss) == (5_000, losses(small, -0.2)[0]) and "no minimum" in found
-
-
-def test_a_power_law_is_fitted():
-    x = [1.0, 2.0, 8.0]
-    assert scaling.fit_power_law(x, [3 * v**-0.25 for v in x]) == pytest.approx((3, -0.25))
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])

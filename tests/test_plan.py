@@ -109,15 +109,10 @@ def test_the_study_writes_its_runs_and_their_predictions(fast, monkeypatch, caps
     law = planner.fit(rows)
     errors = []
     for first, last in ((rows[0], rows[3]), (rows[6], rows[9])):  # seeds 1 and 2
-        pilot, run = (
-            Run(row["params"], row["steps"], row["epochs"], 16.0, 0, row["weight decay"])
-            for row in (first, last)
-        )
-        errors += [Pilot(pilot, first["unique"], first["loss"]).predict(run, law) - last["loss"]]
+        pilot = Pilot(planner.run_of(first), first["unique"], first["loss"])
+        errors += [pilot.predict(planner.run_of(last), law) - last["loss"]]
     assert float(row["measured"]) == pytest.approx((rows[3]["loss"] + rows[9]["loss"]) / 2)
     assert float(row["error from 2 steps"]) == pytest.approx(sum(errors) / 2)
-    half = 12.706 * abs(errors[0] - errors[1]) / 2  # the 97.5% quantile of t for two seeds
-    assert float(row["95% margin, 2 steps"]) == pytest.approx(half, rel=1e-4)
     assert not list(Path("checkpoints/studies/planner").glob("*/*.pt"))
     assert f"LAW = {law}" in capsys.readouterr().out
 
@@ -141,6 +136,9 @@ def test_what_the_user_fixes_is_kept():
     assert run.step == 0.1 * plan.DROPOUT_TIME
     timed = replace(BIG, gpt=replace(BIG.gpt, dropout=0.3))
     assert timed.best_run(100.0, PILOT, flags).step == 0.1  # its dropout was timed
+    run = BIG.best_run(100.0, PILOT, {"warmup_steps": 400})  # as many steps after it as during it
+    assert run.config.max_steps == 890 and run.config.warmup_steps == 400
+    assert BIG.best_run(100.0, PILOT, {"warmup_steps": 450}).loss == math.inf
 
 
 def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_one():
@@ -150,12 +148,6 @@ def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_o
 
     assert best(20) == SMALL.n_params and best(100_000) == BIG.n_params
     assert BIG.best_run(11.0, PILOT, {}).loss == math.inf  # less than 50 steps
-
-
-def test_a_run_has_as_many_steps_after_the_warmup_as_during_it():
-    run = BIG.best_run(100.0, PILOT, {"warmup_steps": 400})
-    assert run.config.max_steps == 890 and run.config.warmup_steps == 400
-    assert BIG.best_run(100.0, PILOT, {"warmup_steps": 450}).loss == math.inf
 
 
 def test_a_small_text_is_not_read_more_often_than_it_helps():
@@ -264,12 +256,9 @@ def test_a_resumed_run_gets_the_planned_steps_back(monkeypatch):
     assert saved.max_steps == 1000 and resumed.rates[-1] < 0.01 / 500
 
 
-def test_slow_evaluations_shorten_a_run_too(monkeypatch):
-    config = make_config()
-    assert 105 < FakeRun(monkeypatch, config).train(lambda step: 0.1, evaluation=6.0) <= 120
-
-
-def test_the_final_evaluation_is_expected_to_be_as_slow_as_the_steps(monkeypatch):
+def test_evaluations_shorten_a_run_too_and_the_last_one_is_as_slow_as_the_steps(monkeypatch):
+    slow = FakeRun(monkeypatch, make_config())
+    assert 105 < slow.train(lambda step: 0.1, evaluation=6.0) <= 120
     run = FakeRun(monkeypatch, make_config())
     run.train(lambda step: 0.1 if step < 200 else 0.3)
     assert 110 < run.now + 3 * 5.0 <= 120
@@ -384,9 +373,7 @@ def test_too_little_time_is_an_error_that_names_the_least(fast):
     [
         (["--minutes=1", "--max_steps=5"], "choose --max_steps: leave it out"),
         (["--plan", "--preset=tiny"], "choose --preset: leave it out"),
-        (["--minutes=1", "--overfit_batch"], "--overfit_batch"),
         (["--minutes=0"], "minutes must be above 0"),
-        (["--minutes=1", "--block_size=0"], "block_size must be at least 1"),
         (["--minutes=1", "--n_embd=30", "--n_head=4"], "not divisible by n_head"),
     ],
 )

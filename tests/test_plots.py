@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, make_model
+from matplotlib import font_manager
 
 import plots
 import train
@@ -20,7 +22,7 @@ from model import rotate
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from viz import internals
-from viz.curve import Run, plot_runs
+from viz.curve import Run, drawable, plot_runs
 from viz.runs import read_run
 
 TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
@@ -149,7 +151,6 @@ def test_a_run_is_read_from_its_folder_and_from_its_checkpoint(workplace):
     assert folder.steps == [record for record in records if "val" not in record]
     assert [record["step"] for record in folder.steps] == [10, 20] and not checkpoint.steps
     assert {"final": folder.final} == json.loads(lines[-1]) and not checkpoint.final
-    assert folder.tokens_per_step == checkpoint.tokens_per_step == 4 * 16
     assert plots.main(["--picture=attention", "--text=the dog", "--output_file=maps.svg"]) == 0
     assert (workplace / "maps.svg").read_bytes().startswith(b"<?xml")
     for picture in plots.PICTURES:
@@ -220,6 +221,23 @@ def test_embeddings_are_plotted_at_their_principal_components():
     np.testing.assert_allclose(shares.numpy(), values[:-3:-1] / values.sum(), rtol=1e-3)
     figure = internals.plot_embeddings(make_model(), TOKENIZER)
     assert [text.get_text() for text in figure.axes[0].texts] == ["↵", "␣", *"abcdefghi"]
+    assert len(figure.axes[0].get_legend().get_texts()) == len(internals.TOKEN_GROUPS)
+    digits = internals.plot_embeddings(make_model(), CharTokenizer.train(["0123456789\n"]))
+    assert digits.axes[0].get_legend() is None
+
+
+def test_labels_are_of_characters_that_fonts_have(monkeypatch, capsys):
+    """Of those that matplotlib includes, only STIX has a bold A, and none has kanji."""
+    fonts = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    run = Run("日", SETTINGS | {"corpus": {"name": "日"}}, log([4.2, 2], [4.2, 2]))
+    with matplotlib.rc_context():
+        assert drawable(["a"]) == ["a"] and not capsys.readouterr().err
+        assert drawable(["a日\U0001d400"]) == ["a\\u65e5\U0001d400"]
+        assert matplotlib.rcParams["font.family"] == ["sans-serif", "DejaVu Sans", "STIXGeneral"]
+        axes = plot_runs([run]).axes[0]
+    assert axes.get_title(loc="left").startswith("\\u65e5, 3 layers")
+    assert capsys.readouterr().err.count("without an installed font") == 1
 
 
 def test_only_printable_tokens_are_plotted():
@@ -249,6 +267,7 @@ def test_bars_are_the_softmax_at_each_temperature():
     [
         (["nowhere"], "nowhere is not the folder of a run"),
         (["--output_file=a.jpg"], "in .png or .svg"),
+        (["--output_file=photo.png"], "photo.png is not an earlier output"),
         (["--output_file=no/a.png"], "there is no folder no"),
         (["--picture=positions"], r"positions\.png is a folder"),
         (["a", "b", "--picture=positions"], "takes one checkpoint, not 2"),
@@ -259,6 +278,7 @@ def test_bars_are_the_softmax_at_each_temperature():
 )
 def test_invalid_settings_are_reported_together(workplace, flags, message):
     Path("positions.png").mkdir()
+    Path("photo.png").write_text("a photo")
     with pytest.raises(UserError, match=message):
         plots.main(flags)
 

@@ -32,12 +32,8 @@ def tiny_trainer(mistake: str = mistakes.BASE, **flags: Any) -> train.Trainer:
 # --- statistics
 
 
-def test_differences_without_variance():
-    assert comparison.p_value([0.0, 0.0, 0.0]) == 1
-    assert comparison.p_value([0.5, 0.5, 0.5]) == 0
-
-
-def test_one_seed_has_no_interval_and_a_diverged_one_no_mean():
+def test_differences_without_variance_of_one_seed_and_of_diverged_runs():
+    assert comparison.p_value([0.0, 0.0, 0.0]) == 1 and comparison.p_value([0.5, 0.5, 0.5]) == 0
     assert math.isnan(comparison.margin([1.0]))
     assert math.isnan(comparison.margin([1.0, math.inf]))
     rows = comparison.add_differences([{}, {}], [[1.0], [1.5]])
@@ -63,9 +59,6 @@ def test_differences_are_paired_by_seed():
     assert rows[1]["to"] == pytest.approx(0.31 / 3 + half, abs=1e-6)
     assert rows[1]["p"] == pytest.approx(2 * (1 - 31 / math.sqrt(2 + 31**2)))  # two comparisons
     assert rows[2]["p"] == 1  # the mean difference is 0
-
-
-def test_rows_are_compared_to_their_own_bases():
     values = [[1.0, 1.0], [2.0, 2.5], [5.0, 5.0], [4.0, 4.5]]
     rows = comparison.add_differences([{}, {}, {}, {}], values, bases=[0, 0, 2, 2])
     assert [row["difference"] for row in rows] == ["", 1.25, "", -0.75]
@@ -120,8 +113,8 @@ def test_the_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(timing, "ROOT", tmp_path)
     commit = timing.git_commit.__wrapped__  # without its cache
     assert commit() == "unknown"  # no repository
-    (tmp_path / "code.py").write_text("1")
-    (tmp_path / "notes.md").write_text("1")
+    for name in ("code.py", "notes.md"):
+        (tmp_path / name).write_text("1")
     timing.git("init", "-q")
     timing.git("add", ".")
     timing.git("-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "first")
@@ -181,12 +174,6 @@ def test_clipping_after_the_step_does_not_limit_it(name: str, workplace: Path):
     assert trainer.config.grad_clip == 1e-3
 
 
-def test_without_warmup_the_first_step_has_the_peak_learning_rate(workplace: Path):
-    flags = mistakes.MISTAKES["high learning rate, no warmup"].flags
-    assert train.get_lr(0, tiny_trainer(**flags).config) == mistakes.HIGH_RATE
-    assert mistakes.MISTAKES["high learning rate"].flags == {"lr_max": mistakes.HIGH_RATE}
-
-
 def test_without_residual_connections_the_input_of_a_block_is_lost():
     with mistakes.MISTAKES["no residual connections"].context():
         block = tiny_gpt().blocks[0]
@@ -216,19 +203,14 @@ def test_with_dropout_two_evaluations_differ(name: str, workplace: Path):
     assert trainer.model.training
 
 
-def test_training_on_validation_data(workplace: Path):
-    correct, task = tiny_trainer().task, tiny_trainer("training on validation data").task
-    both = [*correct.train_ids.tolist(), *correct.corpus.val_ids.tolist()]
-    assert task.train_ids.tolist() == both
-    assert task.corpus.val_ids.tolist() == correct.corpus.val_ids.tolist()
-
-
-def test_shuffled_tokens(workplace: Path):
-    tasks = tiny_trainer().task, tiny_trainer("shuffled tokens").task
-    for name in ("train_ids", "val_ids"):
-        before, after = (getattr(task.corpus, name).tolist() for task in tasks)
-        assert before != after and sorted(before) == sorted(after)
-    assert tasks[1].train_ids.tolist() == tasks[1].corpus.train_ids.tolist()
+def test_training_on_validation_data_and_on_shuffled_tokens(workplace: Path):
+    names = (mistakes.BASE, "training on validation data", "shuffled tokens")
+    correct, both, shuffled = (tiny_trainer(name).task for name in names)
+    train_ids, val_ids = correct.train_ids.tolist(), correct.corpus.val_ids.tolist()
+    assert both.train_ids.tolist() == [*train_ids, *val_ids]
+    assert both.corpus.val_ids.tolist() == val_ids
+    for before, after in ((train_ids, shuffled.train_ids), (val_ids, shuffled.corpus.val_ids)):
+        assert before != after.tolist() and sorted(before) == sorted(after)
 
 
 # --- the studies
@@ -251,11 +233,10 @@ def test_mistakes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     rows = run_twice(mistakes, monkeypatch, MISTAKES=chosen)
     runs = results("mistakes_quick")
     assert [row["mistake"] for row in rows] == list(some)
-    for row, slug in zip(rows[:2], ("correct", "no-causal-mask"), strict=True):
-        finals = [runs[f"{slug}-{seed}"]["log"][-1] for seed in (1, 2)]
-        for column, split in (("training loss", "train"), ("validation loss", "val")):
-            mean = (finals[0][split] + finals[1][split]) / 2
-            assert float(row[column]) == pytest.approx(mean)
+    finals = [runs[f"no-causal-mask-{seed}"]["log"][-1] for seed in (1, 2)]
+    for column, split in (("training loss", "train"), ("validation loss", "val")):
+        mean = (finals[0][split] + finals[1][split]) / 2
+        assert float(rows[1][column]) == pytest.approx(mean)
     assert rows[3]["difference"] == "diverged"
     honest = table("mistakes_quick_honest")
     assert float(honest[0]["honest loss"]) > 1 and honest[3]["honest loss"] == "inf"

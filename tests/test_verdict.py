@@ -8,7 +8,7 @@ import pytest
 
 from viz.verdict import RULES, verdict
 
-LN65, LN2000, LN50257 = 4.174, 7.601, 10.825
+LN65, LN50257 = 4.174, 10.825
 
 
 def curve(
@@ -75,10 +75,8 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     "one high evaluation": case(
         same([4.17, 2.5, 2.6]), HEALTHY, "--patience 1 stopped", "diverging", patience=1
     ),
-    "healthy, few": case(curve([4.17, 2.5, 2.1, 1.8]), HEALTHY, lacks="plateau"),
     "healthy, noisy": case(same(noisy(SLOW, 0.02)), HEALTHY, lacks="jump"),
     "healthy, gap": case(curve(SLOW, [0.85 * x for x in SLOW]), HEALTHY, "more text", "dropout"),
-    "healthy, BPE 2000": case(curve(falling(9, LN2000, 3.5, 0.3)), HEALTHY, vocab_size=2000),
     "healthy, GPT-2": case(curve(falling(21, LN50257, 4, 0.3)), HEALTHY, vocab_size=50257),
     "healthy, resumed with a second schedule": case(
         curve(SLOW, SLOW, lr=lambda p: cosine(2 * p % 1)), HEALTHY, lacks="jump"
@@ -90,10 +88,6 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         "plateau|--lr_max",
     ),
     "10 steps at 3.27": case(curve([4.2, 3.9, 3.27], every=5), SHORT, "falling", "healthy"),
-    "12 steps that rise": case(
-        curve([4.17, 4.2, 4.25], [4.17, 4.1, 4.0], 6), SHORT, lacks="overfit"
-    ),
-    "20 steps that are flat": case(curve([4.17, 4.0, 4.0, 4.0, 4.0], every=5), SHORT),
     "step 0 only": case(same([4.17]), SHORT, "more steps", "falling"),
     "quick: 2 evaluations in 120 steps": case(
         same([4.2, 2.3], 120), f"{HEALTHY} 120", "more steps", "short"
@@ -112,9 +106,6 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     "2000 characters": case(curve([3.6, 2.9], [3.6, 0.2], 120), "memorized", "0.20|2.90|more text"),
     "flat": case(curve([4.2, 4.17, 4.17, 4.16]), "not moving from ln(V) = 4.17", "--overfit_batch"),
     "flat, noisy": case(same(noisy([LN65] * 20, 0.03)), "not moving", lacks="diverg"),
-    "flat, GPT-2": case(
-        curve([10.9, 10.8, 10.75, 10.7]), "not moving from ln(V) = 10.82", vocab_size=50257
-    ),
     "flat DPO at ln 2": case(
         curve([0.693, 0.692, 0.693, 0.692], [0.693] * 4),
         "not moving from its first loss, 0.69",
@@ -155,9 +146,6 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         OVER,
         lacks="diverg",
     ),
-    "overfitted, early": case(
-        curve([4.17, 2.5, 2.6, 2.8, 3.0, 3.3], MEMORIZED[:6]), "overfitting since step 100"
-    ),
     "overfitted, late": case(
         curve([*falling(15), 1.5, 1.55], falling(17, end=1.0)), "overfitting since step 1400"
     ),
@@ -178,9 +166,6 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         "plateaued since about step 200",
         "larger model",
         "higher|raise",
-    ),
-    "plateaued, late": case(
-        curve([*falling(10, end=1.5, half_life=0.1), *[1.5] * 12]), "plateaued since about step"
     ),
     "plateaued, noisy": case(
         curve(noisy([4.17, 2.5, *[2.0] * 20], 0.03), noisy([4.17, 2.4, *[1.9] * 20], 0.03)),

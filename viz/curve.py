@@ -5,10 +5,11 @@ import itertools
 import json
 import math
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from corpus.text import note
 from system.files import atomic_write
 from viz.verdict import verdict
 
@@ -38,11 +39,6 @@ class Run:
     log: list[Record]  # of evaluations: step, train, val, lr, grad_norm, seconds
     steps: list[Record] = field(default_factory=list)  # step, loss, lr, grad_norm, seconds
     final: Record = field(default_factory=dict)  # of a finished run: its best step, val, verdict
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Training tokens per optimizer step."""
-        return math.prod(self.settings[k] for k in ("batch_size", "grad_accum", "block_size"))
 
 
 def read_records(file: Path) -> list[Record]:
@@ -81,9 +77,31 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def drawable(labels: list[str]) -> list[str]:
+    """Labels for a figure. Matplotlib's font lacks Chinese, Japanese and others: all later texts
+    use installed fonts too, and characters that none of them has become escapes, with a note."""
+    import matplotlib
+    from matplotlib import font_manager, ft2font
+
+    names, missing = ["sans-serif"], {char for char in "".join(labels) if char.isprintable()}
+    fonts = [f for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name]  # boxes
+    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):  # matplotlib's first
+        if missing:
+            glyphs = ft2font.FT2Font(font.fname).get_charmap()
+            found = {char for char in missing if ord(char) in glyphs}
+            names += [font.name] * bool(found)
+            missing -= found
+    matplotlib.rcParams["font.family"] = names
+    if missing:
+        note("pictures show \\u... for characters without an installed font (try Noto Sans CJK)")
+    return [label.translate({ord(c): ascii(c)[1:-1] for c in missing}) for label in labels]
+
+
 def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
     """Losses, learning rates and gradient norms of one or several runs, against the keys of
     X_LABELS. The best step of each run is marked; the verdicts are the title."""
+    title, *names = drawable([runs_title(runs), *(run.name for run in runs)])
+    runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
     figure = new_figure(8, 7.5)
     losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3.5, 1, 1])
     low, high = loss_range(runs)
@@ -99,7 +117,7 @@ def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
             label = f"uniform guess: {guess:.2f}"
             losses.axhline(guess, color="gray", linestyle=":", label=label)
     # A name may contain $, which starts a formula otherwise.
-    losses.set_title(runs_title(runs), loc="left", fontsize=10, parse_math=False)
+    losses.set_title(title, loc="left", fontsize=10, parse_math=False)
     losses.set_ylabel("loss (nats)" if len(runs) == 1 else "loss (nats); training: thin, dashed")
     for text in losses.legend().get_texts():
         text.set_parse_math(False)
@@ -115,7 +133,8 @@ def points(run: Run, records: list[Record], name: str, x: str) -> tuple[list[flo
     """A metric of these records, at most MAX_POINTS: where they are on the horizontal axis (the
     steps, the million tokens trained on until then, or the minutes), and its values."""
     records = records[:: math.ceil(len(records) / MAX_POINTS) or 1]
-    scale = {"step": 1.0, "tokens": run.tokens_per_step / 1e6, "time": 1 / 60}[x]
+    per_step = math.prod(run.settings[name] for name in ("batch_size", "grad_accum", "block_size"))
+    scale = {"step": 1.0, "tokens": per_step / 1e6, "time": 1 / 60}[x]
     xs = [record["seconds" if x == "time" else "step"] * scale for record in records]
     values = [record.get(name) for record in records]
     return xs, [v if is_number(v) else math.nan for v in values]  # a gap: step 0 has no grad_norm

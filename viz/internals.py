@@ -15,7 +15,7 @@ from sampling.text import encode_prompt, last_trained_on_text
 from system.settings import UserError
 from tokenizer import Tokenizer
 from utils import load_checkpoint
-from viz.curve import BLACK, BLUE, GREEN, ORANGE, new_figure
+from viz.curve import BLACK, BLUE, GREEN, ORANGE, drawable, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,27 +72,6 @@ def plot_internals(
 def token_labels(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
     """The text of each token (N,), with whitespace made visible."""
     return [tokenizer.decode([i]).translate(VISIBLE_SPACES) for i in ids.tolist()]
-
-
-def drawable(labels: list[str]) -> list[str]:
-    """Labels for a figure. Matplotlib's font lacks Chinese, Japanese and others: all later texts
-    use installed fonts too, and characters that none of them has become escapes, with a note."""
-    import matplotlib
-    from matplotlib import font_manager, ft2font
-
-    names, missing = ["sans-serif"], {char for char in "".join(labels) if char.isprintable()}
-    fonts = [f for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name]  # boxes
-    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):  # matplotlib's first
-        if missing:
-            glyphs = ft2font.FT2Font(font.fname).get_charmap()
-            found = {char for char in missing if ord(char) in glyphs}
-            names += [font.name] * bool(found)
-            missing -= found
-    matplotlib.rcParams["font.family"] = names
-    if missing:
-        print("note: no installed font has all characters (Noto Sans CJK has many): escapes")
-    escapes = {ord(char): ascii(char)[1:-1] for char in missing}
-    return [label.translate(escapes) for label in labels]
 
 
 # --- attention
