@@ -11,9 +11,8 @@ A file is one document, unless --separator gives the text between documents; a .
 document per line, and lines without text are skipped and counted. Line ends become \\n, also those
 inside JSON. Each document is in one split, training or validation. Cleaning steps are optional and
 run in the order of their flags below. The data set, data/NAME/, consists of train.bin
-and val.bin (token ids; after each 268 million they continue in train_00001.bin and so on),
-train_docs.npy (where documents start), tokenizer.json and manifest.json. Next: python train.py
---data data/NAME
+and val.bin (token ids), train_docs.npy (where documents start), tokenizer.json and manifest.json.
+Next: python train.py --data data/NAME
 """
 
 import os

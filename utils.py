@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,14 +22,6 @@ from system.settings import UserError, all_problems, raise_problems
 # --- batches: windows of a stream of token ids
 
 
-class TokenStream(Protocol):
-    """Token ids of any length, indexed like a 1-D NumPy array; an array or files on disk."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any) -> np.ndarray: ...
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. The host does not wait for a copy to a CUDA GPU, which needs pinned
     memory. On MPS such copies can have wrong values (github.com/pytorch/pytorch/issues/189690)."""
@@ -38,9 +30,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def windows(
-    ids: TokenStream | Tensor, starts: np.ndarray, block_size: int
-) -> tuple[Tensor, Tensor]:
+def windows(ids: np.ndarray | Tensor, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
     """The windows of a stream that begin at `starts` (B,), in one indexed read.
 
     Returns x and y, both (B, T) int64: y[b, t] is the token after x[b, t]. Past the end of the
@@ -64,7 +54,7 @@ def windows(
 
 
 def get_batch(
-    ids: TokenStream | Tensor,
+    ids: np.ndarray | Tensor,
     block_size: int,
     batch_size: int,
     seed: int,

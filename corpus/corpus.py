@@ -14,15 +14,13 @@ from tokenizer import END_OF_TEXT, Tokenizer
 if TYPE_CHECKING:  # prepare.py does not need torch
     from torch import Tensor
 
-    from utils import TokenStream
-
 
 @dataclass
 class Corpus:
     """The token ids of a training and a validation split, and where they come from."""
 
-    train_ids: "TokenStream"  # (tokens,), in the smallest type for the vocabulary
-    val_ids: "TokenStream"
+    train_ids: np.ndarray  # (tokens,), in the smallest type for the vocabulary; perhaps on disk
+    val_ids: np.ndarray
     info: dict[str, Any]  # name, bytes and sha256; documents, except of a text without a separator
     train_bytes: int  # of the text, in UTF-8
     val_bytes: int

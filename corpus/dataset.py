@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -23,15 +23,14 @@ from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, from_tiktoken, train_bpe
 from corpus.clean import Chunk, CleanConfig
 from corpus.corpus import check_known
-from corpus.folder import token_files, write_manifest
+from corpus.folder import write_manifest
 from corpus.sources import DatasetConfig, SourceReader
-from corpus.text import file_sha256, token_dtype
+from corpus.text import token_dtype
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 from utils import matching_contents, read_checkpoint
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
-SHARD_SIZE = 1 << 28  # tokens per file
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
 
 
@@ -121,10 +120,9 @@ class DatasetWriter:
     """Writes the token files of both splits, and counts what they contain."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        self.folder, self.tokenizer = folder, tokenizer
         self.separator = tokenizer.specials[END_OF_TEXT]
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self.files: dict[str, BinaryIO] = {}  # the last file of each split
+        self.files = {name: open(folder / f"{name}.bin", "wb") for name in ("train", "val")}  # noqa: SIM115
         self.train_docs = array("q")  # where each document starts in the training ids
         # 8 bytes per document: to find validation documents in the training split
         self.digests = {"train": array("q"), "val": array("q")}
@@ -136,28 +134,15 @@ class DatasetWriter:
         separator."""
         counts = self.counts[chunk.split]
         if chunk.first:
-            ids = np.concatenate([np.array([self.separator], dtype=self.dtype), ids])
+            ids = np.insert(ids, 0, self.separator)
             if chunk.split == "train":
                 self.train_docs.append(counts["tokens"])
             self.digests[chunk.split].frombytes(chunk.digest[:8])
             counts["documents"] += 1
-        self.append(chunk.split, ids)
+        self.files[chunk.split].write(ids.tobytes())
+        counts["tokens"] += len(ids)
         counts["characters"] += len(chunk.text)
         counts["bytes"] += len(chunk.text.encode())
-
-    def append(self, split: str, ids: np.ndarray) -> None:
-        """Append ids to a split, starting another file whenever one is full."""
-        counts = self.counts[split]
-        while len(ids):
-            shard, n_written = divmod(counts["tokens"], SHARD_SIZE)
-            if not n_written:
-                if shard:
-                    self.files[split].close()
-                path = self.folder / (f"{split}_{shard:05d}.bin" if shard else f"{split}.bin")
-                self.files[split] = open(path, "wb")  # noqa: SIM115 (`make_dataset` closes it)
-            fitting, ids = ids[: SHARD_SIZE - n_written], ids[SHARD_SIZE - n_written :]
-            self.files[split].write(fitting.tobytes())
-            counts["tokens"] += len(fitting)
 
     def n_shared(self) -> int:
         """The number of validation documents that are training documents too; long ones count if
@@ -207,7 +192,6 @@ def make_dataset(
         "shared_documents": writer.n_shared(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": str(writer.dtype),
-        "sha256": file_sha256(*token_files(folder, "train"), *token_files(folder, "val")),
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,

@@ -22,7 +22,7 @@ import torch
 from config import ARCHS, DEVICE_HELP, PRESETS, SampleConfig, train_settings
 from corpus.bpe import count_pieces, train_bpe
 from corpus.documents import iter_documents
-from corpus.folder import map_token_files
+from corpus.folder import map_ids
 from corpus.load import find_corpus
 from experiments import baselines, timing
 from experiments.baselines import Functions
@@ -154,14 +154,12 @@ def bench_data(config: BenchConfig) -> list[Row]:
     prepare.py. (The files are sparse, so they take no disk space.)"""
     gpt, train_config = train_settings({"preset": config.preset}, "")
     rows = [Row("data set", f"batches of {train_config.batch_size} x {gpt.block_size} tokens")]
-    datasets = {"10 MB": (10**7, 1), "10 GB": (10**10, 1), "10 GB in 20 files": (10**10, 20)}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (size, n_files) in datasets.items():
-            paths = [Path(folder, f"{name}_{i}.bin") for i in range(n_files)]
-            for path in paths:
-                with open(path, "wb") as file:
-                    file.truncate(size // n_files)
-            ids = map_token_files(paths, "uint16")
+        for name, size in (("10 MB", 10**7), ("10 GB", 10**10)):
+            path = Path(folder, f"{name}.bin")
+            with open(path, "wb") as file:
+                file.truncate(size)
+            ids = map_ids(path, "uint16")
             read = functools.partial(get_batch, ids, gpt.block_size, train_config.batch_size, 0)
             times = [timing.time_once(functools.partial(read, i)) for i in range(200)]
             rows.append(Row(name, f"{1000 * median_high(times):.2f} ms per batch"))

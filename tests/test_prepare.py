@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
-import numpy as np
 import pytest
-import torch
 from conftest import TINY_RUN
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -28,7 +26,6 @@ from test_corpus import STORIES, write_jsonl
 import evaluate
 import prepare
 import train
-import utils
 from corpus import clean as cleaning
 from corpus import dataset, folder, load, sources
 from corpus import text as text_module
@@ -548,29 +545,6 @@ def test_a_data_set_has_its_own_tokenizer(stories, flag):
         train.main([*TINY_RUN, "--data=data/set", flag])
 
 
-def test_a_data_set_of_many_files_reads_like_one_file(workplace, monkeypatch):
-    one = make_of(STORIES, "--tokenizer=char", name="one")
-    monkeypatch.setattr(dataset, "SHARD_SIZE", 100)
-    many = make("stories.jsonl", "--tokenizer=char", name="many")
-    assert many["splits"] == one["splits"] and many["sha256"] == one["sha256"]
-    n_tokens = one["splits"]["train"]["tokens"]
-    names = sorted(path.name for path in Path("data/many").glob("train*.bin"))
-    assert names[:2] == ["train.bin", "train_00001.bin"] and len(names) == -(-n_tokens // 100)
-    sizes = [Path("data/many", name).stat().st_size for name in names]
-    assert sizes == [100] * (n_tokens // 100) + ([n_tokens % 100] if n_tokens % 100 else [])
-    first, second = (folder.open_dataset(Path("data", name))[1] for name in ("one", "many"))
-    for split in ("train_ids", "val_ids"):
-        assert (getattr(first, split)[:] == getattr(second, split)[:]).all()
-    for batch in zip(
-        utils.get_batch(first.train_ids, 32, 50, 1, 2, first.train_docs),
-        utils.get_batch(second.train_ids, 32, 50, 1, 2, second.train_docs),
-        strict=True,
-    ):
-        assert torch.equal(*batch)
-    assert train.main([*TINY_RUN, "--data=data/many"]) == 0
-    assert evaluate.main(["checkpoints/best.pt", "--split=train"]) == 0
-
-
 def read_all(path: Path) -> tuple[object, ...]:
     """All that a data set contains."""
     tokenizer, corpus = folder.open_dataset(path)
@@ -597,30 +571,23 @@ def damage(path: Path, rng: random.Random) -> str:
     if kind == "remove":
         file.unlink()
     elif kind == "rename":
-        file.rename(path / rng.choice(["train_00009.bin", "val_00001.bin", "x"]))
+        file.rename(path / rng.choice(["train_docs.npy", "val.bin", "x"]))
     return f"{kind} {file.name} at {position}"
 
 
-@pytest.mark.parametrize("hashed", [True, False])
-def test_a_damaged_data_set_is_an_error_or_harmless(workplace, monkeypatch, hashed):
-    monkeypatch.setattr(dataset, "SHARD_SIZE", 300)
-    manifest = make_of(STORIES)
-    if not hashed:  # as earlier versions wrote it: damages are found, if not all
-        manifest = {key: manifest[key] for key in manifest.keys() - {"files", "checksum"}}
-        Path("data/set/manifest.json").write_text(json.dumps(manifest))
+def test_a_damaged_data_set_is_an_error_or_harmless(stories):
     expected = read_all(Path("data/set"))
     n_errors = 0
     for i in range(300):
         shutil.copytree("data/set", "data/damaged")
         how = damage(Path("data/damaged"), random.Random(i))
         try:
-            found = read_all(Path("data/damaged"))
-            assert found == expected or not hashed, how
+            assert read_all(Path("data/damaged")) == expected, how
         except UserError as error:
             n_errors += 1
             assert "\n" not in str(error) and len(str(error)) < 500, how
         shutil.rmtree("data/damaged")
-    assert n_errors > (250 if hashed else 200)
+    assert n_errors > 250
 
 
 def test_a_device_in_a_data_set_is_an_error(stories):
@@ -637,27 +604,17 @@ def test_a_data_set_without_its_checksum_is_an_error(stories):
         train.main([*TINY_RUN, "--data=data/set"])
 
 
-def test_ids_beyond_the_vocabulary_are_an_error(stories):
-    ids = np.fromfile("data/set/val.bin", "uint16")
-    ids[5] = 300
-    ids.tofile("data/set/val.bin")
-    paths = [Path("data/set/train.bin"), Path("data/set/val.bin")]
-    folder.write_manifest(Path("data/set"), stories | {"sha256": dataset.file_sha256(*paths)})
-    with pytest.raises(UserError, match="id 300 in a vocabulary of 300"):
-        folder.open_dataset(Path("data/set"))
-
-
 def test_a_large_data_set_is_verified_once_and_after_each_change(stories, monkeypatch):
-    hash_ids = Mock(side_effect=folder.hash_ids)
-    monkeypatch.setattr(folder, "hash_ids", hash_ids)
+    sha256 = Mock(side_effect=folder.tokens_sha256)
+    monkeypatch.setattr(folder, "tokens_sha256", sha256)
     record, ids = Path("data/set/.verified.json"), Path("data/set/train.bin")
 
     def n_verified() -> int:
         """How many of two times the set is verified when it is opened."""
-        hash_ids.reset_mock()
+        sha256.reset_mock()
         for _ in range(2):
             folder.open_dataset(Path("data/set"))
-        return hash_ids.call_count
+        return sha256.call_count
 
     assert n_verified() == 2 and not record.exists()  # small: each time
     monkeypatch.setattr(folder, "VERIFY_ALWAYS", 0)

@@ -15,7 +15,7 @@ from generate import sample_text
 from model import GPT
 from tokenizer import Tokenizer
 from training.distributed import all_reduce, rank, world_size
-from utils import TokenStream, bits_per_byte, even_starts, get_batch, windows
+from utils import bits_per_byte, even_starts, get_batch, windows
 
 Batch = tuple[Tensor, ...]
 Metrics = dict[str, float]
@@ -123,7 +123,7 @@ class Pretraining:
         bpb = bits_per_byte(val, self.corpus.bytes_per_token)
         return metrics | {"val": val, "ppl": math.exp(min(val, MAX_EXP)), "bpb": bpb}
 
-    def mean_loss(self, model: GPT, ids: TokenStream, n_windows: int | None) -> float:
+    def mean_loss(self, model: GPT, ids: np.ndarray, n_windows: int | None) -> float:
         """The mean loss in nats per token over evenly spaced windows of a stream, or over all of it
         (None). The processes share the windows."""
         starts = even_starts(len(ids), self.block_size, n_windows)
@@ -144,7 +144,7 @@ class Pretraining:
 def losses(
     model: GPT,
     corpus: Corpus,
-    ids: TokenStream,
+    ids: np.ndarray,
     starts: np.ndarray,
     batch_size: int,
     doc_mask: bool,
@@ -171,9 +171,9 @@ def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int, qa: boo
     return sample_text(model, tokenizer, config)[0]
 
 
-def to_gpu_if_small(ids: TokenStream, device: torch.device) -> TokenStream | Tensor:
+def to_gpu_if_small(ids: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
     """Token ids in GPU memory if they take at most a gigabyte: then no step waits for the host.
-    Others stay where they are, which may be files larger than memory."""
-    if device.type == "cpu" or not isinstance(ids, np.ndarray) or len(ids) > MAX_GPU_TOKENS:
+    Others stay where they are, which may be a file larger than memory."""
+    if device.type == "cpu" or len(ids) > MAX_GPU_TOKENS:
         return ids
     return torch.from_numpy(ids.astype(np.int32)).to(device)
