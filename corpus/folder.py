@@ -63,7 +63,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise ValueError unless the files of a data set have the hashes in its manifest."""
+    """Raise ValueError unless the files of a data set have the hashes in its manifest and all ids
+    are in the vocabulary."""
     stats = {name: (folder / name).stat() for name in (*TOKENS, *HASHED)}
     state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     record = {"sha256": manifest["sha256"], "files": state}
@@ -76,6 +77,9 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{name} does not have its hash")
     if tokens_sha256(folder) != manifest["sha256"]:
         raise ValueError("the token ids do not have their hash")
+    highest = max(np.memmap(folder / name, manifest["dtype"], "r").max() for name in TOKENS)
+    if highest >= manifest["vocab_size"]:
+        raise ValueError(f"id {highest} in a vocabulary of {manifest['vocab_size']}")
     if large:
         with contextlib.suppress(UserError, OSError), atomic_write(folder / VERIFIED) as file:
             file.write(json.dumps(record).encode())

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 from conftest import TINY_RUN
 from hypothesis import HealthCheck, assume, given, settings
@@ -573,6 +574,13 @@ def damage(path: Path, rng: random.Random) -> str:
     elif kind == "rename":
         file.rename(path / rng.choice(["train_docs.npy", "val.bin", "x"]))
     return f"{kind} {file.name} at {position}"
+
+
+def test_ids_beyond_the_vocabulary_are_an_error(stories):
+    Path("data/set/val.bin").write_bytes(np.array([3, 300, 5], "uint16").tobytes())
+    folder.write_manifest(Path("data/set"), stories)
+    with pytest.raises(UserError, match="id 300 in a vocabulary of 300"):
+        folder.open_dataset(Path("data/set"))
 
 
 def test_a_damaged_data_set_is_an_error_or_harmless(stories):
