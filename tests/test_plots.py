@@ -22,7 +22,8 @@ from model import rotate
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from viz import internals
-from viz.curve import Run, drawable, plot_runs
+from viz.curve import Run, plot_runs
+from viz.fonts import drawable
 from viz.runs import read_run
 
 TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size

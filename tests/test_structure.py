@@ -47,6 +47,7 @@ OPTIONAL = {
     "training.run_log.begin": "training.deadline",
     "training.setup.decide_compile": "training.auto_compile",
     "training.setup.resolve_train": "training.plan training.resume",
+    "viz.curve.plot_runs": "viz.fonts",
 }
 
 

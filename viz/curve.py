@@ -5,11 +5,10 @@ import itertools
 import json
 import math
 import textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from corpus.text import note
 from system.files import atomic_write
 from viz.verdict import verdict
 
@@ -77,31 +76,14 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def drawable(labels: list[str]) -> list[str]:
-    """Labels for a figure. Matplotlib's font lacks Chinese, Japanese and others: all later texts
-    use installed fonts too, and characters that none of them has become escapes, with a note."""
-    import matplotlib
-    from matplotlib import font_manager, ft2font
-
-    names, missing = ["sans-serif"], {char for char in "".join(labels) if char.isprintable()}
-    fonts = [f for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name]  # boxes
-    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):  # matplotlib's first
-        if missing:
-            glyphs = ft2font.FT2Font(font.fname).get_charmap()
-            found = {char for char in missing if ord(char) in glyphs}
-            names += [font.name] * bool(found)
-            missing -= found
-    matplotlib.rcParams["font.family"] = names
-    if missing:
-        note("pictures show \\u... for characters without an installed font (try Noto Sans CJK)")
-    return [label.translate({ord(c): ascii(c)[1:-1] for c in missing}) for label in labels]
-
-
 def plot_runs(runs: list[Run], x: str = "step") -> "Figure":
     """Losses, learning rates and gradient norms of one or several runs, against the keys of
     X_LABELS. The best step of each run is marked; the verdicts are the title."""
-    title, *names = drawable([runs_title(runs), *(run.name for run in runs)])
-    runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    title = runs_title(runs)
+    if not title.isascii():
+        from viz.fonts import drawable  # only for names in other scripts
+
+        title = drawable([title])[0]
     figure = new_figure(8, 7.5)
     losses, rates, norms = figure.subplots(3, 1, sharex=True, height_ratios=[3.5, 1, 1])
     low, high = loss_range(runs)

@@ -15,7 +15,8 @@ from sampling.text import encode_prompt, last_trained_on_text
 from system.settings import UserError
 from tokenizer import Tokenizer
 from utils import load_checkpoint
-from viz.curve import BLACK, BLUE, GREEN, ORANGE, drawable, new_figure
+from viz.curve import BLACK, BLUE, GREEN, ORANGE, new_figure
+from viz.fonts import drawable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
