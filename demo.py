@@ -127,6 +127,8 @@ def sample_config(values: tuple[Any, ...], qa: bool) -> SampleConfig:
     """The settings for the values of the page's inputs, which a request can set to anything."""
     config = from_dict(SampleConfig, dict(zip(SETTINGS, values, strict=True)) | {"qa": qa})
     raise_problems(all_problems(config))
+    if config.max_new_tokens > MAX_TOKENS:
+        raise UserError(f"at most {MAX_TOKENS} tokens")
     return config
 
 
