@@ -17,6 +17,7 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig
+from exporting.chat_template import CONTINUED, asks, jinja_template, ollama_template
 from exporting.folders import check_file, import_optional
 from exporting.hf_model import matching_arch, split_rows, tensor_names
 from exporting.hf_tokenizer import (
@@ -29,11 +30,10 @@ from exporting.hf_tokenizer import (
 )
 from exporting.huggingface import special_token_ids
 from model import GPT
-from sampling.text import answers_questions, last_trained_on_text
 from system.errors import quote_path
 from system.files import atomic_write, locked_file
 from system.settings import UserError
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, prompt_text, to_printable
+from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
 
 TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
 MAGIC = b"GGUF"  # the start of a GGUF file
@@ -226,24 +226,18 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
         check_file(path, mark, overwrite)
     import_optional("gguf")
     model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
-    # The prompts of a conversation are those of explore.py chat.
-    asks = answers_questions(tokenizer) and not last_trained_on_text(state)
-    question, end = ("<BOS>" + prompt_text("|"), "<EOS>") if asks else ("|", "")
-    before, after = question.split("|")
+    asked = asks(tokenizer, state)
     writer = gguf_writer(model, tokenizer, "float16" if precision == "auto" else precision)
-    writer.add_chat_template(
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
-        f"{{{{ m['content'] + {end!r} }}}}"
-        f"{{% else %}}{{{{ {before!r} + m['content'] + {after!r} }}}}{{% endif %}}{{% endfor %}}"
-    )
+    writer.add_chat_template(jinja_template() if asked else CONTINUED)
     # The sampling of generate.py, where Ollama has other defaults
     parameters = {name: getattr(SampleConfig, name) for name in ("temperature", "top_k", "top_p")}
     parameters |= {"min_p": SampleConfig.min_p, "repeat_penalty": SampleConfig.repetition_penalty}
     parameters |= {"num_ctx": model.config.block_size}
+    template = ollama_template() if asked else "{{ .Prompt }}{{ .Response }}"
     lines = [
         f"{FIRST_LINE}ollama create NAME -f {modelfile.name}, then ollama run NAME",
         f"FROM ./{target.name}",
-        f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"""',
+        f'TEMPLATE """{template}"""',
         *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
     ]
     with locked_file(target, "an export"):

@@ -16,6 +16,7 @@ from torch import Tensor
 import utils
 from config import ARCHS, GPTConfig
 from corpus.bpe import from_tiktoken
+from exporting.chat_template import asks, jinja_template
 from exporting.folders import (
     check_files,
     import_optional,
@@ -97,10 +98,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{options})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{options})
-ids = tokenizer("Once", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_length={length}, do_sample=True)[0]))
+inputs = {encode}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_length={length}, do_sample=True)[0]))
 ```
 {notes}"""
+ENCODE = 'tokenizer("Once"'
+ASK = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, return_dict=True"""
 TRUST = ", trust_remote_code=True"
 CODE_NOTES = """
 ## The code of this model
@@ -147,9 +151,10 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
+    texts["encode"] = ASK if asks(tokenizer, state) else ENCODE
     if arch == CUSTOM:
         notes = CODE_NOTES.format(window=config.block_size)
-        texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
+        texts |= {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
     length = min(config.block_size, 200)
     return CARD.format(origin=origin, table=table, sample=sample, length=length, **texts)
 
@@ -164,7 +169,10 @@ def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
     with new_folder(folder, overwrite) as tmp_path:
         model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
         arch = arch_or_custom(model.config)
-        for name, content in json_files(model.config, tokenizer, arch).items():
+        files = json_files(model.config, tokenizer, arch)
+        if asks(tokenizer, state):
+            files["tokenizer_config.json"]["chat_template"] = jinja_template()
+        for name, content in files.items():
             write_json(tmp_path / name, content)
         weights = weights_to_hf(model.state_dict(), model.config, arch)
         save_tensors(weights, tmp_path / "model.safetensors")

@@ -317,11 +317,11 @@ def test_a_model_that_answers_questions_is_asked_each_message():
     tokenizer = TOKENIZERS["char_qa"]
     model = model_of("llama", tokenizer)
     fields, _ = exported(model, tokenizer)
-    asked = "<BOS>Question: Who?\nAnswer: me<EOS><BOS>Question: Why?\n\nAnswer:"
-    assert rendered(fields) == asked
-    modelfile = Path("model.Modelfile").read_text()
-    template = "<BOS>Question: {{ .Prompt }}\nAnswer:{{ .Response }}<EOS>"
-    assert f'TEMPLATE """{template}"""\n' in modelfile
+    assert rendered(fields) == "<BOS>Question: Who?\nAnswer: me<EOS><BOS>Question: Why?"
+    template = "<BOS>{{ if .System }}System: {{ .System }}\n{{ end }}Question: {{ .Prompt }}\n"
+    template += 'Answer:{{ if .Response }}{{ if ne (printf "%.1s" .Response) " " }} {{ end }}'
+    template += "{{ end }}{{ .Response }}<EOS>"
+    assert f'TEMPLATE """{template}"""\n' in Path("model.Modelfile").read_text()
     fields, _ = exported(model, tokenizer, finetune={"objective": "text"})
     assert rendered(fields) == "Who? meWhy?\n"
 
