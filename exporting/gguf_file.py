@@ -28,12 +28,12 @@ from exporting.hf_tokenizer import (
     merges_of,
     token_ids,
 )
-from exporting.huggingface import special_token_ids
+from exporting.huggingface import special_token_ids, with_end_token
 from model import GPT
 from system.errors import quote_path
 from system.files import atomic_write, locked_file
 from system.settings import UserError
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
+from tokenizer import GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
 
 TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
 MAGIC = b"GGUF"  # the start of a GGUF file
@@ -162,19 +162,18 @@ def char_rules(chars: Iterable[bytes]) -> tuple[str, list[str]]:
     return "qwen2", list(merges)
 
 
-def add_tokenizer(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
-    """Write a tokenizer. n_rows is the number of embeddings, at least one for each token."""
+def add_tokenizer(writer: Any, tokenizer: Tokenizer, specials: dict[str, int], n_rows: int) -> None:
+    """Write a tokenizer, with other special tokens. n_rows is the number of embeddings, at least
+    one for each token."""
     if isinstance(tokenizer, BPETokenizer):
         pre, merges = bpe_rules(tokenizer)
     else:
         pre, merges = char_rules(token_ids(tokenizer))
     tokens = {i: (to_printable(token), NORMAL) for token, i in token_ids(tokenizer).items()}
-    tokens |= {i: (text, CONTROL) for text, i in tokenizer.specials.items()}
-    ids = special_token_ids(tokenizer)
+    tokens |= {i: (text, CONTROL) for text, i in specials.items()}
+    ids = special_token_ids(specials)
     bos, end, pad = (ids[f"{name}_token_id"] for name in ("bos", "eos", "pad"))
-    if end is None:
-        bos = end = n_rows - 1
-        tokens[end] = (END_OF_TEXT, CONTROL)
+    if specials != tokenizer.specials:  # without an end token, llama.cpp would end at token 11
         writer.add_array("tokenizer.ggml.suppress_tokens", [end])
     texts, types = zip(
         *(tokens.get(i, (f"<|unused_{i}|>", UNUSED)) for i in range(n_rows)), strict=True
@@ -192,26 +191,6 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", i)
     for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
         writer.add_bool(f"tokenizer.ggml.{name}", False)
-
-
-@torch.no_grad()
-def with_end_token(weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """The weights of a model that has no token that ends a text, with one more row for such a token
-    (without it, llama.cpp would end texts at token 11).
-
-    The row is the mean of the rows of the two tokens that are least likely after other tokens. So
-    its logit is the mean of theirs, and never the largest. Sampled at temperature 0.8, it has a
-    probability of 1e-6 to 1e-5 with models of TinyShakespeare; recent versions of llama.cpp never
-    sample a token in suppress_tokens.
-    """
-    config = model.config
-    logits, _ = model(torch.arange(config.vocab_size)[None, : config.block_size])  # (1, T, V)
-    rarest = logits[0].mean(dim=0).argsort()[:2]
-    return weights | {
-        name: torch.cat([rows, rows[rarest].mean(dim=0, keepdim=True)])
-        for name, rows in weights.items()
-        if name in ("token_embd.weight", "output.weight")
-    }
 
 
 # --- files
@@ -252,17 +231,17 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
 def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
     """A writer of the gguf package with the settings, tokenizer and weights of a model."""
     gguf = import_optional("gguf")
-    config, arch = model.config, matching_arch(model.config)
+    arch = matching_arch(model.config)
+    model, specials = with_end_token(model, tokenizer)
+    config = model.config
     weights = weights_to_gguf(model.state_dict(), config, arch)
-    if special_token_ids(tokenizer)["eos_token_id"] is None:
-        weights = with_end_token(weights, model)
     if POSITIONS in weights:
         weights[POSITIONS] = padded(weights[POSITIONS])
         config = dataclasses.replace(config, block_size=len(weights[POSITIONS]))
     writer = gguf.GGUFWriter(None, arch)
     writer.add_name(f"TinyLLM {arch}")
     add_settings(writer, config, arch)
-    add_tokenizer(writer, tokenizer, len(weights["token_embd.weight"]))
+    add_tokenizer(writer, tokenizer, specials, config.vocab_size)
     mostly = "ALL" if precision == "float32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{TYPES[precision]}"])
     if precision == "int8":

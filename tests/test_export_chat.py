@@ -95,7 +95,7 @@ def test_conversations_have_the_ids_of_the_training(exported):
                 prompt = prompt_text(content, "" if j else system)
                 ends = len(texts) % 2 == 1 and j + 1 == len(texts)
                 without = prompt.removesuffix("\nAnswer:") if ends else prompt
-                plain = expected + [bos, *ours.encode(without).tolist()]
+                plain = [*expected, bos, *ours.encode(without).tolist()]
                 expected += [bos, *ours.encode(prompt).tolist()]
         asked = len(texts) % 2 == 1
         messages = messages_of(system, texts)
