@@ -114,10 +114,10 @@ No architecture of `transformers` has these components, so this folder contains 
 and `modeling_tinyllm.py`. With `trust_remote_code=True`, `transformers` runs these two files with
 all permissions that you have. If you do not know who wrote this folder, read them first.
 
-A text has at most {window} tokens, with its prompt. All texts of a batch need the same number of
-tokens: padding raises an error, except on the right in a call without a cache, such as training.
-`inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
-supported. With a cache, the logits are those of the last token.
+A text has at most {window} tokens, with its prompt and padding. Padding is before the text, as
+with `padding_side="left"`; in a call without a cache, such as training, it may also follow. Texts
+that are packed in one row are not separated. Assisted generation and other kinds of caches are not
+supported.
 """
 # The settings of a run that are shown; no names of files and folders, which may be private.
 RUN_SETTINGS = "preset arch tokenizer seed max_steps batch_size grad_accum optimizer lr_max lr_min"

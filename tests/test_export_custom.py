@@ -1,6 +1,7 @@
 """A model that no standard architecture can represent is exported with its code: same logits, same
 text, without this project."""
 
+import importlib.util
 import inspect
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, to_transformers
 from exports import make_adapter, save_model
 from torch import Tensor
 
@@ -206,26 +207,109 @@ def test_attention_maps_and_tuples_are_returned(models):
     assert torch.equal(theirs(batch("hello"), return_dict=False)[0], theirs(batch("hello")).logits)
 
 
-def test_padding_on_the_right_changes_nothing_without_a_cache(models):
-    _, theirs = models
-    padded = theirs(
-        batch("hello", "heooo"), attention_mask=torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
-    )
-    assert torch.allclose(padded.logits[1, :2], theirs(batch("he")).logits[0], atol=1e-6)
+def padded(texts: list[str], side: str) -> dict[str, Tensor]:
+    """The ids and the mask of texts as a batch."""
+    rows = [CHARS.encode(text).tolist() for text in texts]
+    length, ids, mask = max(map(len, rows)), [], []
+    for row in rows:
+        fill, ones = [1] * (length - len(row)), [1] * len(row)
+        ids.append(fill + row if side == "left" else row + fill)
+        mask.append(
+            [0 * i for i in fill] + ones if side == "left" else ones + [0 * i for i in fill]
+        )
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-LEFT_PADDED = torch.tensor([[0, 1, 1, 1, 1]])
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_padding_changes_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save("model.pt", **COMPONENTS[name])
+    assert export.main(["model.pt", "out"]) == 0
+    theirs, texts = load("out"), ["hello wor", "again", "h"]
+    alone = [theirs(batch(text)).logits[0] for text in texts]
+    for side in ("left", "right"):
+        found = theirs(**padded(texts, side)).logits
+        for logits, expected in zip(found, alone, strict=True):
+            n = len(expected)
+            own = logits[-n:] if side == "left" else logits[:n]
+            assert torch.allclose(own, expected, atol=1e-5), (side, n)
+    found = theirs.generate(**padded(texts, "left"), max_new_tokens=7, do_sample=False)
+    for text, row in zip(texts, found, strict=True):
+        expected = theirs.generate(batch(text), max_new_tokens=7, do_sample=False)
+        assert row[-expected.size(1) :].tolist() == expected[0].tolist()
+
+
+def test_the_calls_of_a_standard_class_give_its_results(models):
+    """A Llama and the custom class with its weights, called in the same ways."""
+    llama = to_transformers(make_model(**ARCHS["llama"]), "llama")
+    ours = type(models[1])(type(models[1].config)(**vars(make_model(**ARCHS["llama"]).config)))
+    ours.gpt.load_state_dict(make_model(**ARCHS["llama"]).state_dict())
+    ours.eval()
+    ids = torch.randint(11, (2, 6))
+    embeds = llama.get_input_embeddings()(ids)
+    calls: list[dict[str, Any]] = [
+        {"input_ids": ids, "output_hidden_states": True},
+        {"inputs_embeds": embeds, "logits_to_keep": 2},
+        {"input_ids": ids, "position_ids": torch.tensor([[0, 2, 3, 5, 8, 11]])},
+        {"input_ids": ids, "use_cache": True, "labels": ids},
+    ]
+    for call in calls:
+        found, expected = ours(**call), llama(**call)
+        assert torch.allclose(found.logits, expected.logits, atol=1e-4), call
+        states = found.hidden_states or (), expected.hidden_states or ()
+        for state, theirs in zip(*states, strict=True):
+            assert torch.allclose(state, theirs, atol=1e-4)
+        assert found.loss is None or found.loss.item() == pytest.approx(expected.loss.item())
+    generated = {"max_new_tokens": 4, "do_sample": False}
+    texts = [model.generate(inputs_embeds=embeds, **generated) for model in (ours, llama)]
+    assert texts[0].tolist() == texts[1].tolist()
+    with pytest.raises(ValueError, match="do not fit the window of 12"):
+        ours(ids, position_ids=torch.tensor([[0, 2, 3, 5, 8, 12]]))
+
+
+def test_two_steps_of_training_are_those_of_pytorch(exported, tmp_path):
+    """By Trainer if it is installed, with gradient checkpointing and the default attention."""
+    ids = batch("hello wor", "again wor")
+    model = utils.load_checkpoint("model.pt")[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        optimizer.step()
+    theirs = load("out", attn_implementation="sdpa").train()
+    theirs.gradient_checkpointing_enable()
+    if importlib.util.find_spec("accelerate"):
+        names = {"max_steps": 2, "gradient_checkpointing": True, "optim": "sgd", "use_cpu": True}
+        names |= {"learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+        names |= {"per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True}
+        arguments = transformers.TrainingArguments(str(tmp_path / "trainer"), **names)
+        # The first label is never a target, but transformers 5.0 counts it.
+        rows = [{"input_ids": row, "labels": [-100, *row[1:].tolist()]} for row in ids]
+        transformers.Trainer(theirs, arguments, train_dataset=rows).train()
+    else:
+        optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            theirs(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    for name, weight in theirs.gpt.state_dict().items():
+        assert torch.allclose(weight, model.state_dict()[name], atol=1e-5), name
+
+
+HOLES = torch.tensor([[1, 1, 0, 1, 1]])
+RIGHT = torch.tensor([[1, 1, 1, 1, 0]])
 
 
 @pytest.mark.parametrize(
     ("call", "settings", "message"),
     [
-        ("generate", {"attention_mask": LEFT_PADDED}, "does not support padding: all texts of a"),
-        ("forward", {"attention_mask": LEFT_PADDED}, "only padding on the right"),
-        ("forward", {"attention_mask": torch.ones(1, 1, 5, 5)}, "cache_implementation is not"),
+        ("generate", {"attention_mask": RIGHT}, "padding must be before the tokens, or without a"),
+        ("forward", {"attention_mask": HOLES}, "padding must be before the tokens"),
+        ("forward", {"attention_mask": torch.zeros(1, 1, 5, 5)}, "cache_implementation is not"),
+        ("forward", {"attention_mask": RIGHT[:, 1:]}, r"attention_mask must be \(B, 5\)"),
         ("generate", {"max_new_tokens": WINDOW}, "17 tokens do not fit the window of 16: .*=16"),
         ("forward", {"input_ids": batch("hello" * 4)}, "20 tokens do not fit the window of 16"),
-        ("forward", {"inputs_embeds": torch.ones(1, 5, 16)}, "does not support inputs_embeds"),
+        ("forward", {"head_mask": torch.ones(2)}, "does not support head_mask"),
     ],
 )
 def test_what_is_not_supported_is_one_clear_error(models, call, settings, message):
