@@ -28,14 +28,15 @@ from exporting.hf_tokenizer import (
     merges_of,
     token_ids,
 )
-from exporting.huggingface import special_token_ids, with_end_token
+from exporting.huggingface import origin, source_name, special_token_ids, with_end_token
 from model import GPT
 from system.errors import quote_path
 from system.files import atomic_write, locked_file
-from system.settings import UserError
+from system.settings import VERSION, UserError
 from tokenizer import GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
 
-TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
+# precision -> llama.cpp's name
+TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 MAGIC = b"GGUF"  # the start of a GGUF file
 FIRST_LINE = "# For Ollama: "  # the start of a Modelfile
 
@@ -79,12 +80,14 @@ def padded(positions: Tensor) -> Tensor:
 def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, Any]:
     """The data of a tensor and gguf's name of its type. Vectors and position embeddings, which
     llama.cpp adds, remain float32; rows that are not made of blocks of 32 become float16 instead
-    of Q8_0. Raises UserError if a number is too large for the type."""
+    of Q8_0 or Q4_0, and the vectors of tokens Q8_0. Raises UserError if a number is too large."""
     gguf = import_optional("gguf")
     if tensor.dim() == 1 or name == POSITIONS:
         precision = "float32"
-    elif precision == "int8" and tensor.size(1) % 32:
+    elif precision in ("int8", "int4") and tensor.size(1) % 32:
         precision = "float16"
+    elif precision == "int4" and name in ("token_embd.weight", "output.weight"):
+        precision = "int8"
     dtype = gguf.GGMLQuantizationType[TYPES[precision]]
     array = tensor.float().numpy()
     with np.errstate(over="ignore"):
@@ -207,6 +210,10 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
     asked = asks(tokenizer, state)
     writer = gguf_writer(model, tokenizer, "float16" if precision == "auto" else precision)
+    writer.add_name(f"{source_name(state)} ({writer.arch})")
+    writer.add_author(f"TinyLLM {VERSION}")
+    writer.add_description(origin(state))
+    writer.add_size_label(import_optional("gguf").size_label(model.num_params(), 0, 0, 0))
     writer.add_chat_template(jinja_template() if asked else CONTINUED)
     # The sampling of generate.py, where Ollama has other defaults
     parameters = {name: getattr(SampleConfig, name) for name in ("temperature", "top_k", "top_p")}
@@ -239,12 +246,11 @@ def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
         weights[POSITIONS] = padded(weights[POSITIONS])
         config = dataclasses.replace(config, block_size=len(weights[POSITIONS]))
     writer = gguf.GGUFWriter(None, arch)
-    writer.add_name(f"TinyLLM {arch}")
     add_settings(writer, config, arch)
     add_tokenizer(writer, tokenizer, specials, config.vocab_size)
     mostly = "ALL" if precision == "float32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{TYPES[precision]}"])
-    if precision == "int8":
+    if precision in ("int8", "int4"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, tensor in weights.items():
         data, dtype = quantized(name, tensor, precision)

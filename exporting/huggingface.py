@@ -137,14 +137,18 @@ def source_name(state: dict[str, Any]) -> str:
     return name if state["corpus"]["sha256"] else Path(name).name
 
 
+def origin(state: dict[str, Any]) -> str:
+    """Where a model comes from, and its loss."""
+    if not state["corpus"]["sha256"]:
+        return f"Imported from {source_name(state)} with TinyLLM."
+    how = "Fine-tuned" if state.keys() & {"finetune", "merged"} else "Trained from scratch"
+    return f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
+
+
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
     config = model.config
-    origin = f"Imported from {source_name(state)} with TinyLLM."
-    if state["corpus"]["sha256"]:
-        how = "Fine-tuned" if "finetune" in state else "Trained from scratch"
-        origin = f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
     rows = {
         "architecture": CLASSES[arch],
         "parameters": f"{model.num_params():,}",
@@ -157,7 +161,7 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
         notes = CODE_NOTES.format(window=config.block_size)
         texts |= {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
     length = min(config.block_size, 200)
-    return CARD.format(origin=origin, table=table, sample=sample, length=length, **texts)
+    return CARD.format(origin=origin(state), table=table, sample=sample, length=length, **texts)
 
 
 # --- export

@@ -144,7 +144,7 @@ def test_the_first_example_of_help_runs_as_written_after_a_default_run(workplace
 def test_the_gguf_error_for_a_fast_run_names_the_command_that_trains_an_exportable_one(workplace):
     pytest.importorskip("gguf")
     assert train.main([*TINY_RUN, "--preset=fast"]) == 0
-    with pytest.raises(UserError, match=r"exported: python train.py --arch qwen3 --tag qwen3") as e:
+    with pytest.raises(UserError, match=r"minutes: python train.py --arch qwen3 --tag qwen3") as e:
         export.main(["checkpoints/best.pt", "model.gguf"])
     command = re.search(r"python train.py (.*)\)", str(e.value))
     assert train.main([*command[1].split(), *TINY_RUN]) == 0
@@ -215,7 +215,8 @@ def test_push_uploads_the_folder(workplace, monkeypatch):
         ("a.pt model.gguf --push=a/b", "--push is for exported folders"),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("a.pt out --precision=float32", "--precision is for .html and .gguf files"),
-        ("a.pt page.html --precision=int4", "--precision: invalid choice"),
+        ("a.pt page.html --precision=int2", "--precision: invalid choice"),
+        ("a.pt page.html --precision=int4", "a web page has weights in float16 or int8"),
         ("a.pt page.html --precision=float32", "a web page has weights in float16 or int8"),
         ("a.pt no/folder/page.html", "there is no folder no/folder"),
         ("a.pt no/folder/model.gguf", "there is no folder no/folder"),
