@@ -3,6 +3,7 @@
 <BOS>System: Be brief.\\nQuestion: Who?\\nAnswer: I.<EOS><BOS>Question: Why?\\nAnswer:
 """
 
+import re
 from typing import Any
 
 from sampling.text import answers_questions, last_trained_on_text
@@ -10,10 +11,7 @@ from tokenizer import Tokenizer, prompt_text
 
 ORDER = "at most one system message, then user and assistant in turn; a prompt ends with the user"
 JINJA = """\
-{%- set turns = messages -%}
-{%- if messages[0]['role'] == 'system' -%}
-{%- set turns = messages[1:] -%}
-{%- endif -%}
+{%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages -%}
 {%- if not turns or (add_generation_prompt and turns[-1]['role'] != 'user') -%}
 {{- raise_exception(ORDER) -}}
 {%- endif -%}
@@ -28,9 +26,7 @@ JINJA = """\
 {{- SYSTEM + messages[0]['content'] | trim + '\\n' -}}
 {%- endif -%}
 {{- QUESTION + turn['content'] | trim -}}
-{%- if add_generation_prompt or not loop.last -%}
-{{- ANSWER -}}
-{%- endif -%}
+{%- if add_generation_prompt or not loop.last -%}{{- ANSWER -}}{%- endif -%}
 {%- endif -%}
 {%- endfor -%}"""
 CONTINUED = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # of a model of text
@@ -45,10 +41,7 @@ def jinja_template() -> str:
     """The template of models that answer questions, for `apply_chat_template` and llama.cpp."""
     system, question, answer = prompt_text("|", "|").split("|")
     texts = {"SYSTEM": system, "QUESTION": question.lstrip(), "ANSWER": answer, "ORDER": ORDER}
-    template = JINJA
-    for name, text in texts.items():
-        template = template.replace(name, repr(text))
-    return template
+    return re.sub("|".join(texts), lambda found: repr(texts[found[0]]), JINJA)
 
 
 def ollama_template() -> str:

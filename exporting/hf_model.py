@@ -49,8 +49,8 @@ def matching_arch(config: GPTConfig) -> str:
     if differences[nearest]:
         raise UserError(
             f"no standard architecture has these components; {nearest} is nearest, but "
-            f"{', '.join(differences[nearest])} (train one that can be exported, also with --preset or --minutes: "
-            f"python train.py --arch {nearest} --tag {nearest})"
+            f"{', '.join(differences[nearest])} (train one that can be exported: "
+            f"python train.py --arch {nearest} --tag {nearest}, with --preset or --minutes too)"
         )
     return nearest
 

@@ -249,11 +249,11 @@ def json_files(
     # token that transformers does not train.
     known_ids = {key: token_ids["eos_token_id"] if i is None else i for key, i in token_ids.items()}
     texts = {i: text for text, i in specials.items()}
-    generation = known_ids | {"max_length": config.block_size}
-    if len(end_tokens(tokenizer)) > 1:
-        generation["eos_token_id"] = end_tokens(tokenizer)
-    if specials != tokenizer.specials:
-        generation["suppress_tokens"] = [token_ids["eos_token_id"]]
+    end = known_ids["eos_token_id"]
+    generation = known_ids | {"eos_token_id": end_tokens(tokenizer) or end}  # all that end a text
+    generation |= {"max_length": config.block_size}
+    if not end_tokens(tokenizer):
+        generation["suppress_tokens"] = [end]
     return {
         "config.json": config_to_hf(config, arch, token_ids),
         "generation_config.json": generation,

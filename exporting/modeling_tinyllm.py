@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model import (
-    GPT,
-    AttentionContext,
-    KVCache,
-    RotaryPositions,
-    SinusoidalPositions,
-    causal_mask,
-)
+from model import GPT, AttentionContext, KVCache, RotaryPositions, SinusoidalPositions, causal_mask
 
 # transformers 5.24 renamed past_key_values to cache. generate() passes and expects its own name.
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
@@ -129,7 +122,6 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        num_items_in_batch: Any = None,
         **others: Any,
     ) -> Any:
         """Logits (B, T, V) for token ids (B, T) or embeddings (B, T, C), and with labels the mean
@@ -141,6 +133,7 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         with a cache also after them, and for other arguments than None and False.
         """
         others.pop("cache_position", None)  # of transformers 5.0: the cache counts its tokens
+        sizes = {"num_items_in_batch": others.pop("num_items_in_batch", None)}
         if names := [k for k, v in others.items() if v is not None and v is not False]:
             raise ValueError(f"this model does not support {', '.join(names)}")
         gpt, size = self.gpt, self.config.block_size
@@ -181,12 +174,13 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         logits = gpt.head(x[:, kept])  # (B, T, V)
         loss = None
         if labels is not None:
-            sizes = {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits, labels, **sizes)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **sizes)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         output.attentions = None if maps is None else tuple(maps)
-        if output_hidden_states or (
-            output_hidden_states is None and self.config.output_hidden_states
+        if (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
         ):
             output.hidden_states = (*states, x)
         return output.to_tuple() if return_dict is False else output

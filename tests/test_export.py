@@ -144,9 +144,9 @@ def test_the_first_example_of_help_runs_as_written_after_a_default_run(workplace
 def test_the_gguf_error_for_a_fast_run_names_the_command_that_trains_an_exportable_one(workplace):
     pytest.importorskip("gguf")
     assert train.main([*TINY_RUN, "--preset=fast"]) == 0
-    with pytest.raises(UserError, match=r"minutes: python train.py --arch qwen3 --tag qwen3") as e:
+    with pytest.raises(UserError, match=r"exported: python train.py --arch qwen3 --tag qwen3") as e:
         export.main(["checkpoints/best.pt", "model.gguf"])
-    command = re.search(r"python train.py (.*)\)", str(e.value))
+    command = re.search(r"python train.py (.*), with", str(e.value))
     assert train.main([*command[1].split(), *TINY_RUN]) == 0
     assert export.main(["checkpoints/qwen3/best.pt", "model.gguf"]) == 0
 

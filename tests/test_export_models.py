@@ -418,7 +418,7 @@ def test_the_settings_name_the_special_tokens(specials: list[str], ids: dict[str
         assert files["config.json"][f"{key}_token_id"] == ids.get(key)
     ids = {"pad": 0} | ids  # the end token, if there is no <PAD>
     expected = {f"{key}_token_id": i for key, i in ids.items()} | {"max_length": 32}
-    expected |= {"eos_token_id": [3, 4]} if len(specials) > 1 else {}
+    expected |= {"eos_token_id": [3, 4] if len(specials) > 1 else [0]}
     assert files["generation_config.json"] == expected
     assert files["tokenizer_config.json"] == {
         **{f"{key}_token": specials[i] for key, i in ids.items()},
