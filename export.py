@@ -47,7 +47,7 @@ class ExportConfig:
     push: str = setting("", "user/name: upload the exported folder to the hub, where it is public")
     precision: str = setting(
         "auto", "weights of a .html or .gguf file; auto: .html: int8 if the measured loss is "
-        "nearly the same, .gguf: float16", choices=("auto", "float32", "float16", "int8")
+        "nearly the same, .gguf: float16", choices=("auto", "float32", "float16", "int8", "int4")
     )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
 
@@ -70,7 +70,7 @@ class ExportConfig:
             found.append("--from writes a checkpoint: name it NAME.pt")
         if self.precision != "auto" and not self.kind:
             found.append("--precision is for .html and .gguf files: leave it out")
-        if self.precision == "float32" and self.kind == "html":
+        if self.precision in ("float32", "int4") and self.kind == "html":
             found.append("a web page has weights in float16 or int8")
         return found
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig
+from exporting.chat_template import CONTINUED, asks, jinja_template, ollama_template
 from exporting.folders import check_file, import_optional
 from exporting.hf_model import matching_arch, split_rows, tensor_names
 from exporting.hf_tokenizer import (
@@ -27,15 +28,15 @@ from exporting.hf_tokenizer import (
     merges_of,
     token_ids,
 )
-from exporting.huggingface import special_token_ids
+from exporting.huggingface import origin, source_name, special_token_ids, with_end_token
 from model import GPT
-from sampling.text import answers_questions, last_trained_on_text
 from system.errors import quote_path
 from system.files import atomic_write, locked_file
-from system.settings import UserError
-from tokenizer import END_OF_TEXT, GPT2_PATTERN, BPETokenizer, Tokenizer, prompt_text, to_printable
+from system.settings import VERSION, UserError
+from tokenizer import GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
 
-TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0"}  # precision -> llama.cpp's name
+# precision -> llama.cpp's name
+TYPES = {"float32": "F32", "float16": "F16", "int8": "Q8_0", "int4": "Q4_0"}
 MAGIC = b"GGUF"  # the start of a GGUF file
 FIRST_LINE = "# For Ollama: "  # the start of a Modelfile
 
@@ -79,12 +80,14 @@ def padded(positions: Tensor) -> Tensor:
 def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, Any]:
     """The data of a tensor and gguf's name of its type. Vectors and position embeddings, which
     llama.cpp adds, remain float32; rows that are not made of blocks of 32 become float16 instead
-    of Q8_0. Raises UserError if a number is too large for the type."""
+    of Q8_0 or Q4_0, and the vectors of tokens Q8_0. Raises UserError if a number is too large."""
     gguf = import_optional("gguf")
     if tensor.dim() == 1 or name == POSITIONS:
         precision = "float32"
-    elif precision == "int8" and tensor.size(1) % 32:
+    elif precision in ("int8", "int4") and tensor.size(1) % 32:
         precision = "float16"
+    elif precision == "int4" and name in ("token_embd.weight", "output.weight"):
+        precision = "int8"
     dtype = gguf.GGMLQuantizationType[TYPES[precision]]
     array = tensor.float().numpy()
     with np.errstate(over="ignore"):
@@ -162,19 +165,18 @@ def char_rules(chars: Iterable[bytes]) -> tuple[str, list[str]]:
     return "qwen2", list(merges)
 
 
-def add_tokenizer(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
-    """Write a tokenizer. n_rows is the number of embeddings, at least one for each token."""
+def add_tokenizer(writer: Any, tokenizer: Tokenizer, specials: dict[str, int], n_rows: int) -> None:
+    """Write a tokenizer, with other special tokens. n_rows is the number of embeddings, at least
+    one for each token."""
     if isinstance(tokenizer, BPETokenizer):
         pre, merges = bpe_rules(tokenizer)
     else:
         pre, merges = char_rules(token_ids(tokenizer))
     tokens = {i: (to_printable(token), NORMAL) for token, i in token_ids(tokenizer).items()}
-    tokens |= {i: (text, CONTROL) for text, i in tokenizer.specials.items()}
-    ids = special_token_ids(tokenizer)
+    tokens |= {i: (text, CONTROL) for text, i in specials.items()}
+    ids = special_token_ids(specials)
     bos, end, pad = (ids[f"{name}_token_id"] for name in ("bos", "eos", "pad"))
-    if end is None:
-        bos = end = n_rows - 1
-        tokens[end] = (END_OF_TEXT, CONTROL)
+    if specials != tokenizer.specials:  # without an end token, llama.cpp would end at token 11
         writer.add_array("tokenizer.ggml.suppress_tokens", [end])
     texts, types = zip(
         *(tokens.get(i, (f"<|unused_{i}|>", UNUSED)) for i in range(n_rows)), strict=True
@@ -194,26 +196,6 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, n_rows: int) -> None:
         writer.add_bool(f"tokenizer.ggml.{name}", False)
 
 
-@torch.no_grad()
-def with_end_token(weights: dict[str, Tensor], model: GPT) -> dict[str, Tensor]:
-    """The weights of a model that has no token that ends a text, with one more row for such a token
-    (without it, llama.cpp would end texts at token 11).
-
-    The row is the mean of the rows of the two tokens that are least likely after other tokens. So
-    its logit is the mean of theirs, and never the largest. Sampled at temperature 0.8, it has a
-    probability of 1e-6 to 1e-5 with models of TinyShakespeare; recent versions of llama.cpp never
-    sample a token in suppress_tokens.
-    """
-    config = model.config
-    logits, _ = model(torch.arange(config.vocab_size)[None, : config.block_size])  # (1, T, V)
-    rarest = logits[0].mean(dim=0).argsort()[:2]
-    return weights | {
-        name: torch.cat([rows, rows[rarest].mean(dim=0, keepdim=True)])
-        for name, rows in weights.items()
-        if name in ("token_embd.weight", "output.weight")
-    }
-
-
 # --- files
 
 
@@ -226,24 +208,22 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
         check_file(path, mark, overwrite)
     import_optional("gguf")
     model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
-    # The prompts of a conversation are those of explore.py chat.
-    asks = answers_questions(tokenizer) and not last_trained_on_text(state)
-    question, end = ("<BOS>" + prompt_text("|"), "<EOS>") if asks else ("|", "")
-    before, after = question.split("|")
+    asked = asks(tokenizer, state)
     writer = gguf_writer(model, tokenizer, "float16" if precision == "auto" else precision)
-    writer.add_chat_template(
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}"
-        f"{{{{ m['content'] + {end!r} }}}}"
-        f"{{% else %}}{{{{ {before!r} + m['content'] + {after!r} }}}}{{% endif %}}{{% endfor %}}"
-    )
+    writer.add_name(f"{source_name(state)} ({writer.arch})")
+    writer.add_author(f"TinyLLM {VERSION}")
+    writer.add_description(origin(state))
+    writer.add_size_label(import_optional("gguf").size_label(model.num_params(), 0, 0, 0))
+    writer.add_chat_template(jinja_template() if asked else CONTINUED)
     # The sampling of generate.py, where Ollama has other defaults
     parameters = {name: getattr(SampleConfig, name) for name in ("temperature", "top_k", "top_p")}
     parameters |= {"min_p": SampleConfig.min_p, "repeat_penalty": SampleConfig.repetition_penalty}
     parameters |= {"num_ctx": model.config.block_size}
+    template = ollama_template() if asked else "{{ .Prompt }}{{ .Response }}"
     lines = [
         f"{FIRST_LINE}ollama create NAME -f {modelfile.name}, then ollama run NAME",
         f"FROM ./{target.name}",
-        f'TEMPLATE """{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"""',
+        f'TEMPLATE """{template}"""',
         *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
     ]
     with locked_file(target, "an export"):
@@ -258,20 +238,19 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
 def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
     """A writer of the gguf package with the settings, tokenizer and weights of a model."""
     gguf = import_optional("gguf")
-    config, arch = model.config, matching_arch(model.config)
+    arch = matching_arch(model.config)
+    model, specials = with_end_token(model, tokenizer)
+    config = model.config
     weights = weights_to_gguf(model.state_dict(), config, arch)
-    if special_token_ids(tokenizer)["eos_token_id"] is None:
-        weights = with_end_token(weights, model)
     if POSITIONS in weights:
         weights[POSITIONS] = padded(weights[POSITIONS])
         config = dataclasses.replace(config, block_size=len(weights[POSITIONS]))
     writer = gguf.GGUFWriter(None, arch)
-    writer.add_name(f"TinyLLM {arch}")
     add_settings(writer, config, arch)
-    add_tokenizer(writer, tokenizer, len(weights["token_embd.weight"]))
+    add_tokenizer(writer, tokenizer, specials, config.vocab_size)
     mostly = "ALL" if precision == "float32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{TYPES[precision]}"])
-    if precision == "int8":
+    if precision in ("int8", "int4"):
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, tensor in weights.items():
         data, dtype = quantized(name, tensor, precision)

@@ -50,7 +50,7 @@ def matching_arch(config: GPTConfig) -> str:
         raise UserError(
             f"no standard architecture has these components; {nearest} is nearest, but "
             f"{', '.join(differences[nearest])} (train one that can be exported: "
-            f"python train.py --arch {nearest} --tag {nearest})"
+            f"python train.py --arch {nearest} --tag {nearest}, with --preset or --minutes too)"
         )
     return nearest
 

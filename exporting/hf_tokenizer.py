@@ -69,13 +69,16 @@ def library_pattern(pattern: str) -> str:
 # --- export
 
 
-def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The content of tokenizer.json. Raises UserError if the library gives other ids with it."""
+def tokenizer_to_hf(tokenizer: Tokenizer, specials: dict[str, int] | None = None) -> dict[str, Any]:
+    """The content of tokenizer.json; `specials` replaces the tokenizer's. Raises UserError if the
+    library gives other ids with it."""
     library = import_optional("tokenizers")
     Split, ByteLevel = library.pre_tokenizers.Split, library.pre_tokenizers.ByteLevel
-    if isinstance(tokenizer, CharTokenizer):  # each character is a word
+    specials = tokenizer.specials if specials is None else specials
+    if isinstance(tokenizer, CharTokenizer):
+        # Byte pairs without a merge: each character is a token, and unknown ones are left out.
         vocab = {text: i for i, text in enumerate(tokenizer.texts)}
-        theirs = library.Tokenizer(library.models.WordLevel(vocab, unknown_char(tokenizer)))
+        theirs = library.Tokenizer(library.models.BPE(vocab | specials, []))
         theirs.pre_tokenizer = Split(library.Regex(r"[\s\S]"), "isolated")
         theirs.decoder = library.decoders.Fuse()
     else:
@@ -84,24 +87,16 @@ def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
         vocab = {to_printable(token): i for token, i in tokenizer.ranks.items()}
         merges = [(to_printable(left), to_printable(right)) for left, right in merges_of(tokenizer)]
         # ignore_merges: a piece that is a token is not merged, as in tiktoken
-        model = library.models.BPE(vocab | tokenizer.specials, merges, ignore_merges=True)
+        model = library.models.BPE(vocab | specials, merges, ignore_merges=True)
         theirs = library.Tokenizer(model)
         split = Split(library.Regex(library_pattern(tokenizer.pattern)), "isolated")
         steps = [split, ByteLevel(add_prefix_space=False, use_regex=False)]
         theirs.pre_tokenizer = library.pre_tokenizers.Sequence(steps)
         theirs.decoder = library.decoders.ByteLevel()
-    theirs.add_special_tokens(sorted(tokenizer.specials, key=tokenizer.specials.__getitem__))
+    theirs.add_special_tokens(sorted(specials, key=specials.__getitem__))
     content: dict[str, Any] = json.loads(theirs.to_str())
     check_equal(tokenizer, content)
     return content
-
-
-def unknown_char(tokenizer: CharTokenizer) -> str:
-    """The token that stands for unknown characters: <UNK>, or a space in a tokenizer without it; a
-    newline or the first character if there is no space. A new token would change the model: it
-    has an embedding and a logit only for the tokens that it was trained with."""
-    candidates = ("<UNK>", " ", "\n", *tokenizer.chars[:1])
-    return next(text for text in candidates if text in tokenizer.texts)
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[bytes, int]:
@@ -163,7 +158,8 @@ def tokenizer_from_hf(content: dict[str, Any]) -> Tokenizer:
     post = parts["post_processor"] or {}  # it may add special tokens around a text
     for part in post.get("processors", [post] if post else []):
         require(part, "type", ("ByteLevel", "TemplateProcessing"), "post_processor.")
-    if parts["model"]["type"] == "WordLevel":
+    # Earlier versions wrote characters as the words of a WordLevel model.
+    if parts["model"]["type"] == "WordLevel" or parts["decoder"] == {"type": "Fuse"}:
         tokenizer: Tokenizer = char_from_hf(parts, vocab, specials)
     else:
         tokenizer = bpe_from_hf(parts, vocab, specials)
@@ -180,15 +176,16 @@ def require(part: dict[str, Any], key: str, allowed: tuple[Any, ...], where: str
 def char_from_hf(
     parts: dict[str, Any], vocab: dict[str, int], specials: dict[str, int]
 ) -> CharTokenizer:
-    """A character tokenizer, as `tokenizer_to_hf` writes it."""
+    """A character tokenizer, as `tokenizer_to_hf` writes it, without an added end token."""
     require(parts, "pre_tokenizer", (split_rule(r"[\s\S]"),))
     require(parts, "decoder", ({"type": "Fuse"},))
     chars = sorted(text for text in vocab if text not in specials)
-    order = sorted(specials, key=specials.__getitem__)
-    ids = {text: i for i, text in enumerate([*order, *chars])}
+    end = [END_OF_TEXT] if specials.get(END_OF_TEXT) == len(vocab) - 1 else []
+    order = sorted(specials.keys() - {*end}, key=specials.__getitem__)
+    ids = {text: i for i, text in enumerate([*order, *chars, *end])}
     if {len(char) for char in chars} != {1} or ids != vocab | specials:
         raise UserError(
-            "tokenizer.json: WordLevel is only supported with words of one character and ids from "
+            "tokenizer.json: characters are only supported as words of one character and ids from "
             "0 without gaps: special tokens, then characters in sorted order"
         )
     return CharTokenizer(chars, order)

@@ -6,7 +6,7 @@ with its code. The conversions are in hf_model.py and hf_tokenizer.py.
 """
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 import utils
 from config import ARCHS, GPTConfig
 from corpus.bpe import from_tiktoken
+from exporting.chat_template import asks, jinja_template
 from exporting.folders import (
     check_files,
     import_optional,
@@ -33,6 +34,7 @@ from exporting.hf_model import (
     weights_to_hf,
 )
 from exporting.hf_tokenizer import gpt2_tokenizer, tokenizer_from_hf, tokenizer_to_hf
+from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
 from sampling.text import checkpoint_line, end_tokens, last_trained_on_text
 from system.errors import first_line, quote_path
@@ -97,10 +99,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{options})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{options})
-ids = tokenizer("Once", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_length={length}, do_sample=True)[0]))
+inputs = {encode}, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_length={length}, do_sample=True)[0]))
 ```
 {notes}"""
+ENCODE = 'tokenizer("Once"'
+ASK = """tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, return_dict=True"""
 TRUST = ", trust_remote_code=True"
 CODE_NOTES = """
 ## The code of this model
@@ -109,10 +114,10 @@ No architecture of `transformers` has these components, so this folder contains 
 and `modeling_tinyllm.py`. With `trust_remote_code=True`, `transformers` runs these two files with
 all permissions that you have. If you do not know who wrote this folder, read them first.
 
-A text has at most {window} tokens, with its prompt. All texts of a batch need the same number of
-tokens: padding raises an error, except on the right in a call without a cache, such as training.
-`inputs_embeds`, `output_hidden_states`, assisted generation and other kinds of caches are not
-supported. With a cache, the logits are those of the last token.
+A text has at most {window} tokens, with its prompt and padding. Padding is before the text, as
+with `padding_side="left"`; in a call without a cache, such as training, it may also follow. Texts
+that are packed in one row are not separated. Assisted generation and other kinds of caches are not
+supported.
 """
 # The settings of a run that are shown; no names of files and folders, which may be private.
 RUN_SETTINGS = "preset arch tokenizer seed max_steps batch_size grad_accum optimizer lr_max lr_min"
@@ -132,14 +137,18 @@ def source_name(state: dict[str, Any]) -> str:
     return name if state["corpus"]["sha256"] else Path(name).name
 
 
+def origin(state: dict[str, Any]) -> str:
+    """Where a model comes from, and its loss."""
+    if not state["corpus"]["sha256"]:
+        return f"Imported from {source_name(state)} with TinyLLM."
+    how = "Fine-tuned" if state.keys() & {"finetune", "merged"} else "Trained from scratch"
+    return f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
+
+
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
     config = model.config
-    origin = f"Imported from {source_name(state)} with TinyLLM."
-    if state["corpus"]["sha256"]:
-        how = "Fine-tuned" if "finetune" in state else "Trained from scratch"
-        origin = f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
     rows = {
         "architecture": CLASSES[arch],
         "parameters": f"{model.num_params():,}",
@@ -147,11 +156,12 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
+    texts["encode"] = ASK if asks(tokenizer, state) else ENCODE
     if arch == CUSTOM:
         notes = CODE_NOTES.format(window=config.block_size)
-        texts = {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
+        texts |= {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
     length = min(config.block_size, 200)
-    return CARD.format(origin=origin, table=table, sample=sample, length=length, **texts)
+    return CARD.format(origin=origin(state), table=table, sample=sample, length=length, **texts)
 
 
 # --- export
@@ -164,15 +174,42 @@ def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
     with new_folder(folder, overwrite) as tmp_path:
         model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
         arch = arch_or_custom(model.config)
-        for name, content in json_files(model.config, tokenizer, arch).items():
+        complete, specials = with_end_token(model, tokenizer)
+        files = json_files(complete.config, tokenizer, arch, specials)
+        if asks(tokenizer, state):
+            files["tokenizer_config.json"]["chat_template"] = jinja_template()
+        for name, content in files.items():
             write_json(tmp_path / name, content)
-        weights = weights_to_hf(model.state_dict(), model.config, arch)
+        weights = weights_to_hf(complete.state_dict(), complete.config, arch)
         save_tensors(weights, tmp_path / "model.safetensors")
         card = model_card(model, tokenizer, state, arch)
         texts = {"README.md": card} | (code_files() if arch == CUSTOM else {})
         for name, text in texts.items():
             (tmp_path / name).write_text(text, encoding="utf-8")
     return repr(str(folder)) + (TRUST if arch == CUSTOM else "")
+
+
+@torch.no_grad()
+def with_end_token(model: GPT, tokenizer: Tokenizer) -> tuple[GPT, dict[str, int]]:
+    """A model and its special tokens, with one that ends a text, which other programs need: if the
+    tokenizer has none, <|endoftext|> after all others.
+
+    Its row is the mean of the rows of the two tokens that are least likely after other tokens. So
+    its logit is the mean of theirs, and never the largest. Sampled at temperature 0.8, it has a
+    probability of 1e-6 to 1e-5 with models of TinyShakespeare; recent versions of llama.cpp, and
+    transformers, never sample a token in suppress_tokens.
+    """
+    if end_tokens(tokenizer):
+        return model, tokenizer.specials
+    size, weights = model.config.vocab_size, model.state_dict()
+    logits, _ = model(torch.arange(size)[None, : model.config.block_size])  # (1, T, V)
+    rarest = logits[0].mean(dim=0).argsort()[:2]
+    for name in EMBEDDINGS:
+        row = weights[name][rarest].mean(dim=0, keepdim=True)  # (1, C)
+        weights[name] = torch.cat([weights[name], row])  # (V + 1, C)
+    complete = GPT(replace(model.config, vocab_size=size + 1)).eval()
+    complete.load_state_dict(weights)
+    return complete, tokenizer.specials | {END_OF_TEXT: size}
 
 
 # The files with the code of a model: an import in them, and what replaces it in an exported folder.
@@ -202,15 +239,25 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(first_line(error)) from None
 
 
-def json_files(config: GPTConfig, tokenizer: Tokenizer, arch: str) -> dict[str, dict[str, Any]]:
-    """The content of the JSON files of an exported model, by file name."""
-    token_ids = special_token_ids(tokenizer)
-    known_ids = {key: i for key, i in token_ids.items() if i is not None}
-    texts = {i: text for text, i in tokenizer.specials.items()}
+def json_files(
+    config: GPTConfig, tokenizer: Tokenizer, arch: str, specials: dict[str, int]
+) -> dict[str, dict[str, Any]]:
+    """The content of the JSON files of an exported model, by file name; `specials` are those of
+    the tokenizer and an end token."""
+    token_ids = special_token_ids(specials)
+    # Without <PAD>, batches are padded with the end token. Not in config.json: there it would be a
+    # token that transformers does not train.
+    known_ids = {key: token_ids["eos_token_id"] if i is None else i for key, i in token_ids.items()}
+    texts = {i: text for text, i in specials.items()}
+    end = known_ids["eos_token_id"]
+    generation = known_ids | {"eos_token_id": end_tokens(tokenizer) or end}  # all that end a text
+    generation |= {"max_length": config.block_size}
+    if not end_tokens(tokenizer):
+        generation["suppress_tokens"] = [end]
     return {
         "config.json": config_to_hf(config, arch, token_ids),
-        "generation_config.json": known_ids | {"max_length": config.block_size},
-        "tokenizer.json": tokenizer_to_hf(tokenizer),
+        "generation_config.json": generation,
+        "tokenizer.json": tokenizer_to_hf(tokenizer, specials),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.block_size,
@@ -220,13 +267,13 @@ def json_files(config: GPTConfig, tokenizer: Tokenizer, arch: str) -> dict[str, 
     }
 
 
-def special_token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
-    """The ids of the special tokens that config.json names, None if the tokenizer has none."""
-    end_of_text = tokenizer.specials.get(END_OF_TEXT)
+def special_token_ids(specials: dict[str, int]) -> dict[str, Any]:
+    """The ids of the special tokens that config.json names, None if there is none."""
+    end_of_text = specials.get(END_OF_TEXT)
     return {
-        "bos_token_id": tokenizer.specials.get("<BOS>", end_of_text),
-        "eos_token_id": tokenizer.specials.get("<EOS>", end_of_text),
-        "pad_token_id": tokenizer.specials.get("<PAD>"),
+        "bos_token_id": specials.get("<BOS>", end_of_text),
+        "eos_token_id": specials.get("<EOS>", end_of_text),
+        "pad_token_id": specials.get("<PAD>"),
     }
 
 
@@ -244,15 +291,22 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     config, arch = config_from_hf(theirs)
     tokenizer = read_tokenizer(folder, config, arch)
     n_ids, exact = tokenizer.vocab_size, isinstance(tokenizer, CharTokenizer)
-    if n_ids > config.vocab_size or (exact and n_ids < config.vocab_size):  # ids without text
+    ends = theirs.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    n_added = exact and n_ids in ends  # an end token, by an export
+    if n_ids > config.vocab_size or (exact and n_ids + n_added < config.vocab_size):
         raise UserError(f"config.json has a vocab_size of {config.vocab_size}, instead of {n_ids}")
     folder = folder if local else download(source, ["*.json", "*.safetensors"])
+    weights = read_weights(folder, config, arch)
+    if n_added:
+        config = replace(config, vocab_size=n_ids)
+        weights |= {name: weights[name][:n_ids] for name in EMBEDDINGS}
     state = {
         "gpt_config": asdict(config),
         "train_config": {"arch": arch} if arch in ARCHS else {},
         "tokenizer": tokenizer.to_dict(),
         "corpus": {"name": source, "bytes": 0, "sha256": ""},
-        "model": read_weights(folder, config, arch),
+        "model": weights,
         "optimizers": [],
         "scaler": {},
         "step": 0,
@@ -262,8 +316,6 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
         check_checkpoint_target(checkpoint, overwrite)  # another process may have written it
         save_checkpoint(checkpoint, state)
     print(f"{checkpoint}: {arch}, {utils.count_params(config)[0]:,} parameters")
-    ends = theirs.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [ends]
     for text, i in tokenizer.specials.items():
         if i in ends and i not in end_tokens(tokenizer):
             print(f"note: {text} ends a text: give --stop '{text}' to generate.py")

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model import GPT, KVCache, RotaryPositions, SinusoidalPositions
+from model import GPT, AttentionContext, KVCache, RotaryPositions, SinusoidalPositions, causal_mask
 
 # transformers 5.24 renamed past_key_values to cache. generate() passes and expects its own name.
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
@@ -40,6 +39,11 @@ class TinyLLMCache(KVCache):
 
     is_compileable = is_croppable = False
     is_linear = (False,)  # no linear attention
+    visible: Tensor | None = None  # (B, 1, T, S), of the tokens that are read: without padding
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Attend to the tokens of the mask."""
+        return *super().append(layer, k, v)[:2], self.visible
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of cached tokens."""
@@ -59,7 +63,9 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
     _keep_in_fp32_modules_strict = ["q_norm", "k_norm"]  # noqa: RUF012 (their inputs are float32)
     _no_split_modules = ["GPT"]  # noqa: RUF012 (the cache is on one device)
     _is_stateful = True  # no assisted generation, which would crop the cache
-    accepts_loss_kwargs = False  # the loss is always the mean over the batch
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    gradient_checkpointing = False
 
     def __init__(self, config: TinyLLMConfig):
         super().__init__(config)
@@ -104,7 +110,7 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
@@ -112,58 +118,95 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache: Any = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         **others: Any,
     ) -> Any:
-        """Logits (B, T, V) for token ids (B, T), and with labels the mean loss of predicting
-        labels[:, t + 1] at position t; labels of -100 are ignored.
+        """Logits (B, T, V) for token ids (B, T) or embeddings (B, T, C), and with labels the mean
+        loss of predicting labels[:, t + 1] at position t; labels of -100 are ignored.
 
         With use_cache, the result has a cache, which the next call takes as cache or as
-        past_key_values, and the logits are those of the last token, (B, 1, V). Raises ValueError
-        for more tokens than the window has, for padding before or between tokens, with a cache
-        for any padding, and for other arguments than None and False.
+        past_key_values. Positions count the tokens that are not padding, unless position_ids (B, T)
+        are given. Raises ValueError for more tokens than the window has, padding between tokens,
+        with a cache also after them, and for other arguments than None and False.
         """
         others.pop("cache_position", None)  # of transformers 5.0: the cache counts its tokens
+        sizes = {"num_items_in_batch": others.pop("num_items_in_batch", None)}
         if names := [k for k, v in others.items() if v is not None and v is not False]:
             raise ValueError(f"this model does not support {', '.join(names)}")
+        gpt, size = self.gpt, self.config.block_size
+        x = gpt.tok(input_ids) if inputs_embeds is None else inputs_embeds  # (B, T, C)
+        checkpointing = self.gradient_checkpointing and self.training
         cache = past_key_values if cache is None else cache
         use_cache = cache is not None if use_cache is None else use_cache
-        cache = self.own_cache(cache, input_ids) if use_cache and labels is None else None
-        check_mask(attention_mask, cached=cache is not None)
-        n, size = input_ids.size(1) + (cache.length if cache else 0), self.config.block_size
-        if n > size:
+        cache = self.own_cache(cache, x) if use_cache and not checkpointing else None
+        start = cache.get_seq_length() if cache else 0
+        n = start + x.size(1)
+        if n > size or (position_ids is not None and position_ids.max() >= size):
             raise ValueError(
                 f"{n} tokens do not fit the window of {size}: shorten the prompt, or generate "
                 f"fewer tokens (max_length={size} ends at the window)"
             )
-        targets = None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)  # (B, T)
+        visible, at = None, torch.arange(start, n, device=x.device)[None]  # (1, T)
+        if attention_mask is not None and not attention_mask.all():
+            visible, at = read_mask(attention_mask, start, n, cached=cache is not None)
+        at = at if position_ids is None else position_ids  # (B, T)
+        x, rotation = gpt.pos(x, at[:, None] if isinstance(gpt.pos, RotaryPositions) else at)
+        x = gpt.drop(x)
         maps: list[Tensor] | None = [] if output_attentions else None
-        logits, loss = self.gpt(input_ids, targets, cache=cache, maps=maps)
+        # Padding passes nothing on to the next token, but what was cached does.
+        context = AttentionContext(rotation, None if start else visible, cache, maps)
+        if cache:
+            cache.visible = visible
+        states = []
+        for block in gpt.blocks:
+            states.append(x)
+            if checkpointing:
+                x = self._gradient_checkpointing_func(block.__call__, x, context)
+            else:
+                x = block(x, context)
+        x = gpt.norm(x)
+        if cache:
+            cache.length = n
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = gpt.head(x[:, kept])  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **sizes)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         output.attentions = None if maps is None else tuple(maps)
+        if (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        ):
+            output.hidden_states = (*states, x)
         return output.to_tuple() if return_dict is False else output
 
-    def own_cache(self, cache: Any, input_ids: Tensor) -> TinyLLMCache:
+    def own_cache(self, cache: Any, x: Tensor) -> TinyLLMCache:
         """The cache to continue; a new one instead of none, or of the empty one of generate()."""
         if isinstance(cache, TinyLLMCache):
             return cache
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError("the cache must be the cache that an earlier call returned")
-        dtype = torch.float32 if input_ids.device.type == "cpu" else self.dtype
-        return TinyLLMCache(self.config, len(input_ids), device=input_ids.device, dtype=dtype)
+        dtype = torch.float32 if x.device.type == "cpu" else self.dtype
+        return TinyLLMCache(self.config, len(x), device=x.device, dtype=dtype)
 
 
-def check_mask(attention_mask: Tensor | None, cached: bool) -> None:
-    """Raise ValueError for padding that this model does not support. Padding after a text changes
-    nothing, because attention is causal; before it, it would change the positions."""
-    if attention_mask is None:
-        return
-    if attention_mask.dim() != 2:
-        raise ValueError("attention_mask must be (B, T); cache_implementation is not supported")
-    mask = attention_mask.bool()
-    if cached and not mask.all():
+def read_mask(mask: Tensor, start: int, n: int, cached: bool) -> tuple[Tensor, Tensor]:
+    """Where the tokens from `start` on may attend, (B, 1, T, n), and their positions (B, T), for an
+    attention_mask (B, n) that is 0 for padding."""
+    if mask.dim() != 2 or mask.size(1) != n:
         raise ValueError(
-            "generation does not support padding: all texts of a batch need the same number of "
-            "tokens, or generate one text at a time"
+            f"attention_mask must be (B, {n}): all tokens; cache_implementation is not supported"
         )
-    if (mask[:, 1:] & ~mask[:, :-1]).any():
-        raise ValueError("only padding on the right is supported")
+    keys = mask.bool()
+    begins = torch.cat([keys[:, :1], keys[:, 1:] & ~keys[:, :-1]], dim=1).sum(dim=1)  # (B,)
+    if begins.max() > 1 or (cached and not keys[:, -1].all()):
+        raise ValueError("padding must be before the tokens, or without a cache after them")
+    visible = causal_mask(n - start, n, mask.device) & keys[:, None, None]  # (B, 1, T, n)
+    # A row must not be empty, so padding attends to itself.
+    visible |= torch.eye(n, dtype=torch.bool, device=mask.device)[start:]
+    return visible, (keys.cumsum(dim=1) - 1).clamp(min=0)[:, start:]

@@ -11,6 +11,7 @@ from exporting.folders import new_folder, write_json
 from exporting.hf_model import arch_or_custom, split_rows, tensor_names
 from exporting.huggingface import save_tensors
 from finetuning import lora
+from system.errors import quote_path
 from system.settings import UserError
 
 
@@ -21,6 +22,12 @@ def export_adapter(path: Path, folder: Path, overwrite: bool = False) -> None:
         adapter = lora.read_adapter(path)
         with utils.matching_contents(path):  # read_adapter ignores unknown settings
             config = GPTConfig(**adapter["gpt_config"])
+        if any(not name.endswith((".A", ".B")) for name in adapter["tensors"]):
+            raise UserError(
+                f"{path} contains new tokens, which peft cannot add: export the merged model, "
+                f"python finetune.py BASE.pt --merge {quote_path(path)} --tag merged, then "
+                f"python export.py checkpoints/merged/best.pt {quote_path(folder)}"
+            )
         settings, weights = adapter_to_peft(adapter, config)
         write_json(tmp_path / "adapter_config.json", settings)
         save_tensors(weights, tmp_path / "adapter_model.safetensors")
@@ -31,8 +38,6 @@ def adapter_to_peft(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of adapter_config.json, and the weights by peft's names."""
     tensors = adapter["tensors"]
-    if any(not name.endswith((".A", ".B")) for name in tensors):
-        raise UserError("the adapter contains new tokens: --merge it into its base and export that")
     arch = arch_or_custom(config)
     weights: dict[str, Tensor] = {}
     targets = set()

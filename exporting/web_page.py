@@ -23,11 +23,12 @@ from torch import Tensor
 import utils
 from corpus.corpus import Corpus
 from corpus.load import training_corpus
+from exporting.chat_template import asks
 from exporting.folders import check_file
 from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern, token_ids
 from exporting.huggingface import shown_settings, source_name
 from model import GPT
-from sampling.text import answers_questions, checkpoint_line, last_trained_on_text
+from sampling.text import answers_questions, checkpoint_line
 from system.device import pick_device
 from system.files import atomic_write, locked_file
 from system.settings import UserError
@@ -156,7 +157,7 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
         "summary": f"{model.num_params():,} parameters: {sizes}; {checkpoint_line(name, state)}",
         "config": asdict(config),
         "tokenizer": {"pattern": pattern, "ranks": ranks, "specials": tokenizer.specials},
-        "qa": answers_questions(tokenizer) and not last_trained_on_text(state),
+        "qa": asks(tokenizer, state),
         "log": [{key: finite(record.get(key)) for key in keys} for record in state["log"]],
         "settings": list(shown_settings(model, state).items()),
     }

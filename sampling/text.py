@@ -103,20 +103,17 @@ def answers_questions(tokenizer: Tokenizer) -> bool:
 
 
 def last_objective(state: dict[str, Any]) -> str:
-    """The objective that a checkpoint was fine-tuned with last; empty if it was not fine-tuned, and
-    for a merged adapter, whose objective is unknown."""
-    finetune = state.get("finetune")
-    if not isinstance(finetune, dict) or "merged" in state:
-        return ""
-    return str(finetune.get("objective"))
+    """The objective that a checkpoint, or an adapter merged into it, was fine-tuned with last;
+    empty if it was not fine-tuned, and for an adapter of an older version."""
+    last = state.get("merged", state.get("finetune"))
+    objective = last.get("objective") if isinstance(last, dict) else None
+    return "" if objective in (None, "None") else str(objective)
 
 
 def last_trained_on_text(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint, or an adapter merged into it, was fine-tuned on text. If it was trained
-    on questions before, the tokenizer still has their special tokens."""
-    merged = state.get("merged")
-    adapter = merged.get("objective") if isinstance(merged, dict) else ""
-    return "text" in (last_objective(state), adapter)
+    """Whether a checkpoint was fine-tuned on text last. If it was trained on questions before, its
+    tokenizer still has their special tokens."""
+    return last_objective(state) == "text"
 
 
 def check_question(config: SampleConfig, tokenizer: Tokenizer) -> None:

@@ -22,7 +22,7 @@ from exporting.hf_model import matching_arch
 from exporting.hf_tokenizer import merges_of
 from system.files import save_checkpoint
 from system.settings import UserError
-from tokenizer import CharTokenizer
+from tokenizer import END_OF_TEXT, CharTokenizer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -54,6 +54,15 @@ def test_an_exported_folder_generates_the_same_text_and_is_imported_again(
     n = 16 - ids.size(1)
     text = theirs.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False)
     model = utils.load_checkpoint(path)[0]
+    logits, size = theirs(ids).logits, ours.vocab_size
+    assert torch.allclose(logits[:, :, :size], model(ids)[0], atol=1e-5)
+    # The end token that other programs need is never sampled, and lowers no other probability.
+    end = size if tokenizer == "char" else ours.specials[END_OF_TEXT]
+    assert theirs.config.vocab_size == max(size, end + 1)
+    assert words.eos_token_id == words.bos_token_id == words.pad_token_id == end
+    assert tokenizer == "bpe" or logits.log_softmax(-1)[:, :, end].max() < -2
+    hot = theirs.generate(ids, max_new_tokens=n, do_sample=True, temperature=1e9)
+    assert tokenizer == "bpe" or (hot != end).all()
     steps = generate.generate(model, ids[0], SampleConfig(temperature=0, max_new_tokens=n))
     assert text[0, ids.size(1) :].tolist() == [step.ids.item() for step in steps]
     assert export.main(["--from", "out", "back/again.pt"]) == 0
@@ -104,7 +113,7 @@ def test_another_token_that_ends_a_text_is_named_at_the_import(workplace, capsys
     assert export.main([str(path), "out"]) == 0
     config = json.loads(Path("out/config.json").read_text())
     Path("out", MARKER).unlink()
-    Path("out/config.json").write_text(json.dumps(config | {"eos_token_id": [0, 7]}))
+    Path("out/config.json").write_text(json.dumps(config | {"eos_token_id": [0, len(chars)]}))
     capsys.readouterr()
     assert export.main(["--from", "out", "back.pt"]) == 0
     assert "give --stop '<|im_end|>' to generate.py" in capsys.readouterr().out
@@ -137,7 +146,7 @@ def test_the_gguf_error_for_a_fast_run_names_the_command_that_trains_an_exportab
     assert train.main([*TINY_RUN, "--preset=fast"]) == 0
     with pytest.raises(UserError, match=r"exported: python train.py --arch qwen3 --tag qwen3") as e:
         export.main(["checkpoints/best.pt", "model.gguf"])
-    command = re.search(r"python train.py (.*)\)", str(e.value))
+    command = re.search(r"python train.py (.*), with", str(e.value))
     assert train.main([*command[1].split(), *TINY_RUN]) == 0
     assert export.main(["checkpoints/qwen3/best.pt", "model.gguf"]) == 0
 
@@ -206,7 +215,8 @@ def test_push_uploads_the_folder(workplace, monkeypatch):
         ("a.pt model.gguf --push=a/b", "--push is for exported folders"),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("a.pt out --precision=float32", "--precision is for .html and .gguf files"),
-        ("a.pt page.html --precision=int4", "--precision: invalid choice"),
+        ("a.pt page.html --precision=int2", "--precision: invalid choice"),
+        ("a.pt page.html --precision=int4", "a web page has weights in float16 or int8"),
         ("a.pt page.html --precision=float32", "a web page has weights in float16 or int8"),
         ("a.pt no/folder/page.html", "there is no folder no/folder"),
         ("a.pt no/folder/model.gguf", "there is no folder no/folder"),

@@ -149,6 +149,8 @@ def test_types_round_as_they_should():
     model = model_of("gpt2", CHARS, n_inner=40)  # rows of 40 are not made of blocks of 32
     _, f32 = exported(model, CHARS, "--precision=float32")
     _, f16 = exported(model, CHARS)
+    q4_fields, q4 = exported(model, CHARS, "--precision=int4")
+    assert q4_fields["general.file_type"] == 2  # llama.cpp's MOSTLY_Q4_0
     fields, q8 = exported(model, CHARS, "--precision=int8")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader("model.gguf").tensors}
     bound = 0.5 + 127 / 2048  # to the nearest of 127 steps, which float16 stores to 11 bits
@@ -167,6 +169,9 @@ def test_types_round_as_they_should():
             step = abs(blocks).max(axis=1, keepdims=True) / 127
             assert kinds[name] == "Q8_0" and (abs(blocks - rounded) <= bound * step).all()
             assert not np.array_equal(blocks, rounded)
+            four = q4[name].reshape(-1, 32)  # 16 steps of an eighth of the largest weight
+            assert (abs(blocks - four) <= 127 * step * (1 / 8 + 1e-3)).all()
+            assert np.array_equal(four, rounded) == name.startswith("token_embd")
 
 
 # --- settings and tokenizers
@@ -190,6 +195,8 @@ def test_settings_of_a_llama():
         "rope.freq_base": 5e5,
     }
     assert (fields["general.architecture"], fields["general.file_type"]) == ("llama", 1)
+    assert (fields["general.name"], fields["general.size_label"]) == ("text (llama)", "18K")
+    assert fields["general.author"].startswith("TinyLLM ")
 
 
 def test_settings_of_a_gpt2():
@@ -317,11 +324,11 @@ def test_a_model_that_answers_questions_is_asked_each_message():
     tokenizer = TOKENIZERS["char_qa"]
     model = model_of("llama", tokenizer)
     fields, _ = exported(model, tokenizer)
-    asked = "<BOS>Question: Who?\nAnswer: me<EOS><BOS>Question: Why?\n\nAnswer:"
-    assert rendered(fields) == asked
-    modelfile = Path("model.Modelfile").read_text()
-    template = "<BOS>Question: {{ .Prompt }}\nAnswer:{{ .Response }}<EOS>"
-    assert f'TEMPLATE """{template}"""\n' in modelfile
+    assert rendered(fields) == "<BOS>Question: Who?\nAnswer: me<EOS><BOS>Question: Why?"
+    template = "<BOS>{{ if .System }}System: {{ .System }}\n{{ end }}Question: {{ .Prompt }}\n"
+    template += 'Answer:{{ if .Response }}{{ if ne (printf "%.1s" .Response) " " }} {{ end }}'
+    template += "{{ end }}{{ .Response }}<EOS>"
+    assert f'TEMPLATE """{template}"""\n' in Path("model.Modelfile").read_text()
     fields, _ = exported(model, tokenizer, finetune={"objective": "text"})
     assert rendered(fields) == "Who? meWhy?\n"
 

@@ -406,18 +406,20 @@ def test_other_models_need_their_tokenizer(tmp_path, monkeypatch, arch, vocab_si
 @pytest.mark.parametrize(
     ("specials", "ids"),
     [
-        ([], {}),
         ([END_OF_TEXT], {"bos": 0, "eos": 0}),
         ([*QA_SPECIALS, END_OF_TEXT], {"bos": 2, "eos": 3, "pad": 0}),
     ],
 )
 def test_the_settings_name_the_special_tokens(specials: list[str], ids: dict[str, int]):
     config = GPTConfig(vocab_size=12, block_size=32, n_layer=1, n_embd=8, **ARCHS["llama"])
-    files = json_files(config, CharTokenizer.train(["abc"], specials), "llama")
+    tokenizer = CharTokenizer.train(["abc"], specials)
+    files = json_files(config, tokenizer, "llama", tokenizer.specials)
     for key in ("bos", "eos", "pad"):
         assert files["config.json"][f"{key}_token_id"] == ids.get(key)
-    expected = {f"{key}_token_id": i for key, i in ids.items()}
-    assert files["generation_config.json"] == expected | {"max_length": 32}
+    ids = {"pad": 0} | ids  # the end token, if there is no <PAD>
+    expected = {f"{key}_token_id": i for key, i in ids.items()} | {"max_length": 32}
+    expected |= {"eos_token_id": [3, 4] if len(specials) > 1 else [0]}
+    assert files["generation_config.json"] == expected
     assert files["tokenizer_config.json"] == {
         **{f"{key}_token": specials[i] for key, i in ids.items()},
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -29,12 +29,19 @@ from corpus.bpe import count_pieces, train_bpe
 from corpus.load import training_corpus
 from exporting import web_page
 from exporting.hf_tokenizer import KNOWN_PATTERNS, PROBES
-from generate import generate, sample_logits, sample_text
+from generate import generate, sample_logits, sample_text, stream_texts
 from model import GPT
 from sampling.text import TextWriter, encode_prompt
 from system.files import locked_file, save_checkpoint
 from system.settings import UserError
-from tokenizer import GPT2_PATTERN, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer
+from tokenizer import (
+    GPT2_PATTERN,
+    QA_SPECIALS,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    prompt_text,
+)
 
 LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have
 # " fox" is a token that no merge of two tokens makes: it is only found as a whole piece.
@@ -267,6 +274,25 @@ def test_prompts_equal_pythons(engine, kind: str, qa: bool):
     call = "((tokenizer, texts) => texts.map((text) => encodePrompt(tokenizer, text, %s).ids))"
     found = engine(f"({call % json.dumps(ask)})({in_page(tokenizer)}, {json.dumps(PROMPTS)})")
     assert found == [encode_prompt(tokenizer, text, qa).tolist() for text in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["char of questions", "bpe of questions"])
+def test_conversations_equal_those_of_the_training(engine, kind: str):
+    tokenizer = TOKENIZERS[kind]()
+    bos, eos = tokenizer.specials["<BOS>"], tokenizer.specials["<EOS>"]
+    turns = [("a b?", " so "), ("\n c", "the fox."), ("d", "")]
+    parts = [
+        [bos, *tokenizer.encode(prompt_text(q)), *tokenizer.encode(f" {a.strip()}"), eos]
+        for q, a in turns
+    ]
+    last = [bos, *tokenizer.encode(prompt_text("the?"))]
+    call = "((tokenizer, turns, sizes) => sizes.map((size) => "
+    call += "encodeChat(tokenizer, turns, 'the? ', size).ids))"
+    sizes = range(0, 200, 7)
+    found = engine(f"{call}({in_page(tokenizer)}, {json.dumps([turns, [*sizes]])[1:-1]})")
+    for size, ids in zip(sizes, found, strict=True):
+        kept = next(n for n in range(4) if n == 3 or sum(map(len, [*parts[n:], last])) <= size)
+        assert ids == [i for part in [*parts[kept:], last] for i in part], size
 
 
 def test_text_appears_in_the_pieces_that_python_writes(engine):
@@ -521,6 +547,18 @@ def test_the_page_shows_the_alternatives_of_a_token(chromium, trained_page):
     chromium.touch(x, y)
     chromium.wait_for("!$('alternatives').hidden")
     assert shown() == rows
+    chromium.evaluate("$('output').focus(); document.body.click()")
+    assert shown() == []
+    for key, at in {"ArrowRight": 0, "ArrowDown": 0, "ArrowLeft": 9}.items():
+        chromium.send("page", "Input.dispatchKeyEvent", type="keyDown", key=key)
+        chromium.evaluate("new Promise(requestAnimationFrame)")
+        assert (
+            shown()
+            and chromium.evaluate(
+                "[...document.querySelectorAll('.token')].findIndex((t) => t.matches('.shown'))"
+            )
+            == at
+        )
 
 
 def test_generation_can_be_stopped(chromium, trained_page):
@@ -537,6 +575,9 @@ def test_generation_can_be_stopped(chromium, trained_page):
     chromium.evaluate("$('halt').click(); $('generate').click()")
     chromium.wait_for("!run.active")
     assert chromium.evaluate("run.n_tokens") == 5
+    fill(chromium, max_new_tokens=1)
+    generated(chromium)
+    assert chromium.evaluate("$('status').textContent").startswith("1 token · ")
 
 
 def test_the_page_shows_the_run(chromium, trained_page):
@@ -559,16 +600,25 @@ def test_the_page_shows_the_run(chromium, trained_page):
 
 def test_questions_are_asked(chromium, tmp_path):
     tokenizer = CharTokenizer.train(["Question: abc?\nAnswer:"], QA_SPECIALS)
-    model = make_model(vocab_size=tokenizer.vocab_size, block_size=64)
+    model = make_model(vocab_size=tokenizer.vocab_size, block_size=80)
     page = write_page(tmp_path / "page", model, tokenizer, "float16")
     open_page(chromium, page)
     assert chromium.evaluate("$('prompt-label').textContent") == "Question"
     press(chromium, "generate")
     assert chromium.evaluate("$('status').textContent") == "Ask a question"
-    fill(chromium, prompt=" ab? ", seed=7, max_new_tokens=30)
-    config = SampleConfig(prompt=" ab? ", seed=7, max_new_tokens=30)
-    expected = sample_text(rounded(model, "float16"), tokenizer, config)
-    assert [generated(chromium)] == expected
+    config = SampleConfig(prompt=" ab? ", seed=7, max_new_tokens=12)
+    model, text, ids = rounded(model, "float16"), "", []
+    ask = [tokenizer.specials["<BOS>"], *tokenizer.encode("Question: ab?\nAnswer:")]
+    for _ in range(3):  # the third question has no room for all turns
+        fill(chromium, prompt=" ab? ", seed=7, max_new_tokens=12)
+        prompt = torch.tensor([*ids, *ask])
+        answer = "".join(piece for (piece,) in stream_texts(model, tokenizer, config, prompt))
+        text += f"Question: ab?\nAnswer:{answer}"
+        assert generated(chromium) == text
+        known = "".join(c for c in answer.strip() if c in tokenizer.chars)
+        ids = [*ask, *tokenizer.encode(f" {known.strip()}"), tokenizer.specials["<EOS>"]]
+    press(chromium, "anew")
+    assert chromium.evaluate("[turns.length, $('output').textContent]") == [0, ""]
 
 
 def test_a_page_with_damaged_weights_says_so_and_stays_unusable(chromium, tmp_path):

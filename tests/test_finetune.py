@@ -49,7 +49,7 @@ from finetuning.tasks import (
     dpo_loss,
 )
 from model import GPT
-from sampling.text import end_tokens
+from sampling.text import end_tokens, last_objective
 from system.command_line import parse_args
 from system.files import save_checkpoint
 from system.settings import UserError
@@ -466,7 +466,7 @@ def test_merging_the_adapter_gives_the_same_model(place: Path, adapted: Path):
     for name, tensor in utils.read_checkpoint(adapted.with_name("best.pt"))["model"].items():
         assert torch.allclose(merged["model"][name], tensor, atol=1e-6), name
     assert "adapter" not in merged and merged["merged"]["adapter"] == str(adapted)
-    assert merged["merged"]["objective"] == "qa"
+    assert last_objective(merged) == "qa"
     words = ["checkpoints/merged/best.pt", "--prompt=Who?", "--max_new_tokens=5", "--device=cpu"]
     assert generate.main(words) == 0
     for flag in ([], ["--no-overwrite"]):
@@ -486,6 +486,18 @@ def assert_rejected(folder: Path, words: list[str], message: str) -> None:
         finetune.main(words)
     assert "\n" not in str(error.value)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_an_adapter_with_new_tokens_is_exported_by_the_commands_of_the_error(place, adapted):
+    for package in ("safetensors", "tokenizers"):
+        pytest.importorskip(package)
+    with pytest.raises(UserError, match="which peft cannot add") as error:
+        export.main([str(adapted), "out"])
+    merge, then = re.findall(r"python \w+\.py (.*?)(?:,|$)", str(error.value))
+    assert finetune.main(merge.replace("BASE.pt", "checkpoints/best.pt").split()) == 0
+    assert export.main(then.split()) == 0
+    tokenizer = json.loads(Path("out/tokenizer_config.json").read_text())
+    assert tokenizer["eos_token"] == "<EOS>" and "chat_template" in tokenizer
 
 
 def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: Path):

@@ -85,6 +85,9 @@ const BLANK =
   "[\\t-\\r\\x1c-\\x20\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]+";
 const strip = (text) => text.replace(new RegExp(`^${BLANK}|${BLANK}$`, "g"), "");
 
+const known = (tokenizer, text, unknown = tokenizer.unknown(text)) =>
+  [...text].filter((char) => !unknown.includes(char)).join("");
+
 // The ids of a prompt, and the characters that were left out because the tokenizer does not know
 // them. With `qa`, the text becomes a question, as in training: <BOS>Question: ...\nAnswer:
 // An empty prompt becomes the token that starts a text; without special tokens, a newline or else
@@ -93,7 +96,7 @@ function encodePrompt(tokenizer, text, qa) {
   // Half of a surrogate pair, which can be pasted, is no character: it becomes U+FFFD.
   text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(new TextEncoder().encode(text));
   const unknown = tokenizer.unknown(text);
-  text = [...text].filter((char) => !unknown.includes(char)).join("");
+  text = known(tokenizer, text, unknown);
   if (qa && strip(text)) text = `Question: ${strip(text)}\nAnswer:`;
   else if (qa) text = "";
   if (!text && !tokenizer.specials.size && !tokenizer.unknown("\n").length) text = "\n";
@@ -103,6 +106,19 @@ function encodePrompt(tokenizer, text, qa) {
     ids.unshift(start ? tokenizer.specials.get(start) : 0);
   }
   return { ids, unknown };
+}
+
+// A question after the turns of a conversation, [question, answer] each: <BOS>Question: ...\nAnswer:
+// ...<EOS><BOS>Question: ... Without the oldest turns, as far as there would be more than `size` ids.
+function encodeChat(tokenizer, turns, question, size) {
+  const { ids, unknown } = encodePrompt(tokenizer, question, true);
+  const past = turns.map(([asked, answer]) => [
+    ...encodePrompt(tokenizer, asked, true).ids,
+    ...tokenizer.encode(` ${strip(known(tokenizer, answer))}`),
+    tokenizer.specials.get("<EOS>"),
+  ]);
+  while (past.length && past.flat().length + ids.length > size) past.shift();
+  return { ids: [...past.flat(), ...ids], question: ids, unknown };
 }
 
 // The text of a prompt, without the token that starts an empty one.
@@ -156,8 +172,12 @@ const N_ALTERNATIVES = 8;
 // Yields what the page shows: the prompt's text, its progress, then the text and the token of each
 // step. Probabilities are the model's own, those of temperature 1.
 function* streamText(model, tokenizer, settings) {
-  const { ids, unknown } = encodePrompt(tokenizer, settings.prompt, settings.qa);
-  yield { prompt: decodePrompt(tokenizer, ids), n_tokens: ids.length, unknown };
+  const { prompt, qa, turns, max_new_tokens: n } = settings;
+  const size = model.config.block_size;
+  const room = size - Math.min(n, size >> 2); // the rest is for the answer, as in explore.py chat
+  const encoded = qa ? encodeChat(tokenizer, turns, prompt, room) : encodePrompt(tokenizer, prompt);
+  const { ids, unknown, question = ids } = encoded;
+  yield { prompt: decodePrompt(tokenizer, question), n_tokens: ids.length, unknown };
   const writer = new TextWriter(tokenizer, settings.stop.split("|"));
   for (const step of generate(model, ids, settings, writer.ends)) {
     if (!step.logits) yield step;

@@ -12,6 +12,7 @@ const element = (name, attributes = {}, text = "", namespace = document.body.nam
 };
 const data = JSON.parse($("data").textContent);
 let run = { number: 0, active: false }; // the text that is generated, or the last one
+let turns = []; // of the conversation with a model that answers questions: [question, answer]
 const MAX_PROMPT = 60000; // characters: of a longer text, the end is used
 
 function showStatus(text, isError = false) {
@@ -47,6 +48,7 @@ function fail(message) {
 }
 
 function setRunning(running, status) {
+  if (run.active && !running) turns.push([run.prompt, run.text]);
   $("generate").disabled = running;
   $("halt").disabled = !running;
   run.active = running;
@@ -61,18 +63,26 @@ function start() {
   const prompt = text.slice(-MAX_PROMPT).replace(/^[\udc00-\udfff]/, ""); // not half a character
   if (data.qa && !prompt.trim()) return showStatus("Ask a question", true);
   const seed = $("seed").value || String(Math.floor(Math.random() * 1e6));
-  const settings = { prompt, seed, qa: data.qa, stop: readEscapes($("stop").value) };
+  const settings = { prompt, seed, qa: data.qa, turns, stop: readEscapes($("stop").value) };
   for (const name of ["temperature", "top_k", "top_p", "max_new_tokens"]) {
     settings[name] = Number($(name).value);
   }
-  hideAlternatives();
-  $("output").replaceChildren();
+  if (data.qa) $("prompt").value = "";
+  else startAnew();
   $("result").hidden = false;
   setRunning(true, "");
   const number = run.number + 1;
-  run = { number, active: true, seed, n_tokens: 0, notes: [], pending: [] };
+  run = { number, active: true, prompt, text: "", seed, n_tokens: 0, notes: [], pending: [] };
   if (prompt !== text) run.notes.push(`only the last ${MAX_PROMPT} characters of the prompt`);
   worker.postMessage({ start: { number, settings } });
+}
+
+function startAnew() {
+  if (run.active) setRunning(false, `Stopped: ${speed()}`);
+  turns = [];
+  hideAlternatives();
+  $("output").replaceChildren();
+  $("result").hidden = true;
 }
 
 // The worker computes for a moment and waits: without a request for the next steps, it stops.
@@ -86,13 +96,15 @@ function receiveSteps({ number, steps, done, ms }) {
   if (run.n_tokens) run.began ??= performance.now() - ms; // the prompt has been read
   const { read, of } = steps.at(-1) ?? {};
   if (done) setRunning(false, speed());
-  else showStatus(of ? `Reading ${read} of ${of} tokens` : speed());
+  else showStatus(of ? `Reading ${read} of ${count(of)}` : speed());
 }
+
+const count = (n) => `${n} token${n === 1 ? "" : "s"}`;
 
 function speed() {
   const perSecond = run.n_tokens && (1000 * run.n_tokens) / (performance.now() - run.began);
   const rounded = perSecond < 20 ? perSecond.toFixed(1) : Math.round(perSecond);
-  const parts = [`${run.n_tokens} tokens`, `${rounded} tokens/s`, `seed ${run.seed}`];
+  const parts = [count(run.n_tokens), `${rounded} tokens/s`, `seed ${run.seed}`];
   return [...parts, ...run.notes].join(" \u00b7 ");
 }
 
@@ -103,7 +115,7 @@ function showStep(step) {
     const size = data.config.block_size;
     const seen = Math.max(size >> 1, 1);
     if (unknown.length) run.notes.push(`unknown characters left out: ${unknown.join(" ")}`);
-    if (n > size) run.notes.push(`the model sees the last ${seen} of ${n} tokens of the prompt`);
+    if (n > size) run.notes.push(`the model sees the last ${seen} of ${count(n)} of the prompt`);
   }
   if (step.token) {
     run.n_tokens += 1;
@@ -113,6 +125,7 @@ function showStep(step) {
   if (step.text) {
     const kind = step.text.includes("\n") ? "token newline" : "token";
     const span = element("span", { class: kind }, step.text);
+    run.text += step.text;
     span.tokens = run.pending;
     span.style.setProperty("--p", step.token ? step.token.probability : 0);
     $("output").append(span);
@@ -204,6 +217,8 @@ function drawCurve() {
 function showRun() {
   $("summary").textContent = data.summary;
   if (data.qa) $("prompt-label").textContent = "Question";
+  $("anew").hidden = !data.qa;
+  $("output").classList.toggle("chat", data.qa);
   $("prompt").placeholder = data.qa ? "Ask the model a question" : "Text that the model continues";
   for (const [name, value] of data.settings) {
     const row = element("tr");
@@ -226,11 +241,13 @@ $("form").addEventListener("submit", (event) => {
   start();
 });
 $("halt").addEventListener("click", () => setRunning(false, `Stopped: ${speed()}`));
+$("anew").addEventListener("click", startAnew);
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled)
     $("form").requestSubmit();
 });
-// A mouse shows the alternatives while it points at a token; a tap or a click, until the next one.
+// A mouse shows the alternatives while it points at a token; a tap or a click, until the next one;
+// the arrow keys those of the previous or the next token.
 let tapped = false;
 for (const kind of ["mouseover", "click"]) {
   $("output").addEventListener(kind, ({ target }) => {
@@ -240,6 +257,17 @@ for (const kind of ["mouseover", "click"]) {
     } else if (!tapped) hideAlternatives();
   });
 }
+$("output").addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  const tokens = [...document.querySelectorAll(".token")];
+  if (!step || !tokens.length) return;
+  event.preventDefault();
+  const at = tokens.findIndex((token) => token.classList.contains("shown"));
+  const token = tokens.at((Math.max(at, step < 0 ? 0 : -1) + step) % tokens.length);
+  tapped = true;
+  token.scrollIntoView({ block: "nearest" });
+  requestAnimationFrame(() => showAlternatives(token)); // after "scroll"
+});
 $("output").addEventListener("mouseleave", () => tapped || hideAlternatives());
 $("output").addEventListener("scroll", hideAlternatives);
 document.addEventListener("click", ({ target }) => target.tokens || hideAlternatives());
