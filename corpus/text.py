@@ -23,6 +23,10 @@ REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcf
 KNOWN_NAMES = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
 
 
+class NotTextError(UserError):
+    """A file is not text in its encoding."""
+
+
 @functools.cache
 def note(text: str) -> None:
     """Print a note about the data once, also if they are read several times or by several processes
@@ -44,12 +48,12 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 def check_is_text(raw: bytes, path: Path, start: int = 0) -> None:
     """Raise UserError if these bytes of a file, which begin at `start`, are UTF-16 or binary."""
     if not start and raw.startswith(UTF16_MARKS):
-        raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
+        raise NotTextError(f"{path} is UTF-16 text: save it as UTF-8")
     if (position := raw.find(b"\0")) >= 0:
         advice = "save it as UTF-8 text"
         if path.suffix == ".pt":
             advice = "to continue the run of a checkpoint, give --resume and its --tag"
-        raise UserError(
+        raise NotTextError(
             f"{path} is a binary file or UTF-16 text (byte {start + position} is 0): {advice}"
         )
 
@@ -76,7 +80,7 @@ def decode_blocks(
     except UnicodeDecodeError as error:
         # error.object also holds the incomplete character at the end of the previous block.
         raw, position = error.object, n_read - len(error.object) + error.start
-        raise UserError(
+        raise NotTextError(
             f"{path} is not {encoding.upper()} text (byte {position} is 0x{raw[error.start]:02x}): "
             f"{likely_encodings(raw, error.start)}; or convert it with `iconv -f ENCODING -t UTF-8 "
             f"{path}`, or make a data set with `prepare.py --bad_bytes replace`"

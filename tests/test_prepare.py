@@ -91,7 +91,7 @@ def test_a_folder_is_read_in_order_without_hidden_and_binary_files(workplace, ca
     (folder / "qa.json").write_text('[{"question": "a", "answer": "b"}]')
     make("letters", "--tokenizer=char", "--val_share=0.01")
     assert all_texts() == ["first", "second", "third"]
-    assert "skipping 2 binary or .json files (photo.jpg, qa.json)" in capsys.readouterr().out
+    assert "skipping 2 binary or .json files (photo.jpg, qa.json)" in capsys.readouterr().err
 
 
 def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workplace):
@@ -290,7 +290,7 @@ def write_invalid_files(workplace: Path) -> None:
         (["picture.png"], "is a binary file"),
         (["latin.txt"], r"latin.txt is not UTF-8 text \(byte 0 is 0xe9\)"),
         (["mixed"], r"b.txt is not UTF-8 text \(byte 11 is 0xff\)"),
-        (["hollow"], "no text file in the folder hollow"),
+        (["hollow"], "there is no text in the folder hollow"),
         (["nowhere.txt"], r"there is no nowhere.txt"),
         (["loop.txt"], r"loop.txt"),
         (["posts.jsonl"], "line 1: no text in field 'text' .fields with text: body"),
