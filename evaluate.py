@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, GPTConfig
+from config import DEVICE_HELP, PRECISIONS, TEXT_ENCODINGS, GPTConfig
 from corpus.corpus import Corpus
 from corpus.load import load_corpus, training_corpus
 from model import GPT
@@ -50,6 +50,7 @@ class EvaluateConfig:
     )
     data: str = setting("", "a corpus, as for train.py; default: the checkpoint's own")
     separator: str = setting("", "text between the documents of --data, as for train.py")
+    encoding: str = setting("utf-8", "of the text of --data", choices=TEXT_ENCODINGS)
     split: str = setting("val", "split of the corpus", choices=("val", "train"))
     stride: int | None = setting(
         None, "also the loss over windows that begin every STRIDE tokens; see above", low=1
@@ -107,7 +108,9 @@ def evaluate_checkpoint(path: Path, config: EvaluateConfig, device: torch.device
     if objective == "qa":
         print(f"note: {path} was trained on answers only; this loss includes the questions")
     if config.data:
-        _, corpus = load_corpus(config.data, tokenizer=tokenizer, separator=config.separator)
+        _, corpus = load_corpus(
+            config.data, "", 0, tokenizer, config.separator, encoding=config.encoding
+        )
     else:
         try:
             corpus = training_corpus(tokenizer, state)

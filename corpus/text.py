@@ -90,16 +90,20 @@ def decode_blocks(
 
 
 def likely_encodings(raw: bytes, at: int) -> str:
-    """The line around byte `at` in the two most likely encodings, with their flags: those of texts
-    with some accents or, if most bytes are not ASCII, of Cyrillic and of Chinese."""
+    """The line around byte `at` in the two most likely encodings that can read it, with their
+    flags: those of some accents or, if most bytes are not ASCII, of Japanese, Chinese, Cyrillic."""
     line = raw[raw.rfind(b"\n", 0, at) + 1 :].partition(b"\n")[0]
     latin = 2 * sum(byte > 127 for byte in line) < len(line)
-    found = []
-    for name in ("cp1252", "mac_roman") if latin else ("cp1251", "gb18030"):
-        text = line.decode(name, "replace").strip()
+    names = ("cp1252", "mac_roman") if latin else ("shift_jis", "gb18030", "cp1251", "mac_roman")
+    found: list[str] = []
+    for name in names:
+        try:  # the line may end within a character
+            text = codecs.getincrementaldecoder(name)().decode(line).strip()
+        except UnicodeDecodeError:
+            continue
         start = max(0, next((i for i, c in enumerate(text) if not c.isascii()), 0) - 20)
         found.append(f"--encoding {name} reads {text[start : start + 40]!r}")
-    return ", ".join(found)
+    return ", ".join(found[:2])
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

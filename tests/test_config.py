@@ -138,6 +138,7 @@ def test_the_rate_and_decay_of_sgd_are_not_those_of_adamw():
     ("line", "message"),
     [
         ("--lr_max 3e38", "lr_max must be at most"),
+        ("--sample_tokens 1000000000000", "sample_tokens must be at most 100000"),
         (f"--seed {2**63}", "seed must be below 2**63"),
         ("--mlp tanh", "argument --mlp: invalid choice: 'tanh'"),
         ("--n_layers x", "argument --n_layer/--n_layers: invalid int value: 'x'"),
@@ -393,6 +394,8 @@ def test_sizes_that_are_not_given_follow_from_the_others(settings: dict, expecte
         ({"n_embd": 9, "n_head": 1, "pos": "sinusoidal", "token_shift": True}, 2),
         ({"n_embd": 10, "n_head": 1, "pos": "sinusoidal", "token_shift": True}, 0),
         ({"n_embd": 1, "n_head": 1, "pos": "none", "token_shift": True}, 1),
+        ({"n_embd": 10**9, "n_head": 1}, 1),
+        ({"head_size": 10**18}, 1),
         ({"n_embd": 0, "n_head": 1}, 0),  # reported as outside its limits
     ],
 )

@@ -291,8 +291,9 @@ def test_a_file_that_is_not_utf8_is_rejected_with_the_position(
     ("text", "encoding", "others"),
     [
         ("Ein Käse für Zoë, „schön“.", "cp1252", "--encoding mac_roman reads"),
-        ("Привет, мир, как дела", "cp1251", "--encoding gb18030 reads"),
-        ("你好世界。", "gb18030", "--encoding cp1251 reads"),
+        ("Привет, мир, как дела", "cp1251", "--encoding mac_roman reads"),
+        ("你好世界。今天天气很好", "gb18030", "--encoding cp1251 reads"),
+        ("吾輩は猫である。名前", "shift_jis", "--encoding gb18030 reads"),
     ],
 )
 def test_another_encoding_is_proposed_and_read(workplace, text, encoding, others):

@@ -423,6 +423,10 @@ def test_the_state_of_a_sharded_optimizer_is_that_of_a_plain_one(process_group):
     fresh = torch.optim.AdamW(model.parameters(), lr=1e-2)
     load_optimizer(fresh, OPTIMIZERS["adamw"], plain)
     replica.shard_state(fresh)
+    sparse = copy.deepcopy(plain)
+    sparse["state"][0]["exp_avg"] = sparse["state"][0]["exp_avg"].to_sparse()
+    with pytest.raises(ValueError, match="the optimizer's exp_avg is sparse"):
+        load_optimizer(torch.optim.AdamW(make_model().parameters()), OPTIMIZERS["adamw"], sparse)
     for parameter, own in fresh.state.items():
         assert own["exp_avg"].placements == parameter.placements
         assert not isinstance(own["step"], DTensor)
