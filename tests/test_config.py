@@ -95,18 +95,6 @@ def test_the_machine_chooses_the_preset(device: str, preset: str):
     assert config.preset == preset and gpt.n_layer == PRESETS[preset]["n_layer"]
 
 
-def test_presets_have_the_sizes_their_names_promise():
-    for preset, sizes in {  # layers, heads, channels, window
-        "tiny": (2, 2, 128, 128),
-        "small": (4, 4, 256, 256),
-        "medium": (6, 6, 384, 256),
-        "large": (8, 8, 512, 512),
-        "gpt2": (12, 12, 768, 1024),
-    }.items():
-        gpt, _ = read(f"--preset {preset}")
-        assert (gpt.n_layer, gpt.n_head, gpt.n_embd, gpt.block_size) == sizes
-
-
 @pytest.mark.parametrize("name", [*PRESETS, *ARCHS])
 def test_every_preset_and_architecture_is_valid(name: str):
     kind = "preset" if name in PRESETS else "arch"
@@ -286,21 +274,6 @@ def test_words_without_a_flag_fill_the_tuple():
     one = read_small("a.txt", "--size", "4", "b.txt", "--exact=False", "c.txt")
     assert (one.files, one.size, one.exact) == (("a.txt", "b.txt", "c.txt"), 4, False)
     assert read_small().files == () and read_small("--out=x").out == "x"
-
-
-@dataclass
-class Two:
-    """Two positional arguments."""
-
-    source: str = setting("", "read this", positional=True)
-    target: str = setting("", "write this", positional=True)
-
-
-def test_words_without_a_flag_are_taken_in_order():
-    assert vars(parse_args(Two, ["a", "b"], "")) == {"source": "a", "target": "b"}
-    assert vars(parse_args(Two, ["--target=b", "a"], "")) == {"source": "a", "target": "b"}
-    with pytest.raises(UserError, match=r"^unrecognized arguments: c$"):
-        parse_args(Two, ["a", "b", "c"], "")
 
 
 @pytest.mark.parametrize(

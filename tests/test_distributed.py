@@ -519,11 +519,3 @@ def test_the_first_process_of_a_machine_runs_before_the_others(monkeypatch, loca
     with local_rank_zero_first():
         done.append("run")
     assert " ".join(done) == order
-
-
-def test_gather_keeps_the_structure_of_a_state():
-    tensor = torch.ones(2)
-    state = {"a": [1, {"b": tensor}, (2, 3)], "c": None, "d": 0.5}
-    found = gather(state)
-    assert found == {"a": [1, {"b": tensor}, (2, 3)], "c": None, "d": 0.5}
-    assert found is not state and found["a"][1]["b"] is tensor and full_tensor(tensor) is tensor
