@@ -88,31 +88,24 @@ class DatasetConfig:
         ]
 
 
-@dataclass
-class Source:
-    """A file to read."""
-
-    path: Path
-    split: str = ""  # train or val, for all its documents; "": each document is assigned to one
-
-
-def find_sources(names: Sequence[str]) -> list[Source]:
-    """The files that names refer to: files, folders, named data sets. Raises UserError if one does
-    not exist or is not text."""
-    sources: list[Source] = []
+def find_sources(names: Sequence[str]) -> list[tuple[Path, str]]:
+    """The files that names refer to (files, folders, named data sets), each with the split of all
+    its documents; "": each document is assigned to one. Raises UserError if one does not exist or
+    is not text."""
+    sources: list[tuple[Path, str]] = []
     for name in names:
         if name in DATASETS and not Path(name).exists():
             for split, file in fetch(name).items():
-                sources.append(Source(file, "" if split == "all" else split))
+                sources.append((file, "" if split == "all" else split))
             continue
         path = find_corpus(name)
         files = [path]
         if path.is_dir():
             files, skipped = text_files(path)
             note_skipped(path, files, skipped, "binary or .json")
-        sources += map(Source, files)
-    for source in sources:
-        check_is_text(file_start(source.path), source.path)
+        sources += [(file, "") for file in files]
+    for path, _ in sources:
+        check_is_text(file_start(path), path)
     return sources
 
 
@@ -134,7 +127,7 @@ class SourceReader:
     @property
     def n_bytes(self) -> int:
         """The total size of the sources."""
-        return sum(source.path.stat().st_size for source in self.sources)
+        return sum(path.stat().st_size for path, _ in self.sources)
 
     def batches(self, title: str, share: float = 1.0) -> Iterator[list[Chunk]]:
         """Yield the chunks in batches of about BATCH_SIZE characters. With a share below 1, a
@@ -177,9 +170,8 @@ class SourceReader:
         with tqdm(
             total=self.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
-            for source in self.sources:
-                path, first = source.path, True
-                blocks = self.read(path, bar)
+            for path, own_split in self.sources:
+                first, blocks = True, self.read(path, bar)
                 field, separator = self.config.text_field, self.separator
                 ends = functools.partial(chunk_end, config=self.cleaning)
                 options = (self.bad_bytes, ends, blocks, self.config.encoding)
@@ -187,7 +179,7 @@ class SourceReader:
                     if not separator and path.suffix.lower() != ".jsonl":
                         note_end_of_text(path, text)
                     is_val = is_validation(number, self.config.val_share, self.config.seed)
-                    is_val = source.split == "val" if source.split else is_val
+                    is_val = own_split == "val" if own_split else is_val
                     split = "val" if is_val or n_chunks >= self.val_start[0] else "train"
                     start = self.val_start[1] if n_chunks == self.val_start[0] else 0
                     chunk = Chunk(text, first, last, split, n_chunks, start)

@@ -640,12 +640,12 @@ def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, m
     splits = {"train": Path("data/train.txt"), "val": Path("data/valid.txt")}
     monkeypatch.setattr(sources, "fetch", lambda name: splits)
     found = sources.find_sources(["one.txt", "tinystories", "texts"])
-    assert [(str(source.path), source.split) for source in found] == [
+    assert [(str(path), split) for path, split in found] == [
         ("one.txt", ""), ("data/train.txt", "train"), ("data/valid.txt", "val"),
         ("texts/two.txt", ""),
     ]  # fmt: skip
     monkeypatch.setattr(sources, "fetch", lambda name: {"all": Path("one.txt")})
-    assert sources.find_sources(["plays"]) == [sources.Source(Path("one.txt"), "")]
+    assert sources.find_sources(["plays"]) == [(Path("one.txt"), "")]
 
 
 # --- processes that divide the text
