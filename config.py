@@ -163,6 +163,9 @@ class GPTConfig:
             found.append(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
         if self.token_shift and self.n_embd % 2:
             found.append(f"token_shift needs an even n_embd, not {self.n_embd}")
+        rows = (self.vocab_size, self.block_size, self.n_inner, self.n_head * self.head_size)
+        if max(rows) * self.n_embd >= 2**58:  # PyTorch cannot count the bytes
+            found.append("the sizes of the model are too large for any machine: use smaller ones")
         return found
 
 
@@ -206,7 +209,8 @@ class TrainConfig:
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")
     eval_windows: int = setting(128, "windows per split and evaluation", low=1)
     log_every: int = setting(10, "steps between logged losses", low=1, alias="log_interval")
-    sample_tokens: int = setting(200, "tokens of sample text per evaluation; 0: none", low=0)
+    sample_tokens: int = setting(200, "tokens of sample text per evaluation; 0: none", low=0,
+                                 high=100_000)  # fmt: skip
     save_every: int = setting(0, "also keep a checkpoint every N steps; 0: never", low=0)
     tensorboard: bool = setting(False, "also log to TensorBoard, in the run's folder")
     wandb: bool = setting(False, "also log to Weights & Biases")

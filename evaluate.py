@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, GPTConfig
+from config import DEVICE_HELP, PRECISIONS, TEXT_ENCODINGS, GPTConfig
 from corpus.corpus import Corpus
 from corpus.load import load_corpus, training_corpus
 from model import GPT
@@ -52,6 +52,7 @@ class EvaluateConfig:
     )
     data: str = setting("", "a corpus, as for train.py; default: the checkpoint's own")
     separator: str = setting("", "text between the documents of --data, as for train.py")
+    encoding: str = setting("utf-8", "of the text of --data", choices=TEXT_ENCODINGS)
     split: str = setting("val", "split of the corpus", choices=("val", "train"))
     stride: int | None = setting(
         None, "also the loss over windows that begin every STRIDE tokens; see above", low=1
@@ -138,7 +139,9 @@ def evaluate_checkpoints(
     if objective == "qa":
         print(f"note: {path} was trained on answers only; this loss includes the questions")
     if config.data:
-        _, corpus = load_corpus(config.data, tokenizer=tokenizer, separator=config.separator)
+        _, corpus = load_corpus(
+            config.data, "", 0, tokenizer, config.separator, encoding=config.encoding
+        )
     else:
         try:
             corpus = training_corpus(tokenizer, state)

@@ -21,9 +21,9 @@ from typing import Any
 from system.start import run
 
 from config import GPTConfig, TrainConfig
-from corpus.corpus import Corpus, check_known
-from corpus.documents import iter_documents
-from corpus.load import MAX_IN_MEMORY, find_corpus
+from corpus.corpus import MAX_IN_MEMORY, Corpus, check_known
+from corpus.documents import iter_documents, read_folder
+from corpus.load import find_corpus, is_dataset
 from corpus.records import read_records, record_text, split_records
 from corpus.text import file_info
 from finetuning import lora
@@ -62,7 +62,9 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     if specials is None:
         check_known(tokenizer, texts, str(path))
     else:
-        documents = not kind and (config.separator or path.suffix.lower() == ".jsonl")
+        documents = not kind and (
+            config.separator or path.is_dir() or path.suffix.lower() == ".jsonl"
+        )
         tokenizer = extend_tokenizer(tokenizer, (END_OF_TEXT,) if documents else specials, texts)
     if not kind:
         corpus = load_data(setup.gpt_config, config, setup.state, tokenizer).corpus
@@ -80,8 +82,10 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
 
 def texts_of(path: Path, config: TrainConfig) -> Iterable[str]:
     """The texts in a corpus; none if it is a data set or too large, which load_corpus rejects."""
-    if path.is_dir() or path.stat().st_size > MAX_IN_MEMORY:
+    if is_dataset(config.data) or path.stat().st_size > MAX_IN_MEMORY:
         return []
+    if path.is_dir():
+        return read_folder(path, config.encoding)
     if path.suffix.lower() == ".json":
         return [record_text(record) for record in read_records(path)]
     found = iter_documents(path, separator=config.separator, encoding=config.encoding)

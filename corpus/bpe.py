@@ -88,19 +88,14 @@ def apply_merge(
     return new_pairs
 
 
-INVERTED_BYTES = bytes(range(255, -1, -1))
-
-
-def descending_key(token: bytes) -> str:
-    """A string that sorts the other way round than the token: smaller for a greater token.
-
-    Each byte b becomes the character 255 - b. The last character is above all others, because
-    b"ab" is greater than its prefix b"a".
+def descending_key(token: bytes) -> tuple[int, ...]:
+    """A key that sorts the other way round than the token: b"ab", which is greater than its prefix
+    b"a", is before it.
 
     >>> descending_key(b"b") < descending_key(b"ab") < descending_key(b"a")
     True
     """
-    return token.translate(INVERTED_BYTES).decode("latin-1") + "\u0100"
+    return (*(-byte for byte in token), 1)
 
 
 def learn_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes]]:
@@ -123,7 +118,7 @@ def learn_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes
     words = [(list(piece.encode("utf-8", "replace")), n) for piece, n in counts.items()]
     pair_counts, pair_words = count_pairs(words)
 
-    def heap_entry(pair: Pair) -> tuple[int, str, str, Pair]:
+    def heap_entry(pair: Pair) -> tuple[int, tuple[int, ...], tuple[int, ...], Pair]:
         return -pair_counts[pair], keys[pair[0]], keys[pair[1]], pair
 
     # The heap returns the most frequent pair first. Entries are not updated when counts change: an

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from tokenizer import END_OF_TEXT, Tokenizer
 
 if TYPE_CHECKING:  # prepare.py does not need torch
     from torch import Tensor
+
+
+MAX_IN_MEMORY = 1 << 28  # bytes; more must be streamed, by prepare.py
 
 
 @dataclass
@@ -47,6 +51,16 @@ def check_length(corpus: Corpus, block_size: int) -> None:
         raise UserError(
             f"the corpus is too short: {n_train} tokens to train and {n_val} to validate on, and a "
             f"window needs {block_size + 1}: use a longer text or a smaller --block_size"
+        )
+
+
+def check_size(path: Path, n_bytes: int, tokenizer: Tokenizer | None) -> None:
+    """Raise UserError if the texts of a file or folder are too large to be read into memory."""
+    if n_bytes > MAX_IN_MEMORY:
+        same_tokenizer = " --tokenizer CHECKPOINT" if tokenizer else ""
+        raise UserError(
+            f"{path} has {n_bytes / 1e6:,.0f} MB: run `python prepare.py {path} --name "
+            f"NAME{same_tokenizer}` once, then give --data data/NAME"
         )
 
 

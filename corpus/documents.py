@@ -1,19 +1,30 @@
-"""Corpora of several documents, from .jsonl files and texts with separators."""
+"""Corpora of several documents, from .jsonl files, texts with separators and folders."""
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from corpus.corpus import Corpus, make_tokenizer, utf8_length
-from corpus.text import decode_blocks, file_info, json_text, note, read_blocks, token_dtype
+from corpus.corpus import Corpus, check_size, make_tokenizer, utf8_length
+from corpus.text import (
+    UTF16_MARKS,
+    NotTextError,
+    decode_blocks,
+    file_info,
+    json_text,
+    note,
+    read_blocks,
+    token_dtype,
+)
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 
 MAX_WITHOUT_TEXT = 1000  # lines at the start of a .jsonl file, until its field counts as wrong
+SNIFF_SIZE = 8192  # bytes at the start of a file in which a zero byte shows that it is binary
 SPLIT_SEED = 1337
 
 Document = TypeVar("Document")
@@ -103,6 +114,7 @@ def iter_documents(
     file's bytes, if the caller reads them. Raises UserError, with the position, if the file is
     invalid.
     """
+    separator = separator.replace("\\n", "\n")
     stream = decode_blocks(blocks or read_blocks(path), path, bad_bytes, encoding)
     if path.suffix.lower() != ".jsonl":
         yield from split_stream(stream, separator, chunk_end)
@@ -120,12 +132,70 @@ def read_documents(path: Path, separator: str, encoding: str = "utf-8") -> list[
     texts = [text.strip("\n") if separator else text for text, _ in found]
     if separator and len(texts) == 1:
         raise UserError(
-            f"the separator {separator!r} does not occur in {path}: change it or leave it out"
+            f"the separator '{separator}' does not occur in {path}: change it or leave it out"
         )
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise UserError(f"{path} has no documents: all of it is blank")
     return texts
+
+
+# --- folders
+
+
+def file_start(path: Path) -> bytes:
+    """The first bytes of a file. Raises UserError if it cannot be read."""
+    return next(read_blocks(path), b"")[:SNIFF_SIZE]
+
+
+def is_binary(path: Path) -> bool:
+    """Whether a file is not text, except UTF-16, which `check_is_text` rejects as such."""
+    start = file_start(path)
+    return b"\0" in start and not start.startswith(UTF16_MARKS)
+
+
+def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The text files in a folder and its subfolders, without hidden ones; and those to skip, which
+    are binary or .json. In the same order on every system."""
+    names = {p: p.relative_to(folder).parts for p in folder.rglob("*") if p.is_file()}
+    hidden = {path for path in names if any(name.startswith(".") for name in names[path])}
+    files = sorted(names.keys() - hidden, key=names.__getitem__)
+    is_skipped = {path: path.suffix.lower() == ".json" or is_binary(path) for path in files}
+    skipped = [path for path in files if is_skipped[path]]
+    return [path for path in files if not is_skipped[path]], skipped
+
+
+def note_skipped(folder: Path, texts: Sequence[object], skipped: list[Path], kinds: str) -> None:
+    """Print which files of a folder are not read. Raises UserError if no texts are left."""
+    if not texts:
+        raise UserError(f"there is no text in the folder {folder} ({len(skipped)} {kinds} files)")
+    if skipped:
+        names = ", ".join(sorted(path.name for path in skipped)[:3]) + ", ..." * (len(skipped) > 3)
+        note(f"{folder}: skipping {len(skipped)} {kinds} files ({names})")
+
+
+def read_folder(folder: Path, encoding: str, tokenizer: Tokenizer | None = None) -> list[str]:
+    """The documents in the text files of a folder, without blank ones. Files that are binary or not
+    in this encoding are skipped. Raises UserError if there are none, or too many."""
+    files, skipped = text_files(folder)
+    check_size(folder, sum(path.stat().st_size for path in files), tokenizer)
+    texts: list[str] = []
+    for path in files:
+        try:
+            texts += [text for text, _ in iter_documents(path, encoding=encoding) if text.strip()]
+        except NotTextError:
+            skipped.append(path)
+    note_skipped(folder, texts, skipped, f"binary, .json or not {encoding.upper()}")
+    return texts
+
+
+def folder_info(folder: Path, texts: list[str]) -> dict[str, Any]:
+    """What identifies the texts of a folder, see `file_info`: not where they are in it."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    name, n_bytes = Path(os.path.realpath(folder)).name, utf8_length(texts)
+    return {"name": name, "bytes": n_bytes, "sha256": digest.hexdigest()}
 
 
 # --- splits
@@ -198,9 +268,14 @@ def load_documents(
     separator: str = "",
     encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
-    """The corpus of a .jsonl file, one document per line, or of a text file with separators."""
-    info = file_info(path)
-    documents = read_documents(path, separator, encoding)
+    """The corpus of a .jsonl file, one document per line, of a text file with separators, or of the
+    texts in a folder."""
+    if path.is_dir():
+        documents = read_folder(path, encoding, tokenizer)
+        info = folder_info(path, documents)
+    else:
+        info = file_info(path)
+        documents = read_documents(path, separator, encoding)
     texts = split_documents(documents) if hold_out else (documents, documents)
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, (END_OF_TEXT,))
     first = special_id(tokenizer, END_OF_TEXT)

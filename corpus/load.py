@@ -1,21 +1,19 @@
 """The corpus that a model is trained on: tokenized and split into training and validation ids.
 
-It is loaded from a text file, a .jsonl file of documents, a .json file of question/answer records,
-a named data set, or a folder made by prepare.py. A text is split at nine tenths of its characters,
-unless a separator divides it into documents. Of several documents, each is assigned to one split,
-pseudo-randomly, by its number. With --no-hold_out, both splits have everything. In the token stream
-each document starts with <|endoftext|>, each record with <BOS>.
+It is loaded from a text file, a folder of them, a .jsonl file of documents, a .json file of
+question/answer records, a named data set, or a data set made by prepare.py. A text is split at nine
+tenths of its characters, unless a separator divides it into documents. Of several documents, each
+is assigned to one split, pseudo-randomly, by its number. With --no-hold_out, both splits have
+everything. In the token stream each document starts with <|endoftext|>, each record with <BOS>.
 """
 
 from pathlib import Path
 from typing import Any
 
-from corpus.corpus import Corpus, make_tokenizer, utf8_length
+from corpus.corpus import Corpus, check_size, make_tokenizer, utf8_length
 from corpus.text import file_info, file_sha256, note_end_of_text, read_text, token_dtype
 from system.settings import UserError
 from tokenizer import Tokenizer
-
-MAX_IN_MEMORY = 1 << 28  # bytes; larger files must be streamed, by prepare.py
 
 
 def load_text(
@@ -44,8 +42,8 @@ def local_path(data: str) -> Path:
 
 
 def is_dataset(data: str) -> bool:
-    """Whether `data` is a folder, as prepare.py makes it, not a file."""
-    return local_path(data).is_dir()
+    """Whether `data` is a folder made by prepare.py, not a file or a folder of texts."""
+    return (local_path(data) / "manifest.json").is_file()
 
 
 def find_corpus(data: str) -> Path:
@@ -68,10 +66,7 @@ def find_corpus(data: str) -> Path:
         )
     if data in DATASETS:
         return fetch(data)["all"]
-    raise UserError(
-        f"there is no {path}: give a file, a folder made by prepare.py, or one of "
-        f"{', '.join(DATASETS)}"
-    )
+    raise UserError(f"there is no {path}: give a file, a folder, or one of {', '.join(DATASETS)}")
 
 
 def load_corpus(
@@ -95,32 +90,27 @@ def load_corpus(
     suffix = path.suffix.lower()
     if separator and (path.is_dir() or suffix in (".json", ".jsonl")):
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
-    if encoding != "utf-8" and (path.is_dir() or suffix == ".json"):
+    if encoding != "utf-8" and (is_dataset(data) or suffix == ".json"):
         raise UserError(f"--encoding is for text files and .jsonl, not for {path}: leave it out")
-    if path.is_dir() and not hold_out:
+    if is_dataset(data) and not hold_out:
         raise UserError(f"--no-hold_out is for files, and {path}/ is split already: leave it out")
-    if path.is_dir():
+    if is_dataset(data):
         from corpus.folder import open_dataset  # only for folders made by prepare.py
 
         return open_dataset(path, tokenizer)
-    if path.stat().st_size > MAX_IN_MEMORY:
-        same_tokenizer = " --tokenizer CHECKPOINT" if tokenizer else ""
-        raise UserError(
-            f"{path} has {path.stat().st_size / 1e6:,.0f} MB: run `python prepare.py {path} --name "
-            f"NAME{same_tokenizer}` once, then give --data data/NAME"
-        )
+    check_size(path, path.stat().st_size, tokenizer)
     options = (kind, bpe_vocab_size, tokenizer, hold_out)
     if suffix == ".json":
         from corpus.records import load_records  # only for question/answer records
 
         loaded = load_records(path, *options)
-    elif separator or suffix == ".jsonl":
+    elif separator or suffix == ".jsonl" or path.is_dir():
         from corpus.documents import load_documents  # only for several documents
 
-        loaded = load_documents(path, *options, separator.replace("\\n", "\n"), encoding)
+        loaded = load_documents(path, *options, separator, encoding)
     else:
         loaded = load_text(path, *options, encoding)
-    if loaded[1].info["sha256"] != file_sha256(path):
+    if path.is_file() and loaded[1].info["sha256"] != file_sha256(path):
         raise UserError(f"{path} changed while it was read: try again")
     return loaded
 

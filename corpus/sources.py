@@ -21,16 +21,17 @@ from tqdm import tqdm
 
 from config import TEXT_ENCODINGS, TOKENIZERS
 from corpus.clean import Chunk, CleanConfig, RemovalStats, chunk_end, clean, new_stats
-from corpus.documents import hash_to_unit, is_validation, iter_documents
+from corpus.documents import (
+    file_start,
+    hash_to_unit,
+    is_validation,
+    iter_documents,
+    note_skipped,
+    text_files,
+)
 from corpus.download import DATASETS, fetch
 from corpus.load import find_corpus
-from corpus.text import (
-    UTF16_MARKS,
-    check_is_text,
-    note_end_of_text,
-    read_blocks,
-    replace_surrogates,
-)
+from corpus.text import check_is_text, note_end_of_text, read_blocks, replace_surrogates
 from system.settings import UserError, setting
 from tokenizer import END_OF_TEXT
 
@@ -38,7 +39,6 @@ Result = TypeVar("Result")
 
 BATCH_SIZE = 1 << 20  # characters that a worker process receives at once
 CHUNK_COST = 100  # characters added to the size of each chunk, to limit the chunks per batch
-SNIFF_SIZE = 8192  # bytes at the start of a file in which a zero byte shows that it is binary
 
 
 @dataclass
@@ -88,52 +88,24 @@ class DatasetConfig:
         ]
 
 
-@dataclass
-class Source:
-    """A file to read."""
-
-    path: Path
-    split: str = ""  # train or val, for all its documents; "": each document is assigned to one
-
-
-def file_start(path: Path) -> bytes:
-    """The first bytes of a file. Raises UserError if it cannot be read."""
-    return next(read_blocks(path), b"")[:SNIFF_SIZE]
-
-
-def is_binary(path: Path) -> bool:
-    """Whether a file is not text, except UTF-16, which `check_is_text` rejects as such."""
-    start = file_start(path)
-    return b"\0" in start and not start.startswith(UTF16_MARKS)
-
-
-def text_files(folder: Path) -> list[Path]:
-    """The text files in a folder and its subfolders, sorted, without hidden, binary and .json ones
-    (the last two are reported). Raises UserError if there are none."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    files = [path for path in files if "/." not in f"/{path.relative_to(folder).as_posix()}"]
-    other = {path for path in files if path.suffix.lower() == ".json" or is_binary(path)}
-    if other:
-        names = ", ".join(sorted(path.name for path in other)[:3]) + ", ..." * (len(other) > 3)
-        print(f"{folder}: skipping {len(other)} binary or .json files ({names})")
-    if len(other) == len(files):
-        raise UserError(f"there is no text file in the folder {folder}")
-    return [path for path in files if path not in other]
-
-
-def find_sources(names: Sequence[str]) -> list[Source]:
-    """The files that names refer to: files, folders, named data sets. Raises UserError if one does
-    not exist or is not text."""
-    sources: list[Source] = []
+def find_sources(names: Sequence[str]) -> list[tuple[Path, str]]:
+    """The files that names refer to (files, folders, named data sets), each with the split of all
+    its documents; "": each document is assigned to one. Raises UserError if one does not exist or
+    is not text."""
+    sources: list[tuple[Path, str]] = []
     for name in names:
         if name in DATASETS and not Path(name).exists():
             for split, file in fetch(name).items():
-                sources.append(Source(file, "" if split == "all" else split))
+                sources.append((file, "" if split == "all" else split))
             continue
         path = find_corpus(name)
-        sources += map(Source, text_files(path) if path.is_dir() else [path])
-    for source in sources:
-        check_is_text(file_start(source.path), source.path)
+        files = [path]
+        if path.is_dir():
+            files, skipped = text_files(path)
+            note_skipped(path, files, skipped, "binary or .json")
+        sources += [(file, "") for file in files]
+    for path, _ in sources:
+        check_is_text(file_start(path), path)
     return sources
 
 
@@ -144,7 +116,7 @@ class SourceReader:
         self.config, self.cleaning, self.workers = config, cleaning, 1
         self.sources = find_sources(config.sources)
         separator = END_OF_TEXT if "tinystories" in config.sources else ""
-        self.separator = config.separator.replace("\\n", "\n") or separator
+        self.separator = config.separator or separator
         self.bad_bytes = "strict" if cleaning.bad_bytes == "stop" else "replace"
         # From this chunk on, and this position in its text, all is for validation (see `hold_out`).
         self.val_start = (sys.maxsize, 0)
@@ -155,7 +127,7 @@ class SourceReader:
     @property
     def n_bytes(self) -> int:
         """The total size of the sources."""
-        return sum(source.path.stat().st_size for source in self.sources)
+        return sum(path.stat().st_size for path, _ in self.sources)
 
     def batches(self, title: str, share: float = 1.0) -> Iterator[list[Chunk]]:
         """Yield the chunks in batches of about BATCH_SIZE characters. With a share below 1, a
@@ -198,9 +170,8 @@ class SourceReader:
         with tqdm(
             total=self.n_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=None
         ) as bar:
-            for source in self.sources:
-                path, first = source.path, True
-                blocks = self.read(path, bar)
+            for path, own_split in self.sources:
+                first, blocks = True, self.read(path, bar)
                 field, separator = self.config.text_field, self.separator
                 ends = functools.partial(chunk_end, config=self.cleaning)
                 options = (self.bad_bytes, ends, blocks, self.config.encoding)
@@ -208,7 +179,7 @@ class SourceReader:
                     if not separator and path.suffix.lower() != ".jsonl":
                         note_end_of_text(path, text)
                     is_val = is_validation(number, self.config.val_share, self.config.seed)
-                    is_val = source.split == "val" if source.split else is_val
+                    is_val = own_split == "val" if own_split else is_val
                     split = "val" if is_val or n_chunks >= self.val_start[0] else "train"
                     start = self.val_start[1] if n_chunks == self.val_start[0] else 0
                     chunk = Chunk(text, first, last, split, n_chunks, start)

@@ -23,6 +23,10 @@ REBUILT_SHA256 = "192307a120fe7a6baf5cd8ede631e049ddcdbc55f47ccc6a06579e9e0aafcf
 KNOWN_NAMES = {SHAKESPEARE_SHA256: "tinyshakespeare", REBUILT_SHA256: "tinyshakespeare, rebuilt"}
 
 
+class NotTextError(UserError):
+    """A file is not text in its encoding."""
+
+
 @functools.cache
 def note(text: str) -> None:
     """Print a note about the data once, also if they are read several times or by several processes
@@ -44,12 +48,12 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 def check_is_text(raw: bytes, path: Path, start: int = 0) -> None:
     """Raise UserError if these bytes of a file, which begin at `start`, are UTF-16 or binary."""
     if not start and raw.startswith(UTF16_MARKS):
-        raise UserError(f"{path} is UTF-16 text: save it as UTF-8")
+        raise NotTextError(f"{path} is UTF-16 text: save it as UTF-8")
     if (position := raw.find(b"\0")) >= 0:
         advice = "save it as UTF-8 text"
         if path.suffix == ".pt":
             advice = "to continue the run of a checkpoint, give --resume and its --tag"
-        raise UserError(
+        raise NotTextError(
             f"{path} is a binary file or UTF-16 text (byte {start + position} is 0): {advice}"
         )
 
@@ -76,7 +80,7 @@ def decode_blocks(
     except UnicodeDecodeError as error:
         # error.object also holds the incomplete character at the end of the previous block.
         raw, position = error.object, n_read - len(error.object) + error.start
-        raise UserError(
+        raise NotTextError(
             f"{path} is not {encoding.upper()} text (byte {position} is 0x{raw[error.start]:02x}): "
             f"{likely_encodings(raw, error.start)}; or convert it with `iconv -f ENCODING -t UTF-8 "
             f"{path}`, or make a data set with `prepare.py --bad_bytes replace`"
@@ -86,16 +90,20 @@ def decode_blocks(
 
 
 def likely_encodings(raw: bytes, at: int) -> str:
-    """The line around byte `at` in the two most likely encodings, with their flags: those of texts
-    with some accents or, if most bytes are not ASCII, of Cyrillic and of Chinese."""
+    """The line around byte `at` in the two most likely encodings that can read it, with their
+    flags: those of some accents or, if most bytes are not ASCII, of Japanese, Chinese, Cyrillic."""
     line = raw[raw.rfind(b"\n", 0, at) + 1 :].partition(b"\n")[0]
     latin = 2 * sum(byte > 127 for byte in line) < len(line)
-    found = []
-    for name in ("cp1252", "mac_roman") if latin else ("cp1251", "gb18030"):
-        text = line.decode(name, "replace").strip()
+    names = ("cp1252", "mac_roman") if latin else ("shift_jis", "gb18030", "cp1251", "mac_roman")
+    found: list[str] = []
+    for name in names:
+        try:  # the line may end within a character
+            text = codecs.getincrementaldecoder(name)().decode(line).strip()
+        except UnicodeDecodeError:
+            continue
         start = max(0, next((i for i, c in enumerate(text) if not c.isascii()), 0) - 20)
         found.append(f"--encoding {name} reads {text[start : start + 40]!r}")
-    return ", ".join(found)
+    return ", ".join(found[:2])
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

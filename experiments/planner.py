@@ -85,7 +85,7 @@ def train_all(study: Study) -> list[Row]:
     """The table of all runs. Their checkpoints, which take gigabytes, are deleted."""
     short_text = study.folder / "short.txt"
     short_text.parent.mkdir(parents=True, exist_ok=True)
-    short_text.write_bytes(find_sources([study.config.data])[0].path.read_bytes()[:100_000])
+    short_text.write_bytes(find_sources([study.config.data])[0][0].read_bytes()[:100_000])
     study.n_runs = study.config.seeds * sum(len(n) for uses in RUNS.values() for n in uses)
     rows: list[Row] = []
     for seed, (key, uses) in itertools.product(range(1, study.config.seeds + 1), RUNS.items()):

@@ -57,6 +57,7 @@ KNOWN_PATTERNS = {
     QWEN_PATTERN,
 }
 # Bytes as printable characters; with use_regex, after a split by GPT-2's pattern.
+MAX_ID = 1 << 24  # the library takes 10 s to write a vocabulary with an id of 10**9
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 BYTE_LEVEL |= {"use_regex": True}
 
@@ -137,6 +138,8 @@ def tokenizer_from_hf(content: dict[str, Any]) -> Tokenizer:
     """The tokenizer of a tokenizer.json. Raises UserError, with the component's name, unless its
     components are known to give the same ids, and if the library finds others."""
     theirs = read_pipeline(content)
+    if (highest := max(theirs.get_vocab().values(), default=0)) >= MAX_ID:
+        raise UserError(f"tokenizer.json: the id {highest} is too large")
     # The components as the library writes them, with all defaults. Offsets in the text do not
     # change the ids.
     parts = json.loads(theirs.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))

@@ -18,6 +18,7 @@ import prepare
 import train
 from config import SampleConfig
 from corpus import bpe, documents, download, folder, load, records
+from corpus import corpus as corpus_module
 from corpus import text as text_module
 from corpus.corpus import Corpus, check_length
 from generate import stream_texts
@@ -33,6 +34,12 @@ def write_jsonl(path: Path, texts: list[str] = STORIES, field: str = "text") -> 
     lines = (json.dumps({"n": i, field: text}) for i, text in enumerate(texts))
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
@@ -94,10 +101,11 @@ def test_both_splits_have_at_least_one_document():
     [
         ("nowhere.txt", r"there is no nowhere\.txt"),
         ("tinystories", r"python prepare\.py tinystories"),
-        (".", r"not a data set made by prepare\.py"),
+        ("empty", r"there is no text in the folder empty \(2 binary, .json or not UTF-8 files\)"),
     ],
 )
 def test_a_missing_corpus_is_an_error(workplace, data, message):
+    write_folder(Path("empty"), {"photo.jpg": b"\xff\xd8\0", "data.json": b"{}", ".git/a": b"a"})
     with pytest.raises(UserError, match=message):
         load.load_corpus(data, "char", 0)
 
@@ -110,7 +118,7 @@ def test_a_file_takes_precedence_over_a_named_data_set(workplace, monkeypatch, n
 
 
 def test_a_large_text_needs_prepare(tmp_path, monkeypatch):
-    monkeypatch.setattr(load, "MAX_IN_MEMORY", 100)
+    monkeypatch.setattr(corpus_module, "MAX_IN_MEMORY", 100)
     (tmp_path / "large.txt").write_text("a" * 101)
     with pytest.raises(UserError, match=r"run `python prepare\.py .*large\.txt"):
         load.load_corpus(str(tmp_path / "large.txt"), "char", 0)
@@ -210,6 +218,49 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
     assert "also occur in the training split" in capsys.readouterr().err
 
 
+# --- a folder of texts
+
+TEXTS = {
+    name: f"{name} is a story of its own.\n".encode() * 30 for name in ("a.txt", "b/c.md", "B.py")
+}
+OTHERS = {
+    "photo.jpg": b"\xff\xd8\0\1",
+    "latin.txt": b"caf\xe9",
+    ".git/x": b"hidden",
+    "qa.json": b"[]",
+}
+
+
+def test_the_texts_of_a_folder_are_documents_as_in_prepare(workplace, capsys):
+    write_folder(workplace / "letters", TEXTS | OTHERS | {"more.jsonl": b'{"text": "a"}\n' * 9})
+    tokenizer, corpus = load.load_corpus("letters")
+    skipped = "letters: skipping 3 binary, .json or not UTF-8 files (latin.txt, photo.jpg, qa.json)"
+    assert capsys.readouterr().err.count(skipped) == 1
+    Path("letters/latin.txt").unlink()
+    assert prepare.main(["letters", "--tokenizer=char"]) == 0
+    prepared = folder.open_dataset(Path("data/letters"))[1]
+    assert corpus.train_ids.tolist() == prepared.train_ids.tolist()
+    assert corpus.val_ids.tolist() == prepared.val_ids.tolist()
+    texts = tokenizer.decode(corpus.train_ids).split(END_OF_TEXT)[1:]
+    assert texts[:2] == [TEXTS["B.py"].decode(), TEXTS["a.txt"].decode()]  # capitals first
+    assert (corpus.info["name"], corpus.info["documents"]) == ("letters", 12)
+
+
+def test_a_folder_of_texts_is_trained_evaluated_resumed_and_verified(workplace):
+    write_folder(workplace / "letters", TEXTS | {"latin.txt": "é à\n".encode("cp1252") * 99})
+    flags = ["--data=letters", "--encoding=cp1252", "--doc_mask"]
+    assert train.main([*TINY_RUN, *flags]) == 0
+    assert evaluate.main(["checkpoints/best.pt"]) == 0
+    assert train.main(["--resume", "--max_steps=25"]) == 0
+    short = ["--max_steps=2", "--eval_every=2", "--sample_tokens=0", "--device=cpu", "--no-compile"]
+    assert finetune.main(["checkpoints/best.pt", *short, *flags]) == 0
+    Path("letters/a.txt").write_text("a.txt is a story")
+    with pytest.raises(UserError, match="letters has changed since this run began"):
+        train.main(["--resume", "--max_steps=30"])
+    with pytest.raises(UserError, match="letters is not what the checkpoint was trained on"):
+        evaluate.main(["checkpoints/best.pt"])
+
+
 # --- files to documents
 
 
@@ -240,8 +291,9 @@ def test_a_file_that_is_not_utf8_is_rejected_with_the_position(
     ("text", "encoding", "others"),
     [
         ("Ein Käse für Zoë, „schön“.", "cp1252", "--encoding mac_roman reads"),
-        ("Привет, мир, как дела", "cp1251", "--encoding gb18030 reads"),
-        ("你好世界。", "gb18030", "--encoding cp1251 reads"),
+        ("Привет, мир, как дела", "cp1251", "--encoding mac_roman reads"),
+        ("你好世界。今天天气很好", "gb18030", "--encoding cp1251 reads"),
+        ("吾輩は猫である。名前", "shift_jis", "--encoding gb18030 reads"),
     ],
 )
 def test_another_encoding_is_proposed_and_read(workplace, text, encoding, others):

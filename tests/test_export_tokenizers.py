@@ -258,6 +258,7 @@ UNSUPPORTED: list[tuple[str, Change]] = [
     ("end_of_word_suffix '</w>'", lambda c: c["model"].update(end_of_word_suffix="</w>")),
     ("no token for the byte 0x41", lambda c: rename_token(c, "A", "QQQ")),
     ("token '日本' is not one of bytes", lambda c: rename_token(c, "A", "日本")),
+    ("the id 1000000000 is too large", lambda c: c["model"]["vocab"].update(A=10**9)),
     ("different texts have the same id", lambda c: c["model"]["vocab"].update(A=7)),
     ("is invalid", lambda c: c["model"]["vocab"].update(A=-7)),
     ("is invalid", lambda c: c.update(model=None)),

@@ -92,7 +92,7 @@ def test_a_folder_is_read_in_order_without_hidden_and_binary_files(workplace, ca
     (folder / "qa.json").write_text('[{"question": "a", "answer": "b"}]')
     make("letters", "--tokenizer=char", "--val_share=0.01")
     assert all_texts() == ["first", "second", "third"]
-    assert "skipping 2 binary or .json files (photo.jpg, qa.json)" in capsys.readouterr().out
+    assert "skipping 2 binary or .json files (photo.jpg, qa.json)" in capsys.readouterr().err
 
 
 def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workplace):
@@ -291,7 +291,7 @@ def write_invalid_files(workplace: Path) -> None:
         (["picture.png"], "is a binary file"),
         (["latin.txt"], r"latin.txt is not UTF-8 text \(byte 0 is 0xe9\)"),
         (["mixed"], r"b.txt is not UTF-8 text \(byte 11 is 0xff\)"),
-        (["hollow"], "no text file in the folder hollow"),
+        (["hollow"], "there is no text in the folder hollow"),
         (["nowhere.txt"], r"there is no nowhere.txt"),
         (["loop.txt"], r"loop.txt"),
         (["posts.jsonl"], "line 1: no text in field 'text' .fields with text: body"),
@@ -648,12 +648,12 @@ def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, m
     splits = {"train": Path("data/train.txt"), "val": Path("data/valid.txt")}
     monkeypatch.setattr(sources, "fetch", lambda name: splits)
     found = sources.find_sources(["one.txt", "tinystories", "texts"])
-    assert [(str(source.path), source.split) for source in found] == [
+    assert [(str(path), split) for path, split in found] == [
         ("one.txt", ""), ("data/train.txt", "train"), ("data/valid.txt", "val"),
         ("texts/two.txt", ""),
     ]  # fmt: skip
     monkeypatch.setattr(sources, "fetch", lambda name: {"all": Path("one.txt")})
-    assert sources.find_sources(["plays"]) == [sources.Source(Path("one.txt"), "")]
+    assert sources.find_sources(["plays"]) == [(Path("one.txt"), "")]
 
 
 # --- processes that divide the text

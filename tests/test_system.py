@@ -106,23 +106,6 @@ run(main)
     assert process.stderr.read() == f"error: {expected}\n" and process.wait() == 2
 
 
-@pytest.mark.parametrize(("closed", "status"), [(True, 1), (False, 7)])
-def test_what_a_closed_pipe_does_not_take_is_dropped(monkeypatch, closed: bool, status: int):
-    """In this process: the status, and that closing the output later does not fail."""
-    reader, writer = os.pipe()
-    output = open(writer, "w")  # noqa: SIM115 (closed below)
-    monkeypatch.setattr(sys, "stdout", output)
-    if closed:
-        os.close(reader)
-    with pytest.raises(SystemExit) as exit:
-        run(lambda: print("text") or 7)
-    output.close()
-    assert exit.value.code == status
-    if not closed:
-        assert os.read(reader, 100) == b"text\n"
-        os.close(reader)
-
-
 @pytest.mark.parametrize("code", [0, 3, None])
 def test_the_status_of_a_script_that_exits_is_kept(code: int | None):
     assert status_of(SystemExit(code)) == code

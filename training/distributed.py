@@ -197,6 +197,8 @@ def load_optimizer(
         if values.keys() != {*spec.averages, *spec.scalars}:
             raise ValueError(f"the optimizer's state has {sorted(values)}")
         for key, value in values.items():
+            if value.layout != torch.strided:
+                raise ValueError(f"the optimizer's {key} is sparse")
             small = key in spec.scalars and torch.broadcast_shapes(value.shape, parameter.shape)
             if value.shape != parameter.shape and not (small and value.numel() < parameter.numel()):
                 raise ValueError(f"the optimizer's {key} has the shape {tuple(value.shape)}")

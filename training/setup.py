@@ -153,18 +153,13 @@ def load_data(
     new, own = (config.tokenizer, config.bpe_vocab_size), (config.hold_out, config.encoding)
     with local_rank_zero_first():
         tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, *own)
-    check_corpus(corpus, config, gpt_config.block_size, state)
-    if is_dataset(config.data):  # it has its own tokenizer
-        config.tokenizer = tokenizer.to_dict()["kind"]
-    return Data(tokenizer, corpus)
-
-
-def check_corpus(corpus: Corpus, config: TrainConfig, block_size: int, state: State | None) -> None:
-    """Raise UserError if the corpus does not fit the settings or the run to resume."""
-    check_length(corpus, block_size)
+    check_length(corpus, gpt_config.block_size)
     check_unchanged(corpus.info, config, state)
     if config.doc_mask and corpus.separator is None:
         raise UserError(f"{config.data} is one document: --doc_mask is for several documents")
+    if is_dataset(config.data):  # it has its own tokenizer
+        config.tokenizer = tokenizer.to_dict()["kind"]
+    return Data(tokenizer, corpus)
 
 
 def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | None) -> None:
