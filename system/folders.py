@@ -1,10 +1,8 @@
 """Replace a folder by a new one, completely or not at all, and only what the program wrote."""
 
 import contextlib
-import ctypes
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,9 +47,8 @@ def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Pa
     replaced, see `check_replaceable`. `what` names this process to another one that wants to
     replace the same folder. Raises UserError if files cannot be written.
 
-    Where folders can be exchanged (Linux, macOS), a process killed at any moment leaves the old
-    folder or the new one. Elsewhere the old one can remain in .NAME.part, from which
-    `restore_folder` returns it.
+    A process killed at any moment leaves the old folder or the new one, or the old one in
+    .NAME.part, from which `restore_folder` returns it.
     """
     target = Path(os.path.realpath(folder))  # a link stays a link
     work = target.parent / f".{target.name}.part"
@@ -68,14 +65,12 @@ def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Pa
             for path in (*new.iterdir(), new):
                 sync(path)
             check()
-            if not target.exists():
-                new.rename(target)
-            elif not exchange(new, target):
+            if target.exists():
                 target.rename(old)
-                try:
-                    new.rename(target)
-                finally:
-                    restore_folder(folder)
+            try:
+                new.rename(target)
+            finally:
+                restore_folder(folder)
             sync(target.parent)
     except OSError as error:
         raise UserError(f"{folder} could not be written: {error.strerror or error}") from None
@@ -91,18 +86,6 @@ def restore_folder(folder: Path) -> None:
     old = target.parent / f".{target.name}.part" / "old"
     if old.exists() and not target.exists():
         old.rename(target)
-
-
-def exchange(a: Path, b: Path) -> bool:
-    """Exchange two folders in one atomic operation. Returns whether the system can."""
-    try:
-        libc = ctypes.CDLL(None)
-        if sys.platform == "darwin":
-            return libc.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0
-        here = -100  # AT_FDCWD: relative paths start at the current folder
-        return libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), 2) == 0
-    except (OSError, TypeError, AttributeError):
-        return False
 
 
 def sync(path: Path) -> None:

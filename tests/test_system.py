@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from system import device as system_device
-from system import folders
 from system.device import check_memory
 from system.files import atomic_write, file_problems, folder_problems, locked
 from system.folders import replacing, restore_folder
@@ -178,10 +177,7 @@ def test_on_windows_a_file_that_is_being_read_is_replaced_later(tmp_path, monkey
     assert (tmp_path / "new").read_bytes() == b"text" and sum(waits) == 0.2
 
 
-@pytest.mark.parametrize("atomic", [True, False])
-def test_a_folder_is_replaced_only_at_the_end_and_by_one_process(tmp_path, monkeypatch, atomic):
-    if not atomic:
-        monkeypatch.setattr(folders, "exchange", lambda a, b: False)  # as on Windows
+def test_a_folder_is_replaced_only_at_the_end_and_by_one_process(tmp_path):
     folder, checks = tmp_path / "set", []
     for text in ("old", "new"):
         with replacing(folder, "a test", lambda: checks.append(folder.exists())) as new:
