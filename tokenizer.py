@@ -223,6 +223,7 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")
 
 
-def prompt_text(question: str) -> str:
-    """The prompt of a question, up to where the answer begins."""
-    return f"Question: {question.strip()}\nAnswer:"
+def prompt_text(question: str, system: str = "") -> str:
+    """The prompt of a question, up to where the answer begins; a system text precedes it."""
+    first = f"System: {system.strip()}\n" if system.strip() else ""
+    return f"{first}Question: {question.strip()}\nAnswer:"

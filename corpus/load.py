@@ -1,10 +1,10 @@
 """The corpus that a model is trained on: tokenized and split into training and validation ids.
 
-It is loaded from a text file, a .jsonl file of documents, a .json file of question/answer records,
-a named data set, or a folder made by prepare.py. A text is split at nine tenths of its characters,
-unless a separator divides it into documents. Of several documents, each is assigned to one split,
+It is loaded from a text file, a .jsonl file of documents, a file of conversations, a named data
+set, or a folder made by prepare.py. A text is split at nine tenths of its characters, unless a
+separator divides it into documents. Of several documents, each is assigned to one split,
 pseudo-randomly, by its number. With --no-hold_out, both splits have everything. In the token stream
-each document starts with <|endoftext|>, each record with <BOS>.
+each document starts with <|endoftext|>, each turn of a conversation with <BOS>.
 """
 
 from pathlib import Path
@@ -74,6 +74,16 @@ def find_corpus(data: str) -> Path:
     )
 
 
+def has_records(path: Path, encoding: str = "utf-8") -> bool:
+    """Whether a file has questions and answers: .json, .csv, and .jsonl without documents."""
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix != ".jsonl":
+        return suffix in (".json", ".csv")
+    from corpus.documents import has_documents  # only for .jsonl
+
+    return not has_documents(path, encoding)
+
+
 def load_corpus(
     data: str,
     kind: str = "char",
@@ -82,20 +92,24 @@ def load_corpus(
     separator: str = "",
     hold_out: bool = True,
     encoding: str = "utf-8",
+    skip_bad: bool = False,
 ) -> tuple[Tokenizer, Corpus]:
     """Load the corpus `data`, a path or the name of a data set, and its tokenizer.
 
     If `tokenizer` is None, one is created: kind is "char", "bpe" (learned, with bpe_vocab_size
     tokens) or one of tiktoken's encodings. A folder made by prepare.py has its own tokenizer.
     separator: the text between the documents of a text file ("\\n" for a line end); "" if it is one
-    document. hold_out: off puts the full text, or all documents, in both splits. Raises UserError
-    if the corpus does not exist, is invalid or is too large.
+    document. hold_out: off puts the full text, or all documents, in both splits. skip_bad: leaves
+    out conversations that are invalid. Raises UserError if the corpus does not exist, is invalid or
+    is too large.
     """
     path = find_corpus(data)
-    suffix = path.suffix.lower()
-    if separator and (path.is_dir() or suffix in (".json", ".jsonl")):
+    records = has_records(path, encoding)
+    if separator and (path.is_dir() or records or path.suffix.lower() == ".jsonl"):
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
-    if encoding != "utf-8" and (path.is_dir() or suffix == ".json"):
+    if skip_bad and not records:
+        raise UserError(f"--skip_bad is for questions and answers, not for {path}: leave it out")
+    if encoding != "utf-8" and (path.is_dir() or records):
         raise UserError(f"--encoding is for text files and .jsonl, not for {path}: leave it out")
     if path.is_dir() and not hold_out:
         raise UserError(f"--no-hold_out is for files, and {path}/ is split already: leave it out")
@@ -110,11 +124,11 @@ def load_corpus(
             f"NAME{same_tokenizer}` once, then give --data data/NAME"
         )
     options = (kind, bpe_vocab_size, tokenizer, hold_out)
-    if suffix == ".json":
-        from corpus.records import load_records  # only for question/answer records
+    if records:
+        from corpus.records import load_records  # only for questions and answers
 
-        loaded = load_records(path, *options)
-    elif separator or suffix == ".jsonl":
+        loaded = load_records(path, *options, skip_bad)
+    elif separator or path.suffix.lower() == ".jsonl":
         from corpus.documents import load_documents  # only for several documents
 
         loaded = load_documents(path, *options, separator.replace("\\n", "\n"), encoding)
@@ -132,7 +146,8 @@ def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
     data = settings.get("data", "")
     if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:
         raise UserError("the checkpoint does not name its corpus")
-    own = {n: settings[n] for n in ("separator", "hold_out", "encoding") if n in settings}
+    names = ("separator", "hold_out", "encoding", "skip_bad")
+    own = {name: settings[name] for name in names if name in settings}
     _, corpus = load_corpus(data, tokenizer=tokenizer, **own)
     if corpus.info["sha256"] != state["corpus"]["sha256"]:
         raise UserError(f"{data} is not what the checkpoint was trained on")

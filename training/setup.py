@@ -150,9 +150,10 @@ def load_data(
     Raises UserError if they do not fit the settings or the run to resume."""
     if state and known is None:
         known = tokenizers.from_dict(state["tokenizer"])
-    new, own = (config.tokenizer, config.bpe_vocab_size), (config.hold_out, config.encoding)
+    new = (config.tokenizer, config.bpe_vocab_size)
+    own = (config.separator, config.hold_out, config.encoding, config.skip_bad)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, *own)
+        tokenizer, corpus = load_corpus(config.data, *new, known, *own)
     check_corpus(corpus, config, gpt_config.block_size, state)
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
@@ -164,7 +165,7 @@ def check_corpus(corpus: Corpus, config: TrainConfig, block_size: int, state: St
     check_length(corpus, block_size)
     check_unchanged(corpus.info, config, state)
     if config.doc_mask and corpus.separator is None:
-        raise UserError(f"{config.data} is one document: --doc_mask is for several documents")
+        raise UserError(f"{config.data} is one document (or chats): --doc_mask is for several")
 
 
 def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | None) -> None:
