@@ -23,8 +23,8 @@ from system.start import run
 from config import GPTConfig, TrainConfig
 from corpus.chat import record_text, split_records
 from corpus.corpus import Corpus, check_known
-from corpus.documents import iter_documents
-from corpus.load import MAX_IN_MEMORY, find_corpus, has_records
+from corpus.documents import has_records, iter_documents
+from corpus.load import MAX_IN_MEMORY, find_corpus
 from corpus.text import file_info
 from finetuning import lora
 from finetuning.lora import AdapterFormat, LoRAConfig

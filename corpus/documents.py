@@ -59,12 +59,16 @@ def parse_json(text: str) -> Any:
         return ValueError(f"invalid JSON ({error})")
 
 
-def has_documents(path: Path, encoding: str) -> bool:
-    """Whether one of the first lines of a .jsonl file has a field "text"."""
+def has_records(path: Path, encoding: str) -> bool:
+    """Whether a file has questions and answers: .json, .csv, and .jsonl without documents, whose
+    field "text" is in one of the first lines."""
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix != ".jsonl":
+        return suffix in (".json", ".csv")
     stream = decode_blocks(read_blocks(path), path, encoding=encoding)
     lines = islice(split_stream(stream, "\n"), MAX_WITHOUT_TEXT)
     records = (parse_json(line) for line, _ in lines)
-    return any("text" in record for record in records if isinstance(record, dict))
+    return not any("text" in record for record in records if isinstance(record, dict))
 
 
 def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 It is loaded from a text file, a .jsonl file of documents, a file of conversations, a named data
 set, or a folder made by prepare.py. A text is split at nine tenths of its characters, unless a
-separator divides it into documents. Of several documents, each is assigned to one split,
-pseudo-randomly, by its number. With --no-hold_out, both splits have everything. In the token stream
-each document starts with <|endoftext|>, each turn of a conversation with <BOS>.
+separator divides it into documents. Each document is assigned to one split, pseudo-randomly, by its
+number. With --no-hold_out, both splits have everything. Among the tokens, <|endoftext|> starts a
+document, <BOS> a turn.
 """
 
 from pathlib import Path
@@ -74,16 +74,6 @@ def find_corpus(data: str) -> Path:
     )
 
 
-def has_records(path: Path, encoding: str = "utf-8") -> bool:
-    """Whether a file has questions and answers: .json, .csv, and .jsonl without documents."""
-    suffix = path.suffix.lower() if path.is_file() else ""
-    if suffix != ".jsonl":
-        return suffix in (".json", ".csv")
-    from corpus.documents import has_documents  # only for .jsonl
-
-    return not has_documents(path, encoding)
-
-
 def load_corpus(
     data: str,
     kind: str = "char",
@@ -99,12 +89,14 @@ def load_corpus(
     If `tokenizer` is None, one is created: kind is "char", "bpe" (learned, with bpe_vocab_size
     tokens) or one of tiktoken's encodings. A folder made by prepare.py has its own tokenizer.
     separator: the text between the documents of a text file ("\\n" for a line end); "" if it is one
-    document. hold_out: off puts the full text, or all documents, in both splits. skip_bad: leaves
-    out conversations that are invalid. Raises UserError if the corpus does not exist, is invalid or
-    is too large.
+    document. hold_out: off puts everything in both splits. skip_bad leaves out invalid records.
+    Raises UserError if the corpus does not exist, is invalid or is too large.
     """
-    path = find_corpus(data)
-    records = has_records(path, encoding)
+    path, records = find_corpus(data), False
+    if path.suffix.lower() in (".json", ".jsonl", ".csv"):
+        from corpus.documents import has_records  # only for such files
+
+        records = has_records(path, encoding)
     if separator and (path.is_dir() or records or path.suffix.lower() == ".jsonl"):
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
     if skip_bad and not records:
@@ -146,9 +138,8 @@ def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
     data = settings.get("data", "")
     if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:
         raise UserError("the checkpoint does not name its corpus")
-    names = ("separator", "hold_out", "encoding", "skip_bad")
-    own = {name: settings[name] for name in names if name in settings}
-    _, corpus = load_corpus(data, tokenizer=tokenizer, **own)
+    own = {"separator", "hold_out", "encoding", "skip_bad"} & settings.keys()
+    _, corpus = load_corpus(data, tokenizer=tokenizer, **{n: settings[n] for n in own})
     if corpus.info["sha256"] != state["corpus"]["sha256"]:
         raise UserError(f"{data} is not what the checkpoint was trained on")
     return corpus

@@ -33,7 +33,6 @@ FUNCTIONS = [(m, n) for m, n in NODES if isinstance(n, ast.FunctionDef | ast.Asy
 OPTIONAL = {
     "corpus.corpus.make_tokenizer": "corpus.bpe",
     "corpus.load.find_corpus": "corpus.download system.folders",
-    "corpus.load.has_records": "corpus.documents",
     "corpus.load.load_corpus": "corpus.documents corpus.folder corpus.records",
     "finetune.prepare_data": "corpus.records",
     "generate.generate": "sampling.compiled",
