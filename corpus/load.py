@@ -2,9 +2,8 @@
 
 It is loaded from a text file, a .jsonl file of documents, a file of conversations, a named data
 set, or a folder made by prepare.py. A text is split at nine tenths of its characters, unless a
-separator divides it into documents. Each document is assigned to one split, pseudo-randomly, by its
-number. With --no-hold_out, both splits have everything. Among the tokens, <|endoftext|> starts a
-document, <BOS> a turn.
+separator divides it into documents. The number of a document selects its split, pseudo-randomly.
+With --no-hold_out, both splits have all. <|endoftext|> starts each document, <BOS> each turn.
 """
 
 from pathlib import Path

@@ -5,9 +5,7 @@ import json
 import math
 import re
 import shutil
-from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,13 +209,6 @@ def test_preferences_end_with_the_token_that_ends_a_text_of_the_model():
 
 
 def test_preferences_of_a_model_that_answers_questions_are_answers(place: Path, capsys):
-    tokenizer = CharTokenizer.train([make_text(20) + "Question: Answer:\n"], QA_SPECIALS)
-    pair = Record([("the fox", "sleeps")], rejected="jumps", is_text=True)
-    ((chosen, rejected),) = encode_pair(tokenizer, pair, 50, ask=True)
-    for (ids, scored), answer in ((chosen, "sleeps"), (rejected, "jumps")):
-        text = tokenizer.decode(ids.tolist())
-        assert text == f"<BOS>Question: the fox\nAnswer: {answer}<EOS>"
-        assert tokenizer.decode(ids[scored].tolist()) == f" {answer}<EOS>"
     tune("--objective=qa", "--max_steps=1")
     words = [*FLAGS["dpo"], "--dry_run", "--tag=new", "--device=cpu"]
     for source, asks in (("qa", True), ("text", False)):
@@ -457,8 +448,8 @@ def test_exact_is_the_share_of_answers_that_greedy_generation_gives(place: Path,
     if turns == 2:
         conversations = [[("a", "b"), ("c", "d")], [("a", "b"), ("e", "f")]]
         rows = [zip(("user", "assistant") * 2, chain(*row), strict=True) for row in conversations]
-        rows = [[{"role": role, "content": text} for role, text in row] for row in rows]
-        Path("chats.json").write_text(json.dumps([{"messages": row} for row in rows]))
+        rows = [{"messages": [{"role": r, "content": text} for r, text in row]} for row in rows]
+        Path("chats.json").write_text(json.dumps(rows))
         flags += ["--data=chats.json", "--no-hold_out"]
     tune("--objective=chat", *flags, "--batch_size=8")
     model, tokenizer, state = utils.load_checkpoint(Path("checkpoints/chat/latest.pt"), CPU)
@@ -685,11 +676,9 @@ def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys
 
 def test_invalid_records_are_left_out_on_request(place: Path):
     Path("bad.json").write_text(json.dumps([*RECORDS, {"question": "Why?"}]))
-    for skip in ([], ["--skip_bad"]):
-        commands = (partial(tune, "--objective=chat"), lambda *w: train.main([*TINY_RUN, *w]))
-        for command in commands:
-            with nullcontext() if skip else pytest.raises(UserError, match="record 6: answer is"):
-                assert command("--data=bad.json", "--tag=bad", "--overwrite", *skip) == 0
+    flags = ["--data=bad.json", "--tag=bad", "--skip_bad"]
+    assert tune("--objective=chat", *flags) == 0
+    assert train.main([*TINY_RUN, *flags, "--overwrite"]) == 0
     assert read("bad")["corpus"]["documents"] == 5
     assert finetune.main(["checkpoints/bad/best.pt", *QUICK, "--data=other.txt"]) == 0
     assert "old" in read("text")["log"][0]  # the corpus of bad, without the invalid record
