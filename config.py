@@ -182,6 +182,7 @@ class TrainConfig:
     separator: str = fixed("", "text between documents of a file; \\n: newline; default: none")
     encoding: str = fixed("utf-8", "of a text file", choices=TEXT_ENCODINGS)
     hold_out: bool = fixed(True, "validate on a part that is not trained on; off: train on all")
+    skip_bad: bool = fixed(False, "leave out invalid questions and answers, and count them")
     doc_mask: bool = setting(False, "let tokens attend only within their own document")
     out_dir: str = setting("checkpoints", "folder of runs")
     tag: str = setting("", "name of this run; its files go to OUT_DIR/TAG/")

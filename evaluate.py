@@ -136,7 +136,7 @@ def evaluate_checkpoints(
     objective = "" if config.data else last_objective(state)
     if objective == "dpo":
         raise UserError(f"{path} was trained on pairs of answers: choose a text with --data")
-    if objective == "qa":
+    if objective in ("chat", "qa"):
         print(f"note: {path} was trained on answers only; this loss includes the questions")
     if config.data:
         _, corpus = load_corpus(

@@ -9,11 +9,11 @@ likely tokens at each step. sweep samples with every combination of --settings, 
 samples and their statistics; --output_file writes them to a file too.
 """
 
-import itertools
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 from system.start import run
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from config import SampleConfig
+from corpus.chat import Turn, encode_turns
 from generate import adjust_logits, generate, load_for_sampling, sampling_settings, stream_texts
 from model import GPT
 from sampling.checks import sampling_problems
@@ -43,8 +44,8 @@ from tokenizer import Tokenizer
 # The actions, and the flags that each of them would ignore.
 UNUSED_FLAGS: dict[str, tuple[str, ...]] = {
     "chat": ("settings", "prompt", "prompt_file", "num_samples", "beams", "stream", "output_file"),
-    "probs": ("settings", "num_samples", "beams", "stop", "stream", "output_file"),
-    "sweep": ("beams", "stream"),
+    "probs": ("settings", "system", "num_samples", "beams", "stop", "stream", "output_file"),
+    "sweep": ("system", "beams", "stream"),
 }
 SWEPT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 N_SHOWN = 5  # probabilities per step of probs
@@ -56,33 +57,58 @@ class ExploreConfig:
 
     action: str = setting("", "first argument", choices=tuple(UNUSED_FLAGS), positional=True)
     settings: str = setting("temperature=0.5,0.8,1.1", "sweep: the values to compare")
+    system: str = setting("", "chat: text before the first question, which says how to answer")
 
 
 # --- chat
 
 
-def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> None:
+def chat_prompt(tokenizer: Tokenizer, turns: list[Turn], system: str, size: int) -> list[int]:
+    """The ids of a conversation, up to where the answer to its last question begins; without its
+    oldest turns, as far as there would be more than `size` ids."""
+    for first in range(len(turns)):
+        *past, last = encode_turns(tokenizer, turns[first:], system)
+        ids = [*chain(*(turn.ids for turn in past)), *last.ids[~last.scored]]
+        if len(ids) <= size:
+            break
+    return ids
+
+
+def known_text(tokenizer: Tokenizer, text: str) -> str:
+    """A text without the characters that the tokenizer does not know, with a warning."""
+    return decode_prompt(tokenizer, encode_prompt(tokenizer, text, qa=False))
+
+
+def chat(model: GPT, tokenizer: Tokenizer, config: SampleConfig, system: str = "") -> None:
     """Talk with a model until an empty line or Ctrl-D. A model fine-tuned on questions gets each
-    line as a question, any other model continues the line. The conversation stays in the context
-    until /new."""
+    line as a question, and the system text before the first one; any other model continues the
+    line. The conversation stays in the context until /new; if questions and answers fill more than
+    the window, less up to a quarter of it for the next answer, the oldest turns are left out."""
     print("an empty line ends the chat, /new starts a new one")
+    asked, size = config.qa and answers_questions(tokenizer), model.config.block_size
+    system = known_text(tokenizer, system)
     context: list[int] = []
+    turns: list[Turn] = []
     while line := read_user_line():
         if line == "/new":
-            context = []
+            context, turns = [], []
             continue
-        context += encode_prompt(tokenizer, line, config.qa).tolist()
+        if asked:
+            line, room = known_text(tokenizer, line), min(config.max_new_tokens, size // 4)
+            context = chat_prompt(tokenizer, [*turns, (line, "")], system, size - room)
+        else:
+            context += encode_prompt(tokenizer, line, qa=False).tolist()
         prompt = torch.tensor(context, device=model.tok.weight.device)
-        warn_if_cut("the conversation", len(prompt), model.config.block_size)
+        warn_if_cut("the conversation", len(prompt), size)
         reply = ""
         for (piece,) in stream_texts(model, tokenizer, config, prompt):
             reply += piece
             print(piece, end="", flush=True)
         print()
         unknown = tokenizer.unknown(reply)  # a special token is text now, such as <PAD>
-        context += tokenizer.encode("".join(c for c in reply if c not in unknown)).tolist()
-        if config.qa and answers_questions(tokenizer):
-            context.append(tokenizer.specials["<EOS>"])
+        reply = "".join(c for c in reply if c not in unknown)
+        turns.append((line, reply))
+        context += tokenizer.encode(reply).tolist()
 
 
 def read_user_line() -> str:
@@ -128,7 +154,7 @@ def parse_sweep(text: str) -> list[dict[str, Any]]:
             raise ValueError(f"{word!r} is not NAME=A,B,... with one of {names}, each once")
         field = SampleConfig.__dataclass_fields__[name]
         lists[name] = [convert(field, value) for value in values.split(",")]
-    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+    return [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
 
 
 def sample_with_statistics(
@@ -235,7 +261,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     model, tokenizer, state = load_for_sampling(config, chat=explore.action == "chat")
     if explore.action == "chat":
-        chat(model, tokenizer, config)
+        if explore.system and not (config.qa and answers_questions(tokenizer)):
+            raise UserError("--system is for a model that answers questions: leave it out")
+        chat(model, tokenizer, config, explore.system)
         return 0
     if explore.action == "probs":
         lines = token_probabilities(model, tokenizer, config)

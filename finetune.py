@@ -1,7 +1,7 @@
 """Fine-tune a trained model.
 
     python finetune.py checkpoints/best.pt --data my.txt                         another text
-    python finetune.py checkpoints/best.pt --objective qa --data data/qa.json    answering questions
+    python finetune.py checkpoints/best.pt --objective chat --data data/qa.json  answering questions
     python finetune.py --objective distill --teacher checkpoints/best.pt --n_layer 2     a student
     python finetune.py checkpoints/best.pt --objective dpo --data data/pairs.jsonl     preferences
     python finetune.py checkpoints/best.pt --data my.txt --lora_rank 8           with LoRA
@@ -10,7 +10,7 @@
 The run goes to checkpoints/TAG/, by default named after the objective, with the files of a
 pretraining run, and --resume. Its best.pt is an ordinary checkpoint; with --lora_rank there is also
 adapter.pt, the trained matrices only. The flags of "sizes" and "model components" are for a new
-student; other models keep their own. Next: python explore.py chat checkpoints/qa/best.pt
+student; other models keep their own. Next: python explore.py chat checkpoints/chat/best.pt
 """
 
 from collections.abc import Iterable
@@ -21,15 +21,15 @@ from typing import Any
 from system.start import run
 
 from config import GPTConfig, TrainConfig
+from corpus.chat import record_text, split_records
 from corpus.corpus import MAX_IN_MEMORY, Corpus, check_known
-from corpus.documents import iter_documents, read_folder
+from corpus.documents import has_records, iter_documents, read_folder
 from corpus.load import find_corpus, is_dataset
-from corpus.records import read_records, record_text, split_records
 from corpus.text import file_info
 from finetuning import lora
 from finetuning.lora import AdapterFormat, LoRAConfig
 from finetuning.new_tokens import EMBEDDINGS, extend_tokenizer, extend_weights
-from finetuning.records import Records, Splits, encode_splits
+from finetuning.records import Records, Splits, encode_pair, encode_splits
 from finetuning.setup import check_finetune, help_defaults, resolve_finetune
 from finetuning.tasks import OBJECTIVES, FinetuneConfig, Setup
 from model import GPT
@@ -56,17 +56,21 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     objective, tokenizer = OBJECTIVES[settings.objective], base.tokenizer
     with distributed.local_rank_zero_first():  # it may be downloaded
         path = find_corpus(config.data)
-    kind, specials = objective.records, objective.specials
-    records = kind.read(path) if kind else []
-    texts = map(kind.text, records) if kind else texts_of(path, config)
+    encode, specials, records = objective.records, objective.specials, []
+    if encode or has_records(path, config.encoding):
+        from corpus.records import read_records  # only for questions and answers
+
+        records = read_records(path, encode is encode_pair, config.skip_bad)
+        if settings.objective == "text":
+            raise UserError(f"{path} contains questions and answers: use --objective chat")
+    texts = map(record_text, records) if records else texts_of(path, config)
     if specials is None:
         check_known(tokenizer, texts, str(path))
     else:
-        documents = not kind and (
-            config.separator or path.is_dir() or path.suffix.lower() == ".jsonl"
-        )
+        several = config.separator or path.is_dir() or path.suffix.lower() == ".jsonl"
+        documents = not encode and several
         tokenizer = extend_tokenizer(tokenizer, (END_OF_TEXT,) if documents else specials, texts)
-    if not kind:
+    if not encode:
         corpus = load_data(setup.gpt_config, config, setup.state, tokenizer).corpus
         return tokenizer, corpus.info, corpus
     if len(records) < 1 + config.hold_out:
@@ -75,9 +79,11 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     info = file_info(path)
     check_unchanged(info, config, setup.state)
     splits = split_records(records) if config.hold_out else (records, records)
-    ask = answers_questions(base.tokenizer) and not last_trained_on_text(base.state)
+    asked = answers_questions(base.tokenizer) and not last_trained_on_text(base.state)
+    if ask := asked or encode is not encode_pair:
+        info["questions"] = len(records)
     block_size = setup.gpt_config.block_size
-    return tokenizer, info, encode_splits(kind, splits, tokenizer, block_size, ask)
+    return tokenizer, info, encode_splits(encode, splits, tokenizer, block_size, ask)
 
 
 def texts_of(path: Path, config: TrainConfig) -> Iterable[str]:
@@ -86,8 +92,6 @@ def texts_of(path: Path, config: TrainConfig) -> Iterable[str]:
         return []
     if path.is_dir():
         return read_folder(path, config.encoding)
-    if path.suffix.lower() == ".json":
-        return [record_text(record) for record in read_records(path)]
     found = iter_documents(path, separator=config.separator, encoding=config.encoding)
     return (text for text, _ in found)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +62,26 @@ def split_stream(
     yield from split_stream([buffer], "", chunk_end) if separator else [(buffer, True)]
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; if it is invalid, the error, a ValueError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"invalid JSON ({error})")
+
+
+def has_records(path: Path, encoding: str) -> bool:
+    """Whether a file has questions and answers: .json, .csv, and .jsonl without documents, whose
+    field "text" is in one of the first lines."""
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix != ".jsonl":
+        return suffix in (".json", ".csv")
+    stream = decode_blocks(read_blocks(path), path, encoding=encoding)
+    lines = islice(split_stream(stream, "\n"), MAX_WITHOUT_TEXT)
+    records = (parse_json(line) for line, _ in lines)
+    return not any("text" in record for record in records if isinstance(record, dict))
+
+
 def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[str]:
     """Yield the texts in the lines of a .jsonl file. Lines without text in the field are skipped,
     and their number is printed. Raises UserError if none of the first MAX_WITHOUT_TEXT lines, or
@@ -70,10 +91,9 @@ def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[s
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: invalid JSON ({error})") from None
+        record = parse_json(line)
+        if isinstance(record, ValueError):
+            raise UserError(f"{path}, line {number}: {record}")
         fields = record if isinstance(record, dict) else {}
         if isinstance(fields.get(text_field), str):
             n_texts += 1
@@ -88,7 +108,7 @@ def jsonl_texts(lines: Iterable[str], path: Path, text_field: str) -> Iterator[s
         raise UserError(
             f"{path}, line {first}: no text in field {text_field!r} (fields with text: "
             f"{', '.join(names) or 'none'}): name another field with `python prepare.py {path} "
-            "--text_field NAME`"
+            "--text_field NAME`; questions and answers are used with train.py directly"
         )
     if n_skipped:
         note(
@@ -232,7 +252,7 @@ def special_id(tokenizer: Tokenizer, text: str) -> int:
     if text not in tokenizer.specials:
         raise UserError(
             f"the tokenizer has no {text} token, which separates documents or records: a new model "
-            "with --tokenizer bpe or char has it"
+            "with --tokenizer bpe or char has it, and finetune.py adds it"
         )
     return tokenizer.specials[text]
 

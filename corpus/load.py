@@ -1,10 +1,10 @@
 """The corpus that a model is trained on: tokenized and split into training and validation ids.
 
-It is loaded from a text file, a folder of them, a .jsonl file of documents, a .json file of
-question/answer records, a named data set, or a data set made by prepare.py. A text is split at nine
-tenths of its characters, unless a separator divides it into documents. Of several documents, each
-is assigned to one split, pseudo-randomly, by its number. With --no-hold_out, both splits have
-everything. In the token stream each document starts with <|endoftext|>, each record with <BOS>.
+It is loaded from a text file, a folder of them, a .jsonl file of documents, a file of
+conversations, a named data set, or a data set made by prepare.py. A text is split at nine tenths of
+its characters, unless a separator divides it into documents. The number of a document selects its
+split, pseudo-randomly. With --no-hold_out, both splits have all. <|endoftext|> starts each
+document, <BOS> each turn.
 """
 
 from pathlib import Path
@@ -77,20 +77,26 @@ def load_corpus(
     separator: str = "",
     hold_out: bool = True,
     encoding: str = "utf-8",
+    skip_bad: bool = False,
 ) -> tuple[Tokenizer, Corpus]:
     """Load the corpus `data`, a path or the name of a data set, and its tokenizer.
 
     If `tokenizer` is None, one is created: kind is "char", "bpe" (learned, with bpe_vocab_size
     tokens) or one of tiktoken's encodings. A folder made by prepare.py has its own tokenizer.
     separator: the text between the documents of a text file ("\\n" for a line end); "" if it is one
-    document. hold_out: off puts the full text, or all documents, in both splits. Raises UserError
-    if the corpus does not exist, is invalid or is too large.
+    document. hold_out: off puts everything in both splits. skip_bad leaves out invalid records.
+    Raises UserError if the corpus does not exist, is invalid or is too large.
     """
-    path = find_corpus(data)
-    suffix = path.suffix.lower()
-    if separator and (path.is_dir() or suffix in (".json", ".jsonl")):
+    path, records = find_corpus(data), False
+    if path.suffix.lower() in (".json", ".jsonl", ".csv"):
+        from corpus.documents import has_records  # only for such files
+
+        records = has_records(path, encoding)
+    if separator and (path.is_dir() or records or path.suffix.lower() == ".jsonl"):
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
-    if encoding != "utf-8" and (is_dataset(data) or suffix == ".json"):
+    if skip_bad and not records:
+        raise UserError(f"--skip_bad is for questions and answers, not for {path}: leave it out")
+    if encoding != "utf-8" and (is_dataset(data) or records):
         raise UserError(f"--encoding is for text files and .jsonl, not for {path}: leave it out")
     if is_dataset(data) and not hold_out:
         raise UserError(f"--no-hold_out is for files, and {path}/ is split already: leave it out")
@@ -100,11 +106,11 @@ def load_corpus(
         return open_dataset(path, tokenizer)
     check_size(path, path.stat().st_size, tokenizer)
     options = (kind, bpe_vocab_size, tokenizer, hold_out)
-    if suffix == ".json":
-        from corpus.records import load_records  # only for question/answer records
+    if records:
+        from corpus.records import load_records  # only for questions and answers
 
-        loaded = load_records(path, *options)
-    elif separator or suffix == ".jsonl" or path.is_dir():
+        loaded = load_records(path, *options, skip_bad)
+    elif separator or path.suffix.lower() == ".jsonl" or path.is_dir():
         from corpus.documents import load_documents  # only for several documents
 
         loaded = load_documents(path, *options, separator, encoding)
@@ -122,8 +128,8 @@ def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
     data = settings.get("data", "")
     if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:
         raise UserError("the checkpoint does not name its corpus")
-    own = {n: settings[n] for n in ("separator", "hold_out", "encoding") if n in settings}
-    _, corpus = load_corpus(data, tokenizer=tokenizer, **own)
+    own = {"separator", "hold_out", "encoding", "skip_bad"} & settings.keys()
+    _, corpus = load_corpus(data, tokenizer=tokenizer, **{n: settings[n] for n in own})
     if corpus.info["sha256"] != state["corpus"]["sha256"]:
         raise UserError(f"{data} is not what the checkpoint was trained on")
     return corpus

@@ -1,149 +1,162 @@
-"""Question/answer records and preference pairs, for fine-tuning.
+"""Reads conversations and preferences from files, in the formats that are in common use.
 
-Records are a JSON file, [{"question", "answer"}, ...]. Those with "held_out": true are for
-validation, and other keys are ignored. A record is encoded as
-
-    <BOS>Question: What is RoPE?\nAnswer: Positions as rotations.<EOS>
-
-Preference pairs are a .jsonl file, one {"prompt", "chosen", "rejected"} per line.
+A file is a JSON list (.json), a table (.csv), or has one JSON object per line (all others). The
+first record that has all fields of a format decides which format the file has. Other fields are
+ignored, except "held_out": true marks a record for validation.
 """
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from corpus.chat import Record, encode_turns, join_turns, record_text, split_records
 from corpus.corpus import Corpus, make_tokenizer
-from corpus.documents import build_corpus, special_id, split_documents
+from corpus.documents import build_corpus, parse_json
 from corpus.text import file_info, json_text, note, read_text
 from system.settings import UserError
-from tokenizer import QA_SPECIALS, Tokenizer, prompt_text
+from tokenizer import QA_SPECIALS, Tokenizer
 
-Record = dict[str, Any]
+Fields = tuple[str, ...]  # of a format
 
-RECORD_KEYS = ("question", "answer")
-PAIR_KEYS = ("prompt", "chosen", "rejected")
+QUESTIONS: tuple[Fields, ...] = (
+    ("question", "answer"),
+    ("messages",),  # OpenAI's: [{"role": "user", "content": "..."}, ...]
+    ("conversations",),  # ShareGPT's: [{"from": "human", "value": "..."}, ...]
+    ("instruction", "input", "output"),  # Alpaca's; the input may be missing or empty
+    ("prompt", "completion"),
+)
+PREFERENCES = (("prompt", "chosen", "rejected"), ("messages", "chosen", "rejected"))
+LISTS = ("messages", "conversations")  # the other fields are texts
+ANSWERS = ("answer", "output", "completion", "chosen", "rejected")  # the other texts are the user's
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of OpenAI's roles
 MAX_PROBLEMS = 5  # shown; a file with a wrong key has one problem per record
 
 
-# --- reading and validation
+def read_objects(path: Path) -> list[tuple[str, Any]]:
+    """The records of a file as they are, each with its position; instead of a line that is not
+    JSON, the error. Raises UserError if the file is not a list or a table."""
+    text, suffix = read_text(path), path.suffix.lower()
+    if suffix not in (".json", ".csv"):
+        lines = enumerate(text.split("\n"), 1)
+        return [(f"line {number}", parse_json(line)) for number, line in lines if line.strip()]
+    try:
+        rows = csv.DictReader(io.StringIO(text), strict=True)
+        records = list(rows) if suffix == ".csv" else parse_json(text)
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV ({error})") from None
+    if not isinstance(records, list):
+        problem = f" ({records})" * isinstance(records, ValueError)
+        advice = "write [{...}, {...}], or one record per line in a .jsonl file"
+        raise UserError(f"{path} is not a list of records{problem}: {advice}")
+    return [(f"record {number}", record) for number, record in enumerate(records, 1)]
 
 
-def raise_invalid(path: Path, problems: list[str]) -> None:
-    """Raise a UserError that lists the first problems of a file, if there are any."""
-    if len(problems) > MAX_PROBLEMS:
-        problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more"]
-    if problems:
-        raise UserError(f"{path}: {', '.join(problems)}")
+def find_format(path: Path, records: list[tuple[str, Any]], formats: tuple[Fields, ...]) -> Fields:
+    """The fields of the format that a file has. Raises UserError if it has none of them."""
+    found = [record.keys() for _, record in records if isinstance(record, dict)]
+    for keys in found:
+        for fields in formats:
+            if keys >= {*fields} - {"input"}:
+                return fields
+    if records and not found:
+        return formats[0]  # for the problems of each record
+    names = ", ".join(map(str, found[0]))[:100] if found else "none (no records)"
+    known = " | ".join(", ".join(fields) for fields in formats)
+    texts = "; a text is .txt, or .jsonl with a field text (prepare.py --text_field NAME: another)"
+    problem = f"unknown format: the fields are {names}, and should be {known}"
+    raise UserError(f"{path}: {problem}{texts * (formats is QUESTIONS)}")
 
 
-def text_problems(record: Any, keys: tuple[str, ...], blank: str | None = None) -> list[str]:
-    """What is invalid in an object that must have text in all keys; text of only `blank` characters
-    (None: whitespace) is invalid too."""
-    if not isinstance(record, dict):
-        return [f"not an object with {', '.join(keys)}: {json.dumps(record)[:40]}"]
+def messages_in(record: dict[str, Any], field: str, blank: str | None) -> list[tuple[str, str]]:
+    """The role and the text of each message in a field: a text, a message, or a list of messages.
+    Raises ValueError for others, and for text of only `blank` characters (None: whitespace)."""
+    value = record.get(field)
+    if isinstance(value, str) and field not in LISTS:
+        value = {"role": "assistant" if field in ANSWERS else "user", "content": value}
     found = []
-    for key in keys:
-        text = record.get(key)
-        if not isinstance(text, str):
-            found.append(f"{key} is missing or not text")
-        elif not text.strip(blank):
-            found.append(f"{key} is empty")
+    for message in value if isinstance(value, list) else [value]:
+        if not isinstance(message, dict):
+            raise ValueError(f"{field} is missing or not {'a list' if field in LISTS else 'text'}")
+        role = message.get("role", message.get("from"))
+        role, text = ROLES.get(str(role), role), message.get("content", message.get("value"))
+        if role not in ("system", "user", "assistant") or not isinstance(text, str):
+            raise ValueError(f"{field} has no role or no text in {json.dumps(message)[:60]}")
+        if not text.strip(blank) and role != "system":
+            raise ValueError(f"{field} is empty")
+        found.append((role, json_text(text)))
     return found
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a .json file. Raises UserError, which gives the position of each invalid
-    record."""
-    try:
-        records = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not JSON ({error}): it must be one list, "
-            '[{"question": "...", "answer": "..."}, ...], not one record per line'
-        ) from None
-    if not isinstance(records, list) or not records:
-        raise UserError(f"{path} must be a list of records, each with a question and an answer")
-    problems = [
-        f"record {number}: {problem}"
-        for number, record in enumerate(records, 1)
-        for problem in text_problems(record, RECORD_KEYS)
-    ]
-    raise_invalid(path, problems)
-    return [record | {key: json_text(record[key]) for key in RECORD_KEYS} for record in records]
+def parse_record(record: Any, fields: Fields, blank: str | None) -> Record:
+    """A record of a file, in the format with these fields. Raises ValueError if it is invalid."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"not an object with {', '.join(fields)}: {json.dumps(record)[:40]}")
+    if "input" in fields and record.get("input"):  # the second part of the question
+        parts = [text for field in fields[:2] for _, text in messages_in(record, field, blank)]
+        record = record | {"instruction": "\n".join(parts)}
+    messages = {field: messages_in(record, field, blank) for field in fields if field != "input"}
+    rejected = messages.pop("rejected", [])
+    every = [message for listed in messages.values() for message in listed]
+    system = every.pop(0)[1] if every and every[0][0] == "system" else ""
+    roles, texts = [role for role, _ in every], [text for _, text in every]
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        shown = ", ".join(roles)[:60] or "none"
+        raise ValueError(f"its roles are {shown}, not (system,) user, assistant, ..., assistant")
+    turns = list(zip(texts[::2], texts[1::2], strict=True))
+    held_out = str(record.get("held_out")).lower() == "true"  # a text in .csv
+    if "rejected" not in fields:
+        return Record(turns, system, held_out)
+    if [role for role, _ in messages["chosen"] + rejected] != ["assistant"] * 2:
+        raise ValueError("chosen and rejected must be one answer each")
+    if texts[-1] == rejected[0][1]:
+        raise ValueError("chosen and rejected are the same")
+    return Record(turns, system, held_out, rejected[0][1], isinstance(record[fields[0]], str))
 
 
-def read_pairs(path: Path) -> list[dict[str, str]]:
-    """The preference pairs of a .jsonl file. Raises UserError, which gives the number of each
-    invalid line."""
-    pairs: list[dict[str, str]] = []
+def read_records(path: Path, preferences: bool = False, skip_bad: bool = False) -> list[Record]:
+    """The conversations or preferences of a file. Those that cannot be used are skipped and counted
+    with skip_bad, if there are others; else raises UserError with their positions."""
+    objects = read_objects(path)
+    fields = find_format(path, objects, PREFERENCES if preferences else QUESTIONS)
+    blank = " " if preferences else None  # a line end alone is a valid text of a preference
+    records: list[Record] = []
     problems: list[str] = []
-    lines: dict[tuple[str, ...], int] = {}  # the texts of a pair -> the line that has them
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    positions: dict[tuple[Any, ...], str] = {}  # the texts of a preference -> where it is
+    for position, value in objects:
         try:
-            pair = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"line {number}: invalid JSON ({error})")
-            continue
-        # A line end alone is a valid prompt or text: only spaces count as empty.
-        found = text_problems(pair, PAIR_KEYS, blank=" ")
-        if not found and pair["chosen"] == pair["rejected"]:
-            found = ["chosen and rejected are the same"]
-        if found:
-            problems += [f"line {number}: {problem}" for problem in found]
-            continue
-        pair = {key: json_text(pair[key]) for key in PAIR_KEYS}
-        # A pair with chosen and rejected exchanged is a contradiction, so their order is ignored.
-        texts = (pair["prompt"], *sorted((pair["chosen"], pair["rejected"])))
-        if (first := lines.setdefault(texts, number)) != number:
-            problems.append(f"line {number}: the same texts as in line {first}")
-        pairs.append(pair)
-    raise_invalid(path, problems)
-    return pairs
-
-
-# --- records as text and as ids
-
-
-def record_text(record: Record) -> str:
-    """A record as text, without <BOS> and <EOS>."""
-    return f"{prompt_text(record['question'])} {record['answer'].strip()}"
-
-
-def encode_record(tokenizer: Tokenizer, record: Record) -> tuple[np.ndarray, int]:
-    """The ids of a record (T,), with <BOS> and <EOS>, and the number of ids before the answer.
-
-    Raises UserError if the tokenizer does not have these tokens.
-    """
-    bos, eos = (special_id(tokenizer, text) for text in ("<BOS>", "<EOS>"))
-    prompt = tokenizer.encode(prompt_text(record["question"]))
-    # A BPE piece starts at the space before the answer, so encoding both separately gives the same
-    # ids as encoding the full text.
-    answer = tokenizer.encode(f" {record['answer'].strip()}")
-    return np.concatenate([[bos], prompt, answer, [eos]]), 1 + len(prompt)
-
-
-# --- a corpus of records
-
-
-def split_records(records: list[Record]) -> tuple[list[Record], list[Record]]:
-    """The training and the validation records: those marked "held_out": true are for validation; if
-    none or all are marked, they are split as documents are."""
-    val = [record for record in records if record.get("held_out") is True]
-    if not 0 < len(val) < len(records):
-        return split_documents(records)
-    return [record for record in records if record.get("held_out") is not True], val
+            record = parse_record(value, fields, blank)
+            # With chosen and rejected exchanged it is a contradiction, so their order is ignored.
+            *history, (question, chosen) = record.turns
+            texts = (record.system, *history, question, *sorted((chosen, record.rejected)))
+            if preferences and (first := positions.setdefault(texts, position)) != position:
+                raise ValueError(f"the same texts as in {first}")
+            records.append(record)
+        except ValueError as error:
+            problems.append(f"{position}: {error}")
+    more = f", and {len(problems) - MAX_PROBLEMS} more" * (len(problems) > MAX_PROBLEMS)
+    shown = ", ".join(problems[:MAX_PROBLEMS]) + more
+    if problems and not (skip_bad and records):
+        advice = "; --skip_bad of train.py and finetune.py leaves them out" * bool(records)
+        raise UserError(f"{path}: {shown}{advice}")
+    if problems:
+        note(f"{path}: {len(problems)} of {len(objects)} records are invalid, skipped: {shown}")
+    return records
 
 
 def load_records(
-    path: Path, kind: str, bpe_vocab_size: int, tokenizer: Tokenizer | None, hold_out: bool = True
+    path: Path,
+    kind: str,
+    bpe_vocab_size: int,
+    tokenizer: Tokenizer | None,
+    hold_out: bool = True,
+    skip_bad: bool = False,
 ) -> tuple[Tokenizer, Corpus]:
-    """The corpus of a file of question/answer records, each one a document."""
-    info = file_info(path)
-    records = read_records(path)
+    """The corpus of a file of conversations, each one a document."""
+    info, records = file_info(path), read_records(path, skip_bad=skip_bad)
     splits = split_records(records) if hold_out else (records, records)
     if hold_out and tokenizer is None:  # a new run
         note(
@@ -152,5 +165,9 @@ def load_records(
         )
     texts = [[record_text(record) for record in split] for split in splits]
     tokenizer = tokenizer or make_tokenizer(kind, bpe_vocab_size, texts, QA_SPECIALS)
-    ids = [[encode_record(tokenizer, record)[0] for record in split] for split in splits]
-    return tokenizer, build_corpus(ids, texts, info, tokenizer.vocab_size, hold_out)
+    ids = [[join_turns(encode_turns(tokenizer, r.turns, r.system)).ids for r in s] for s in splits]
+    info["questions"] = len(records)
+    corpus = build_corpus(ids, texts, info, tokenizer.vocab_size, hold_out)
+    if any(len(record.turns) > 1 for record in records):
+        corpus.separator = None  # <BOS> precedes each turn, so --doc_mask would separate them
+    return tokenizer, corpus

@@ -3,67 +3,81 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config import TrainConfig
-from corpus.records import encode_record, read_pairs, read_records, record_text
+from corpus.chat import Example, Record, encode_turn, encode_turns, join_turns
 from corpus.text import note
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 from training.distributed import all_reduce, rank, world_size
 from training.task import CheckpointFormat
 
-Example = tuple[np.ndarray, int]  # the ids of a text (T,), and how many of them are its prompt
+Row = list[Example]  # of a batch: a conversation has one example, a pair two
 
 
 class Split(NamedTuple):
     """The records of a split that fit the window."""
 
-    records: list[list[Example]]  # a question has one example, a pair two
-    n_long: int = 0  # how many do not fit
+    records: list[Row]
+    n_long: int = 0  # how many do not fit; of a conversation, how many turns
 
 
 Splits = dict[str, Split]  # train and val
+# The rows of a record: tokenizer, record, block_size, ask (see `encode_pair`)
+Encode = Callable[[Tokenizer, Record, int, bool], list[Row]]
 
 
-class RecordKind(NamedTuple):
-    """A kind of records, from the file to examples."""
+def pack_turns(tokenizer: Tokenizer, record: Record, block_size: int, ask: bool) -> list[Row]:
+    """A conversation, in one row if it fits the window; otherwise as many whole turns as fit, the
+    next ones in a second row, and so on, each with the system text. A turn that does not fit is
+    alone."""
+    packed: list[Example] = []
+    for question, answer in record.turns:
+        turn = encode_turn(tokenizer, question, answer)
+        if packed and len(packed[-1].ids) + len(turn.ids) - 1 <= block_size:
+            packed[-1] = join_turns([packed[-1], turn])
+        else:
+            packed.append(encode_turn(tokenizer, question, answer, record.system))
+    return [[example] for example in packed]
 
-    read: Callable[[Path], list[Any]]
-    text: Callable[[Any], str]  # of a record, with the characters that the tokenizer must have
-    encode: Callable[[Tokenizer, Any, bool], list[Example]]  # see `encode_pair`
 
+def encode_pair(tokenizer: Tokenizer, record: Record, block_size: int, ask: bool) -> list[Row]:
+    """The chosen and the rejected text of a preference, each after the prompt.
 
-def encode_pair(tokenizer: Tokenizer, pair: dict[str, str], ask: bool) -> list[Example]:
-    """The chosen and the rejected text of a preference pair, each after the prompt, and with the
-    token that ends a text of this model: <EOS> if it has answered questions, else <|endoftext|> if
-    it knows it. ask: the prompt is a question and the texts are answers, as in `encode_record`."""
-    if ask:
-        answers = (pair["chosen"], pair["rejected"])
-        records = [{"question": pair["prompt"], "answer": answer} for answer in answers]
-        return [encode_record(tokenizer, record) for record in records]
-    prompt = tokenizer.encode(pair["prompt"])
+    ask: the prompt is a question and the texts are answers. So it is with messages: only the last
+    answer is scored, and the oldest turns are left out if all do not fit the window. Otherwise they
+    are texts, with the token that ends a text of this model: <EOS> if it has answered questions,
+    else <|endoftext|> if it knows it.
+    """
+    *history, (prompt, chosen) = record.turns
+    pair: list[Example] = []
+    if ask or not record.is_text:
+        for first in range(len(record.turns)):
+            pair = []
+            for answer in (chosen, record.rejected):
+                turns = [*history[first:], (prompt, answer)]
+                *past, last = encode_turns(tokenizer, turns, record.system)
+                past = [turn._replace(scored=np.zeros_like(turn.scored)) for turn in past]
+                pair.append(join_turns([*past, last]))
+            if max(len(example.ids) for example in pair) - 1 <= block_size:
+                break
+        return [pair]
+    start = tokenizer.encode(prompt)
     ends = [tokenizer.specials[end] for end in ("<EOS>", END_OF_TEXT) if end in tokenizer.specials]
-    texts = (
-        np.concatenate([tokenizer.encode(pair[key]), ends[:1]]) for key in ("chosen", "rejected")
-    )
-    return [(np.concatenate([prompt, text]).astype(np.int64), len(prompt)) for text in texts]
-
-
-ANSWERS = RecordKind(
-    read_records, record_text, lambda tokenizer, record, ask: [encode_record(tokenizer, record)]
-)
-PAIRS = RecordKind(read_pairs, lambda pair: "".join(pair.values()), encode_pair)
+    for text in (chosen, record.rejected):
+        ids = np.concatenate([start, tokenizer.encode(text), ends[:1]]).astype(np.int64)
+        pair.append(Example(ids, np.arange(len(ids)) >= len(start)))
+    return [pair]
 
 
 def encode_splits(
-    kind: RecordKind,
-    splits: Sequence[list[Any]],
+    encode: Encode,
+    splits: Sequence[list[Record]],
     tokenizer: Tokenizer,
     block_size: int,
     ask: bool,
@@ -72,7 +86,7 @@ def encode_splits(
     whose prompts generate.py would cut, are left out. Raises UserError if a split is empty then."""
     encoded: Splits = {}
     for name, records in zip(("train", "val"), splits, strict=True):
-        examples = [kind.encode(tokenizer, record, ask) for record in records]
+        examples = [e for r in records for e in encode(tokenizer, r, block_size, ask)]
         sizes = [max(len(ids) for ids, _ in e) - 1 for e in examples]  # windows that fit them
         fitted = [e for e, size in zip(examples, sizes, strict=True) if size <= block_size]
         n_long = len(examples) - len(fitted)
@@ -91,16 +105,15 @@ def encode_splits(
 def pad_batch(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
     """Examples as a batch, x and y (B, T), padded on the right to the longest.
 
-    y[b, t] is the token after x[b, t], or -100, which the loss ignores, in the prompt and the
+    y[b, t] is the token after x[b, t], or -100, which the loss ignores, in the prompts and the
     padding. Causal attention never attends to later tokens, so the padding needs no mask.
     """
     T = max(len(ids) for ids, _ in examples) - 1
     x = torch.full((len(examples), T), pad)
     y = torch.full((len(examples), T), -100)
-    for b, (ids, n_prompt) in enumerate(examples):
-        tokens = torch.from_numpy(ids.astype(np.int64))
-        x[b, : len(ids) - 1] = tokens[:-1]
-        y[b, n_prompt - 1 : len(ids) - 1] = tokens[n_prompt:]
+    for b, (ids, scored) in enumerate(examples):
+        x[b, : len(ids) - 1] = torch.from_numpy(ids[:-1])
+        y[b, : len(ids) - 1] = torch.from_numpy(np.where(scored, ids, -100)[1:])
     return x, y
 
 
@@ -115,7 +128,7 @@ class Records:
     device: torch.device
     format: CheckpointFormat
 
-    def batch(self, records: Sequence[list[Example]]) -> tuple[Tensor, Tensor]:
+    def batch(self, records: Sequence[Row]) -> tuple[Tensor, Tensor]:
         examples = [example for side in zip(*records, strict=True) for example in side]
         return pad_batch(examples, self.tokenizer.specials.get("<PAD>", 0))
 

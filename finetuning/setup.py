@@ -20,7 +20,7 @@ from utils import load_checkpoint, matching_contents, read_checkpoint
 LORA_LR_SCALE = 5  # B is zero at first, so the updates of A are too
 # Instead of pretraining's rate if that is unknown (imported models) or does not fit AdamW (SGD's).
 IMPORTED_LR = 3e-4
-OWN_CORPUS = ("data", "separator", "hold_out", "encoding")  # settings that the base has
+OWN_CORPUS = ("data", "separator", "hold_out", "encoding", "skip_bad")  # settings of the base too
 FOR_MERGE = {"source", "merge", "out_dir", "tag", "overwrite", "device"}
 
 
@@ -133,8 +133,6 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
     data = flags.get("data", objective.defaults.get("data"))
     if not (objective.teacher or data):
         found.append(f"--objective {settings.objective} needs --data")
-    if settings.objective == "text" and str(data).lower().endswith(".json"):
-        found.append(f"{data} contains questions and answers: use --objective qa")
     return found
 
 

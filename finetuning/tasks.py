@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from config import GPTConfig, SampleConfig, TrainConfig
 from corpus.load import training_corpus
 from finetuning.lora import LoRAConfig
-from finetuning.records import ANSWERS, PAIRS, RecordKind, Records
+from finetuning.records import Encode, Records, encode_pair, pack_turns
 from generate import stream_texts
 from model import GPT
 from sampling.text import last_objective
@@ -150,28 +150,34 @@ class QATask:
     def score(self, model: GPT, split: str, n: int | None) -> tuple[float, float]:
         """The mean loss per scored token, and the fraction of exact answers, over n evenly spaced
         records of a split, or all (None). Greedy generation gives an answer exactly if each of its
-        tokens is the most likely one after the correct tokens before it. Records longer than the
-        window are not answered."""
+        tokens is the most likely one after the correct tokens before it. So each answer of a
+        conversation counts by itself, after the true turns before it. Those longer than the window
+        are not exact."""
 
         def measure(x: Tensor, y: Tensor) -> list[Tensor]:
             logits, scored = model(x)[0], y != -100
-            exact = ((logits.argmax(dim=-1) == y) | ~scored).all(dim=1)
-            return [-log_probability(logits, y), scored.sum(dim=1), exact]
+            answers = (scored & ~F.pad(scored, (1, 0))[:, :-1]).cumsum(dim=1)  # (B, T), 1, 2, ...
+            wrong = (scored & (logits.argmax(dim=-1) != y)).float()
+            wrong = torch.zeros_like(wrong).scatter_add(1, answers, wrong)  # tokens per answer
+            n_answers = answers[:, -1]
+            n_exact = n_answers - wrong.count_nonzero(dim=1)
+            return [-log_probability(logits, y), scored.sum(dim=1), n_exact, n_answers]
 
-        loss, n_tokens, n_exact, n_records = self.records.totals(measure, split, n)
+        loss, n_tokens, n_exact, n_answers, _ = self.records.totals(measure, split, n)
         fitting, n_long = self.records.splits[split]
-        share = len(fitting) / (len(fitting) + n_long)
-        return loss / n_tokens, n_exact / n_records * share
+        n_fitting = sum(int((s[1:] & ~s[:-1]).sum()) for ((_, s),) in fitting)  # answers
+        share = n_fitting / (n_fitting + n_long)
+        return loss / n_tokens, n_exact / n_answers * share
 
     def sample(self, model: GPT) -> str:
         tokenizer, config = self.records.tokenizer, self.records.config
         greedy = SampleConfig(temperature=0, max_new_tokens=config.sample_tokens)
         texts = []
-        for ((ids, n_prompt),) in self.records.splits["val"].records[:2]:
-            prompt = torch.from_numpy(ids[:n_prompt]).to(self.records.device)
-            steps = stream_texts(model, tokenizer, greedy, prompt)
+        for ((ids, scored),) in self.records.splits["val"].records[:2]:
+            prompt = torch.from_numpy(ids[: scored.argmax()])  # of the first answer
+            steps = stream_texts(model, tokenizer, greedy, prompt.to(self.records.device))
             answer = "".join(piece for (piece,) in steps)
-            texts.append(tokenizer.decode(ids[1:n_prompt].tolist()) + answer)
+            texts.append(tokenizer.decode(prompt[1:].tolist()) + answer)
         return "\n".join(texts)
 
 
@@ -252,7 +258,7 @@ class Objective:
     lr_scale: float  # peak learning rate relative to pretraining's
     defaults: dict[str, Any]  # that differ from pretraining's
     flags: tuple[str, ...]  # that not all objectives have
-    records: RecordKind | None = None  # None: the data are a text
+    records: Encode | None = None  # None: the data are a text
     specials: tuple[str, ...] | None = None  # that records need; None: no tokens are added
     teacher: bool = False  # needs --teacher, and neither a model nor data
     dropout: bool = True  # may be trained with dropout
@@ -270,20 +276,20 @@ OBJECTIVES = {
         flags=(*TEXT_FLAGS, "overfit_batch"),
         specials=(),  # and those of documents
     ),
-    "qa": Objective(
+    "chat": Objective(
         QATask,
         lr_scale=1.0,
         defaults={"max_steps": 600, "batch_size": 16, "eval_every": 100, "compile": False}
         | {"data": "data/qa.json"},
-        flags=("overfit_batch",),
-        records=ANSWERS,
+        flags=("overfit_batch", "skip_bad"),
+        records=pack_turns,
         specials=QA_SPECIALS,
     ),
     "distill": Objective(
         DistillationTask,
         lr_scale=0.1,
         defaults={"max_steps": 1500, "batch_size": 12, "eval_every": 250},
-        flags=(*TEXT_FLAGS, "teacher", "temperature_kd", "alpha"),
+        flags=(*TEXT_FLAGS, "skip_bad", "teacher", "temperature_kd", "alpha"),
         teacher=True,
     ),
     "dpo": Objective(
@@ -291,11 +297,12 @@ OBJECTIVES = {
         lr_scale=0.01,
         defaults={"max_steps": 200, "batch_size": 8, "eval_every": 50, "compile": False}
         | {"dropout": 0.0, "lora_dropout": 0.0},
-        flags=("beta", "overfit_batch"),
-        records=PAIRS,
+        flags=("beta", "overfit_batch", "skip_bad"),
+        records=encode_pair,
         dropout=False,
     ),
 }
+OBJECTIVES["qa"] = OBJECTIVES["chat"]  # its old name
 
 
 @dataclass
@@ -304,7 +311,7 @@ class FinetuneConfig:
 
     source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning",
                           alias="checkpoint base model model_name_or_path")  # fmt: skip
-    objective: str = setting("text", "what to train for", choices=tuple(OBJECTIVES))
+    objective: str = setting("text", "what to train for; qa: as chat", choices=tuple(OBJECTIVES))
     teacher: str = setting("", "distill: checkpoint of the teacher")
     temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
     alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)

@@ -97,8 +97,7 @@ class TextWriter:
 
 
 def answers_questions(tokenizer: Tokenizer) -> bool:
-    """Whether the model of a tokenizer was trained on questions: then the tokenizer has their
-    special tokens."""
+    """Whether a model was trained on questions: then its tokenizer has their special tokens."""
     return set(QA_SPECIALS) <= tokenizer.specials.keys()
 
 

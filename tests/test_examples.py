@@ -1,5 +1,6 @@
 """The example files in data/ are what the documentation says; Git ignores what commands write."""
 
+import json
 import shutil
 import string
 import subprocess
@@ -16,8 +17,9 @@ import generate
 import plots
 import prepare
 import train
+from corpus.chat import record_text
 from corpus.load import load_corpus
-from corpus.records import read_pairs, read_records
+from corpus.records import read_records
 from finetuning.records import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint
@@ -60,16 +62,17 @@ def test_a_model_is_trained_on_the_example_text(workplace, capsys):
 
 
 def test_the_example_pairs_prefer_short_courteous_speeches_in_characters_of_tinyshakespeare():
-    pairs = read_pairs(DATA / "pairs.jsonl")
+    pairs = read_records(DATA / "pairs.jsonl", preferences=True)
     assert SHAKESPEARE.vocab_size == 65 and 20 <= len(pairs) <= 30
     for pair in pairs:
-        assert not SHAKESPEARE.unknown("".join(pair.values()))
-        assert pair["prompt"].startswith("\n") and pair["prompt"].endswith(":\n")
-        assert pair["chosen"].endswith("\n\n") and pair["rejected"].endswith("\n\n")
-        assert 2 * len(pair["chosen"]) < len(pair["rejected"])
-        longest = max(len(ids) for ids, _ in encode_pair(SHAKESPEARE, pair, ask=False))
-        assert longest <= DEFAULT_WINDOW + 1, longest
-    assert len({pair["prompt"] for pair in pairs}) == len(pairs)
+        assert not SHAKESPEARE.unknown(record_text(pair))
+        ((prompt, chosen),) = pair.turns
+        assert prompt.startswith("\n") and prompt.endswith(":\n")
+        assert chosen.endswith("\n\n") and pair.rejected.endswith("\n\n")
+        assert 2 * len(chosen) < len(pair.rejected)
+        (examples,) = encode_pair(SHAKESPEARE, pair, DEFAULT_WINDOW, ask=False)
+        assert max(len(ids) for ids, _ in examples) <= DEFAULT_WINDOW + 1
+    assert len({pair.turns[0][0] for pair in pairs}) == len(pairs)
 
 
 def test_preferences_are_learned_from_the_example_pairs(workplace):
@@ -84,11 +87,14 @@ def test_preferences_are_learned_from_the_example_pairs(workplace):
     assert last["val"] < first["val"] and last["accuracy"] > 0.9
 
 
-def test_the_example_questions_load():
+def test_the_example_questions_are_different_and_those_held_out_have_known_answers():
     records = read_records(DATA / "qa.json")
-    assert len(records) == 223 and sum(record.get("held_out") is True for record in records) == 21
-    trained = {record["question"] for record in records if not record.get("held_out")}
-    assert {"Who are you?", "What is RoPE?"} <= trained  # the README and docs/ ask these
+    assert len(records) == 223 and sum(record.held_out for record in records) == 21
+    assert len({row["id"] for row in json.loads((DATA / "qa.json").read_text())}) == 223
+    assert len({record.turns[0][0].strip().lower() for record in records}) == 223
+    trained = dict(record.turns[0] for record in records if not record.held_out)
+    assert {"Who are you?", "What is RoPE?"} <= trained.keys()  # the README and docs/ ask these
+    assert {record.turns[0][1] for record in records} == {*trained.values()}
 
 
 def test_git_ignores_what_the_commands_write_by_default(trained):

@@ -22,9 +22,9 @@ from utils import load_checkpoint
 TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
 
 
-def question_model() -> tuple[GPT, CharTokenizer]:
-    tokenizer = CharTokenizer.train(["Question: Answer\nWho?"], QA_SPECIALS)
-    return make_model(vocab_size=tokenizer.vocab_size, block_size=200), tokenizer
+def question_model(block_size: int = 200) -> tuple[GPT, CharTokenizer]:
+    tokenizer = CharTokenizer.train(["System: Question: Answer\nWho? How? Why? No"], QA_SPECIALS)
+    return make_model(vocab_size=tokenizer.vocab_size, block_size=block_size), tokenizer
 
 
 def record_prompts(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> list[torch.Tensor]:
@@ -47,6 +47,8 @@ def record_prompts(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> list[to
 
 def test_a_chat_keeps_its_context_until_new(trained, monkeypatch):
     prompts = record_prompts(monkeypatch, ["the quick", "brown", "/new", "fox", ""])
+    with pytest.raises(UserError, match="--system is for a model that answers questions: leave"):
+        explore.main(["chat", "--system=the"])
     assert explore.main(["chat", "--max_tokens=5"]) == 0
     _, tokenizer, _ = load_checkpoint(Path("checkpoints/best.pt"), torch.device("cpu"))
     first, second, third = (tokenizer.decode(prompt.tolist()) for prompt in prompts)
@@ -55,17 +57,21 @@ def test_a_chat_keeps_its_context_until_new(trained, monkeypatch):
     assert len(second) == len("the quick") + 5 + len("brown")
 
 
-def test_a_model_with_question_tokens_is_asked_questions(monkeypatch, capsys):
-    model, tokenizer = question_model()
-    prompts = record_prompts(monkeypatch, ["Who?", "Who?", ""])
-    explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3, seed=1))
-    bos, eos = (tokenizer.specials[name] for name in ("<BOS>", "<EOS>"))
-    question = [bos, *tokenizer.encode("Question: Who?\nAnswer:").tolist()]
-    first, second = (prompt.tolist() for prompt in prompts)
-    assert first == question
-    assert second[: len(question)] == question and second[-len(question) - 1 :] == [eos, *question]
-    reply = tokenizer.decode(second[len(question) : -len(question) - 1])
-    assert capsys.readouterr().out.partition("\n")[2].startswith(reply + "\n")
+@pytest.mark.parametrize(
+    ("size", "kept"), [(90, [1, 2]), (89, [2]), (63, [2]), (62, []), (33, [])]
+)  # three tokens are for the answer: the third prompt has 87, 60 or 33 tokens
+def test_a_conversation_with_a_question_model_is_prompted_by_the_template(monkeypatch, size, kept):
+    model, tokenizer = question_model(size)
+    prompts = record_prompts(monkeypatch, ["Who?é", "Why?", "How?", "/new", "Who?", ""])
+    replies = iter([" No", "So ", "\n", "No"])
+    monkeypatch.setattr(explore, "stream_texts", lambda *args: [prompts.append(args[3])] and
+                        ([piece] for piece in next(replies)))  # fmt: skip
+    explore.chat(model, tokenizer, SampleConfig(max_new_tokens=3), " A\né")
+    first, turns = "System: A\n", ["Question: Who?\nAnswer: No", "Question: Why?\nAnswer: So"]
+    texts = [tokenizer.decode(prompt.tolist()) for prompt in prompts]
+    assert texts[0] == texts[3] == f"<BOS>{first}Question: Who?\nAnswer:"
+    history = [turns[number - 1] + "<EOS><BOS>" for number in kept]
+    assert texts[2] == f"<BOS>{first}{''.join(history)}Question: How?\nAnswer:"
 
 
 def test_a_reply_with_special_tokens_keeps_the_chat_going(monkeypatch, capsys):
@@ -194,6 +200,7 @@ def test_statistics_end_with_the_text_at_a_stop_string():
         (["--temperature=-1"], "action must be .*temperature must be at least 0"),
         (["chat", "--num_samples=2", "--output_file=a.txt"], "--num_samples, --output_file"),
         (["chat", "--prompt=the"], "chat does not use --prompt"),
+        (["probs", "--system=the"], "probs does not use --system"),
         (["probs", "--beams=2", "--settings=top_k=3"], "probs does not use --settings, --beams"),
         (["sweep", "--beams=2"], "sweep does not use --beams"),
         (["sweep", "--settings=colour=3"], "'colour=3' is not NAME="),

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,13 +26,13 @@ import prepare
 import train
 import utils
 from config import ARCHS, GPTConfig, SampleConfig, TrainConfig
-from corpus import records as qa
 from corpus.bpe import count_pieces, train_bpe
+from corpus.chat import Record, encode_turn, encode_turns, join_turns, record_text
 from corpus.corpus import Corpus
 from finetuning import lora, records
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
-from finetuning.records import Records, Split, encode_pair, encode_splits
+from finetuning.records import Records, Split, encode_pair, encode_splits, pack_turns
 from finetuning.setup import (
     check_finetune,
     help_defaults,
@@ -70,6 +71,7 @@ RECORDS = [
     for name, what in [("fox", "quick"), ("dog", "lazy"), ("day", "long"), ("it", "42")]
 ]
 RECORDS += [{"question": "Name the fox.", "answer": "fox is quick.", "held_out": True}]
+TURNS = [(record["question"], record["answer"]) for record in RECORDS]
 PAIRS = [
     {"prompt": f"the {a}", "chosen": f" {b}\n", "rejected": f" {b} and then\n"}
     for a in ("fox", "dog", "day")
@@ -191,7 +193,7 @@ def test_all_rewards_of_dpo_are_0_before_the_first_step(place: Path, monkeypatch
 
 
 def test_preferences_end_with_the_token_that_ends_a_text_of_the_model():
-    pair = {"prompt": "the fox", "chosen": " sleeps", "rejected": " jumps"}
+    pair = Record([("the fox", " sleeps")], rejected=" jumps", is_text=True)
     text = make_text(20)
     qa, plain = CharTokenizer.train([text], QA_SPECIALS), CharTokenizer.train([text])
     pretrained = train_bpe(count_pieces([text]), 270)
@@ -200,20 +202,13 @@ def test_preferences_end_with_the_token_that_ends_a_text_of_the_model():
     for tokenizer, end in (
         (qa, "<EOS>"), (plain, ""), (pretrained, "<|endoftext|>"), (answering, "<EOS>")
     ):  # fmt: skip
-        encoded = encode_pair(tokenizer, pair, ask=False)
-        for (ids, n_prompt), key in zip(encoded, ("chosen", "rejected"), strict=True):
-            assert tokenizer.decode(ids[:n_prompt].tolist()) == pair["prompt"]
-            assert tokenizer.decode(ids[n_prompt:].tolist()) == pair[key] + end
+        (encoded,) = encode_pair(tokenizer, pair, 9, ask=False)
+        for (ids, scored), text in zip(encoded, (" sleeps", " jumps"), strict=True):
+            assert tokenizer.decode(ids[~scored].tolist()) == "the fox"
+            assert tokenizer.decode(ids[scored].tolist()) == text + end
 
 
 def test_preferences_of_a_model_that_answers_questions_are_answers(place: Path, capsys):
-    tokenizer = CharTokenizer.train([make_text(20) + "Question: Answer:\n"], QA_SPECIALS)
-    pair = {"prompt": "the fox", "chosen": "sleeps", "rejected": "jumps"}
-    chosen, rejected = encode_pair(tokenizer, pair, ask=True)
-    for (ids, n_prompt), answer in ((chosen, "sleeps"), (rejected, "jumps")):
-        text = tokenizer.decode(ids.tolist())
-        assert text == f"<BOS>Question: the fox\nAnswer: {answer}<EOS>"
-        assert tokenizer.decode(ids[n_prompt:].tolist()) == f" {answer}<EOS>"
     tune("--objective=qa", "--max_steps=1")
     words = [*FLAGS["dpo"], "--dry_run", "--tag=new", "--device=cpu"]
     for source, asks in (("qa", True), ("text", False)):
@@ -234,11 +229,13 @@ LENGTHS = {"train": [40, 38, 3, 2], "val": [2, 30, 5]}  # of answers, in tokens
 
 def make_task(objective: str, config: TrainConfig) -> QATask | DPOTask:
     """A task on records with answers of these lengths, or on preference pairs."""
-    records = [[{"question": "q", "answer": "a" * (n - 2)} for n in ns] for ns in LENGTHS.values()]
-    records = records if objective == "qa" else [PAIRS[:3], PAIRS[3:]]
+    records = [[Record([("q", "a" * (n - 2))]) for n in lengths] for lengths in LENGTHS.values()]
+    if objective == "dpo":
+        pairs = [(p["prompt"], p["chosen"], p["rejected"]) for p in PAIRS]
+        pairs = [Record([(p, chosen)], rejected=r, is_text=True) for p, chosen, r in pairs]
+        records = [pairs[:3], pairs[3:]]
     tokenizer = CharTokenizer.train([json.dumps([RECORDS, PAIRS]) + "\n"], QA_SPECIALS)
-    kind = OBJECTIVES[objective].records
-    splits = encode_splits(kind, records, tokenizer, 64, ask=False)
+    splits = encode_splits(OBJECTIVES[objective].records, records, tokenizer, 64, ask=False)
     reference = make_task_model(tokenizer.vocab_size, seed=1)
     setup = SimpleNamespace(settings=FinetuneConfig(beta=0.3))
     data = Records(splits, tokenizer, config, CPU, PlainFormat({}))
@@ -253,8 +250,8 @@ def test_samples_of_answers_are_as_long_as_requested():
     task = make_task("qa", TrainConfig(sample_tokens=3, precision="float32"))
     text = task.sample(make_task_model(task.records.tokenizer.vocab_size, seed=3))
     prompts = [
-        task.records.tokenizer.decode(ids[1:n].tolist())
-        for ((ids, n),) in task.records.splits["val"].records[:2]
+        task.records.tokenizer.decode(ids[~scored][1:].tolist())
+        for ((ids, scored),) in task.records.splits["val"].records[:2]
     ]
     assert len("\n".join(prompts)) < len(text) <= len("\n".join(prompts)) + 2 * 3 * len("<EOS>")
 
@@ -265,10 +262,10 @@ def records_in_order(records: Records, step: int, micro_step: int) -> tuple:
     return records.batch(records.splits["train"].records[micro_step * size :][:size])
 
 
-def text_loss(model: GPT, ids: np.ndarray, n_prompt: int) -> torch.Tensor:
-    """The sum of the losses of the tokens after the prompt."""
-    logits = model(torch.from_numpy(ids[:-1])[None])[0][0, n_prompt - 1 :]
-    return F.cross_entropy(logits, torch.from_numpy(ids[n_prompt:]), reduction="sum")
+def text_loss(model: GPT, ids: np.ndarray, scored: np.ndarray) -> torch.Tensor:
+    """The sum of the losses of the tokens that are scored."""
+    logits = model(torch.from_numpy(ids[:-1])[None])[0][0, scored[1:]]
+    return F.cross_entropy(logits, torch.from_numpy(ids[scored]), reduction="sum")
 
 
 def answer_losses(task: QATask, model: GPT, split: str = "train") -> list[torch.Tensor]:
@@ -283,7 +280,7 @@ def test_a_step_averages_over_tokens_whatever_the_micro_batches(batch_size, grad
     )  # fmt: skip
     task = make_task("qa", config)
     model = make_task_model(task.records.tokenizer.vocab_size)
-    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.records.splits["train"].records]
+    n_tokens = [scored.sum() for ((_, scored),) in task.records.splits["train"].records]
     assert n_tokens == [40, 38, 3, 2]
     loss = sum(answer_losses(task, model)) / 83
     expected = torch.autograd.grad(loss, list(model.parameters()))
@@ -443,17 +440,27 @@ def test_text_runs_also_report_the_loss_on_the_old_corpus(place: Path, capsys):
     assert "old" not in read("without")["log"][0]
 
 
+@pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize("max_steps", [40, 250])
-def test_exact_is_the_share_of_answers_that_greedy_generation_gives(place: Path, max_steps):
+def test_exact_is_the_share_of_answers_that_greedy_generation_gives(place: Path, max_steps, turns):
     flags = [f"--max_steps={max_steps}", f"--eval_every={max_steps}", "--lr_max=2e-2"]
-    tune("--objective=qa", *flags, "--batch_size=8")
-    model, tokenizer, state = utils.load_checkpoint(Path("checkpoints/qa/latest.pt"), CPU)
+    conversations = [[turn] for turn in TURNS[:4]]
+    if turns == 2:
+        conversations = [[("a", "b"), ("c", "d")], [("a", "b"), ("e", "f")]]
+        rows = [zip(("user", "assistant") * 2, chain(*row), strict=True) for row in conversations]
+        rows = [{"messages": [{"role": r, "content": text} for r, text in row]} for row in rows]
+        Path("chats.json").write_text(json.dumps(rows))
+        flags += ["--data=chats.json", "--no-hold_out"]
+    tune("--objective=chat", *flags, "--batch_size=8")
+    model, tokenizer, state = utils.load_checkpoint(Path("checkpoints/chat/latest.pt"), CPU)
     n_right, config = 0, SampleConfig(temperature=0, max_new_tokens=40)
-    for record in RECORDS[:4]:
-        ids, n_prompt = qa.encode_record(tokenizer, record)
-        prompt = torch.from_numpy(ids[:n_prompt])
-        steps = generate.generate(model, prompt, config, end_tokens(tokenizer))
-        n_right += [step.ids.item() for step in steps] == ids[n_prompt:].tolist()
+    for conversation in conversations:
+        past = torch.zeros(0, dtype=torch.long)
+        for ids, scored in encode_turns(tokenizer, conversation):
+            prompt = torch.cat([past, torch.from_numpy(ids[~scored])])
+            steps = generate.generate(model, prompt, config, end_tokens(tokenizer))
+            n_right += [step.ids.item() for step in steps] == ids[scored].tolist()
+            past = torch.cat([past, torch.from_numpy(ids)])
     assert state["log"][0]["exact_train"] == 0.0
     assert state["log"][-1]["exact_train"] == n_right / 4
     assert n_right == 4 if max_steps == 250 else n_right < 4
@@ -646,20 +653,26 @@ def test_batches_are_a_pure_function_of_seed_step_and_micro_step(monkeypatch):
 
 
 def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys):
-    kind = OBJECTIVES["qa"].records
     tokenizer = CharTokenizer.train([json.dumps(RECORDS) + "\n"], QA_SPECIALS)
-    ids, _ = kind.encode(tokenizer, RECORDS[0], False)[0]
-    for block_size, n_fit in ((len(ids) - 1, 1), (len(ids) - 2, 0)):
-        splits = [[RECORDS[0], {"question": "e", "answer": "e"}]] * 2
-        train = encode_splits(kind, splits, tokenizer, block_size, ask=False)["train"]
+    n_ids = len(encode_turn(tokenizer, *TURNS[0]).ids)
+    for block_size, n_fit in ((n_ids - 1, 1), (n_ids - 2, 0)):
+        splits = [[Record([TURNS[0], ("e", "e")])]] * 2  # as two rows
+        train = encode_splits(pack_turns, splits, tokenizer, block_size, ask=False)["train"]
         assert (len(train.records), train.n_long) == (1 + n_fit, 1 - n_fit)
     task = make_task("qa", TrainConfig(precision="float32"))
     model = make_task_model(task.records.tokenizer.vocab_size)
-    model.forward = lambda x: (F.one_hot(task.records.batch(train_records)[1].clamp(min=0), 99),)
-    train_records = task.records.splits["train"].records
+    rows = task.records.splits["train"].records
+    targets = task.records.batch(rows)[1].clamp(min=0)
+    model.forward = lambda x: (F.one_hot(targets, 99),)
     assert task.score(model, "train", None)[1] == 1
-    task.records.splits["train"] = Split(train_records, n_long=12)
+    task.records.splits["train"] = Split(rows, n_long=12)
     assert task.score(model, "train", None)[1] == 4 / 16
+    # One wrong token, the end of the second of three answers: each answer counts by itself
+    turns = encode_turns(task.records.tokenizer, [("q", "a"), ("e", "ee"), ("q", "q")])
+    task.records.splits["train"] = Split([[join_turns(turns)], rows[3]], n_long=1)
+    targets = task.records.batch(task.records.splits["train"].records)[1].clamp(min=0)
+    targets[0, len(turns[0].ids) + len(turns[1].ids) - 2] += 1
+    assert task.score(model, "train", None)[1] == pytest.approx(3 / 5)
 
     long = {"question": "Why " * 20, "answer": "So."}  # <BOS>, Question: , \nAnswer:, <EOS>
     Path("long.json").write_text(json.dumps([*RECORDS, long]))
@@ -673,12 +686,22 @@ def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys
         tune("--objective=qa", "--data=long.json", "--tag=c")
 
 
+def test_invalid_records_are_left_out_on_request(place: Path):
+    Path("bad.json").write_text(json.dumps([*RECORDS, {"question": "Why?"}]))
+    flags = ["--data=bad.json", "--tag=bad", "--skip_bad"]
+    assert tune("--objective=chat", *flags) == 0
+    assert train.main([*TINY_RUN, *flags, "--overwrite"]) == 0
+    assert read("bad")["corpus"]["documents"] == 5
+    assert finetune.main(["checkpoints/bad/best.pt", *QUICK, "--data=other.txt"]) == 0
+    assert "old" in read("text")["log"][0]  # the corpus of bad, without the invalid record
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "--objective text needs --data"),
         (["--objective=qa", "--data=none.json"], "there is no none.json"),
-        (["--objective=qa", "--data=bad.json"], "bad.json is not JSON.*line 1 column 3"),
+        (["--objective=qa", "--data=bad.json"], "bad.json is not a list .*line 1 column 3"),
         (["--objective=learn"], "argument --objective: invalid choice: 'learn'"),
         (["--objective=distill"], "needs a --teacher"),
         (["--data=other.txt", "--teacher=a", "--beta=1"], "teacher is for .*distill; --beta is"),
@@ -689,7 +712,7 @@ def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys
         (["--data=other.txt", "--alpha=1", "--beta=1"], "alpha is for .*; --beta is for"),
         (["--objective=qa", "--separator=x"], "--separator is for --objective text or distill"),
         (["--objective=distill", "--teacher=a", "--overfit_batch"], "--overfit_batch is for"),
-        (["--objective=qa", "--data=other.txt"], r"other\.txt is not JSON"),
+        (["--objective=qa", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
         (["--objective=qa", "--data=one.json"], "too few records, because one is held"),
         (["--objective=dpo", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
         (["--objective=dpo", "--data=accents.jsonl"], r"accents\.jsonl has characters .*: 'é'"),
@@ -701,7 +724,7 @@ def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys
         (["--data=other.txt", "--n_layer=3"], "--n_layer is determined by the checkpoint"),
         (["--data=other.txt", "--arch=llama"], "unrecognized arguments: --arch=llama"),
         (["--data=other.txt", "--tag=../x"], "must be a plain name"),
-        (["--data=data/qa.json"], "contains questions and answers: use --objective qa"),
+        (["--data=data/qa.json"], "contains questions and answers: use --objective chat"),
         (["--objective=distill", "--teacher=checkpoints/other.pt"], "different tokenizers"),
         (["--objective=distill", "--teacher=checkpoints/short.pt"], "window of 16 .* is shorter"),
         (["--resume", "--tag=a"], "no checkpoint checkpoints/a/latest.pt"),
@@ -937,7 +960,7 @@ def test_help_shows_only_flags_that_can_be_given(capsys):
     text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
     for name in ("preset", "arch", "tokenizer", "bpe_vocab_size", "parallel"):
         assert f" --{name} " not in text
-    assert "optimizer steps [text 500, qa 600, distill 1500, dpo 200]" in text
+    assert "optimizer steps [text 500, chat 600, distill 1500, dpo 200, qa 600]" in text
     assert "number of blocks [the teacher's]" in text
 
 
@@ -1048,7 +1071,7 @@ def test_pretraining_never_sees_held_out_questions_and_validates_on_them(held_ou
     assert not any("N" in window for window in windows)  # only the held-out question has an N
     assert read("scratch")["corpus"]["documents"] == 5
     model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/scratch/best.pt"), CPU)
-    ids = torch.from_numpy(qa.encode_record(tokenizer, held_out_first)[0])
+    ids = torch.from_numpy(encode_turn(tokenizer, *TURNS[4]).ids)
     assert val_ids == ids.tolist()
     total = 0.0
     for start in range(0, len(ids) - 1, 16):  # windows of 16 tokens
@@ -1073,23 +1096,11 @@ def test_fine_tuning_never_sees_held_out_questions_and_validates_on_them(
     assert tune("--objective=qa") == 0
     model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/qa/best.pt"), CPU)
     texts = {tokenizer.decode(ids.tolist()) for ids in seen}
-    assert texts == {qa.record_text(record) for record in RECORDS[:4]}
-    ids, n_prompt = qa.encode_record(tokenizer, held_out_first)
-    expected = text_loss(model, ids, n_prompt).item() / (len(ids) - n_prompt)
+    assert texts == {record_text(Record([turn])) for turn in TURNS[:4]}
+    turn = encode_turn(tokenizer, *TURNS[4])
+    expected = text_loss(model, *turn).item() / turn.scored.sum()
     final = read_run(Path("checkpoints/qa")).final["val"]
     assert final == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_shipped_questions_are_many_valid_and_fairly_split():
-    path = ROOT / "data" / "qa.json"
-    records = qa.read_records(path)
-    assert len(records) >= 120 and len({record["id"] for record in records}) == len(records)
-    held_out = [record for record in records if record.get("held_out") is True]
-    assert 0.08 < len(held_out) / len(records) < 0.15
-    asked = [record["question"].strip().lower() for record in records]
-    assert len(set(asked)) == len(asked)
-    answers = {record["answer"] for record in records if record.get("held_out") is not True}
-    assert all(record["answer"] in answers for record in held_out)  # known, in other words
 
 
 def test_a_student_reads_the_corpus_of_its_teacher_with_the_same_separator(workplace: Path):

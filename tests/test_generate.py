@@ -26,7 +26,7 @@ import generate
 import train
 from config import ARCHS, GPTConfig, SampleConfig
 from corpus.bpe import train_bpe
-from corpus.records import encode_record
+from corpus.chat import encode_turn
 from generate import sample_logits
 from model import GPT, KVCache
 from sampling import output
@@ -664,14 +664,13 @@ def test_without_a_seed_each_text_is_another_but_samples_in_training_are_the_sam
 
 
 def test_a_prompt_for_a_question_model_is_the_beginning_of_a_record():
-    record = {"question": "Who is it?", "answer": "me"}
     chars = CharTokenizer.train(["Question: Who is it?\nAnswer: me"], QA_SPECIALS)
     pairs = train_bpe(Counter({"a": 1}), 261, QA_SPECIALS)
     for tokenizer in (chars, pairs):
-        ids, n_prompt = encode_record(tokenizer, record)
+        turn = encode_turn(tokenizer, "Who is it?", "me")
         for text in ("Who is it?", " Who is it?\n"):
             prompt = encode_prompt(tokenizer, text)
-            assert prompt.tolist() == ids[:n_prompt].tolist()
+            assert prompt.tolist() == turn.ids[~turn.scored].tolist()
         assert decode_prompt(tokenizer, prompt) == "Question: Who is it?\nAnswer:"
         plain = encode_prompt(tokenizer, "Who is it?", qa=False)
         assert plain.tolist() == tokenizer.encode("Who is it?").tolist()
@@ -716,6 +715,7 @@ def test_a_blank_question_is_an_error_that_says_how_to_ask(workplace, capsys):
     [
         ({}, True),
         ({"finetune": {"objective": "qa"}}, True),
+        ({"finetune": {"objective": "chat"}}, True),
         ({"finetune": {"objective": "dpo"}}, True),
         ({"finetune": {"objective": "text"}}, False),
         ({"finetune": {"objective": "qa"}, "merged": {"objective": "text"}}, False),

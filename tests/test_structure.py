@@ -34,6 +34,7 @@ OPTIONAL = {
     "corpus.corpus.make_tokenizer": "corpus.bpe",
     "corpus.load.find_corpus": "corpus.download system.folders",
     "corpus.load.load_corpus": "corpus.documents corpus.folder corpus.records",
+    "finetune.prepare_data": "corpus.records",
     "generate.generate": "sampling.compiled",
     "generate.load_for_sampling": "corpus.text sampling.quantize",
     "generate.main": "sampling.output",

@@ -583,7 +583,7 @@ def test_a_text_with_fewer_pairs_than_asked_for_resumes_with_the_same_flags(work
     [
         (["--vocab_size=300"], "vocab_size is for --tokenizer bpe"),
         (["--tokenizer=bpe", "--vocab_size=99"], "at least 257, not 99"),
-        (["--doc_mask"], "is one document: --doc_mask is for several documents"),
+        (["--doc_mask"], r"is one document \(or chats\): --doc_mask is for several"),
         (["--device=cuda:99", "--n_head=3", "--lr_min=1"], "divisible.*lr_min 1 is above.*cuda:99"),
     ],
 )

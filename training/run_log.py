@@ -277,8 +277,7 @@ class RunLog:
     def sample_command(self) -> str:
         """What samples from this run: its best step, or its newest while that is step 0."""
         file = self.run_dir / ("best.pt" if self.best()["step"] else "latest.pt")
-        has_questions = str(self.header["corpus"].get("name", "")).endswith(".json")
-        question = ' --prompt "Who are you?"' if has_questions else ""
+        question = ' --prompt "Who are you?"' * ("questions" in self.header["corpus"])
         return f"python generate.py {quote_path(file)}{question}"
 
     def finish(self, metrics: dict[str, float]) -> None:

@@ -150,13 +150,14 @@ def load_data(
     Raises UserError if they do not fit the settings or the run to resume."""
     if state and known is None:
         known = tokenizers.from_dict(state["tokenizer"])
-    new, own = (config.tokenizer, config.bpe_vocab_size), (config.hold_out, config.encoding)
+    new = (config.tokenizer, config.bpe_vocab_size)
+    own = (config.separator, config.hold_out, config.encoding, config.skip_bad)
     with local_rank_zero_first():
-        tokenizer, corpus = load_corpus(config.data, *new, known, config.separator, *own)
+        tokenizer, corpus = load_corpus(config.data, *new, known, *own)
     check_length(corpus, gpt_config.block_size)
     check_unchanged(corpus.info, config, state)
     if config.doc_mask and corpus.separator is None:
-        raise UserError(f"{config.data} is one document: --doc_mask is for several documents")
+        raise UserError(f"{config.data} is one document (or chats): --doc_mask is for several")
     if is_dataset(config.data):  # it has its own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
     return Data(tokenizer, corpus)
