@@ -131,16 +131,6 @@ def test_the_merges_of_a_tokenizer_are_those_it_learned():
     assert list(merges_of(tokenizer)) == learn_merges(counts, 400 - 257)
 
 
-# --- the examples of --help
-
-
-def test_the_first_example_of_help_runs_as_written_after_a_default_run(workplace):
-    (line,) = re.findall("python export.py (checkpoints/best.pt out/)  ", export.__doc__)
-    assert train.main(TINY_RUN) == 0
-    assert export.main(line.split()) == 0
-    assert transformers.AutoModelForCausalLM.from_pretrained("out").config.vocab_size > 20
-
-
 def test_the_gguf_error_for_a_fast_run_names_the_command_that_trains_an_exportable_one(workplace):
     pytest.importorskip("gguf")
     assert train.main([*TINY_RUN, "--preset=fast"]) == 0
