@@ -4,9 +4,9 @@
     python explore.py probs checkpoints/best.pt --max_tokens 20
     python explore.py sweep --settings "temperature=0.5,0.8,1.1 top_k=20,40"
 
-chat continues a conversation; a model trained on questions answers them. probs prints the most
-likely tokens at each step. sweep samples with every combination of --settings, and prints the
-samples and their statistics; --output_file writes them to a file too.
+chat continues a conversation; a model trained on questions answers them, as --system TEXT says.
+probs prints the most likely tokens at each step. sweep samples with every combination of
+--settings, and prints the samples and their statistics; --output_file writes them to a file too.
 """
 
 import shlex
