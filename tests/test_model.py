@@ -11,7 +11,7 @@ from torch import nn
 
 import model as parts
 from config import ARCHS, GPTConfig
-from model import GPT, MLPS, NORMS, POSITIONS, Attention, AttentionContext, Block
+from model import GPT, MLPS, NORMS, POSITIONS, AttentionContext, Block
 from sampling.quantize import lower_precision
 
 
