@@ -29,21 +29,7 @@ TOKENIZERS: dict[str, Tokenizer] = {
     "bpe": train_bpe(COUNTS, 330, QA_SPECIALS),
     "gpt2": extend_tokenizer(GPT2, QA_SPECIALS, []),
 }
-PIECES = [
-    *WORDS,
-    "é",
-    "中字",
-    "😀",
-    "don't",
-    "12",
-    "?",
-    "...",
-    "System:",
-    "Answer:",
-    "\n",
-    "\n\n",
-    "  ",
-]
+PIECES = [*WORDS, *"é 中字 😀 don't 12 ? ... System: Answer:".split(), "\n", "\n\n", "  "]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
