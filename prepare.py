@@ -24,7 +24,6 @@ from typing import Any
 from system.start import run
 
 import numpy as np
-import torch
 
 from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
@@ -32,10 +31,10 @@ from corpus.dataset import make_dataset
 from corpus.documents import note_shared
 from corpus.folder import is_dataset_file, open_dataset
 from corpus.sources import DatasetConfig
-from model import GPT
 from system.command_line import parse_args
 from system.folders import check_replaceable, replacing
 from system.settings import UserError, setting
+from utils import count_params
 
 # Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
 TOKENS_PER_PARAMETER = 20
@@ -106,8 +105,7 @@ def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
         if name in SAME_SIZES:
             continue
         gpt_config, _ = train_settings({"preset": name, "vocab_size": vocab_size}, "cpu")
-        with torch.device("meta"):  # no memory for the weights
-            n_params = GPT(gpt_config).num_params()
+        n_params, _ = count_params(gpt_config)
         ratios[name] = n_tokens / n_params
         lines.append(f"    {name:8}{n_params / 1e6:8.2f} M parameters{ratios[name]:10.2f}")
     large_enough = {name: ratio for name, ratio in ratios.items() if ratio >= TOKENS_PER_PARAMETER}

@@ -209,15 +209,6 @@ def read_folder(folder: Path, encoding: str, tokenizer: Tokenizer | None = None)
     return texts
 
 
-def folder_info(folder: Path, texts: list[str]) -> dict[str, Any]:
-    """What identifies the texts of a folder, see `file_info`: not where they are in it."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    name, n_bytes = Path(os.path.realpath(folder)).name, utf8_length(texts)
-    return {"name": name, "bytes": n_bytes, "sha256": digest.hexdigest()}
-
-
 # --- splits
 
 
@@ -292,7 +283,10 @@ def load_documents(
     texts in a folder."""
     if path.is_dir():
         documents = read_folder(path, encoding, tokenizer)
-        info = folder_info(path, documents)
+        # what identifies them, see `file_info`: not the names of the files
+        sha256 = hashlib.sha256("".join(text + "\0" for text in documents).encode()).hexdigest()
+        name = Path(os.path.realpath(path)).name
+        info = {"name": name, "bytes": utf8_length(documents), "sha256": sha256}
     else:
         info = file_info(path)
         documents = read_documents(path, separator, encoding)

@@ -1,12 +1,8 @@
 """The folder of a data set: its files, their hashes, and whether they have them when it is opened.
 
-The manifest has the hashes of the other files and its own. SHA-256 takes 0.7 s per GB here, so a
-set of up to VERIFY_ALWAYS bytes is verified each time it is opened. A larger one is verified once,
-and again when the size or time of a file changes: .verified.json beside its files remembers them;
-if that cannot be written, the set is verified each time.
+The manifest has the hashes of the other files and its own. SHA-256 takes 0.7 s per GB here.
 """
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -21,14 +17,12 @@ from corpus.corpus import Corpus
 from corpus.documents import note_shared
 from corpus.text import file_sha256
 from system.errors import first_line
-from system.files import atomic_write
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
 
-VERIFY_ALWAYS = 1 << 30  # bytes
 TOKENS = ("train.bin", "val.bin")
 HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files
-VERIFIED = ".verified.json"
+# Also those of older versions: parts of the token files, and .verified.json
 FILES = r"(train|val)(_\d{5,})?\.bin|train_docs\.npy|(tokenizer|manifest|\.verified)\.json(\.part)?"
 
 
@@ -53,25 +47,13 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a data set. Raises ValueError if it is damaged."""
+    """The manifest of a data set. Raises ValueError unless the files have the hashes in it and all
+    ids are in the vocabulary."""
     if devices := [path for path in folder.iterdir() if not (path.is_file() or path.is_dir())]:
         raise ValueError(f"{devices[0].name} is not a file")  # reading one may never end
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if manifest["checksum"] != checksum(manifest):
         raise ValueError("manifest.json does not have its checksum")
-    return manifest
-
-
-def verify(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise ValueError unless the files of a data set have the hashes in its manifest and all ids
-    are in the vocabulary."""
-    stats = {name: (folder / name).stat() for name in (*TOKENS, *HASHED)}
-    state = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    record = {"sha256": manifest["sha256"], "files": state}
-    large = sum(stat.st_size for stat in stats.values()) > VERIFY_ALWAYS
-    with contextlib.suppress(OSError, ValueError):  # there is no record, or it is damaged
-        if large and json.loads((folder / VERIFIED).read_bytes()) == record:
-            return
     for name, sha256 in manifest["files"].items():
         if file_sha256(folder / name) != sha256:
             raise ValueError(f"{name} does not have its hash")
@@ -80,9 +62,7 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
     highest = max(np.memmap(folder / name, manifest["dtype"], "r").max() for name in TOKENS)
     if highest >= manifest["vocab_size"]:
         raise ValueError(f"id {highest} in a vocabulary of {manifest['vocab_size']}")
-    if large:
-        with contextlib.suppress(UserError, OSError), atomic_write(folder / VERIFIED) as file:
-            file.write(json.dumps(record).encode())
+    return manifest
 
 
 def is_dataset_file(path: Path) -> bool:
@@ -102,10 +82,9 @@ def map_ids(path: Path, dtype: str) -> np.ndarray:
 
 def open_dataset(folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, Corpus]:
     """Open a data set made by prepare.py, through memory maps. Raises UserError if it is damaged,
-    see `verify`, or if its tokenizer differs from `tokenizer`."""
+    see `read_manifest`, or if its tokenizer differs from `tokenizer`."""
     try:
         manifest = read_manifest(folder)
-        verify(folder, manifest)
         tokenizer_dict = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         own_tokenizer = tokenizers.from_dict(tokenizer_dict)
         splits = [manifest["splits"][split] for split in ("train", "val")]

@@ -17,13 +17,7 @@ import utils
 from config import ARCHS, GPTConfig
 from corpus.bpe import from_tiktoken
 from exporting.chat_template import asks, jinja_template
-from exporting.folders import (
-    check_files,
-    import_optional,
-    new_folder,
-    read_json,
-    write_json,
-)
+from exporting.folders import check_files, import_optional, new_folder, read_json, write_json
 from exporting.hf_model import (
     CLASSES,
     CUSTOM,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import utils
-from corpus.corpus import Corpus
+from config import TrainConfig
 from corpus.load import training_corpus
 from exporting.chat_template import asks
 from exporting.folders import check_file
@@ -33,7 +33,7 @@ from system.device import pick_device
 from system.files import atomic_write, locked_file
 from system.settings import UserError
 from tokenizer import BPETokenizer, Tokenizer
-from training.task import losses
+from training.task import Pretraining
 
 PAGE = Path(__file__).parent / "page"
 ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
@@ -98,6 +98,7 @@ def rounded(model: GPT, precision: str) -> GPT:
 # --- which precision
 
 
+@torch.no_grad()
 def pick_precision(
     model: GPT, tokenizer: Tokenizer, state: dict[str, Any], precision: str
 ) -> tuple[str, str]:
@@ -112,9 +113,13 @@ def pick_precision(
         print(f"weights in float16: the loss with int8 could not be measured, because {error}")
         print("--precision int8 makes a smaller file, without measuring")
         return "float16", ""
-    doc_mask = bool(state["train_config"].get("doc_mask"))
-    loss = mean_loss(model, corpus, doc_mask)
-    rise = {p: mean_loss(rounded(model, p), corpus, doc_mask) - loss for p in ("int8", "float16")}
+    doc_mask, window = bool(state["train_config"].get("doc_mask")), model.config.block_size
+    config = TrainConfig(doc_mask=doc_mask, batch_size=1)  # a large vocabulary has large logits
+    task = Pretraining(corpus, tokenizer, window, config, torch.device("cpu"))
+    ids, n_windows = corpus.val_ids, math.ceil(EVAL_TOKENS / window)
+    loss = task.mean_loss(model, ids, n_windows)
+    models = {p: rounded(model, p) for p in ("int8", "float16")}
+    rise = {p: task.mean_loss(some, ids, n_windows) - loss for p, some in models.items()}
     # false if the rise is not a number
     precision = "int8" if rise["int8"] < MAX_LOSS_RISE else "float16"
     losses = ", ".join(f"{loss + change:.4f} ({change:+.4f}) in {p}" for p, change in rise.items())
@@ -124,18 +129,6 @@ def pick_precision(
     if not math.isfinite(rise[precision]):
         raise UserError("the model's loss is not finite: its training diverged")
     return precision, f" (loss {rise[precision]:+.4f} compared with float32)"
-
-
-@torch.no_grad()
-def mean_loss(model: GPT, corpus: Corpus, doc_mask: bool) -> float:
-    """The loss of a model on evenly spaced windows of the validation split, in nats per token."""
-    n_windows = math.ceil(EVAL_TOKENS / model.config.block_size)
-    starts = utils.even_starts(len(corpus.val_ids), model.config.block_size, n_windows)
-    total, n_tokens = 0.0, 0
-    # one window at a time: a large vocabulary has large logits
-    for loss, n_scored, _, _ in losses(model, corpus, corpus.val_ids, starts, 1, doc_mask):
-        total, n_tokens = total + loss * n_scored, n_tokens + n_scored
-    return total / n_tokens
 
 
 # --- the page

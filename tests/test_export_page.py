@@ -42,6 +42,7 @@ from tokenizer import (
     Tokenizer,
     prompt_text,
 )
+from training.task import Pretraining
 
 LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have
 # " fox" is a token that no merge of two tokens makes: it is only found as a whole piece.
@@ -356,8 +357,9 @@ def test_the_losses_are_those_of_the_rounded_models(trained):
     model, tokenizer, state = utils.load_checkpoint("run/best.pt")
     corpus = training_corpus(tokenizer, state)
     ids = torch.from_numpy(corpus.val_ids.astype(np.int64))
+    task = Pretraining(corpus, tokenizer, 64, TrainConfig(), torch.device("cpu"))
     for precision in ("float16", "int8"):
-        loss = web_page.mean_loss(web_page.rounded(model, precision), corpus, False)
+        loss = task.mean_loss(web_page.rounded(model, precision), corpus.val_ids, None)
         expected = rounded(copy.deepcopy(model), precision)
         with torch.no_grad():
             pairs = zip(ids[:-1].split(64), ids[1:].split(64), strict=True)  # windows and targets

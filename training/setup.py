@@ -25,13 +25,7 @@ from corpus.corpus import Corpus, check_length
 from corpus.load import is_dataset, load_corpus
 from corpus.text import note
 from model import GPT
-from system.device import (
-    check_memory,
-    compiler_problem,
-    device_problems,
-    has_bfloat16,
-    pick_device,
-)
+from system.device import check_memory, compiler_problem, device_problems, has_bfloat16, pick_device
 from system.files import folder_problems
 from system.settings import UserError
 from tokenizer import Tokenizer
