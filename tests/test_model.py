@@ -264,12 +264,6 @@ def test_loss_is_the_mean_cross_entropy_of_counted_targets():
     assert loss.item() == pytest.approx(by_hand.item(), abs=1e-5)
 
 
-def test_tied_weights_are_one_tensor():
-    tied, untied = make_model(tie_weights=True), make_model(tie_weights=False)
-    assert tied.head.weight is tied.tok.weight
-    assert untied.num_params() - tied.num_params() == 11 * 16
-
-
 def test_compiled_forward_and_gradients_equal_eager():
     model = make_model()
     idx = torch.randint(11, (2, 12))

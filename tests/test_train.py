@@ -263,19 +263,23 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_and_other_terms_are_aver
     assert metrics["grad_norm"] == 0.0
 
 
+def mean_window_loss(model, ids: np.ndarray, starts: list[int]) -> float:
+    """The mean loss of a model over windows of 12 tokens of a stream, from its logits."""
+    losses = []
+    for start in starts:
+        window = torch.from_numpy(ids[start : start + 13].astype(int))
+        losses += F.cross_entropy(model(window[None, :-1])[0][0], window[1:], reduction="none")
+    return sum(losses).item() / len(losses)
+
+
 def test_evaluation_covers_the_split_and_keeps_the_mode():
     trainer = make_trainer(make_model(dropout=0.5))
-    ids = trainer.task.corpus.val_ids.astype(int)  # 50 tokens: 4 windows of 12, and 1 target
-    total = 0.0
-    trainer.model.eval()
-    for first in (0, 12, 24, 36, 48):
-        y = torch.from_numpy(ids[first + 1 : first + 13])
-        logits, _ = trainer.model(torch.from_numpy(ids[first : first + len(y)])[None])
-        total += torch.nn.functional.cross_entropy(logits[0], y, reduction="sum").item()
+    ids = trainer.task.corpus.val_ids  # 50 tokens: 4 windows of 12, and 1 target
+    loss = mean_window_loss(trainer.model.eval(), ids, [0, 12, 24, 36, 48])
     trainer.model.train()
     metrics = trainer.evaluate(full=True)
-    assert metrics["val"] == pytest.approx(total / 49, rel=1e-5)
-    assert metrics["ppl"] == pytest.approx(math.exp(total / 49), rel=1e-5)
+    assert metrics["val"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["ppl"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert "train" not in metrics and trainer.model.training
     trainer.model.eval()
     assert trainer.evaluate().keys() >= {"train", "val", "ppl", "bpb"}
@@ -562,15 +566,6 @@ def test_a_document_mask_reaches_the_model():
 
 
 # --- what the log, the checkpoints and the random numbers refer to
-
-
-def mean_window_loss(model, ids: np.ndarray, starts: list[int]) -> float:
-    """The mean loss of a model over windows of 12 tokens of a stream, from its logits."""
-    losses = []
-    for start in starts:
-        x, y = (torch.from_numpy(ids[s : s + 12].astype(int)) for s in (start, start + 1))
-        losses += torch.nn.functional.cross_entropy(model(x[None])[0][0], y, reduction="none")
-    return sum(losses).item() / len(losses)
 
 
 def test_each_metric_is_of_its_own_split():
