@@ -25,7 +25,7 @@ from generate import stream_texts
 from model import GPT
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, CharTokenizer
-from utils import load_checkpoint, read_checkpoint
+from utils import load_checkpoint
 
 STORIES = [f"story {i}: " + "so it goes, " * (i % 7) + "the end." for i in range(60)]
 
@@ -463,17 +463,6 @@ def test_a_few_records_are_enough_for_the_default_window(workplace, capsys, n, t
     assert re.search(
         rf"note: [123] of {n} records are held out .*--no-hold_out trains on all", error
     )
-
-
-def test_what_is_held_out_cannot_change_during_a_run(workplace):
-    (workplace / "qa.json").write_text(json.dumps(RECORDS))
-    flags = [*TINY_RUN, "--data=qa.json"]
-    assert train.main([*flags, "--no-hold_out"]) == 0
-    assert train.main([*flags, "--resume", "--max_steps=22"]) == 0
-    state = read_checkpoint(Path("checkpoints/latest.pt"))
-    assert state["train_config"]["hold_out"] is False
-    with pytest.raises(UserError, match="hold_out is False in the run to resume"):
-        train.main([*flags, "--resume", "--max_steps=30", "--hold_out"])
 
 
 def test_notes_are_printed_by_one_process(capsys, monkeypatch):

@@ -43,12 +43,6 @@ def test_the_example_text_is_plain_prose():
     assert max(map(len, text.splitlines())) <= 80
     stories = text.split("\n\n\n")
     assert len(stories) > 50 and len(set(stories)) == len(stories)
-    for story in stories:
-        title, _, first = story.partition("\n\n")
-        assert "\n" not in title and title[0].isupper() and first.strip()
-        paragraphs = first.strip().split("\n\n")
-        assert all(p.endswith((".", "?", "!", '."', '?"', '!"')) for p in paragraphs), paragraphs
-        assert all(p.count('"') % 2 == 0 for p in paragraphs), paragraphs
 
 
 def test_a_model_is_trained_on_the_example_text(workplace, capsys):

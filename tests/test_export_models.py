@@ -13,13 +13,7 @@ import torch
 import export
 import utils
 from config import ARCHS, GPTConfig
-from exporting.hf_model import (
-    MAX_SIZE,
-    config_from_hf,
-    config_to_hf,
-    matching_arch,
-    weights_to_hf,
-)
+from exporting.hf_model import MAX_SIZE, config_from_hf, config_to_hf, matching_arch, weights_to_hf
 from exporting.hf_tokenizer import gpt2_tokenizer, tokenizer_to_hf
 from exporting.huggingface import json_files
 from model import GPT
@@ -305,10 +299,7 @@ def fake_gpt2(name: str) -> tiktoken.Encoding:
     tokens = (bytes(token) for n in (1, 2) for token in itertools.product(range(256), repeat=n))
     ranks = {token: i for i, token in zip(range(50256), tokens, strict=False)}
     return tiktoken.Encoding(
-        name,
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 50256},
+        name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256}
     )
 
 

@@ -13,13 +13,7 @@ import utils
 from config import ARCHS, GPTConfig
 from exporting import hf_model, web_page
 from exporting.gguf_file import gguf_writer, write_gguf
-from exporting.hf_model import (
-    CUSTOM,
-    arch_or_custom,
-    config_from_hf,
-    config_to_hf,
-    matching_arch,
-)
+from exporting.hf_model import CUSTOM, arch_or_custom, config_from_hf, config_to_hf, matching_arch
 from model import GPT
 from system.settings import UserError, setting
 from tokenizer import CharTokenizer

@@ -562,12 +562,6 @@ def test_an_adapter_is_not_resumed_with_a_base_of_other_settings(place: Path):
     assert_rejected(place, words, "the settings are different")
 
 
-def test_preferences_are_learned(place: Path):
-    tune(*FLAGS["dpo"], "--max_steps=40", "--lr_max=5e-3", "--eval_every=20")
-    last = read("dpo")["log"][-1]
-    assert last["accuracy"] == 1.0 and last["margin"] > 0.1 and last["val"] < 0.6
-
-
 def test_a_student_may_have_other_sizes_and_finds_a_teacher_that_was_moved(place: Path):
     words = ["--objective=distill", "--teacher=checkpoints/best.pt", "--n_embd=8", "--n_head=1"]
     assert finetune.main([*QUICK, *words]) == 0
@@ -1070,15 +1064,8 @@ def test_pretraining_never_sees_held_out_questions_and_validates_on_them(held_ou
     assert any("What" in window for window in windows)
     assert not any("N" in window for window in windows)  # only the held-out question has an N
     assert read("scratch")["corpus"]["documents"] == 5
-    model, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/scratch/best.pt"), CPU)
-    ids = torch.from_numpy(encode_turn(tokenizer, *TURNS[4]).ids)
-    assert val_ids == ids.tolist()
-    total = 0.0
-    for start in range(0, len(ids) - 1, 16):  # windows of 16 tokens
-        x, y = ids[start : start + 16], ids[start + 1 : start + 17]
-        total += F.cross_entropy(model(x[None, : len(y)])[0][0], y, reduction="sum").item()
-    final = read_run(Path("checkpoints/scratch")).final["val"]
-    assert final == pytest.approx(total / (len(ids) - 1), rel=1e-5)
+    _, tokenizer, _ = utils.load_checkpoint(Path("checkpoints/scratch/best.pt"), CPU)
+    assert val_ids == encode_turn(tokenizer, *TURNS[4]).ids.tolist()
 
 
 def test_fine_tuning_never_sees_held_out_questions_and_validates_on_them(

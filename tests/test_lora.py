@@ -11,7 +11,7 @@ from exports import make_adapter
 from torch import nn
 
 import export
-from config import ARCHS, GPTConfig
+from config import ARCHS
 from finetuning import lora
 from finetuning.lora import LoRAConfig, LoRALinear
 from finetuning.new_tokens import EMBEDDINGS
@@ -69,16 +69,6 @@ def test_a_new_adapter_changes_nothing(arch):
     idx = torch.randint(31, (2, 9))
     assert torch.equal(base(idx)[0], adapted.eval()(idx)[0])
     assert all(n.endswith((".A", ".B")) for n in lora.trained_names(adapted))
-
-
-def test_rank_8_on_gpt2s_combined_projection_is_a_quarter_percent():
-    with torch.device("meta"):
-        sizes = {"vocab_size": 50257, "block_size": 1024, "n_layer": 12, "n_embd": 768}
-        model = GPT(GPTConfig(**sizes, n_head=12, **ARCHS["gpt2"]))
-        assert model.num_params() == 124_439_808  # GPT-2's
-        lora.add_lora(model, LoRAConfig(lora_rank=8, lora_targets="qkv"))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == 294_912 and f"{trained / model.num_params():.2%}" == "0.24%"
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -27,19 +27,6 @@ def config(**settings: object) -> GPTConfig:
 # --- parts
 
 
-def test_rmsnorm_is_x_over_root_mean_square():
-    norm = NORMS["rmsnorm"](config(), 2)
-    out = norm(torch.tensor([[3.0, 4.0]]))  # root mean square: sqrt((9 + 16) / 2)
-    assert torch.allclose(out, torch.tensor([[3.0, 4.0]]) / math.sqrt(12.5), atol=1e-6)
-
-
-def test_layernorm_subtracts_mean_and_divides_by_deviation():
-    norm = NORMS["layernorm"](config(bias=True), 4)
-    out = norm(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))  # mean 2.5, variance 1.25
-    expected = torch.tensor([[-1.5, -0.5, 0.5, 1.5]]) / math.sqrt(1.25)
-    assert torch.allclose(out, expected, atol=1e-4)
-
-
 def test_queries_and_keys_have_the_norm_of_the_model():
     attention, x = parts.Attention(config(norm="layernorm")), torch.randn(3, 8)
     for norm in (attention.q_norm, attention.k_norm):
@@ -59,14 +46,6 @@ def test_queries_and_keys_have_the_norm_of_the_model():
 def test_activations_by_hand(name: str, expected: list[float]):
     mlp = MLPS[name](config())
     assert torch.allclose(mlp.activation(torch.tensor([-1.0, 0.0, 2.0])), torch.tensor(expected))
-
-
-def test_swiglu_gates_the_second_half_with_silu_of_the_first():
-    mlp = MLPS["swiglu"](config(n_embd=2, n_head=1, n_inner=1))
-    mlp.fc.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # gate = x0, up = x1
-    mlp.proj.weight.data = torch.tensor([[1.0], [10.0]])
-    silu_2 = 2 / (1 + math.exp(-2))
-    assert torch.allclose(mlp(torch.tensor([2.0, 3.0])), torch.tensor([1.0, 10.0]) * silu_2 * 3)
 
 
 def test_sinusoidal_positions_follow_the_paper():
@@ -261,16 +240,9 @@ def test_the_order_of_earlier_tokens_matters_except_to_one_layer_without_positio
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_initial_loss_is_near_ln_v(arch: str):
+def test_initial_spread_of_every_parameter(arch: str):
     torch.manual_seed(0)
-    model = GPT(config(vocab_size=500, n_embd=64, n_layer=4, **ARCHS[arch]))
-    idx = torch.randint(500, (8, 12))
-    assert abs(model(idx, torch.randint(500, (8, 12)))[1].item() - math.log(500)) < 0.1
-
-
-def test_initial_spread_of_every_parameter():
-    torch.manual_seed(0)
-    model = GPT(config(vocab_size=300, n_embd=256, n_layer=8, n_head=4, **ARCHS["gpt2"]))
+    model = GPT(config(vocab_size=300, n_embd=256, n_layer=8, n_head=4, **ARCHS[arch]))
     for name, p in model.named_parameters():
         if p.dim() == 1:
             expected = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -290,12 +262,6 @@ def test_loss_is_the_mean_cross_entropy_of_counted_targets():
     picked = logits.log_softmax(-1)
     by_hand = -(picked[0, 0, 1] + picked[0, 2, 2] + picked[0, 5, 3] + picked[1, 5, 0]) / 4
     assert loss.item() == pytest.approx(by_hand.item(), abs=1e-5)
-
-
-def test_tied_weights_are_one_tensor():
-    tied, untied = make_model(tie_weights=True), make_model(tie_weights=False)
-    assert tied.head.weight is tied.tok.weight
-    assert untied.num_params() - tied.num_params() == 11 * 16
 
 
 def test_compiled_forward_and_gradients_equal_eager():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
+import fuzz_damage
 import numpy as np
 import pytest
 from conftest import TINY_RUN
@@ -93,15 +94,6 @@ def test_a_folder_is_read_in_order_without_hidden_and_binary_files(workplace, ca
     make("letters", "--tokenizer=char", "--val_share=0.01")
     assert all_texts() == ["first", "second", "third"]
     assert "skipping 2 binary or .json files (photo.jpg, qa.json)" in capsys.readouterr().err
-
-
-def test_special_text_in_the_corpus_is_a_special_token_only_if_requested(workplace):
-    (workplace / "a.txt").write_text(f"one{END_OF_TEXT}two\n" * 30)
-    make("a.txt")
-    tokenizer, corpus = folder.open_dataset(Path("data/set"))
-    assert (corpus.train_ids == tokenizer.specials[END_OF_TEXT]).sum() == 1
-    make("a.txt", "--separator", END_OF_TEXT, "--overwrite")
-    assert set(all_texts()) == {"one", "two\none", "two"}
 
 
 LINES = ["", "drop", "a", "a ", "drop it", " b a", "a\tb", " ", "no drop ", "<|", "ab ba a b", "é"]
@@ -420,13 +412,15 @@ def test_a_long_document_in_both_splits_is_counted(workplace, monkeypatch, last,
     assert manifest["shared_documents"] == shared
 
 
-def test_a_text_with_end_of_text_has_a_hint_on_separators(workplace, capsys):
+def test_end_of_text_in_a_text_is_ordinary_text_with_a_hint_or_a_separator(workplace, capsys):
     (workplace / "b.txt").write_text(END_OF_TEXT.join(STORIES))
     hint = f"b.txt contains {END_OF_TEXT}, read as ordinary text: with --separator '{END_OF_TEXT}'"
     make("b.txt")
     assert capsys.readouterr().err.count(hint) == 1
-    make("b.txt", f"--separator={END_OF_TEXT}", name="c")
-    assert "--separator" not in capsys.readouterr().err
+    tokenizer, corpus = folder.open_dataset(Path("data/set"))
+    assert (corpus.train_ids == tokenizer.specials[END_OF_TEXT]).sum() == 1
+    make("b.txt", f"--separator={END_OF_TEXT}", "--overwrite")
+    assert "--separator" not in capsys.readouterr().err and set(all_texts()) == set(STORIES)
 
 
 SLOW = """
@@ -554,28 +548,6 @@ def read_all(path: Path) -> tuple[object, ...]:
     return tokenizer.to_dict(), corpus.info, ids, sizes
 
 
-def damage(path: Path, rng: random.Random) -> str:
-    """Damage a file of a data set, and return how."""
-    file = rng.choice(sorted(path.iterdir()))
-    raw = bytearray(file.read_bytes())
-    position = rng.randrange(len(raw))
-    kind = rng.choice(["flip", "flip", "truncate", "remove", "extend", "swap", "rename"])
-    if kind == "flip":
-        raw[position] ^= 1 << rng.randrange(8)
-    elif kind == "truncate":
-        del raw[position:]
-    elif kind == "extend":
-        raw += bytes([rng.randrange(256)]) * rng.choice([1, 2, 4096])
-    elif kind == "swap":
-        raw = bytearray(rng.choice(sorted(path.iterdir())).read_bytes())
-    file.write_bytes(raw)
-    if kind == "remove":
-        file.unlink()
-    elif kind == "rename":
-        file.rename(path / rng.choice(["train_docs.npy", "val.bin", "x"]))
-    return f"{kind} {file.name} at {position}"
-
-
 def test_ids_beyond_the_vocabulary_are_an_error(stories):
     Path("data/set/val.bin").write_bytes(np.array([3, 300, 5], "uint16").tobytes())
     folder.write_manifest(Path("data/set"), stories)
@@ -583,12 +555,13 @@ def test_ids_beyond_the_vocabulary_are_an_error(stories):
         folder.open_dataset(Path("data/set"))
 
 
-def test_a_damaged_data_set_is_an_error_or_harmless(stories):
+def test_a_damaged_data_set_is_an_error_or_harmless(stories, monkeypatch):
     expected = read_all(Path("data/set"))
-    n_errors = 0
+    files, n_errors = sorted(Path("data/set").iterdir()), 0
+    monkeypatch.setattr(fuzz_damage, "OTHER_FILES", files)
     for i in range(300):
         shutil.copytree("data/set", "data/damaged")
-        how = damage(Path("data/damaged"), random.Random(i))
+        how = fuzz_damage.damage(Path("data/damaged", files[i % len(files)].name), random.Random(i))
         try:
             assert read_all(Path("data/damaged")) == expected, how
         except UserError as error:

@@ -27,12 +27,7 @@ def start(code: str, stdout: object = subprocess.PIPE, **options: object) -> sub
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     command = [sys.executable, "-c", code]
     return subprocess.Popen(
-        command,
-        env=environment,
-        text=True,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        **options,
+        command, env=environment, text=True, stdout=stdout, stderr=subprocess.PIPE, **options
     )
 
 
