@@ -47,13 +47,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def replace_file(source: Path, target: Path) -> None:
     """os.replace. Windows refuses it while another program, such as generate.py or a virus scanner,
     reads the target: wait for that, for up to ten seconds."""
-    for _ in range(100):
-        try:
-            return os.replace(source, target)
-        except PermissionError:
-            if sys.platform != "win32":
-                raise
-            time.sleep(0.1)
+    for _ in range(100 if sys.platform == "win32" else 0):
+        with contextlib.suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(0.1)
     os.replace(source, target)
 
 

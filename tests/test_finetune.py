@@ -712,7 +712,7 @@ def test_invalid_records_are_left_out_on_request(place: Path):
         (["--objective=dpo", "--data=accents.jsonl"], r"accents\.jsonl has characters .*: 'é'"),
         (["--objective=dpo", "--data=pairs.jsonl", "--dropout=0.1"], "trains without dropout"),
         (["--objective=distill", "--teacher=data"], "no checkpoint data/best.pt"),
-        (["--data=data"], "data/ is not a data set"),
+        (["--data=empty"], "there is no text in the folder empty"),
         (["--data=other.txt", "--out_dir=other.txt"], "cannot write"),
         (["--data=other.txt", "--lora_rank=17"], "lora_rank 17 is above the smaller side .* 16"),
         (["--data=other.txt", "--n_layer=3"], "--n_layer is determined by the checkpoint"),
@@ -726,6 +726,7 @@ def test_invalid_records_are_left_out_on_request(place: Path):
 )
 def test_mistakes_are_one_line_and_nothing_is_written(place: Path, words, message):
     Path("bad.json").write_text("[{]")
+    Path("empty").mkdir()
     Path("one.json").write_text(json.dumps(RECORDS[:1]))
     Path("accents.jsonl").write_text(json.dumps(PAIRS[0] | {"chosen": " café"}))
     state = read("")
