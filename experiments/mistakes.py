@@ -251,19 +251,6 @@ def loss_rows(runs: Runs) -> list[Row]:
     return add_differences(rows, val.values())
 
 
-def sign_rows(runs: Runs, vocab_size: int) -> list[Row]:
-    """The verdict and the sample of the first seed, and how to recognize each mistake."""
-    return [
-        {
-            "mistake": name,
-            "verdict": short_verdict(results[0], vocab_size),
-            "sample": last_sample(results[0]),
-            "how to recognize it": MISTAKES[name].sign,
-        }
-        for name, results in runs.items()
-    ]
-
-
 # --- the figure
 
 GRAY = "#999999"
@@ -310,7 +297,15 @@ def main(argv: list[str] | None = None) -> int:
     tables = {
         "What the runs show": loss_rows(runs),
         "Honest losses": add_differences(honest_rows, honest.values()),
-        "Signs": sign_rows(runs, vocab_size),
+        "Signs": [  # of the first seed
+            {
+                "mistake": name,
+                "verdict": short_verdict(results[0], vocab_size),
+                "sample": last_sample(results[0]),
+                "how to recognize it": MISTAKES[name].sign,
+            }
+            for name, results in runs.items()
+        ],
     }
     study.write_results(tables, plot(runs, honest, top=1.1 * math.log(vocab_size)))
     return 0

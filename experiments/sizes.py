@@ -3,12 +3,13 @@
 python -m experiments.sizes --quick
 """
 
+import itertools
 from system.start import run
 
 from matplotlib.figure import Figure
 
 from experiments.comparison import LOSS, Row, mean, plot_band, plot_curves
-from experiments.study import Runs, Study, compare, kept, loss_columns, parse_study, val_losses
+from experiments.study import Runs, compare, kept, loss_columns, parse_study, val_losses
 from training.setup import Flags
 from viz.curve import BLUE, ORANGE, new_figure
 
@@ -32,33 +33,6 @@ MIN_STEPS = 20  # of the largest model at equal time
 def with_evaluations(flags: Flags, steps: int) -> Flags:
     """The flags for this many steps, with EVALUATIONS evaluations."""
     return flags | {"max_steps": steps, "eval_every": max(1, steps // EVALUATIONS)}
-
-
-def equal_time(study: Study, base: Flags, timed: Runs) -> Runs:
-    """Runs of each size that take as long as the middle size took at equal tokens."""
-    ms = {name: min(result["ms_per_step"] for result in runs) for name, runs in timed.items()}
-    _, middle, *_ = ms.values()
-    steps = kept(
-        study.folder / "steps.json",
-        lambda: {n: max(MIN_STEPS, round(base["max_steps"] * middle / m)) for n, m in ms.items()},
-    )
-    return {
-        name: study.with_seeds(f"{name}-time", with_evaluations(base | size, steps[name]))
-        for name, size in SIZES[study.config.quick].items()
-    }
-
-
-def little_text(study: Study, base: Flags) -> Runs:
-    """The middle size, for three times as many steps. A variant is (amount of text, dropout)."""
-    _, size, *_ = SIZES[study.config.quick].values()
-    base = with_evaluations(base | size, 3 * base["max_steps"])
-    return {
-        (name, dropout): study.with_seeds(
-            f"{name}-dropout{dropout}", base | {"dropout": dropout}, share
-        )
-        for name, share in SHARES.items()
-        for dropout in DROPOUTS
-    }
 
 
 # --- tables and plots
@@ -116,10 +90,27 @@ def main(argv: list[str] | None = None) -> int:
     sizes = SIZES[study.config.quick]
     study.n_runs = (2 * len(sizes) + len(DROPOUTS) * len(SHARES)) * study.config.seeds
     base = QUICK if study.config.quick else FULL
-    base = with_evaluations(base, base["max_steps"])
+    n_steps = base["max_steps"]
+    base = with_evaluations(base, n_steps)
     tokens = {n: study.with_seeds(f"{n}-tokens", base | size) for n, size in sizes.items()}
-    time = equal_time(study, base, tokens)
-    text_runs = little_text(study, base)
+
+    ms = {name: min(result["ms_per_step"] for result in runs) for name, runs in tokens.items()}
+    _, middle, *_ = sizes  # all sizes get the time that it took
+    steps = kept(
+        study.folder / "steps.json",
+        lambda: {n: max(MIN_STEPS, round(n_steps * ms[middle] / m)) for n, m in ms.items()},
+    )
+    time = {
+        name: study.with_seeds(f"{name}-time", with_evaluations(base | size, steps[name]))
+        for name, size in sizes.items()
+    }
+
+    long = with_evaluations(base | sizes[middle], 3 * n_steps)
+    text_runs: Runs = {}  # by amount of text and dropout
+    for (name, share), dropout in itertools.product(SHARES.items(), DROPOUTS):
+        flags = long | {"dropout": dropout}
+        runs = study.with_seeds(f"{name}-dropout{dropout}", flags, share)
+        text_runs[name, dropout] = runs
     tables = {
         "Sizes": size_rows("tokens", tokens) + size_rows("time", time),
         "Overfitting": overfitting_rows(text_runs),

@@ -138,18 +138,6 @@ def to_csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def describe(records: list[dict[str, Any]]) -> str:
-    """The values that occur in these records, in one sentence."""
-    found: dict[str, list[str]] = {}
-    for record in records:
-        corpus = f"{record['corpus']['name']} (sha256 {record['corpus']['sha256'][:12]})"
-        words = record | {"commit": f"commit {record['commit']}", "corpus": corpus}
-        for name, value in words.items():
-            if value not in found.setdefault(name, []):
-                found[name].append(value)
-    return "; ".join(" and ".join(values) for values in found.values())
-
-
 def kept(file: Path, compute: Callable[[], Any]) -> Any:
     """The value in a JSON file, which is computed if there is no file yet."""
     if not file.exists():
@@ -285,7 +273,12 @@ class Study:
         counts = [{"runs": self.records.count(r)} | r for r in records]
         made_by = {"command": self.command, "made by": counts}
         write_file(path.with_suffix(".json"), json.dumps(made_by, indent=2) + "\n")
-        text = [f"# {self.name}", f"`{self.command}`", f"{describe(records)} ({path.name}.json)."]
+        made = (
+            f"* runs: {r['runs']}; commit {r['commit']}; {r['corpus']['name']} (sha256 "
+            f"{r['corpus']['sha256'][:12]}); {r['precision']}; {r['machine']}; {r['versions']}"
+            for r in counts
+        )
+        text = [f"# {self.name}", f"`{self.command}`", "\n".join(made)]
         for i, (title, rows) in enumerate(tables.items()):
             word = re.findall(r"\w+", title)[0].lower()
             write_file(path.with_name(f"{path.name}{f'_{word}' * (i > 0)}.csv"), to_csv(rows))

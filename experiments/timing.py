@@ -229,14 +229,17 @@ def sampling_rows(
     repeats: int,
 ) -> list[Row]:
     """Tokens per second in texts of the same length, of our model with these settings and of other
-    samplers, in turns; of ours, also the size of the weights that are read for each token."""
+    samplers, in turns; of ours, also the size of the weights of the linear layers, which are read
+    for each token."""
     samplers: Functions = {}
     megabytes: dict[str, float] = {}
     for name, config in configs.items():
         model = GPT(gpt).to(device).eval()
         lower_precision(model, config.precision)
         samplers[name] = functools.partial(sample, model, config)
-        megabytes[name] = linear_bytes(model) / 1e6
+        linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
+        tensors = [t for m in linears for t in m.state_dict().values()]
+        megabytes[name] = sum(t.numel() * t.element_size() for t in tensors) / 1e6
     torch._dynamo.config.automatic_dynamic_shapes = False  # kernels for each batch size
     for sampler in (samplers | others).values():
         sampler()  # warms up, and compiles
@@ -249,10 +252,3 @@ def sampling_rows(
             result = f"{configs[name].num_samples} x {result}, {megabytes[name]:.1f} MB per token"
         rows.append(Row(name, result))
     return rows
-
-
-def linear_bytes(model: GPT) -> int:
-    """The size of the weights of the linear layers, which are read for each token."""
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Int8Linear)]
-    tensors = [t for m in linears for t in m.state_dict().values()]
-    return sum(t.numel() * t.element_size() for t in tensors)

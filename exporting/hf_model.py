@@ -227,12 +227,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "quantization_config": (None,),
 }
-GPT2_ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-}
 
 
 def config_to_hf(config: GPTConfig, arch: str, token_ids: dict[str, int | None]) -> dict[str, Any]:
@@ -289,9 +283,9 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
                 problems += number_problems(f.name, theirs[f.name], int, low=0)
             settings[f.name] = theirs.get(f.name)
     elif arch == "gpt2":
-        for alias, name in GPT2_ALIASES.items():
-            if alias in theirs and theirs[alias] != theirs.get(name):
-                problems.append(f"{alias} is another name of {name}, and their values differ")
+        # Two names of one setting. If other sizes differ, the weights have other shapes.
+        if theirs.get("num_attention_heads", settings["n_head"]) != settings["n_head"]:
+            problems.append("num_attention_heads and n_head mean the same and differ")
     else:
         settings["rope_theta"] = rope_theta_from_hf(theirs)
     layer_types = theirs.get("layer_types") or []

@@ -177,11 +177,9 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **sizes)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
         output.attentions = None if maps is None else tuple(maps)
-        if (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        ):
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states:
             output.hidden_states = (*states, x)
         return output.to_tuple() if return_dict is False else output
 

@@ -206,17 +206,12 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
     }
     before, after = read_source("page.html").split("{{WEIGHTS}}")
     yield re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], before)
-    yield from weight_elements(model, precision)
-    yield after
-
-
-def weight_elements(model: GPT, precision: str) -> Iterator[str]:
-    """One element per parameter; tied weights are one parameter."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():  # tied weights are one parameter
         kind, content, _ = stored(parameter, precision)
         shape = ",".join(map(str, parameter.shape))
         yield f'<script type="text/plain" class="weight" data-name="{name}" data-kind="{kind}" '
         yield f'data-shape="{shape}">{base64.b64encode(content).decode()}</script>\n'
+    yield after
 
 
 def read_source(name: str) -> str:

@@ -106,7 +106,9 @@ def test_the_record_of_a_run_is_kept_with_it(workplace: Path, monkeypatch: pytes
     for name in "ab":
         some.make_run(name, TINY)
     assert [record["commit"] for record in some.records] == ["old", "old", "new"]
-    assert "commit old and commit new" in study.describe(some.records)
+    some.write_results({"Numbers": [{"n": 1}]}, new_figure(2, 2))
+    summary = Path("checkpoints/studies/results/some.md").read_text()
+    assert "* runs: 2; commit old; " in summary and "* runs: 1; commit new; " in summary
 
 
 def test_the_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
