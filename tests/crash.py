@@ -22,7 +22,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ from system.command_line import parse_args
 from system.settings import setting
 from tests.fuzz import fork, redirect, run_script, temporary_folder
 from tests.fuzz_cases import BPE, LLAMA, make_fixtures
-from tests.fuzz_damage import leaves
 from training.run_log import RunLog
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -147,12 +146,25 @@ def content(path: Path) -> Any:
     return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
 
 
+def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    """The values in nested dicts and lists except times, each with its place."""
+    if isinstance(value, dict):
+        for key in value.keys() - NOT_COMPARED:
+            yield from leaves(value[key], f"{place}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{place}[{i}]")
+    else:
+        is_tensor = isinstance(value, torch.Tensor)
+        yield place, (value.dtype, value.tolist()) if is_tensor else value
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """The values in the files of a folder by file and place."""
     found = {}
     for path in filter(Path.is_file, folder.glob("*")):
         try:
-            found |= {path.name: "a file"} | dict(leaves(content(path), path.name, NOT_COMPARED))
+            found |= {path.name: "a file"} | dict(leaves(content(path), path.name))
         except Exception as error:
             found[path.name] = f"cannot be read: {error}"
     return found

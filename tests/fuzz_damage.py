@@ -137,19 +137,6 @@ FORMATS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], Any]]] = {
 }
 
 
-def leaves(value: Any, place: str, skipped: set[str]) -> Iterator[tuple[str, Any]]:
-    """The values in nested dicts and lists without some keys, each with its place and type."""
-    if isinstance(value, dict) and value:
-        for key in value.keys() - skipped:
-            yield from leaves(value[key], f"{place}[{key!r}]", skipped)
-    elif isinstance(value, list | tuple) and value:
-        for i, item in enumerate(value):
-            yield from leaves(item, f"{place}[{i}]", skipped)
-    else:
-        is_tensor = isinstance(value, torch.Tensor)
-        yield place, (value.dtype, value.tolist()) if is_tensor else (type(value), value)
-
-
 # --- one entry after the other
 
 WRONG = (None, "x", -1, [], {}, math.nan, 1e30, "\ud800")

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, make_model, stop_after
-from fuzz_damage import leaves
+from conftest import TINY_RUN, make_model, make_text, stop_after
+from torch import Tensor
 from torch.nn import functional as F
 
 import train
@@ -50,12 +50,34 @@ def final_state(run_dir: str | Path = "checkpoints") -> dict:
     return utils.read_checkpoint(Path(run_dir, "latest.pt"))
 
 
+def assert_same(one: object, other: object, where: str = "state") -> None:
+    """Equal to the last bit, in all nested dicts, lists and tensors."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
 def assert_same_run(one: dict, other: dict) -> None:
-    """Two checkpoints are equal to the last bit, except for times and the name of their folder."""
-    skipped = {"tokens_per_second", "ms_per_step", "seconds", "tag", "out_dir"}
+    """Two checkpoints are equal to the last bit, except for timings and the name of their folder:
+    weights, all optimizers, scaler, settings, records and the lengths of the files."""
+    timings = {"tokens_per_second", "ms_per_step", "seconds"}
+    states = []
+    for state in (one, other):
+        records = [{k: v for k, v in r.items() if k not in timings} for r in state["log"]]
+        config = {k: v for k, v in state["train_config"].items() if k not in ("tag", "out_dir")}
+        states.append(state | {"log": records, "train_config": config, "seconds": 0.0})
     assert one["optimizers"] and all(optimizer["state"] for optimizer in one["optimizers"])
-    states = [dict(leaves(state, "", skipped)) for state in (one, other)]
-    assert states[0] == states[1]
+    assert_same(*states)
 
 
 # --- schedule and optimizer
@@ -440,6 +462,13 @@ def test_patience_stops_a_run_that_gets_no_better(workplace, monkeypatch):
     assert utils.read_checkpoint(Path("checkpoints/best.pt"))["step"] == 5
 
 
+def test_resuming_on_another_text_is_refused(workplace):
+    train.main(TINY_RUN)
+    Path("data/input.txt").write_text(make_text(401))
+    with pytest.raises(UserError, match="has changed since"):
+        train.main(["--resume", "--device=cpu"])
+
+
 def test_a_loss_that_is_no_number_stops_the_run(workplace, monkeypatch):
     train_step = Trainer.train_step
 
@@ -514,6 +543,21 @@ def test_a_run_shortened_to_the_step_where_it_stopped_is_evaluated_there(workpla
     log = final_state("checkpoints")["log"]
     assert [record["step"] for record in log] == [0, 7] and log[1]["val"] < log[0]["val"]
     assert torch.load("checkpoints/best.pt", weights_only=True)["step"] == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_gpu_run_learns_and_resumes(workplace, precision):
+    flags = [*TINY_RUN, "--device=cuda", f"--precision={precision}", "--max_steps=100"]
+    assert train.main(flags) == 0
+    assert train.main(["--resume", "--max_steps=200"]) == 0
+    log = final_state()["log"]
+    assert log[-1]["val"] < 0.8 * log[0]["val"]
+
+
+@pytest.mark.gpu
+def test_compiled_training_on_a_gpu(workplace):
+    assert train.main([*TINY_RUN, "--device=cuda", "--compile"]) == 0
 
 
 # --- tokenizers and documents
@@ -641,6 +685,13 @@ def test_weight_decay_shrinks_the_matrices_of_muon_and_of_adamw():
     for name, weight in before.items():
         shrunk = -1e-2 * 0.5 * weight if weight.dim() == 2 else torch.zeros_like(weight)
         assert torch.allclose(moved[0.5][name] - moved[0.0][name], shrunk, atol=1e-6), name
+
+
+def test_a_step_does_not_add_to_the_gradient_of_the_step_before():
+    trainer = make_trainer(lr_max=1e-9, grad_clip=0.0)
+    first = trainer.train_step()["grad_norm"]
+    trainer.step = 0  # the same batch again
+    assert trainer.train_step()["grad_norm"].item() == pytest.approx(first.item(), rel=1e-4)
 
 
 def test_overfitting_repeats_the_first_batch():
