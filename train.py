@@ -59,8 +59,7 @@ from training.setup import (
 from training.task import Metrics, Pretraining, Task
 from utils import autocast, matching_contents, mix_seed, read_checkpoint, to_device
 
-# From 2^16 in 30 steps whose float16 gradients all overflow: then no step changes any weight.
-MIN_SCALE = 2.0**-14
+MIN_SCALE = 2.0**-14  # of float16 losses: from 2^16, after 30 overflows in a row
 
 # --- schedule and optimizers
 
@@ -218,8 +217,7 @@ class Trainer:
         return metrics
 
     def check_finite(self) -> None:
-        """Raise UserError for the first unchecked step whose loss or gradient is not finite, and if
-        float16 gradients overflow at every step."""
+        """Raise UserError for a step whose loss or gradient is not finite, in float16 for many."""
         for step, metrics in self.unchecked:
             numbers = {name: metrics[name].item() for name in ("loss", "grad_norm")}
             if self.scaler.is_enabled():  # it skips steps whose float16 gradient overflows

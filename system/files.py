@@ -56,8 +56,7 @@ def replace_file(source: Path, target: Path) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, with the keys of utils.CHECKPOINT_TYPES or more, atomically. It may
-    contain dicts, lists, numbers, strings and tensors."""
+    """Write a checkpoint, with the keys of utils.CHECKPOINT_TYPES or more, atomically."""
     import torch  # slow to import
 
     with atomic_write(path) as file:

@@ -261,7 +261,7 @@ def save_step_gradients() -> None:
 def test_two_processes_average_over_the_tokens_of_both(workplace):
     task = make_task("qa", TrainConfig())
     model = make_task_model(task.records.tokenizer.vocab_size)
-    n_tokens = [len(ids) - n_prompt for ((ids, n_prompt),) in task.records.splits["train"].records]
+    n_tokens = [example.scored.sum() for (example,) in task.records.splits["train"].records]
     assert sum(n_tokens[:2]) != sum(n_tokens[2:])  # of the two processes
     loss = sum(answer_losses(task, model)) / sum(n_tokens)
     loss.backward()

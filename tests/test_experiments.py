@@ -359,6 +359,7 @@ def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
+    Path("data/manifest.json").touch()
     with pytest.raises(UserError, match="already has a tokenizer"):
         tokenization.main(["--quick", "--device=cpu", "--data=data"])
 

@@ -156,10 +156,8 @@ def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path):
 
 # --- settings of resumed runs
 
-FIXED = set(
-    "separator encoding hold_out preset arch tokenizer bpe_vocab_size seed optimizer".split()
-)
-FIXED |= {"weight_decay", "minutes", "plan"}
+FIXED = set("separator encoding skip_bad hold_out preset arch tokenizer bpe_vocab_size".split())
+FIXED |= {"seed", "optimizer", "weight_decay", "minutes", "plan"}
 FIXED |= {f.name for f in fields(GPTConfig)} - {"dropout"}
 PLACES = {"out_dir", "tag", "resume", "overwrite", "overfit_batch", "device", "data", "vocab_size"}
 

@@ -1,14 +1,14 @@
 """Fonts for the characters of all scripts."""
 
-import matplotlib
-from matplotlib import font_manager, ft2font
-
 from corpus.text import note
 
 
 def drawable(labels: list[str]) -> list[str]:
     """Labels for a figure. Matplotlib's font lacks Chinese, Japanese and others: all later texts
     use installed fonts too, and characters that none of them has become escapes, with a note."""
+    import matplotlib  # slow
+    from matplotlib import font_manager, ft2font
+
     names, missing = ["sans-serif"], {char for char in "".join(labels) if char.isprintable()}
     fonts = [f for f in font_manager.fontManager.ttflist if "Last Resort" not in f.name]  # boxes
     for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):  # matplotlib's first
