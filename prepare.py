@@ -101,9 +101,7 @@ def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
         "budget, Hoffmann et al. 2022):"
     ]
     ratios = {}
-    for name in PRESETS:
-        if name in SAME_SIZES:
-            continue
+    for name in (name for name in PRESETS if name not in SAME_SIZES):
         gpt_config, _ = train_settings({"preset": name, "vocab_size": vocab_size}, "cpu")
         n_params, _ = count_params(gpt_config)
         ratios[name] = n_tokens / n_params

@@ -204,11 +204,9 @@ def last_token_loss(model: GPT, text: np.ndarray, device: torch.device) -> float
     T = model.config.block_size
     starts = even_starts(len(text), T, HONEST_WINDOWS)
     starts = starts[starts < len(text) - T]  # no padding
-    losses = []
-    for some in np.array_split(starts, math.ceil(len(starts) / 64)):
-        x, y = windows(text, some, T)
-        logits = model(x.to(device))[0][:, -1]  # (B, V)
-        losses.append(F.cross_entropy(logits, y[:, -1].to(device), reduction="none"))
+    x, y = windows(text, starts, T)
+    batches = zip(x.to(device).split(64), y[:, -1].to(device).split(64), strict=True)
+    losses = [F.cross_entropy(model(x)[0][:, -1], y, reduction="none") for x, y in batches]
     return torch.cat(losses).mean().item()
 
 

@@ -34,6 +34,7 @@ from system.files import atomic_write, locked_file
 from system.settings import UserError
 from tokenizer import BPETokenizer, Tokenizer
 from training.task import Pretraining
+from viz.curve import is_number
 
 PAGE = Path(__file__).parent / "page"
 ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
@@ -143,7 +144,8 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
     if isinstance(tokenizer, BPETokenizer):
         pattern = to_javascript(tokenizer.pattern)
     ranks = {token.decode("latin-1"): i for token, i in token_ids(tokenizer).items()}
-    config, name, keys = model.config, source_name(state), ("step", "train", "val")
+    config, name = model.config, source_name(state)
+    log = [{k: v for k, v in record.items() if is_number(v)} for record in state["log"]]
     sizes = f"{config.n_layer} layers, {config.n_embd} channels"
     return {
         "name": name,
@@ -151,7 +153,7 @@ def page_data(model: GPT, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[s
         "config": asdict(config),
         "tokenizer": {"pattern": pattern, "ranks": ranks, "specials": tokenizer.specials},
         "qa": asks(tokenizer, state),
-        "log": [{key: finite(record.get(key)) for key in keys} for record in state["log"]],
+        "log": [{key: record.get(key) for key in ("step", "train", "val")} for record in log],
         "settings": list(shown_settings(model, state).items()),
     }
 
@@ -171,11 +173,6 @@ def to_javascript(pattern: str) -> str:
     contractions = "(?:[sdmtSDMT\u017f]|[lL][lL]|[vV][eE]|[rR][eE])"  # U+017F is another s
     pattern = pattern.replace("(?i:[sdmt]|ll|ve|re)", contractions)
     return pattern.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", f"(?:'{contractions})")
-
-
-def finite(value: Any) -> float | None:
-    """A number that JSON can represent, or None."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str]:
@@ -207,10 +204,10 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
     before, after = read_source("page.html").split("{{WEIGHTS}}")
     yield re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], before)
     for name, parameter in model.named_parameters():  # tied weights are one parameter
-        kind, content, _ = stored(parameter, precision)
+        kind, raw, _ = stored(parameter, precision)
         shape = ",".join(map(str, parameter.shape))
         yield f'<script type="text/plain" class="weight" data-name="{name}" data-kind="{kind}" '
-        yield f'data-shape="{shape}">{base64.b64encode(content).decode()}</script>\n'
+        yield f'data-shape="{shape}">{base64.b64encode(raw).decode()}</script>\n'
     yield after
 
 

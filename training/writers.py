@@ -6,8 +6,7 @@ from typing import Any
 
 from config import TrainConfig
 
-Record = dict[str, Any]  # the metrics of an evaluation or of a training step, by name
-Writer = Callable[[Record], None]  # forwards them to another tool
+Writer = Callable[[dict[str, Any]], None]  # forwards the metrics of a record to another tool
 
 
 def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -> list[Writer]:
@@ -23,7 +22,7 @@ def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -
         board = SummaryWriter(run_dir / "tensorboard")
         board.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
 
-        def write_board(record: Record) -> None:
+        def write_board(record: dict[str, Any]) -> None:
             for name, number in record.items():
                 board.add_scalar(name, number, record["step"])
             board.flush()
