@@ -22,8 +22,8 @@ from system.start import run
 
 from config import GPTConfig, TrainConfig
 from corpus.chat import record_text, split_records
-from corpus.corpus import MAX_IN_MEMORY, Corpus, check_known
-from corpus.documents import has_records, iter_documents, read_folder
+from corpus.corpus import MAX_IN_MEMORY, Corpus
+from corpus.documents import check_known, has_records, iter_documents, read_folder
 from corpus.load import find_corpus, is_dataset
 from corpus.text import file_info
 from finetuning import lora

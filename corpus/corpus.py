@@ -1,6 +1,6 @@
 """The corpus that a model is trained on: tokenized and split into training and validation ids."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,17 +79,6 @@ def make_tokenizer(
     counts = bpe.count_pieces(train_texts)
     first_specials = [text for text in specials if text != END_OF_TEXT]  # train_bpe adds that one
     return bpe.train_bpe(counts, bpe_vocab_size, first_specials)
-
-
-def check_known(tokenizer: Tokenizer, texts: Iterable[str], what: str) -> None:
-    """Raise UserError if a character tokenizer would read characters of the texts as <UNK>."""
-    known = getattr(tokenizer, "chars", None)
-    if known and (unknown := sorted(set().union(*texts).difference(known))):
-        names = " ".join(map(repr, unknown[:10])) + " ..." * (len(unknown) > 10)
-        raise UserError(
-            f"{what} has characters that the model does not know: {names}; remove them, or "
-            "fine-tune the model on a text with them first"
-        )
 
 
 def utf8_length(texts: list[str]) -> int:

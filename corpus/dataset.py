@@ -22,7 +22,7 @@ import tokenizer as tokenizers
 from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, from_tiktoken, train_bpe
 from corpus.clean import Chunk, CleanConfig
-from corpus.corpus import check_known
+from corpus.documents import check_known
 from corpus.folder import write_manifest
 from corpus.sources import DatasetConfig, SourceReader
 from corpus.text import token_dtype

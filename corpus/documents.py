@@ -248,6 +248,17 @@ def special_id(tokenizer: Tokenizer, text: str) -> int:
     return tokenizer.specials[text]
 
 
+def check_known(tokenizer: Tokenizer, texts: Iterable[str], what: str) -> None:
+    """Raise UserError if a character tokenizer would read characters of the texts as <UNK>."""
+    known = getattr(tokenizer, "chars", None)
+    if known and (unknown := sorted(set().union(*texts).difference(known))):
+        names = " ".join(map(repr, unknown[:10])) + " ..." * (len(unknown) > 10)
+        raise UserError(
+            f"{what} has characters that the model does not know: {names}; remove them, or "
+            "fine-tune the model on a text with them first"
+        )
+
+
 def build_corpus(
     ids: Sequence[list[np.ndarray]],
     texts: Sequence[list[str]],
