@@ -195,17 +195,21 @@ def note_skipped(folder: Path, texts: Sequence[object], skipped: list[Path], kin
 
 
 def read_folder(folder: Path, encoding: str, tokenizer: Tokenizer | None = None) -> list[str]:
-    """The documents in the text files of a folder, without blank ones. Files that are binary or not
-    in this encoding are skipped. Raises UserError if there are none, or too many."""
+    """The documents in the text files of a folder, without blank ones. Files that are binary, in
+    another encoding or of questions and answers are skipped. Raises UserError if there are none, or
+    too many."""
     files, skipped = text_files(folder)
     check_size(folder, sum(path.stat().st_size for path in files), tokenizer)
     texts: list[str] = []
     for path in files:
         try:
+            if path.suffix.lower() == ".jsonl" and has_records(path, encoding):
+                skipped.append(path)
+                continue
             texts += [text for text, _ in iter_documents(path, encoding=encoding) if text.strip()]
         except NotTextError:
             skipped.append(path)
-    note_skipped(folder, texts, skipped, f"binary, .json or not {encoding.upper()}")
+    note_skipped(folder, texts, skipped, f"binary, question or not {encoding.upper()}")
     return texts
 
 

@@ -101,11 +101,15 @@ def test_both_splits_have_at_least_one_document():
     [
         ("nowhere.txt", r"there is no nowhere\.txt"),
         ("tinystories", r"python prepare\.py tinystories"),
-        ("empty", r"there is no text in the folder empty \(2 binary, .json or not UTF-8 files\)"),
+        (
+            "empty",
+            r"there is no text in the folder empty \(3 binary, question or not UTF-8 files\)",
+        ),
     ],
 )
 def test_a_missing_corpus_is_an_error(workplace, data, message):
     write_folder(Path("empty"), {"photo.jpg": b"\xff\xd8\0", "data.json": b"{}", ".git/a": b"a"})
+    Path("empty/chats.jsonl").write_text('{"question": "Who?", "answer": "I."}')
     with pytest.raises(UserError, match=message):
         load.load_corpus(data, "char", 0)
 
@@ -234,7 +238,9 @@ OTHERS = {
 def test_the_texts_of_a_folder_are_documents_as_in_prepare(workplace, capsys):
     write_folder(workplace / "letters", TEXTS | OTHERS | {"more.jsonl": b'{"text": "a"}\n' * 9})
     tokenizer, corpus = load.load_corpus("letters")
-    skipped = "letters: skipping 3 binary, .json or not UTF-8 files (latin.txt, photo.jpg, qa.json)"
+    skipped = (
+        "letters: skipping 3 binary, question or not UTF-8 files (latin.txt, photo.jpg, qa.json)"
+    )
     assert capsys.readouterr().err.count(skipped) == 1
     Path("letters/latin.txt").unlink()
     assert prepare.main(["letters", "--tokenizer=char"]) == 0
