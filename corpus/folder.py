@@ -4,6 +4,7 @@ The manifest has the hashes of the other files and its own. SHA-256 takes 0.7 s 
 """
 
 import hashlib
+import itertools
 import json
 import mmap
 import re
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 import tokenizer as tokenizers
 from corpus.corpus import Corpus
 from corpus.documents import note_shared
-from corpus.text import file_sha256
+from corpus.text import file_sha256, read_blocks
 from system.errors import first_line
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
@@ -26,9 +28,17 @@ HASHED = ("tokenizer.json", "train_docs.npy")  # besides the token files
 FILES = r"(train|val)(_\d{5,})?\.bin|train_docs\.npy|(tokenizer|manifest|\.verified)\.json(\.part)?"
 
 
-def tokens_sha256(folder: Path) -> str:
-    """The SHA-256 of the concatenated token files."""
-    return file_sha256(*(folder / name for name in TOKENS))
+def read_tokens(folder: Path, dtype: str) -> tuple[str, int]:
+    """The SHA-256 of the concatenated token files, and the highest id."""
+    digest, highest = hashlib.sha256(), 0
+    total = sum((folder / name).stat().st_size for name in TOKENS)
+    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    with tqdm(total=total, desc="verifying", delay=1, **options) as bar:
+        for raw in itertools.chain(*(read_blocks(folder / name) for name in TOKENS)):
+            digest.update(raw)
+            highest = max(highest, int(np.frombuffer(raw, dtype).max()))
+            bar.update(len(raw))
+    return digest.hexdigest(), highest
 
 
 def checksum(manifest: dict[str, Any]) -> str:
@@ -39,7 +49,7 @@ def checksum(manifest: dict[str, Any]) -> str:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a data set whose other files are complete."""
-    manifest["sha256"] = tokens_sha256(folder)
+    manifest["sha256"], _ = read_tokens(folder, manifest["dtype"])
     manifest["files"] = {name: file_sha256(folder / name) for name in HASHED}
     manifest["checksum"] = checksum(manifest)
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -57,9 +67,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, sha256 in manifest["files"].items():
         if file_sha256(folder / name) != sha256:
             raise ValueError(f"{name} does not have its hash")
-    if tokens_sha256(folder) != manifest["sha256"]:
+    sha256, highest = read_tokens(folder, manifest["dtype"])
+    if sha256 != manifest["sha256"]:
         raise ValueError("the token ids do not have their hash")
-    highest = max(np.memmap(folder / name, manifest["dtype"], "r").max() for name in TOKENS)
     if highest >= manifest["vocab_size"]:
         raise ValueError(f"id {highest} in a vocabulary of {manifest['vocab_size']}")
     return manifest

@@ -619,7 +619,7 @@ def test_questions_are_asked(chromium, tmp_path):
         assert generated(chromium) == text
         known = "".join(c for c in answer.strip() if c in tokenizer.chars)
         ids = [*ask, *tokenizer.encode(f" {known.strip()}"), tokenizer.specials["<EOS>"]]
-    press(chromium, "anew")
+    press(chromium, "new-chat")
     assert chromium.evaluate("[turns.length, $('output').textContent]") == [0, ""]
 
 

@@ -78,7 +78,7 @@ def test_an_unknown_or_incomplete_tokenizer_is_rejected():
 
 
 def naive_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """The definition: count all pairs anew for every merge."""
+    """The definition: count all pairs again for every merge."""
     words = [([bytes([b]) for b in piece.encode()], n) for piece, n in counts.items()]
     known = {bytes([b]) for b in range(256)}
     merges = []
@@ -108,7 +108,7 @@ words = st.lists(st.sampled_from("the then other there mother loth ether".split(
 
 @settings(max_examples=300)
 @given(letters | words.map(lambda words: [" ".join(words)]), st.integers(1, 100))
-def test_merges_equal_those_of_counting_everything_anew(texts: list[str], n_merges: int):
+def test_merges_equal_those_of_counting_everything_again(texts: list[str], n_merges: int):
     counts = count_pieces(texts)
     assert learn_merges(counts, n_merges) == naive_merges(counts, n_merges)
 

@@ -42,8 +42,8 @@ def compile_if_faster(model: GPT, task: Task, config: TrainConfig) -> bool:
 
 
 def step_seconds(model: GPT, task: Task, config: TrainConfig) -> float:
-    """The time of a forward and a backward pass on the first batch, the best of six. It is the CPU
-    time of this thread, which other programs hardly change."""
+    """The time of the forward and backward passes of a step, from six on the first batch, the best
+    of which counts. It is the CPU time of this thread, which other programs hardly change."""
     inputs, _ = task.get_batch(0, 0)
     times = []
     for _ in range(6):
@@ -53,4 +53,4 @@ def step_seconds(model: GPT, task: Task, config: TrainConfig) -> float:
         loss.backward()
         times.append(time.thread_time() - start)
     model.zero_grad()
-    return min(times)
+    return min(times) * config.grad_accum

@@ -68,7 +68,7 @@ function start() {
     settings[name] = Number($(name).value);
   }
   if (data.qa) $("prompt").value = "";
-  else startAnew();
+  else newConversation();
   $("result").hidden = false;
   setRunning(true, "");
   const number = run.number + 1;
@@ -77,7 +77,7 @@ function start() {
   worker.postMessage({ start: { number, settings } });
 }
 
-function startAnew() {
+function newConversation() {
   if (run.active) setRunning(false, `Stopped: ${speed()}`);
   turns = [];
   hideAlternatives();
@@ -217,7 +217,7 @@ function drawCurve() {
 function showRun() {
   $("summary").textContent = data.summary;
   if (data.qa) $("prompt-label").textContent = "Question";
-  $("anew").hidden = !data.qa;
+  $("new-chat").hidden = !data.qa;
   $("output").classList.toggle("chat", data.qa);
   $("prompt").placeholder = data.qa ? "Ask the model a question" : "Text that the model continues";
   for (const [name, value] of data.settings) {
@@ -241,7 +241,7 @@ $("form").addEventListener("submit", (event) => {
   start();
 });
 $("halt").addEventListener("click", () => setRunning(false, `Stopped: ${speed()}`));
-$("anew").addEventListener("click", startAnew);
+$("new-chat").addEventListener("click", newConversation);
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled)
     $("form").requestSubmit();
