@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.kind:
         export_file = {"html": export_page, "gguf": export_gguf}[config.kind]
         export_file(checkpoint, target, config.precision, config.overwrite)
+        if config.kind == "html":
+            print("open it in a browser: it needs no server and no network")
         return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")

@@ -160,14 +160,8 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         context = AttentionContext(rotation, None if start else visible, cache, maps)
         if cache:
             cache.visible = visible
-        states = []
-        for block in gpt.blocks:
-            states.append(x)
-            if checkpointing:
-                x = self._gradient_checkpointing_func(block.__call__, x, context)
-            else:
-                x = block(x, context)
-        x = gpt.norm(x)
+        states = self.hidden_states(x, context, checkpointing)
+        x = gpt.norm(states.pop())
         if cache:
             cache.length = n
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -182,6 +176,19 @@ class TinyLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if output_hidden_states:
             output.hidden_states = (*states, x)
         return output.to_tuple() if return_dict is False else output
+
+    def hidden_states(
+        self, x: Tensor, context: AttentionContext, checkpointing: bool
+    ) -> list[Tensor]:
+        """The input of each block, and the output of the last one, (B, T, C) each."""
+        states = [x]
+        for block in self.gpt.blocks:
+            if checkpointing:
+                x = self._gradient_checkpointing_func(block.__call__, x, context)
+            else:
+                x = block(x, context)
+            states.append(x)
+        return states
 
     def own_cache(self, cache: Any, x: Tensor) -> TinyLLMCache:
         """The cache to continue; a new one instead of none, or of the empty one of generate()."""

@@ -66,7 +66,6 @@ def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool 
                 file.write(text.encode("ascii"))
     size, n_params = target.stat().st_size, model.num_params()
     print(f"{target}: {size / 1e6:.2f} MB, {size / n_params:.2f} bytes per parameter")
-    print("open it in a browser: it needs no server and no network")
 
 
 # --- weights

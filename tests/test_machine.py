@@ -14,12 +14,12 @@ import torch
 from conftest import make_model
 from torch.utils import cpp_extension
 
-from config import GPTConfig, TrainConfig
+from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
 from corpus.corpus import Corpus
 from system.device import compiler_problem
 from system.settings import UserError
 from training import auto_compile, setup, task
-from training.setup import memory_estimate, pick_compile, pick_precision
+from training.setup import memory_estimate, pick_compile, pick_precision, preset_table
 from training.task import to_gpu_if_small
 
 CPU = torch.device("cpu")
@@ -317,6 +317,15 @@ def test_the_summary_of_a_run(capsys, monkeypatch):
         "run: preset tiny, 70 steps of 9 x 4 sequences, learning rate 0.001 to 1e-05",
         "uniform guessing would give a loss of ln(8) = 2.0794",
     ]
+
+
+def test_the_table_of_presets_in_the_help():
+    lines = [line.split() for line in preset_table().splitlines()]
+    assert lines[0] == ["preset", *PRESET_FIELDS]
+    assert lines[1] == "laptop 4 4 128 256 9 2400 0.004 0.0 300".split()
+    assert lines[2][0] == "tiny" and lines[3][0] == "small"  # nothing else in tiny
+    assert lines[-4] == ["arch", *ARCH_FIELDS]  # gpt2, llama, qwen3: all settings are columns
+    assert lines[-2] == "llama rmsnorm swiglu rope False False False False False".split()
 
 
 @pytest.mark.parametrize(

@@ -269,12 +269,14 @@ def test_compiled_forward_and_gradients_equal_eager():
     idx = torch.randint(11, (2, 12))
     compiled = torch.compile(model, backend="aot_eager")
     results = []
-    for forward in (model, compiled):
+    for forward, loss_only in itertools.product((model, compiled), (False, True)):
         model.zero_grad()
-        _, loss = forward(idx, idx)
+        logits, loss = forward(idx, idx, loss_only=loss_only)
+        assert logits.numel() == (0 if loss_only else 2 * 12 * 11)
         loss.backward()
         results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results, strict=True))
+    for tensors in zip(*results, strict=True):
+        assert all(torch.allclose(tensors[0], tensor, atol=1e-5) for tensor in tensors)
 
 
 @pytest.mark.parametrize("settings", COMPONENTS)
