@@ -22,6 +22,7 @@ DECAYED = 0.25  # of the peak learning rate: below it, the schedule flattens the
 STRONG_DECAY = 1.0  # weight decay for texts that are read often (Kim et al. 2025)
 LARGE_GAP = 0.1  # between validation and training loss, relative to the validation loss
 MEMORIZED, FAR = 2.0, 0.2  # validation loss: times the training loss, and above it by this of ln V
+TRAINED_ON = "measured on what it was trained on (--no-hold_out)"
 
 
 def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -140,13 +141,12 @@ def diverging(curve: Curve) -> str | None:
 def too_short(curve: Curve) -> str | None:
     fall = curve.val[0] - curve.val[-1]
     shown = len(curve.steps) >= MIN_EVALUATIONS or abs(fall) > JUMP * curve.uniform
-    if curve.steps[-1] >= MIN_STEPS and shown:
+    enough = curve.steps[-1] >= MIN_STEPS
+    if enough and shown:
         return None
     if curve.out_of_patience:
         return "too short to judge: raise --patience"
-    more = "train for more steps"
-    if curve.steps[-1] >= MIN_STEPS:
-        more += ", or lower --eval_every"
+    more = "train for more steps" + ", or lower --eval_every" * enough
     falling = fall > JUMP * curve.uniform and curve.val[-1] == curve.level
     state = f" (still falling, from {curve.val[0]:.2f} to {curve.val[-1]:.2f})" if falling else ""
     return f"too short to judge{state}: {more}"
@@ -157,7 +157,7 @@ def solved(curve: Curve) -> str | None:
         return None
     answers = "" if curve.exact is None else f", {curve.exact:.0%} of the answers are exact"
     advice = "check that the validation text is not repeated in the training text"
-    advice = advice if curve.held_out else "measured on what it was trained on (--no-hold_out)"
+    advice = advice if curve.held_out else TRAINED_ON
     return f"solved: validation loss {curve.val[-1]:.2g}{answers}; {advice}"
 
 
@@ -183,10 +183,8 @@ def memorized(curve: Curve) -> str | None:
     val, train = curve.val[-1], curve.train[-1] if curve.train else curve.val[-1]
     if val < MEMORIZED * train or val - train < FAR * curve.uniform:
         return None
-    return (
-        f"memorized: the training loss is {train:.2f}, the validation loss {val:.2f}: use more "
-        "text or a smaller model"
-    )
+    losses = f"the training loss is {train:.2f}, the validation loss {val:.2f}"
+    return f"memorized: {losses}: use more text or a smaller model"
 
 
 def not_moving(curve: Curve) -> str | None:
@@ -224,7 +222,9 @@ def plateaued(curve: Curve) -> str | None:
 def healthy(curve: Curve) -> str:
     advice = "more steps or a larger model may improve it further"
     gap = curve.val[-1] - curve.train[-1] if curve.train else 0
-    if gap > LARGE_GAP * curve.val[-1]:
+    if not curve.held_out:
+        advice = TRAINED_ON
+    elif gap > LARGE_GAP * curve.val[-1]:
         advice = "validation loss is well above training loss: more text would help most"
     elif curve.decayed:
         advice = "the learning rate has decayed: a new run with more --max_steps may improve it"
