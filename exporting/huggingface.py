@@ -55,16 +55,6 @@ def download(name: str, patterns: list[str]) -> Path:
         raise UserError(f"{name} could not be downloaded from the hub ({reason})") from None
 
 
-def upload(folder: Path, name: str) -> None:
-    """Upload a folder to the hub as user/name. Raises UserError if that fails."""
-    hub = import_optional("huggingface_hub")
-    try:
-        hub.create_repo(name, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # of many types: no network, no token, no access
-        raise UserError(f"could not upload {folder}/ to {name}: {first_line(error)}") from None
-
-
 # --- the model card
 
 CARD = """---

@@ -178,20 +178,6 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
     assert not Path("gpt2.pt").exists()
 
 
-def test_push_uploads_the_folder(workplace, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    path, sent = make_checkpoint("char", "llama"), []
-    monkeypatch.setattr(hub, "create_repo", lambda name, exist_ok: None)
-    monkeypatch.setattr(hub, "upload_folder", lambda **settings: sent.append(settings))
-    assert export.main([str(path), "out", "--push=me/model"]) == 0
-    assert sent == [{"repo_id": "me/model", "folder_path": Path("out")}]
-
-    monkeypatch.setattr(hub, "upload_folder", Mock(side_effect=ConnectionError("no route to host")))
-    with pytest.raises(UserError, match="could not upload out/ to me/model: no route to host"):
-        export.main([str(path), "out", "--push=me/model", "--overwrite"])
-    assert Path("out/model.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -199,10 +185,6 @@ def test_push_uploads_the_folder(workplace, monkeypatch):
             (words, "give a checkpoint and a folder")
             for words in ("", "a.pt", "--from gpt2", "a b c")
         ),
-        ("a.pt out --push=name", "--push must be user/name, not 'name'"),
-        ("--from=gpt2 a.pt --push=me/name", "--push is for exported folders"),
-        ("a.pt page.html --push=a/b", "--push is for exported folders"),
-        ("a.pt model.gguf --push=a/b", "--push is for exported folders"),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("a.pt out --precision=float32", "--precision is for .html and .gguf files"),
         ("a.pt page.html --precision=int2", "--precision: invalid choice"),

@@ -389,7 +389,7 @@ def test_a_page_is_replaced_only_if_it_is_one(trained):
     with locked_file(page, "an export"), pytest.raises(UserError, match="in use by an export"):
         export.main([*words, "--overwrite"])
     page.write_text("<!doctype html><title>mine</title>")
-    with pytest.raises(UserError, match=r"page\.html was not written by export\.py"):
+    with pytest.raises(UserError, match=r"page\.html is not an earlier output"):
         export.main([*words, "--overwrite"])
     assert "mine" in page.read_text()
 
