@@ -25,7 +25,6 @@ import utils
 from config import GPTConfig
 from finetuning.new_tokens import EMBEDDINGS, is_extension
 from model import GPT
-from system.files import atomic_write
 from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 
@@ -103,25 +102,14 @@ def trained_names(model: nn.Module) -> set[str]:
 # --- weights of adapted models
 
 
-def split_adapter(
-    weights: dict[str, Tensor], trained: set[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split the weights of an adapted model into plain weights and the adapter's tensors, which
-    are those named in `trained`. The inverse is plain | tensors."""
-    plain = {name: t for name, t in weights.items() if not name.endswith((".A", ".B"))}
-    return plain, {name: weights[name] for name in weights if name in trained}
-
-
-def merge_adapter(
-    plain: dict[str, Tensor], tensors: dict[str, Tensor], scale: float
-) -> dict[str, Tensor]:
+def merge_adapter(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The plain weights of an equal model without adapter: W + scale B A for each adapted W."""
-    merged = {name: tensors.get(name, tensor) for name, tensor in plain.items()}
-    for name, A in tensors.items():
+    merged = {name: t for name, t in weights.items() if not name.endswith((".A", ".B"))}
+    for name, A in weights.items():
         if name.endswith(".A"):
             layer = name.removesuffix(".A")
-            update = scale * (tensors[f"{layer}.B"] @ A)  # (n_out, n_in)
-            merged[f"{layer}.weight"] = plain[f"{layer}.weight"] + update
+            update = scale * (weights[f"{layer}.B"] @ A)  # (n_out, n_in)
+            merged[f"{layer}.weight"] = weights[f"{layer}.weight"] + update
     return merged
 
 
@@ -135,12 +123,6 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def save_adapter(path: Path, adapter: dict[str, Any]) -> None:
-    """Write an adapter file atomically; `adapter` has the keys of ADAPTER_TYPES."""
-    with atomic_write(path) as file:
-        torch.save(adapter, file)
 
 
 def is_adapter(path: Path) -> bool:
@@ -224,9 +206,9 @@ class AdapterFormat:
     scale: float
 
     def pack(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        plain, tensors = split_adapter(weights, self.trained)
-        merged = merge_adapter(plain, tensors, self.scale)
-        return {"model": merged, "adapter": self.header | {"tensors": tensors}, **self.entries}
+        tensors = {name: weight for name, weight in weights.items() if name in self.trained}
+        adapter = self.header | {"tensors": tensors}
+        return {"model": merge_adapter(weights, self.scale), "adapter": adapter, **self.entries}
 
     def unpack(self, state: dict[str, Any]) -> dict[str, Tensor]:
         return self.plain | state["adapter"]["tensors"]
