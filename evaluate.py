@@ -30,14 +30,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, TEXT_ENCODINGS, GPTConfig
+from config import DEVICE_HELP, PRECISIONS, TEXT_ENCODINGS
 from corpus.corpus import Corpus
 from corpus.load import load_corpus, training_corpus
 from model import GPT
+from sampling.output import format_table
 from sampling.text import last_objective
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
-from system.settings import UserError, from_dict, setting
+from system.settings import UserError, setting
 from training.setup import pick_precision
 from training.task import MAX_EXP, losses
 from utils import autocast, newest_checkpoint
@@ -45,8 +46,6 @@ from utils import autocast, newest_checkpoint
 
 @dataclass
 class EvaluateConfig:
-    """Which checkpoints are evaluated, and on what."""
-
     checkpoints: tuple[str, ...] = setting(
         (), "default: best.pt of the newest run", positional=True
     )
@@ -175,17 +174,6 @@ def evaluate_checkpoints(
     return row
 
 
-def format_table(rows: list[dict[str, str]]) -> str:
-    """The rows as text, in aligned columns with a header."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = []
-    for first, *others in lines:
-        cells = [word.rjust(width) for word, width in zip(others, widths[1:], strict=True)]
-        aligned.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(aligned)
-
-
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(
         EvaluateConfig, argv, __doc__, check=lambda config: device_problems(config.device)
@@ -198,11 +186,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--ensemble needs two or more checkpoints")
     device = pick_device(config.device)
     for path in paths:  # damaged ones, and strides that would skip tokens: before anything slow
-        state = utils.read_checkpoint(path)
-        with utils.matching_contents(path):
-            size = from_dict(GPTConfig, state["gpt_config"]).block_size
-            too_long = (config.stride or 0) > size
-        if too_long:
+        size = utils.load_checkpoint(path)[0].config.block_size
+        if (config.stride or 0) > size:
             raise UserError(f"--stride must be at most {size}, the window of {path}")
     config.precision, _ = pick_precision(config.precision, device)
     rows: list[dict[str, str]] = []

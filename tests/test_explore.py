@@ -204,7 +204,7 @@ def test_statistics_end_with_the_text_at_a_stop_string():
         (["probs", "--beams=2", "--settings=top_k=3"], "probs does not use --settings, --beams"),
         (["sweep", "--beams=2"], "sweep does not use --beams"),
         (["sweep", "--settings=colour=3"], "'colour=3' is not NAME="),
-        (["sweep", "--settings=top_k=a"], "--settings: --top_k must be a whole number"),
+        (["sweep", "--settings=top_k=a"], "--settings: argument --top_k: invalid int value"),
         (["sweep", "--settings=top_k=-1 top_p=0.5,1"], "--settings: top_k must be at least 0"),
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
         (["sweep", "--settings="], "--settings: '' is not NAME="),
