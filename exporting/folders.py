@@ -29,7 +29,6 @@ def import_optional(module: str) -> Any:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an indented JSON file."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 

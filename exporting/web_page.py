@@ -211,5 +211,4 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
 
 
 def read_source(name: str) -> str:
-    """A file of exporting/page/."""
     return (PAGE / name).read_text(encoding="utf-8")
