@@ -32,8 +32,6 @@ from system.settings import setting
 
 @dataclass
 class ExportConfig:
-    """What is converted, and where it is written."""
-
     paths: tuple[str, ...] = setting(
         (),
         "a checkpoint, and a folder, NAME.html or NAME.gguf; with --from only a checkpoint",
@@ -55,7 +53,6 @@ class ExportConfig:
         return suffix[1:] if suffix in (".html", ".gguf") else ""
 
     def problems(self) -> list[str]:
-        """A wrong number of paths, or a wrong name on the hub."""
         found = []
         if len(self.paths) != (1 if self.source else 2):
             found.append("give a checkpoint and a folder, or --from NAME and a checkpoint")

@@ -29,8 +29,6 @@ PICTURES = ("runs", "attention", "positions", "embeddings", "temperatures")
 
 @dataclass
 class PlotConfig:
-    """What to plot."""
-
     inputs: tuple[str, ...] = setting(
         (), "folders of runs, or one checkpoint; default: the newest run", positional=True
     )
@@ -44,11 +42,9 @@ class PlotConfig:
 
     @property
     def output(self) -> Path:
-        """The file to write."""
         return Path(self.output_file or f"{self.picture}.png")
 
     def problems(self) -> list[str]:
-        """Invalid files, lists of numbers and combinations."""
         found: list[str] = []
         path = self.output
         if path.suffix not in (".png", ".svg"):

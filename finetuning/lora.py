@@ -44,8 +44,6 @@ ADAPTER_TYPES: dict[str, type] = {
 
 @dataclass
 class LoRAConfig:
-    """Which matrices get an adapter, and of which size."""
-
     lora_rank: int = setting(0, "rank of A and B; 0: train all weights", low=0, group="LoRA")
     lora_alpha: float = setting(32.0, "the update is scaled by alpha / rank", above=0, high=1e6)
     lora_dropout: float = setting(0.05, "dropout probability of the LoRA input", low=0, below=1)
@@ -53,7 +51,6 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of B A: alpha / rank."""
         return self.lora_alpha / self.lora_rank
 
 

@@ -307,8 +307,6 @@ OBJECTIVES["qa"] = OBJECTIVES["chat"]  # its old name
 
 @dataclass
 class FinetuneConfig:
-    """What is fine-tuned, and for which objective."""
-
     source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning",
                           alias="checkpoint base model model_name_or_path")  # fmt: skip
     objective: str = setting("text", "what to train for; qa: as chat", choices=tuple(OBJECTIVES))
