@@ -124,11 +124,8 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
     config = model.config
-    rows = {
-        "architecture": hf_model.CLASSES[arch],
-        "parameters": f"{model.num_params():,}",
-        **shown_settings(model, state),
-    }
+    rows = {"architecture": hf_model.CLASSES[arch], "parameters": f"{model.num_params():,}"}
+    rows |= shown_settings(model, state)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
     texts["encode"] = ASK if asks(tokenizer, state) else ENCODE
@@ -322,27 +319,22 @@ def check_checkpoint_target(path: Path, overwrite: bool) -> None:
 
 
 def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """The weights of a folder, in model.safetensors or in the files that its index lists."""
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / names[0]).is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{index} has no weight_map of names and files")
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name} (other formats are not supported)")
+    """The weights of a folder, in model.safetensors or in several files, model-NUMBER-of-N."""
+    names = [path.name for path in sorted(folder.glob("model-*-of-*.safetensors"))]
+    if not names or (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    if not (folder / names[0]).is_file():
+        raise UserError(f"{folder} has no model.safetensors (other formats are not supported)")
     check_files(folder, ["config.json", "tokenizer.json", *names])
     library = import_optional("safetensors.torch")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(names)):
+    for name in names:
         try:
             tensors |= library.load_file(folder / name)
         except Exception as error:  # damage raises errors of many types
             raise UserError(f"{folder / name} is damaged: {first_line(error)}") from None
     # OpenAI's GPT-2 was saved without its language-model head
     if arch == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
-        head = {name: x for name, x in tensors.items() if name == "lm_head.weight"}
-        tensors = {f"transformer.{name}": x for name, x in tensors.items() if name not in head}
-        tensors |= head
+        prefixes = {name: "transformer." * (name != "lm_head.weight") for name in tensors}
+        tensors = {prefixes[name] + name: x for name, x in tensors.items()}
     return hf_model.weights_from_hf(tensors, config, arch)
