@@ -41,8 +41,8 @@ class ExportConfig:
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
     precision: str = setting(
-        "auto", "weights of a .html or .gguf file; auto: .html: int8 if the measured loss is "
-        "nearly the same, .gguf: float16", choices=("auto", "float32", "float16", "int8", "int4")
+        "auto", "weights of a .html or .gguf file; auto: int8 in .html, float16 in .gguf",
+        choices=("auto", "float32", "float16", "int8", "int4"),
     )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
 
