@@ -11,15 +11,12 @@ byte (bpb) are comparable between all models evaluated on the same text. top-1 i
 the most likely token.
 
 Windows are consecutive, so the first tokens of each are predicted from a short context. --stride S
-adds the loss over overlapping windows that begin every S tokens. Only the last S predictions of a
-window are scored (all of them in the first window), so each token is still scored once. After the
-first window, each prediction uses more than block_size - S tokens of context. That alone makes this
-loss lower, so compare only losses of the same stride. It takes block_size / S times as long as the
-usual loss.
+adds the loss over overlapping windows that begin every S tokens, in which only the last S
+predictions are scored: from more than block_size - S tokens of context. That alone makes this loss
+lower: compare only losses of the same stride. It takes block_size / S times as long.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -102,7 +99,6 @@ def evaluate_split(
     starts = utils.even_starts(max(len(ids) - overlap, 2), stride)  # 2: a split within one window
     total_loss = 0.0
     n_correct = n_tokens = 0
-    start_time = time.perf_counter()
     batches = losses(model, corpus, ids, starts, config.batch_size, doc_mask, overlap)
     n_batches = math.ceil(len(starts) / config.batch_size)
     with autocast(model.tok.weight.device, config.precision):
@@ -111,13 +107,7 @@ def evaluate_split(
             total_loss += loss * n_scored
             n_correct += int((logits.argmax(dim=-1) == y).sum())
             n_tokens += n_scored
-    seconds = time.perf_counter() - start_time
-    return {
-        "tokens": n_tokens,
-        "loss": total_loss / n_tokens,
-        "top1": n_correct / n_tokens,
-        "tokens_per_second": n_tokens / seconds,
-    }
+    return {"tokens": n_tokens, "loss": total_loss / n_tokens, "top1": n_correct / n_tokens}
 
 
 def evaluate_checkpoints(
@@ -165,7 +155,6 @@ def evaluate_checkpoints(
         "ppl": f"{math.inf if loss > MAX_EXP else math.exp(loss):.2f}",
         "bpb": f"{utils.bits_per_byte(loss, bytes_per_token):.4f}",
         "top-1": f"{result['top1']:.1%}",
-        "tok/s": f"{result['tokens_per_second']:,.0f}",
     }
     if config.stride is not None:
         loss = evaluate_split(model, corpus, config, doc_mask, config.stride)["loss"]

@@ -74,9 +74,7 @@ LLAMA_MODULES = {
     "norm": ["model.norm"],
     "blocks.{i}.norm1": ["model.layers.{i}.input_layernorm"],
     "blocks.{i}.attn.qkv": [
-        "model.layers.{i}.self_attn.q_proj",
-        "model.layers.{i}.self_attn.k_proj",
-        "model.layers.{i}.self_attn.v_proj",
+        "model.layers.{i}.self_attn." + name for name in ("q_proj", "k_proj", "v_proj")
     ],
     "blocks.{i}.attn.proj": ["model.layers.{i}.self_attn.o_proj"],
     "blocks.{i}.norm2": ["model.layers.{i}.post_attention_layernorm"],
@@ -282,11 +280,7 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
             elif f.type is int:
                 problems += number_problems(f.name, theirs[f.name], int, low=0)
             settings[f.name] = theirs.get(f.name)
-    elif arch == "gpt2":
-        # Two names of one setting. If other sizes differ, the weights have other shapes.
-        if theirs.get("num_attention_heads", settings["n_head"]) != settings["n_head"]:
-            problems.append("num_attention_heads and n_head mean the same and differ")
-    else:
+    elif arch != "gpt2":
         settings["rope_theta"] = rope_theta_from_hf(theirs)
     layer_types = theirs.get("layer_types") or []
     if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):

@@ -38,13 +38,12 @@ def download(name: str, patterns: list[str]) -> Path:
     """The local folder of a model on the hub, with the files that match these patterns."""
     try:
         hub = import_optional("huggingface_hub")
-    except UserError as error:
-        raise UserError(f"there is no folder {name}; to import it from the hub, {error}") from None
-    try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # of many types: no network, no such name, no access
+    except Exception as error:  # of many types: no package, no network, no such name, no access
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{name} could not be downloaded from the hub ({reason})") from None
+        raise UserError(
+            f"there is no folder {name}, and it could not be downloaded from the hub ({reason})"
+        ) from None
 
 
 # --- the model card
@@ -203,11 +202,8 @@ def code_files() -> dict[str, str]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    library = import_optional("safetensors.torch")
-    try:
-        library.save_file(tensors, path, metadata={"format": "pt"})
-    except import_optional("safetensors").SafetensorError as error:
-        raise OSError(first_line(error)) from None
+    content = import_optional("safetensors.torch").save(tensors, metadata={"format": "pt"})
+    path.write_bytes(content)  # save_file has errors of its own for a full disk
 
 
 def json_files(

@@ -134,10 +134,8 @@ def read_adapter(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no adapter {path}: name the adapter.pt of a --lora_rank run")
     adapter = utils.read_data(path)
-    if isinstance(adapter, dict) and "model" in adapter:
-        raise UserError(f"{path} is a checkpoint, not the adapter.pt of a --lora_rank run")
     if not isinstance(adapter, dict) or not ADAPTER_TYPES.keys() <= adapter.keys():
-        raise UserError(f"{path} is not an adapter of this program")
+        raise UserError(f"{path} is not the adapter.pt of a --lora_rank run")
     check_contents(adapter, path)
     return adapter
 
