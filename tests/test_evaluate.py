@@ -16,8 +16,8 @@ import train
 from corpus.corpus import Corpus
 from evaluate import EvaluateConfig
 from model import GPT
+from plots import read_run
 from system.settings import UserError
-from viz.runs import read_run
 
 
 def random_corpus(n_val: int, **settings: object) -> Corpus:

@@ -173,7 +173,7 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
     monkeypatch.setattr(
         hub, "snapshot_download", Mock(side_effect=ConnectionError("no route to host"))
     )
-    with pytest.raises(UserError, match=r"gpt2, and it could not be downloaded .*\(ConnectionError"):
+    with pytest.raises(UserError, match=r"no folder gpt2, and it .*\(ConnectionError"):
         export.main(["--from", "gpt2", "gpt2.pt"])
     assert not Path("gpt2.pt").exists()
 
