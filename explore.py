@@ -232,20 +232,15 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
     found = sampling_problems(config)
     given = vars(config) | vars(explore)
     defaults = vars(SampleConfig()) | vars(ExploreConfig())
-    unused = UNUSED_FLAGS.get(explore.action, ())
-    ignored = [f"--{name}" for name in unused if given[name] != defaults[name]]
-    if ignored:
-        found.append(f"{explore.action} does not use {', '.join(ignored)}")
+    unused = list(UNUSED_FLAGS.get(explore.action, ()))
     if explore.action == "sweep":
         try:
-            combinations = parse_sweep(explore.settings)
+            unused += parse_sweep(explore.settings)[0]
         except UserError as error:
-            return [*found, f"--settings: {error}"]
-        found += [
-            f"--{name} is among the --settings to compare ({explore.settings}): leave it out"
-            for name in combinations[0]
-            if given[name] != defaults[name]
-        ]
+            found.append(f"--settings: {error}")
+    ignored = [f"--{name}" for name in unused if given[name] != defaults[name]]
+    if ignored:
+        found.append(f"{explore.action} does not use {', '.join(ignored)} here: leave it out")
     return found
 
 

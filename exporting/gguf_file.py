@@ -92,25 +92,21 @@ def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, An
 
 # --- settings
 
-SIZES = {
-    "context_length": "block_size",
-    "embedding_length": "n_embd",
-    "block_count": "n_layer",
-    "feed_forward_length": "n_inner",
-    "attention.head_count": "n_head",
-    "attention.head_count_kv": "n_kv_head",
-}
-
 
 def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
     """Write the settings of a model, whose context length is the number of its positions."""
-    for key, ours in SIZES.items():
-        writer.add_uint32(f"{arch}.{key}", getattr(config, ours))
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.n_inner)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
     if arch == "gpt2":
         writer.add_layer_norm_eps(config.norm_eps)
         return
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        writer.add_uint32(f"{arch}.{key}", config.head_size)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_rope_dimension_count(config.head_size)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
 

@@ -209,7 +209,7 @@ def test_statistics_end_with_the_text_at_a_stop_string():
         (["sweep", "--output_file=no/a.md"], "there is no folder no"),
         (["sweep", "--settings="], "--settings: '' is not NAME="),
         (["probs", "--temperature=0.2,0.5"], "explore.py sweep --settings"),
-        (["sweep", "--temperature=0.7"], "--temperature is among the --settings to compare"),
+        (["sweep", "--temperature=0.7"], "sweep does not use --temperature here: leave it out"),
         (["sweep", "--settings=top_k=1 top_k=2"], "'top_k=2' is not NAME=.* each once"),
         (["probs", "--device=tpu", "--top_p=2"], "top_p must be at most 1.*unknown device 'tpu'"),
     ],
