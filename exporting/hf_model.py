@@ -220,9 +220,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "use_sliding_window": (False,),  # qwen3 ignores sliding_window without it
     "is_causal": (True,),  # all architectures
-    "is_encoder_decoder": (False,),
-    "per_layer_config": (None, {}),
-    "pruned_heads": (None, {}),
     "quantization_config": (None,),
 }
 

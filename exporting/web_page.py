@@ -123,7 +123,8 @@ def to_javascript(pattern: str) -> str:
 def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str]:
     """The text of the page, in parts. Each placeholder of page.html is replaced once, so that no
     data is taken for one."""
-    style, script = read_source("page.css"), read_source("page.js")
+    sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    style, script = sources["page.css"], sources["page.js"]
     title = html.escape(f"{data['name']}: a language model")
     content = json.dumps(data, allow_nan=False)  # in which < occurs only in strings
     hashes = [
@@ -141,12 +142,12 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
         "DATA": content.replace("<", "\\u003c"),  # so that no text can end the element
         "ENGINE": "".join(
             f'<script type="text/plain" class="engine" data-file="{name}">\n'
-            f"{read_source(name)}</script>\n"
+            f"{sources[name]}</script>\n"
             for name in ENGINE
         ),
         "SCRIPT": script,
     }
-    before, after = read_source("page.html").split("{{WEIGHTS}}")
+    before, after = sources["page.html"].split("{{WEIGHTS}}")
     yield re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], before)
     for name, parameter in model.named_parameters():  # tied weights are one parameter
         kind, raw = stored(parameter, precision)
@@ -154,7 +155,3 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
         yield f'<script type="text/plain" class="weight" data-name="{name}" data-kind="{kind}" '
         yield f'data-shape="{shape}">{base64.b64encode(raw).decode()}</script>\n'
     yield after
-
-
-def read_source(name: str) -> str:
-    return (PAGE / name).read_text(encoding="utf-8")

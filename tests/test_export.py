@@ -121,7 +121,7 @@ def test_another_token_that_ends_a_text_is_named_at_the_import(workplace, capsys
 
 def test_a_folder_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match=r"no folder otu/; .* pip install huggingface_hub"):
+    with pytest.raises(UserError, match=r"no folder otu/, .* pip install huggingface_hub"):
         export.main(["--from", "otu/", "a.pt"])
 
 
