@@ -220,6 +220,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "use_sliding_window": (False,),  # qwen3 ignores sliding_window without it
     "is_causal": (True,),  # all architectures
+    "per_layer_config": (None, {}),
     "quantization_config": (None,),
 }
 
@@ -277,7 +278,11 @@ def config_from_hf(theirs: dict[str, Any]) -> tuple[GPTConfig, str]:
             elif f.type is int:
                 problems += number_problems(f.name, theirs[f.name], int, low=0)
             settings[f.name] = theirs.get(f.name)
-    elif arch != "gpt2":
+    elif arch == "gpt2":
+        # Two names of one setting. If other sizes differ, the weights have other shapes.
+        if theirs.get("num_attention_heads", settings["n_head"]) != settings["n_head"]:
+            problems.append("num_attention_heads and n_head mean the same and differ")
+    else:
         settings["rope_theta"] = rope_theta_from_hf(theirs)
     layer_types = theirs.get("layer_types") or []
     if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):

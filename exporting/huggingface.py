@@ -326,9 +326,12 @@ def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
-            tensors |= library.load_file(folder / name)
+            part = library.load_file(folder / name)
         except Exception as error:  # damage raises errors of many types
             raise UserError(f"{folder / name} is damaged: {first_line(error)}") from None
+        if tensors.keys() & part.keys():
+            raise UserError(f"{folder} has the weights of several models")
+        tensors |= part
     # OpenAI's GPT-2 was saved without its language-model head
     if arch == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
         prefixes = {name: "transformer." * (name != "lm_head.weight") for name in tensors}

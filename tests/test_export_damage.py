@@ -178,6 +178,11 @@ def test_all_files_of_the_weights_are_read(tmp_path, exported):
         chosen = {name: tensors[name] for name in sorted(tensors)[i - 1 :: 2]}
         library.save_file(chosen, folder / f"model-0000{i}-of-00002.safetensors")
     assert not is_rejected(folder, expected)
-    (folder / "model-00001-of-00002.safetensors").unlink()
+    first = folder / "model-00001-of-00002.safetensors"
+    shutil.copy(first, folder / "model-00001-of-00003.safetensors")
+    with pytest.raises(UserError, match="has the weights of several models"):
+        result(folder)
+    (folder / "model-00001-of-00003.safetensors").unlink()
+    first.unlink()
     with pytest.raises(UserError, match="has no tensor"):
         result(folder)

@@ -164,6 +164,7 @@ def test_names_and_buffers_of_old_gpt2_files_are_understood(tmp_path, tied):
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx is True"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
         ("gpt2", {"activation_function": "gelu"}, "is 'gelu'.*only 'gelu_new' is supported"),
+        ("gpt2", {"num_attention_heads": 1}, "num_attention_heads and n_head mean the same"),
         ("llama", {"attention_bias": True}, "attention_bias is True"),
         ("llama", {"mlp_bias": True}, "mlp_bias is True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
