@@ -131,8 +131,8 @@ def write_merged(setup: Setup) -> int:
     base, path = setup.base, Path(setup.settings.merge)
     adapter, target = lora.read_adapter(path), setup.run_dir / "best.pt"
     lora.check_adapter(adapter, base.model.config, base.tokenizer, base.sha256, path)
-    scale = LoRAConfig(**adapter["lora"]).scale
-    merged = lora.merge_adapter(base.model.state_dict(), adapter["tensors"], scale)
+    weights = base.model.state_dict() | adapter["tensors"]
+    merged = lora.merge_adapter(weights, LoRAConfig(**adapter["lora"]).scale)
     if not all(weight.isfinite().all() for weight in merged.values()):
         raise UserError(f"{path} is invalid: merged weights are infinite")
     state = {name: value for name, value in base.state.items() if name not in ("adapter", "files")}
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         if adapt.lora_rank and distributed.rank() == 0:
             path = setup.run_dir / "adapter.pt"
             with locked(setup.run_dir, "a training run"):
-                lora.save_adapter(path, read_checkpoint(path.with_name("best.pt"))["adapter"])
+                save_checkpoint(path, read_checkpoint(path.with_name("best.pt"))["adapter"])
             print(f"adapter: {path}, for {settings.source}")
     distributed.destroy_process_group()
     return status

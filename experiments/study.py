@@ -31,6 +31,7 @@ from corpus.load import load_corpus
 from experiments.comparison import Row, add_differences, mean, mean_columns, plot_differences
 from experiments.timing import run_record
 from model import GPT
+from plots import read_run
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
 from system.files import atomic_write
@@ -40,7 +41,6 @@ from training.setup import Flags, setup_machine
 from training.task import Pretraining
 from utils import read_checkpoint
 from viz.curve import new_figure, save_figure
-from viz.runs import read_run
 
 Result = dict[str, Any]  # of a run: its flags, and see `Study.train_one`
 Runs = dict[Any, list[Result]]  # variant -> a run per seed

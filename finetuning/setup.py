@@ -187,11 +187,9 @@ def check_finetune(*results: Any) -> list[str]:
     if not OBJECTIVES[settings.objective].dropout and (gpt_config.dropout or adapt.lora_dropout):
         found.append(f"--objective {settings.objective} trains without dropout: leave it out")
     origin = state["finetune"] if state else {}
-    for name, path, model in (
-        ("base", settings.source, base),
-        ("teacher", settings.teacher, teacher),
-    ):
-        if path and model and origin.get(f"{name}_sha256", model.sha256) != model.sha256:
+    models = {"base_sha256": (settings.source, base), "teacher_sha256": (settings.teacher, teacher)}
+    for name, (path, model) in models.items():
+        if path and model and origin.get(name, model.sha256) != model.sha256:
             found.append(f"{path} has changed since this run began: name the original")
     if state and adapt.lora_rank and not found:
         weights = (base.model.config, base.tokenizer, base.sha256)

@@ -73,10 +73,10 @@ class TextTask:
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         metrics = self.text.evaluate(model, full)
-        if self.old is None:
-            return metrics
-        n_windows = None if full else self.text.config.eval_windows
-        return metrics | {"old": self.text.mean_loss(model, self.old.val_ids, n_windows)}
+        if self.old is not None:
+            n_windows = None if full else self.text.config.eval_windows
+            metrics["old"] = self.text.mean_loss(model, self.old.val_ids, n_windows)
+        return metrics
 
     def sample(self, model: GPT) -> str:
         text = self.text  # qa=False: of text, even if the base answers questions
@@ -307,8 +307,6 @@ OBJECTIVES["qa"] = OBJECTIVES["chat"]  # its old name
 
 @dataclass
 class FinetuneConfig:
-    """What is fine-tuned, and for which objective."""
-
     source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning",
                           alias="checkpoint base model model_name_or_path")  # fmt: skip
     objective: str = setting("text", "what to train for; qa: as chat", choices=tuple(OBJECTIVES))

@@ -50,6 +50,7 @@ from finetuning.tasks import (
     dpo_loss,
 )
 from model import GPT
+from plots import read_run
 from sampling.text import end_tokens, last_objective
 from system.command_line import parse_args
 from system.files import save_checkpoint
@@ -58,7 +59,6 @@ from tokenizer import QA_SPECIALS, CharTokenizer
 from train import Trainer
 from training.run_log import RunLog
 from training.task import PlainFormat, Pretraining
-from viz.runs import read_run
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

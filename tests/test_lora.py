@@ -16,6 +16,7 @@ from finetuning import lora
 from finetuning.lora import LoRAConfig, LoRALinear
 from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
+from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
 
@@ -75,12 +76,13 @@ def test_a_new_adapter_changes_nothing(arch):
 @pytest.mark.parametrize("targets", lora.TARGETS)
 def test_merged_equals_unmerged(arch, targets):
     model, adapter = make_adapted(arch, lora_targets=targets)
-    plain, tensors = lora.split_adapter(model.state_dict(), lora.trained_names(model))
+    weights = model.state_dict()
     merged = make_model(1, **SIZES, **ARCHS[arch])
     idx = torch.randint(31, (2, 9))
-    merged.load_state_dict(plain)
+    merged.load_state_dict({n: w for n, w in weights.items() if not n.endswith((".A", ".B"))})
     assert not torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-2)  # the adapter has an effect
-    merged.load_state_dict(lora.merge_adapter(plain, tensors, LoRAConfig(**adapter["lora"]).scale))
+    scale = LoRAConfig(**adapter["lora"]).scale
+    merged.load_state_dict(lora.merge_adapter(weights, scale))
     scale = model(idx)[0].abs().max().item()
     assert torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-5 * max(scale, 1))
 
@@ -97,7 +99,7 @@ def test_a_rank_above_the_smaller_side_is_rejected():
 def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path):
     model, adapter = make_adapted(lora_targets="qkv")
     path = tmp_path / "adapter.pt"
-    lora.save_adapter(path, adapter)
+    save_checkpoint(path, adapter)
     read = lora.read_adapter(path)
     assert set(read["tensors"]) == {f"blocks.{i}.attn.qkv.{m}" for i in (0, 1) for m in "AB"}
     assert path.stat().st_size < 0.2 * 4 * model.num_params()
@@ -227,7 +229,7 @@ def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Pat
     peft = pytest.importorskip("peft")
     theirs = to_transformers(make_model(**SIZES, **ARCHS[arch]), arch)
     ours, adapter = make_adapted(arch)
-    lora.save_adapter(tmp_path / "adapter.pt", adapter)
+    save_checkpoint(tmp_path / "adapter.pt", adapter)
     assert export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")]) == 0
     idx = torch.randint(31, (2, 9))
     before = theirs(idx).logits
@@ -246,7 +248,7 @@ def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Pat
 def test_an_adapter_with_new_tokens_is_not_exported(tmp_path: Path):
     model, adapter = make_adapted()
     adapter["tensors"] |= {name: model.tok.weight.detach() for name in EMBEDDINGS}
-    lora.save_adapter(tmp_path / "adapter.pt", adapter)
+    save_checkpoint(tmp_path / "adapter.pt", adapter)
     with pytest.raises(UserError, match="merge"):
         export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

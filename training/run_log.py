@@ -217,13 +217,10 @@ class RunLog:
         """The record with the lowest validation loss."""
         return best_record(self.records)
 
-    def since_best(self) -> int:
-        """The number of evaluations since the best one."""
-        return len(self.records) - 1 - self.records.index(self.best())
-
     def out_of_patience(self) -> bool:
         """Whether none of the last `patience` evaluations improved the validation loss."""
-        return 0 < self.config.patience <= self.since_best()
+        since_best = len(self.records) - 1 - self.records.index(self.best())
+        return 0 < self.config.patience <= since_best
 
     # --- output
 
@@ -284,18 +281,12 @@ class RunLog:
         """Report the metrics of the best checkpoint over the whole validation split."""
         words = verdict(self.records, self.header)
         final = {"step": self.best()["step"], **metrics, "verdict": words}
-        last = self.records[-1]
         if rank():
             return
         self.append({"final": final})
-        if self.out_of_patience() and last["step"] < self.config.max_steps:
-            print(
-                f"stopped at step {last['step']}: no improvement in {self.since_best()} "
-                f"evaluations (--patience {self.config.patience})"
-            )
         print(
-            f"done in {last['seconds']:.0f} s: best at step {final['step']}; over the whole "
-            f"validation split: {status_line(metrics)}\n"
+            f"done in {self.records[-1]['seconds']:.0f} s: best at step {final['step']}; over the "
+            f"whole validation split: {status_line(metrics)}\n"
             f"verdict: {words}\n"
             f"files: {self.run_dir}/; next: {self.sample_command()}",
             flush=True,

@@ -26,26 +26,12 @@ TRAINED_ON = "measured on what it was trained on (--no-hold_out)"
 
 
 def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """What the evaluations of a run show, and what to try next, in one sentence.
+    """What the evaluations of a run show, and what to try next, in one sentence: that of the first
+    of the RULES that applies.
 
     `log` has a record per evaluation: step, val (a loss in nats per token), and if known train and
     lr. Of `settings`, vocab_size is needed; max_steps and patience tell why the run ended,
-    weight_decay what was tried. The first rule that applies decides:
-
-    diverging     the training loss ends 10% above its lowest; or both losses end 3% above theirs
-    solved        all answers are exact, or the validation loss ends below 1% of ln V
-    too short     fewer than 100 steps, or fewer than 3 evaluations and no clear change
-    overfitting   the validation loss ends 1% above its lowest, the training loss falls
-    memorized     the validation loss is twice the training loss, and 20% of ln V above it
-    not moving    the best loss is above 97% of ln V, or 99% of a trained model's first loss
-    stuck         the best loss is above 70% of ln V when the learning rate has decayed, and it
-                  did not fall before that
-    plateaued     the loss falls by less than 1% in the second half of the steps before the
-                  learning rate decays to a quarter of its peak
-    healthy       otherwise
-
-    A rise counts if it exceeds 0.2% of ln V (2% for diverging) and 5 times the median
-    zigzag between evaluations, the noise. Dropout is not recommended: it made all models of
+    weight_decay what was tried. Dropout is not recommended: it made all models of
     experiments/sizes.py worse, on little text too.
     """
     curve = Curve(log, settings)
@@ -77,7 +63,7 @@ class Curve:
         self.out_of_patience = early and 0 < self.patience <= len(log) - 1 - self.best
 
     def rises(self, losses: list[float], end: float, factor: float, share: float) -> bool:
-        """Whether a loss at the end is clearly above the lowest one before."""
+        """Whether a loss at the end is clearly above the lowest one before: by more than noise."""
         lowest = min(losses)
         limit = max((factor - 1) * lowest, share * self.uniform, NOISE * zigzag(losses))
         return end - lowest > limit
@@ -125,7 +111,8 @@ def tail_fall(curve: Curve) -> float:
 
 
 def diverging(curve: Curve) -> str | None:
-    """The training loss rises; without one, the validation loss jumps above that of a guess."""
+    """The training loss ends 10% above its lowest, or both losses 3% above theirs; without a
+    training loss, the validation loss jumps above that of a guess."""
     fitted = curve.fitted
     if curve.train is None:
         rose = fitted[-1] > DIVERGED * max(curve.uniform, fitted[0])
@@ -139,6 +126,7 @@ def diverging(curve: Curve) -> str | None:
 
 
 def too_short(curve: Curve) -> str | None:
+    """Fewer than 100 steps, or fewer than 3 evaluations and no clear change."""
     fall = curve.val[0] - curve.val[-1]
     shown = len(curve.steps) >= MIN_EVALUATIONS or abs(fall) > JUMP * curve.uniform
     enough = curve.steps[-1] >= MIN_STEPS
@@ -153,6 +141,7 @@ def too_short(curve: Curve) -> str | None:
 
 
 def solved(curve: Curve) -> str | None:
+    """All answers are exact, or the validation loss ends below 1% of ln V."""
     if curve.val[-1] > SOLVED * curve.uniform and curve.exact != 1:
         return None
     answers = "" if curve.exact is None else f", {curve.exact:.0%} of the answers are exact"
@@ -162,6 +151,7 @@ def solved(curve: Curve) -> str | None:
 
 
 def overfitting(curve: Curve) -> str | None:
+    """The validation loss ends 1% above its lowest, and the training loss falls."""
     rose = curve.rises(curve.val, end_level(curve.val), OVERFITTED, VISIBLE)
     if not rose or (curve.train and curve.train[-1] > curve.train[curve.best]):
         return None
@@ -180,6 +170,7 @@ def overfitting(curve: Curve) -> str | None:
 
 
 def memorized(curve: Curve) -> str | None:
+    """The validation loss is twice the training loss, and 20% of ln V above it."""
     val, train = curve.val[-1], curve.train[-1] if curve.train else curve.val[-1]
     if val < MEMORIZED * train or val - train < FAR * curve.uniform:
         return None
@@ -188,6 +179,7 @@ def memorized(curve: Curve) -> str | None:
 
 
 def not_moving(curve: Curve) -> str | None:
+    """The best loss is above 97% of ln V, or 99% of a trained model's first loss."""
     if curve.pretrained and curve.level * OVERFITTED > curve.val[0]:
         return f"not moving from its first loss, {curve.val[0]:.2f}: try another --lr_max"
     if curve.level < UNTRAINED * curve.uniform:
@@ -199,6 +191,7 @@ def not_moving(curve: Curve) -> str | None:
 
 
 def stuck(curve: Curve) -> str | None:
+    """The best loss is above 70% of ln V, the rate has decayed, and it did not fall before that."""
     high = curve.level > STUCK * curve.uniform and curve.decayed and not curve.pretrained
     if not high or tail_fall(curve) > 3 * PLATEAU:
         return None
@@ -206,6 +199,7 @@ def stuck(curve: Curve) -> str | None:
 
 
 def plateaued(curve: Curve) -> str | None:
+    """The loss falls by less than 1% in the second half of the steps before the rate decays."""
     if len(curve.active) <= MIN_EVALUATIONS or tail_fall(curve) >= PLATEAU:
         return None
     near = max((1 + PLATEAU) * curve.level, curve.level + NOISE * zigzag(curve.val))
@@ -231,10 +225,7 @@ def healthy(curve: Curve) -> str:
     return f"healthy: best at step {curve.steps[curve.best]}; {advice}"
 
 
-RULES = (
-    *(diverging, solved, too_short, overfitting, memorized),
-    *(not_moving, stuck, plateaued, healthy),
-)
+RULES = diverging, solved, too_short, overfitting, memorized, not_moving, stuck, plateaued, healthy
 
 
 def notes(curve: Curve) -> str:
