@@ -51,9 +51,6 @@ class PrepareConfig:
     workers: int = setting(0, "number of processes; 0: one per core", low=0)
 
 
-# --- summary and statistics
-
-
 def summary(manifest: dict[str, Any]) -> str:
     """What was removed and what the data set contains, as text."""
     lines = []
@@ -117,9 +114,6 @@ def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
             "try --weight_decay 1"
         )
     return [*lines, advice]
-
-
-# --- main
 
 
 def check_folder(folder: Path, config: DatasetConfig) -> None:

@@ -60,7 +60,6 @@ def encode_turns(tokenizer: Tokenizer, turns: list[Turn], system: str = "") -> l
 
 
 def join_turns(turns: Iterable[Example]) -> Example:
-    """Turns as one example."""
     ids, scored = zip(*turns, strict=True)
     return Example(np.concatenate(ids), np.concatenate(scored))
 

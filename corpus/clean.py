@@ -49,11 +49,9 @@ class CleanConfig:
 
     @property
     def patterns(self) -> list[str]:
-        """The regular expressions of the lines to drop."""
         return [METADATA] * self.metadata + [self.drop_lines] * bool(self.drop_lines)
 
     def problems(self) -> list[str]:
-        """Invalid combinations of settings."""
         found = []
         if 0 < self.max_chars < self.min_chars:
             found.append(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
@@ -82,7 +80,6 @@ class RemovalStats:
 
 
 def new_stats() -> dict[str, RemovalStats]:
-    """Statistics of all steps, with nothing removed."""
     return {step: RemovalStats() for step in STEPS}
 
 
@@ -100,7 +97,6 @@ class Chunk:
 
     @property
     def complete(self) -> bool:
-        """Whether this is a full document."""
         return self.first and self.last
 
     def stripped(self, text: str) -> str:
@@ -110,7 +106,6 @@ class Chunk:
 
 
 def is_unwanted(line: str, patterns: list[str]) -> bool:
-    """Whether one of the patterns is found in a line."""
     return any(re.search(pattern, line) for pattern in patterns)
 
 

@@ -82,5 +82,4 @@ def make_tokenizer(
 
 
 def utf8_length(texts: list[str]) -> int:
-    """The total length of texts in UTF-8, in bytes."""
     return sum(len(text.encode()) for text in texts)

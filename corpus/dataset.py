@@ -34,9 +34,6 @@ SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of abo
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
 
 
-# --- the splits and the tokenizer
-
-
 def hold_out(reader: SourceReader) -> None:
     """If no document is in the validation split, move the last one there; if there is only one, its
     last tenth: only then is a document divided. Raises UserError if there is no training text."""
@@ -62,7 +59,6 @@ def hold_out(reader: SourceReader) -> None:
 
 
 def count_text(text: str) -> Counter[str]:
-    """How often each piece occurs in a text; see `count_pieces`."""
     return count_pieces([text])
 
 
@@ -96,9 +92,6 @@ def learn_tokenizer(config: DatasetConfig, reader: SourceReader) -> Tokenizer:
         if chunk.split == "train":
             counts.update(pieces)
     return train_bpe(counts, config.bpe_vocab_size)
-
-
-# --- text to tokens
 
 
 @functools.lru_cache(maxsize=1)
@@ -149,9 +142,6 @@ class DatasetWriter:
         their first chunks are equal."""
         train, val = (np.array(self.digests[split]) for split in ("train", "val"))
         return int(np.isin(val, train).sum())
-
-
-# --- the data set
 
 
 def make_dataset(

@@ -56,9 +56,6 @@ STORIES = "roneneldan/TinyStories"  # on Hugging Face
 STORIES_FILES = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
 
 
-# --- shakespeare and plays
-
-
 def extract_speeches(markdown: str) -> str:
     r"""The speeches of a play: a line `NAME:`, the text, an empty line; without headings and stage
     directions.
@@ -171,9 +168,6 @@ def fetch_stories(name: str) -> Path:
         raise UserError(
             f"{name} could not be downloaded ({first_line(error)}): run again"
         ) from None
-
-
-# --- by name
 
 
 def fetch(name: str) -> dict[str, Path]:

@@ -24,7 +24,6 @@ def load_text(
     hold_out: bool = True,
     encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
-    """The corpus of a text file."""
     info, text = file_info(path), read_text(path, encoding)
     note_end_of_text(path, text)
     boundary = len(text) * 9 // 10

@@ -69,7 +69,6 @@ class DatasetConfig:
             self.name = re.sub(r"[^\w.-]", "_", Path(os.path.realpath(self.sources[0])).stem)[:60]
 
     def problems(self) -> list[str]:
-        """Invalid settings."""
         found = []
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
             found.append(f"name {self.name!r} must be a plain name: the data set is data/NAME")
@@ -126,7 +125,6 @@ class SourceReader:
 
     @property
     def n_bytes(self) -> int:
-        """The total size of the sources."""
         return sum(path.stat().st_size for path, _ in self.sources)
 
     def batches(self, title: str, share: float = 1.0) -> Iterator[list[Chunk]]:
@@ -220,9 +218,6 @@ def process_batch(
             chunk = replace(chunk, text=text[start:], first=first, digest=digest)
             found.append((chunk, function(chunk.text)))
     return found, removed
-
-
-# --- several processes
 
 
 def init_worker() -> None:

@@ -39,8 +39,6 @@ BENCHMARKS = ("tokenizers", "generate", "train", "data", "gpu")
 
 @dataclass
 class BenchConfig:
-    """What is measured."""
-
     benchmark: str = setting("", "", choices=BENCHMARKS, positional=True)
     data: str = setting("", "text; default: plays for tokenizers, else shakespeare")
     bpe_vocab_size: int = setting(10_000, "of the tokenizers", low=258, alias="vocab_size")
@@ -53,12 +51,10 @@ class BenchConfig:
     repeats: int = setting(3, "timings of each, of which the median counts", low=1)
 
     def problems(self) -> list[str]:
-        """Wrong paths."""
         return baselines.nanogpt_problems(self.nanogpt)
 
 
 def model_flags(config: BenchConfig) -> Flags:
-    """The flags of the model that is measured."""
     flags = {"preset": config.preset, "vocab_size": timing.VOCAB_SIZE}
     return flags | ({"arch": config.arch} if config.arch else {})
 
@@ -70,9 +66,6 @@ def compared(functions: Callable[[], Functions]) -> Functions:
     except (ImportError, UserError) as error:
         print(f"not compared: {error}")
         return {}
-
-
-# --- tokenizers
 
 
 def bench_tokenizers(config: BenchConfig) -> list[Row]:
@@ -100,9 +93,6 @@ def bench_tokenizers(config: BenchConfig) -> list[Row]:
     return rows
 
 
-# --- generation
-
-
 def bench_generate(config: BenchConfig) -> list[Row]:
     """Tokens per second and sample at temperature 0.8 and top-k 40: ours without and with a cache,
     in each precision, compiled, and ten samples as a batch; Hugging Face's; nanoGPT's;
@@ -124,9 +114,6 @@ def bench_generate(config: BenchConfig) -> list[Row]:
     return [head, *timing.sampling_rows(gpt, device, ours, others, config.repeats)]
 
 
-# --- training
-
-
 def bench_train(config: BenchConfig) -> list[Row]:
     """Training steps, eager and compiled, in each precision, of nanoGPT's model too."""
     device, flags = pick_device(config.device), model_flags(config)
@@ -144,9 +131,6 @@ def bench_train(config: BenchConfig) -> list[Row]:
         f"{device}, {torch.get_num_threads()} threads",
     )
     return [head, *timing.training_rows(trainings, config.steps, config.repeats)]
-
-
-# --- reading batches
 
 
 def bench_data(config: BenchConfig) -> list[Row]:

@@ -38,11 +38,7 @@ MODELS: dict[str, Flags] = {
 
 
 def losses(trainer: Trainer, n_steps: int) -> Tensor:
-    """The losses of the next steps, on the CPU."""
     return torch.stack([trainer.train_step()["loss"] for _ in range(n_steps)]).cpu()
-
-
-# --- checks
 
 
 def check_losses(device: torch.device) -> list[Row]:
@@ -95,9 +91,6 @@ def check_runs(device: torch.device) -> list[Row]:
     ]
 
 
-# --- measurements
-
-
 def cuda_graphs_rows(name: str, flags: Flags, device: torch.device, n_steps: int) -> list[Row]:
     """What CUDA graphs change, which launch all kernels of a small model at once: not the loss."""
     trainers = [make_trainer(flags, device) for _ in range(2)]
@@ -110,9 +103,6 @@ def cuda_graphs_rows(name: str, flags: Flags, device: torch.device, n_steps: int
     return [Row(f"CUDA graphs, {name}", result, not largest < 0.05)]
 
 
-# --- the table
-
-
 def attempt(what: str, measure: Callable[..., list[Row]], *args: Any) -> list[Row]:
     """The rows of a measurement, or its error: the others are measured all the same."""
     try:
@@ -122,7 +112,6 @@ def attempt(what: str, measure: Callable[..., list[Row]], *args: Any) -> list[Ro
 
 
 def bench_gpu(nanogpt: str = "") -> list[Row]:
-    """The checks and measurements."""
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if is_cuda else "cpu")
     card, driver = "no GPU: a test with a tiny model", "none"

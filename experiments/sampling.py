@@ -71,9 +71,6 @@ def table_row(point: Point) -> Row:
     return row
 
 
-# --- sampling settings
-
-
 def sweep(study: Study, model: GPT, tokenizer: Tokenizer) -> list[Point]:
     """The statistics of samples for each value of each sampling setting."""
     points = []
@@ -102,9 +99,6 @@ def validation_statistics(
     copied = [longest_copy(tokenizer.decode(piece), train_text) for piece in pieces]
     surprise = split_loss(model, corpus, "val")
     return {"surprise": surprise} | distinct | {"characters copied": mean(copied)}
-
-
-# --- checkpoints
 
 
 def split_words(text: str) -> list[str]:
@@ -173,9 +167,6 @@ def evaluate_models(study: Study, name: str, tokenizer: Tokenizer, corpus: Corpu
             }
         )
     return points
-
-
-# --- the figure
 
 
 def plot(

@@ -31,8 +31,6 @@ Law = tuple[float, float]  # factor k and exponent a of y = k x^a
 
 
 class Plan(NamedTuple):
-    """What is trained."""
-
     flags: Flags  # of all runs
     # FLOP -> the widths trained with this budget. The best one should not be the first or the last.
     widths: dict[float, tuple[int, ...]]
@@ -63,12 +61,7 @@ FULL = Plan(
 )
 
 
-# --- fits
-
-
 class Best(NamedTuple):
-    """The best size for a budget."""
-
     weights: float
     loss: float  # nats per token
     minimum: str  # how it was found
@@ -123,9 +116,6 @@ def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
     return {name: fit_power_law(list(best), values) for name, values in sizes.items()}
 
 
-# --- runs
-
-
 def weights_of_width(study: Study, plan: Plan, width: int) -> int:
     """N of the model of this width: the weights of the matrices that a token is multiplied with."""
     vocab_size = study.corpus(plan.flags)[0].vocab_size
@@ -158,9 +148,6 @@ def nearest_width(study: Study, plan: Plan, n: float) -> int:
     step = 2 * plan.flags["n_head"]  # RoPE needs heads of an even size
     widths = range(step, 2 * max(map(max, plan.widths.values())), step)
     return min(widths, key=lambda width: abs(weights_of_width(study, plan, width) - n))
-
-
-# --- tables and plots
 
 
 def result_tables(

@@ -57,8 +57,6 @@ BASELINE = "nanoGPT"
 
 @dataclass
 class SpeedrunConfig:
-    """What is trained."""
-
     recipes: str = setting("quick,laptop,fast", f"names, separated by commas: {', '.join(RECIPES)}")
     seeds: str = setting("1337,1338,1339", "random seeds of our runs, separated by commas")
     nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
@@ -69,7 +67,6 @@ class SpeedrunConfig:
     )
 
     def problems(self) -> list[str]:
-        """Names and paths that do not exist."""
         unknown = [name for name in self.recipes.split(",") if name not in RECIPES]
         found = [f"no recipe {name!r}: choose from {', '.join(RECIPES)}" for name in unknown]
         if not all(seed.isdecimal() for seed in self.seeds.split(",")):

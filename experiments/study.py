@@ -53,8 +53,6 @@ paired t-test, corrected for all comparisons of its table (Holm). Below 0.05 it 
 
 @dataclass
 class StudyConfig:
-    """The size of a study and its folders."""
-
     quick: bool = setting(False, "minutes on two CPU cores; off: the full size, for a GPU")
     seeds: int = setting(3, "runs per setting, to tell effects from noise", low=1)
     data: str = setting("shakespeare", "text, as for train.py")
@@ -85,7 +83,6 @@ def gradient_norms(runs: list[Result]) -> list[float]:
 
 
 def val_losses(runs: list[Result]) -> list[float]:
-    """The validation loss of each run."""
     return [result["val"] for result in runs]
 
 
@@ -120,7 +117,6 @@ def format_cell(value: Any, sign: str = "") -> str:
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
     signs = dict.fromkeys(("difference", "95% from", "to"), "+")
     lines = [
         list(rows[0]),
@@ -146,7 +142,6 @@ def kept(file: Path, compute: Callable[[], Any]) -> Any:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
@@ -160,8 +155,6 @@ cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs shar
 
 @dataclass
 class Study:
-    """A study: its settings, its runs and its results."""
-
     name: str
     config: StudyConfig
     device: torch.device
@@ -260,7 +253,6 @@ class Study:
         }
 
     def with_seeds(self, name: str, flags: Flags, share: float = 1.0) -> list[Result]:
-        """`make_run` with each seed."""
         seeds = range(1, self.config.seeds + 1)
         return [self.make_run(f"{name}-{seed}", flags | {"seed": seed}, share) for seed in seeds]
 

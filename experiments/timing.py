@@ -53,9 +53,6 @@ def to_table(rows: list[Row]) -> str:
     return "\n".join([head, "|---|---|", *lines])
 
 
-# --- what the numbers depend on
-
-
 def run_record(corpus: dict[str, Any], precision: str, device: torch.device) -> dict[str, Any]:
     """What a run depends on besides its flags. corpus: the `info` of a Corpus."""
     return {
@@ -79,7 +76,6 @@ def git_commit() -> str:
 
 
 def git(*words: str) -> str:
-    """The output of a git command in the folder of the project."""
     command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -94,18 +90,13 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def cpu_model() -> str:
-    """The name of the processor."""
     info = Path("/proc/cpuinfo")  # on Linux
     text = info.read_text() if info.exists() else ""
     found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
 
 
-# --- functions
-
-
 def time_once(function: Callable[[], Any]) -> float:
-    """The seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -118,9 +109,6 @@ def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
         for name, function in functions.items():
             times[name].append(time_once(function))
     return {name: median_high(seconds) for name, seconds in times.items()}
-
-
-# --- the machine
 
 
 @functools.cache
@@ -144,12 +132,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# --- training steps
-
-
 class Training(NamedTuple):
-    """Training steps to measure."""
-
     name: str
     flags: tuple[tuple[str, Any], ...]  # of train.py, with the precision
     device: torch.device
@@ -210,9 +193,6 @@ def training_rows(trainings: list[Training], n_steps: int, repeats: int) -> list
         result += f"{memory[training.name] / 1e6:,.0f} MB"
         rows.append(Row(training.name, result))
     return rows
-
-
-# --- sampling
 
 
 def sample(model: GPT, config: SampleConfig) -> Tensor:

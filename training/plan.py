@@ -87,7 +87,6 @@ def block_params(gpt: GPTConfig) -> int:
 
 
 def step_tokens(gpt: GPTConfig, config: TrainConfig) -> int:
-    """The training tokens of a step."""
     return config.batch_size * config.grad_accum * gpt.block_size
 
 
@@ -232,7 +231,6 @@ class Candidate:
         return steps * step_tokens(self.gpt, self.config) / pilot.unique
 
     def line(self, minutes: float, pilot: Pilot, mark: str = "") -> str:
-        """A run as a line of the table."""
         gpt, steps = self.gpt, self.config.max_steps
         size = f"{gpt.n_layer} x {gpt.n_embd}"
         return (
@@ -284,7 +282,6 @@ def plan_run(
 
 
 def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
-    """Why this run, in words."""
     size = f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels"
     rest = [run for run in runs if run is not best and run.loss < math.inf]
     steps, every = best.config.max_steps, best.config.eval_every

@@ -156,7 +156,6 @@ class RunLog:
             self.bar.update()
 
     def is_evaluation_step(self, step: int) -> bool:
-        """Whether the model is evaluated after this step."""
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def begins_with_evaluation(self, step: int) -> bool:
@@ -218,7 +217,6 @@ class RunLog:
         return best_record(self.records)
 
     def since_best(self) -> int:
-        """The number of evaluations since the best one."""
         return len(self.records) - 1 - self.records.index(self.best())
 
     def out_of_patience(self) -> bool:
@@ -252,7 +250,6 @@ class RunLog:
             file.write(f"[\n{lines}\n]\n".encode())
 
     def plot(self) -> None:
-        """Draw the curve so far."""
         start = time.perf_counter()
         steps = training_steps(read_records(self.run_dir / "log.jsonl"))
         run = Run(str(self.run_dir), self.header, self.records, steps=steps)
@@ -266,7 +263,6 @@ class RunLog:
             write({name: value for name, value in record.items() if value is not None})
 
     def stopped(self, step: int) -> None:
-        """Report that a signal stopped the run."""
         if rank() == 0:
             self.plot()
             print(
