@@ -70,8 +70,7 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def statistics(folder: Path) -> str:
-    """The lengths of the documents in a data set, the window that suits them, and how many tokens
-    per parameter each preset has, as text."""
+    """The lengths of documents, the window that suits them, and tokens per parameter, as text."""
     tokenizer, corpus = open_dataset(folder)
     assert corpus.train_docs is not None
     n_tokens = len(corpus.train_ids)
@@ -103,17 +102,13 @@ def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
         n_params, _ = count_params(gpt_config)
         ratios[name] = n_tokens / n_params
         lines.append(f"    {name:8}{n_params / 1e6:8.2f} M parameters{ratios[name]:10.2f}")
-    large_enough = {name: ratio for name, ratio in ratios.items() if ratio >= TOKENS_PER_PARAMETER}
+    large_enough = [name for name, ratio in ratios.items() if ratio >= TOKENS_PER_PARAMETER]
     if large_enough:
         largest = min(large_enough, key=ratios.__getitem__)
-        advice = f"{largest} is the largest preset that this corpus is large enough for"
-    else:
-        smallest = max(ratios, key=ratios.__getitem__)
-        advice = (
-            f"little text: even {smallest} will see it many times; watch the validation loss, and "
-            "try --weight_decay 1"
-        )
-    return [*lines, advice]
+        return [*lines, f"{largest} is the largest preset that this corpus is large enough for"]
+    smallest = max(ratios, key=ratios.__getitem__)
+    advice = "watch the validation loss, and try --weight_decay 1"
+    return [*lines, f"little text: even {smallest} will see it many times; {advice}"]
 
 
 def check_folder(folder: Path, config: DatasetConfig) -> None:

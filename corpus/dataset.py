@@ -123,8 +123,7 @@ class DatasetWriter:
         self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
 
     def write(self, chunk: Chunk, ids: np.ndarray) -> None:
-        """Append the ids of a chunk (tokens,) to its split; the first chunk of a document follows a
-        separator."""
+        """Append the ids of a chunk (tokens,) to its split; a separator precedes each document."""
         counts = self.counts[chunk.split]
         if chunk.first:
             ids = np.insert(ids, 0, self.separator)

@@ -153,8 +153,7 @@ def fetch_shakespeare(path: Path) -> None:
 
 
 def fetch_stories(name: str) -> Path:
-    """A file of TinyStories, downloaded to data/; an interrupted download is resumed. Raises
-    UserError if that fails."""
+    """A file of TinyStories; its download can be resumed. Raises UserError if that fails."""
     path = Path("data", name)
     if path.exists():
         return path

@@ -128,8 +128,7 @@ class SourceReader:
         return sum(path.stat().st_size for path, _ in self.sources)
 
     def batches(self, title: str, share: float = 1.0) -> Iterator[list[Chunk]]:
-        """Yield the chunks in batches of about BATCH_SIZE characters. With a share below 1, a
-        pseudo-random selection of them."""
+        """Yield batches of about BATCH_SIZE characters, of a pseudo-random share of the chunks."""
         batch: list[Chunk] = []
         size = 0
         for chunk in self.chunks(title):

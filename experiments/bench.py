@@ -51,7 +51,7 @@ class BenchConfig:
     repeats: int = setting(3, "timings of each, of which the median counts", low=1)
 
     def problems(self) -> list[str]:
-        return baselines.nanogpt_problems(self.nanogpt)
+        return baselines.nanogpt_problems(self.nanogpt) + device_problems(self.device)
 
 
 def model_flags(config: BenchConfig) -> Flags:
@@ -151,9 +151,7 @@ def bench_data(config: BenchConfig) -> list[Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse_args(
-        BenchConfig, argv, __doc__, check=lambda config: device_problems(config.device)
-    )
+    config = parse_args(BenchConfig, argv, __doc__)
     functions = {
         "tokenizers": bench_tokenizers,
         "generate": bench_generate,

@@ -216,15 +216,13 @@ def main(argv: list[str] | None = None) -> int:
     points = sweep(study, model, tokenizer)
     validation = validation_statistics(study, model, tokenizer, corpus)
     part = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * SHARE)])
+    overfitting = f"Overfitting, on {SHARE:.0%} of the text"
     evaluated = {
         "Checkpoints": evaluate_models(study, "model", tokenizer, corpus),
-        f"Overfitting, on {SHARE:.0%} of the text": evaluate_models(
-            study, "overfitted", tokenizer, part
-        ),
+        overfitting: evaluate_models(study, "overfitted", tokenizer, part),
     }
-    tables = {"Sampling settings, each varied alone": [table_row(point) for point in points]}
-    for title, some_points in evaluated.items():
-        tables[title] = [table_row(point) for point in some_points]
+    all_points = {"Sampling settings, each varied alone": points} | evaluated
+    tables = {title: [table_row(point) for point in some] for title, some in all_points.items()}
     tables["Validation text"] = [validation]
     study.write_results(tables, plot(points, validation, evaluated))
     return 0

@@ -64,9 +64,6 @@ class StudyConfig:
     device: str = setting("auto", DEVICE_HELP)
 
 
-# --- numbers of runs
-
-
 def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
     """The time of a run's training steps, without evaluations: seconds in total, ms_per_step."""
     seconds = sum(  # the time of a step is None after only one
@@ -100,9 +97,6 @@ def compare(
     """A row for each variant: columns(variant), `loss_columns` and `add_differences`."""
     rows = [columns(variant) | loss_columns(some, timed) for variant, some in runs.items()]
     return add_differences(rows, map(val_losses, runs.values()), bases)
-
-
-# --- tables and files
 
 
 def format_cell(value: Any, sign: str = "") -> str:
@@ -145,9 +139,6 @@ def write_file(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-# --- studies
 
 
 cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs share a corpus
@@ -202,8 +193,7 @@ class Study:
     def make_run(self, name: str, flags: Flags, share: float = 1.0) -> Result:
         """The result of a run with the flags of train.py, on this share of the training tokens. A
         finished run is read from its folder, an unfinished one is resumed. Raises UserError if the
-        folder contains a run with other settings, and KeyboardInterrupt if the user stops the run.
-        """
+        folder has a run with other settings, and KeyboardInterrupt if the user stops the run."""
         folder = self.folder / re.sub(r"[^\w.+-]+", "-", name)
         flags = {"data": self.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
         settings = flags | {"share": share}

@@ -84,16 +84,12 @@ def device_name(device: torch.device) -> str:
     """The hardware that the numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    n = torch.get_num_threads()
-    return f"{device.type}, {n} thread{'s' * (n > 1)}, {cpu_model()}"
-
-
-@functools.cache
-def cpu_model() -> str:
     info = Path("/proc/cpuinfo")  # on Linux
     text = info.read_text() if info.exists() else ""
     found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
+    name = found[1] if found else platform.processor() or platform.machine()
+    n = torch.get_num_threads()
+    return f"{device.type}, {n} thread{'s' * (n > 1)}, {name}"
 
 
 def time_once(function: Callable[[], Any]) -> float:
@@ -168,9 +164,8 @@ def run_steps(training: Training, n: int) -> float:
 
 
 def training_rows(trainings: list[Training], n_steps: int, repeats: int) -> list[Row]:
-    """Tokens per second, time per step, model FLOP utilization (MFU: the share of the rate at which
-    this machine multiplies matrices), and peak memory. Each training has its own process, and they
-    take turns."""
+    """Tokens per second, time per step, MFU (model FLOP utilization: the share of the speed of
+    large matrix products), and peak memory. Each training has a process; they take turns."""
     context = multiprocessing.get_context("spawn")
 
     def run(training: Training) -> float:

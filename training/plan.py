@@ -55,8 +55,7 @@ END_SECONDS = 2.0  # for the plot at the end, with the import of matplotlib
 
 
 def plan_flags(flags: Flags) -> Flags:
-    """The flags with the smallest size, until a run is planned. Raises UserError for flags that
-    contradict a plan."""
+    """The flags of the smallest size, for now. Raises UserError for flags that contradict it."""
     chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
     if chosen:
         raise UserError(f"--minutes and --plan choose {chosen}: leave it out")
@@ -94,9 +93,8 @@ def step_tokens(gpt: GPTConfig, config: TrainConfig) -> int:
 
 
 def seconds_per_step(trainer: Any) -> float:
-    """The mean time of a training step. If windows grow, late steps take up to 14% longer. The
-    faster of two at each place, because the first one allocates memory. Reading the loss waits for
-    a GPU."""
+    """The mean time of a training step, from the faster of two at each place: the first allocates
+    memory. If windows grow, late steps take up to 14% longer. Reading the loss waits for a GPU."""
     seconds = []
     for place in PLACES:
         trainer.step = int(place * trainer.config.max_steps)

@@ -32,8 +32,7 @@ def resume_pretraining(flags: Flags) -> tuple[Flags, dict[str, Any] | None]:
 
 
 def saved_settings(state: dict[str, Any]) -> Flags:
-    """The settings in a checkpoint, those that it lacks with their defaults. Raises UserError if
-    they are not valid."""
+    """The settings in a checkpoint, or their defaults. Raises UserError if they are not valid."""
     gpt = from_dict(GPTConfig, state["gpt_config"])
     config = from_dict(TrainConfig, state["train_config"])
     raise_problems(all_problems(gpt) + all_problems(config))
