@@ -77,8 +77,7 @@ def checkpoint_tokenizer(path: Path) -> Tokenizer:
 
 def learn_tokenizer(config: DatasetConfig, reader: SourceReader) -> Tokenizer:
     """The tokenizer of the data set: one of tiktoken's, that of a checkpoint, the characters of all
-    documents, or byte pairs learned from the training documents (from a sample if the sources are
-    large)."""
+    documents, or byte pairs learned from the training documents, from a sample if they are many."""
     if config.tokenizer in ENCODINGS:
         return from_tiktoken(config.tokenizer)
     if config.tokenizer not in TOKENIZERS:

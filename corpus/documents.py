@@ -33,9 +33,6 @@ Document = TypeVar("Document")
 ChunkEnd = Callable[[str, int], int]
 
 
-# --- reading
-
-
 def split_stream(
     stream: Iterable[str], separator: str, chunk_end: ChunkEnd = lambda text, limit: 0
 ) -> Iterator[tuple[str, bool]]:
@@ -158,9 +155,6 @@ def read_documents(path: Path, separator: str, encoding: str = "utf-8") -> list[
     return texts
 
 
-# --- folders
-
-
 def file_start(path: Path) -> bytes:
     """The first bytes of a file. Raises UserError if it cannot be read."""
     return next(read_blocks(path), b"")[:SNIFF_SIZE]
@@ -190,9 +184,8 @@ def note_skipped(folder: Path, texts: Sequence[object], skipped: list[Path], kin
 
 
 def read_folder(folder: Path, encoding: str, tokenizer: Tokenizer | None = None) -> list[str]:
-    """The documents in the text files of a folder, without blank ones. Files that are binary, in
-    another encoding or of questions and answers are skipped. Raises UserError if there are none, or
-    too many."""
+    """The documents in the text files of a folder, without blank ones. Skips files in another
+    encoding or of questions and answers. Raises UserError if there are none, or too many."""
     files, skipped = text_files(folder)
     check_size(folder, sum(path.stat().st_size for path in files), tokenizer)
     texts: list[str] = []
@@ -206,9 +199,6 @@ def read_folder(folder: Path, encoding: str, tokenizer: Tokenizer | None = None)
             skipped.append(path)
     note_skipped(folder, texts, skipped, f"binary, question or not {encoding.upper()}")
     return texts
-
-
-# --- splits
 
 
 def hash_to_unit(number: int, seed: int = SPLIT_SEED) -> float:

@@ -88,9 +88,8 @@ class DatasetConfig:
 
 
 def find_sources(names: Sequence[str]) -> list[tuple[Path, str]]:
-    """The files that names refer to (files, folders, named data sets), each with the split of all
-    its documents; "": each document is assigned to one. Raises UserError if one does not exist or
-    is not text."""
+    """The files that names (of files, folders, data sets) refer to, each with the split of all its
+    documents, or "" to assign each. Raises UserError if one does not exist or is not text."""
     sources: list[tuple[Path, str]] = []
     for name in names:
         if name in DATASETS and not Path(name).exists():

@@ -61,10 +61,7 @@ class SpeedrunConfig:
     seeds: str = setting("1337,1338,1339", "random seeds of our runs, separated by commas")
     nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
     data: str = setting("shakespeare", "text, as for train.py")
-    results: str = setting(
-        "checkpoints/studies/results",
-        "folder of the log, speedrun.jsonl; experiments/results has the published one",
-    )
+    results: str = setting("checkpoints/studies/results", "folder of the log, speedrun.jsonl")
 
     def problems(self) -> list[str]:
         unknown = [name for name in self.recipes.split(",") if name not in RECIPES]

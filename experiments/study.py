@@ -57,10 +57,7 @@ class StudyConfig:
     seeds: int = setting(3, "runs per setting, to tell effects from noise", low=1)
     data: str = setting("shakespeare", "text, as for train.py")
     out_dir: str = setting("checkpoints/studies", "folder of the runs, which are kept")
-    results: str = setting(
-        "checkpoints/studies/results",
-        "folder of the tables and plots; experiments/results replaces the published ones",
-    )
+    results: str = setting("checkpoints/studies/results", "folder of the tables and plots")
     device: str = setting("auto", DEVICE_HELP)
 
 

@@ -204,8 +204,7 @@ def sampling_rows(
     repeats: int,
 ) -> list[Row]:
     """Tokens per second in texts of the same length, of our model with these settings and of other
-    samplers, in turns; of ours, also the size of the weights of the linear layers, which are read
-    for each token."""
+    samplers, in turns; of ours, also the size of the linear layers, read for each token."""
     samplers: Functions = {}
     megabytes: dict[str, float] = {}
     for name, config in configs.items():

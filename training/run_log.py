@@ -122,8 +122,6 @@ class RunLog:
         files = {SAMPLES: file.stat().st_size} if file.exists() else {}
         return {"log": self.records, "seconds": self.seconds(), "files": files}
 
-    # --- during training
-
     def begin(self, trainer: Any) -> tqdm:
         """The bar that shows the steps, to be used as a context."""
         if self.config.minutes:
@@ -222,8 +220,6 @@ class RunLog:
     def out_of_patience(self) -> bool:
         """Whether none of the last `patience` evaluations improved the validation loss."""
         return 0 < self.config.patience <= self.since_best()
-
-    # --- output
 
     def write_sample(self, step: int, sample: str) -> None:
         """Append a sample to samples.txt, and print its first lines, wrapped to the terminal."""
