@@ -18,7 +18,6 @@ Next: python train.py --data data/NAME
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from system.start import run
@@ -33,22 +32,12 @@ from corpus.folder import is_dataset_file, open_dataset
 from corpus.sources import DatasetConfig
 from system.command_line import parse_args
 from system.folders import check_replaceable, replacing
-from system.settings import UserError, setting
+from system.settings import UserError
 from utils import count_params
 
 # Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
 TOKENS_PER_PARAMETER = 20
 SAME_SIZES = ("quick", "fast", "baseline")  # presets with the sizes of others
-
-
-@dataclass
-class PrepareConfig:
-    """Statistics, and the number of processes."""
-
-    stats: bool = setting(
-        False, "print document lengths and suitable windows and presets", group="other"
-    )
-    workers: int = setting(0, "number of processes; 0: one per core", low=0)
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -121,21 +110,19 @@ def check_folder(folder: Path, config: DatasetConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    configs = parse_args((DatasetConfig, CleanConfig, PrepareConfig), argv, __doc__)
-    config, cleaning, options = configs
+    config, cleaning = parse_args((DatasetConfig, CleanConfig), argv, __doc__)
     folder = Path("data", config.name)
     if not config.sources:
-        if not (options.stats and config.name):
+        if not (config.stats and config.name):
             raise UserError("give files, folders, or the name of a data set (see --help)")
         print(statistics(folder))
         return 0
-    settings = {name: value for c in configs for name, value in asdict(c).items()}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to clean up
     with replacing(folder, "prepare.py", lambda: check_folder(folder, config)) as new:
-        manifest = make_dataset(new, config, cleaning, options.workers, settings)
+        manifest = make_dataset(new, config, cleaning)
     print(summary(manifest))
     note_shared(manifest["shared_documents"], manifest["splits"]["val"]["documents"])
-    if options.stats:
+    if config.stats:
         print(statistics(folder))
     print(f"next: python train.py --data {folder}")
     return 0

@@ -142,21 +142,13 @@ class DatasetWriter:
         return int(np.isin(val, train).sum())
 
 
-def make_dataset(
-    folder: Path,
-    config: DatasetConfig,
-    cleaning: CleanConfig,
-    workers: int,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Write a data set into an empty folder. Returns its manifest.
-
-    workers: number of processes; 0: one per core. settings: recorded in the manifest. Raises
-    UserError if a source is invalid or no text remains.
-    """
+def make_dataset(folder: Path, config: DatasetConfig, cleaning: CleanConfig) -> dict[str, Any]:
+    """Write a data set into an empty folder. Returns its manifest. Raises UserError if a source is
+    invalid or no text remains."""
     reader = SourceReader(config, cleaning)
     hold_out(reader)  # mostly reads one batch: not worth starting worker processes
-    reader.workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
+    if reader.n_bytes >= MIN_PARALLEL:
+        reader.workers = config.workers or os.cpu_count() or 1
     tokenizer = learn_tokenizer(config, reader)
     text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -171,20 +163,17 @@ def make_dataset(
     np.save(folder / "train_docs.npy", np.array(writer.train_docs, dtype=np.int64))
     if files_read != reader.files_read[: len(files_read)]:
         raise UserError("a source changed while it was read: try again")
+    versions = {module.__name__: module.__version__ for module in (np, tiktoken)}
     manifest = {
         "name": config.name,
         "sources": reader.files_read,
-        "settings": settings,
+        "settings": asdict(config) | asdict(cleaning),
         "removed": {step: asdict(stats) for step, stats in reader.removed.items()},
         "splits": writer.counts,
         "shared_documents": writer.n_shared(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": str(writer.dtype),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "tiktoken": tiktoken.__version__,
-        },
+        "versions": versions | {"python": platform.python_version()},
     }
     write_manifest(folder, manifest)
     return manifest

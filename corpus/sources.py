@@ -63,6 +63,8 @@ class DatasetConfig:
     val_share: float = setting(0.1, "share of documents in the validation split", above=0, below=1)
     seed: int = setting(1337, "seed of the choice of validation documents", low=0)
     overwrite: bool = setting(False, "replace the data set of this name")
+    stats: bool = setting(False, "print document lengths and suitable windows and presets")
+    workers: int = setting(0, "number of processes; 0: one per core", low=0)
 
     def __post_init__(self) -> None:
         if self.sources and not self.name:
