@@ -22,7 +22,7 @@ import tokenizer as tokenizers
 from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, from_tiktoken, train_bpe
 from corpus.clean import Chunk, CleanConfig
-from corpus.documents import check_known
+from corpus.documents import check_known, special_id
 from corpus.folder import write_manifest
 from corpus.sources import DatasetConfig, SourceReader
 from corpus.text import token_dtype
@@ -63,16 +63,9 @@ def count_text(text: str) -> Counter[str]:
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint. Raises UserError if it cannot separate documents."""
     state = read_checkpoint(path)
     with matching_contents(path):
-        tokenizer = tokenizers.from_dict(state["tokenizer"])
-    if END_OF_TEXT not in tokenizer.specials:
-        raise UserError(
-            f"the tokenizer of {path} has no {END_OF_TEXT}, with which documents of a data set "
-            "begin: give another --tokenizer"
-        )
-    return tokenizer
+        return tokenizers.from_dict(state["tokenizer"])
 
 
 def learn_tokenizer(config: DatasetConfig, reader: SourceReader) -> Tokenizer:
@@ -112,7 +105,7 @@ class DatasetWriter:
     """Writes the token files of both splits, and counts what they contain."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        self.separator = tokenizer.specials[END_OF_TEXT]
+        self.separator = special_id(tokenizer, END_OF_TEXT)
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in ("train", "val")}  # noqa: SIM115
         self.train_docs = array("q")  # where each document starts in the training ids
