@@ -24,7 +24,6 @@ from system.start import run
 
 import numpy as np
 
-from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import make_dataset
 from corpus.documents import note_shared
@@ -33,11 +32,6 @@ from corpus.sources import DatasetConfig
 from system.command_line import parse_args
 from system.folders import check_replaceable, replacing
 from system.settings import UserError
-from utils import count_params
-
-# Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
-TOKENS_PER_PARAMETER = 20
-SAME_SIZES = ("quick", "fast", "baseline")  # presets with the sizes of others
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -59,8 +53,8 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def statistics(folder: Path) -> str:
-    """The lengths of documents, the window that suits them, and tokens per parameter, as text."""
-    tokenizer, corpus = open_dataset(folder)
+    """The lengths of documents, and the window and the size that suit them, as text."""
+    _, corpus = open_dataset(folder)
     assert corpus.train_docs is not None
     n_tokens = len(corpus.train_ids)
     lengths = np.diff(np.append(corpus.train_docs, n_tokens))
@@ -74,30 +68,10 @@ def statistics(folder: Path) -> str:
             f"documents: {len(lengths):,} for training; tokens per document: median {median:,}, "
             f"95th percentile {percentile_95:,}, longest {lengths.max():,}",
             f"window: --block_size {block_size} fits {fitting:.0%} of the documents{packed}",
-            *preset_lines(n_tokens, tokenizer.vocab_size),
+            f"size: {n_tokens // 20:,} parameters make the best use of a training budget (Hoffmann et "
+            "al. 2022); a larger model reads the text many times: try --weight_decay 1",
         ]
     )
-
-
-def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
-    """A table of the presets' sizes and tokens per parameter, and which preset suits n_tokens."""
-    lines = [
-        f"tokens per parameter (about {TOKENS_PER_PARAMETER} make the best use of a training "
-        "budget, Hoffmann et al. 2022):"
-    ]
-    ratios = {}
-    for name in (name for name in PRESETS if name not in SAME_SIZES):
-        gpt_config, _ = train_settings({"preset": name, "vocab_size": vocab_size}, "cpu")
-        n_params, _ = count_params(gpt_config)
-        ratios[name] = n_tokens / n_params
-        lines.append(f"    {name:8}{n_params / 1e6:8.2f} M parameters{ratios[name]:10.2f}")
-    large_enough = [name for name, ratio in ratios.items() if ratio >= TOKENS_PER_PARAMETER]
-    if large_enough:
-        largest = min(large_enough, key=ratios.__getitem__)
-        return [*lines, f"{largest} is the largest preset that this corpus is large enough for"]
-    smallest = max(ratios, key=ratios.__getitem__)
-    advice = "watch the validation loss, and try --weight_decay 1"
-    return [*lines, f"little text: even {smallest} will see it many times; {advice}"]
 
 
 def check_folder(folder: Path, config: DatasetConfig) -> None:
