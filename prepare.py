@@ -68,8 +68,8 @@ def statistics(folder: Path) -> str:
             f"documents: {len(lengths):,} for training; tokens per document: median {median:,}, "
             f"95th percentile {percentile_95:,}, longest {lengths.max():,}",
             f"window: --block_size {block_size} fits {fitting:.0%} of the documents{packed}",
-            f"size: {n_tokens // 20:,} parameters make the best use of a training budget (Hoffmann et "
-            "al. 2022); a larger model reads the text many times: try --weight_decay 1",
+            f"size: {n_tokens // 20:,} parameters make the best use of a training budget "
+            "(Hoffmann et al. 2022); larger models read the text many times: try --weight_decay 1",
         ]
     )
 

@@ -29,8 +29,6 @@ STEPS = {
 
 @dataclass
 class CleanConfig:
-    """What is removed from the documents."""
-
     metadata: bool = setting(
         False, "drop lines such as `Title: ...` and `*** START OF ...`", group="cleaning"
     )

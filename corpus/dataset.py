@@ -129,8 +129,7 @@ class DatasetWriter:
         counts["bytes"] += len(chunk.text.encode())
 
     def n_shared(self) -> int:
-        """The number of validation documents that are training documents too; long ones count if
-        their first chunks are equal."""
+        """The number of validation documents whose first chunks are those of training documents."""
         train, val = (np.array(self.digests[split]) for split in ("train", "val"))
         return int(np.isin(val, train).sum())
 

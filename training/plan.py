@@ -89,9 +89,6 @@ def step_tokens(gpt: GPTConfig, config: TrainConfig) -> int:
     return config.batch_size * config.grad_accum * gpt.block_size
 
 
-# --- measure
-
-
 def seconds_per_step(trainer: Any) -> float:
     """The mean time of a training step, from the faster of two at each place: the first allocates
     memory. If windows grow, late steps take up to 14% longer. Reading the loss waits for a GPU."""
@@ -175,12 +172,8 @@ def measure_sizes(
     return found
 
 
-# --- choose
-
-
 def least_steps(flags: Flags) -> int:
-    """The steps of the shortest run: enough for a prediction, and as many after the warmup as
-    during it."""
+    """The steps of the shortest run: enough for a prediction, and two times the warmup."""
     return max(MIN_STEPS, 2 * (flags.get("warmup_steps") or 0))
 
 
