@@ -110,7 +110,7 @@ def read_plays() -> dict[str, str]:
 
 
 def fetch_plays(path: Path) -> None:
-    """Write all the plays to path, as JSONL with play, scene and text. Raises UserError if not."""
+    """Write all the plays to path, as JSONL with play, scene and text; UserError if it fails."""
     try:
         plays = read_plays()
     except PLAYS_ERRORS as error:

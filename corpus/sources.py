@@ -115,6 +115,7 @@ class SourceReader:
     def __init__(self, config: DatasetConfig, cleaning: CleanConfig):
         self.config, self.cleaning, self.workers = config, cleaning, 1
         self.sources = find_sources(config.sources)
+        self.n_bytes = sum(path.stat().st_size for path, _ in self.sources)
         separator = END_OF_TEXT if "tinystories" in config.sources else ""
         self.separator = config.separator or separator
         self.bad_bytes = "strict" if cleaning.bad_bytes == "stop" else "replace"
@@ -123,10 +124,6 @@ class SourceReader:
         # path, bytes and sha256 of each file that was read; complete at the end of the stream
         self.files_read: list[dict[str, Any]] = []
         self.removed = new_stats()  # also at the end
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(path.stat().st_size for path, _ in self.sources)
 
     def batches(self, title: str, share: float = 1.0) -> Iterator[list[Chunk]]:
         """Yield batches of about BATCH_SIZE characters, of a pseudo-random share of the chunks."""

@@ -40,8 +40,6 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 OFF: Flags = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 STATISTICS = ("entropy", "surprise", "distinct-1", "distinct-2")
 WORDS = "words of the training text"  # a column: their share of the words of samples
-SHOWN = 100  # characters of a sample in the tables
-
 
 QUICK: Flags = {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80}
 QUICK_OVERFITTED: Flags = QUICK | {"max_steps": 1500, "eval_every": 150, "save_every": 150}
@@ -154,7 +152,7 @@ def evaluate_models(study: Study, name: str, tokenizer: Tokenizer, corpus: Corpu
         ]
         ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
         copied = [[longest_copy(text, train_text) for text in by_seed] for by_seed in texts]
-        sample = texts[0][0].strip()[:SHOWN]
+        sample = texts[0][0].strip()[:100]
         points.append(
             {
                 "step": step,
