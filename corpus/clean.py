@@ -29,20 +29,12 @@ STEPS = {
 
 @dataclass
 class CleanConfig:
-    metadata: bool = setting(
-        False, "drop lines such as `Title: ...` and `*** START OF ...`", group="cleaning"
-    )
+    metadata: bool = setting(False, "drop lines such as `Title: ...`, `Page 7`", group="cleaning")
     drop_lines: str = setting("", "a regular expression: drop the lines that it matches")
-    whitespace: bool = setting(
-        False, "drop whitespace at line ends and more than one empty line in a row"
-    )
+    whitespace: bool = setting(False, "drop whitespace at line ends and repeated empty lines")
     min_chars: int = setting(0, "drop documents with fewer characters", low=0)
-    max_chars: int = setting(
-        0, "drop documents with more characters; 0: no limit", low=0, high=CHUNK_SIZE
-    )
-    dedup: bool = setting(
-        False, f"drop duplicate documents (except those of more than {CHUNK_SIZE} characters)"
-    )
+    max_chars: int = setting(0, "drop documents with more; 0: no limit", low=0, high=CHUNK_SIZE)
+    dedup: bool = setting(False, f"drop duplicate documents of up to {CHUNK_SIZE} characters")
     bad_bytes: str = setting("stop", "if a file is not UTF-8", choices=("stop", "replace"))
 
     @property

@@ -170,7 +170,10 @@ def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
     for path in sorted(names.keys() - hidden, key=names.__getitem__):
         start = file_start(path)
         binary = b"\0" in start and not start.startswith(UTF16_MARKS)  # which is rejected as such
-        (skipped if binary or path.suffix.lower() == ".json" else texts).append(path)
+        if binary or path.suffix.lower() == ".json":
+            skipped.append(path)
+        else:
+            texts.append(path)
     return texts, skipped
 
 

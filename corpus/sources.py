@@ -48,22 +48,16 @@ class DatasetConfig:
     sources: tuple[str, ...] = setting(
         (), "files, folders, or " + " | ".join(DATASETS), positional=True
     )
-    name: str = setting(
-        "", "written to data/NAME; default: the name of the first source", group="data set"
-    )
-    tokenizer: str = setting(
-        "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
-    )
+    name: str = setting("", "of data/NAME; default: that of the first source", group="data set")
+    tokenizer: str = setting("bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, for its tokenizer")
     bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")
     encoding: str = setting("utf-8", "of the text", choices=TEXT_ENCODINGS)
     text_field: str = setting("text", "field of a .jsonl record that contains the text")
-    separator: str = setting(
-        "", "text between the documents of a text file; \\n for a line end; default: one document"
-    )
+    separator: str = setting("", "text between the documents of a text file; \\n for a line end")
     val_share: float = setting(0.1, "share of documents in the validation split", above=0, below=1)
     seed: int = setting(1337, "seed of the choice of validation documents", low=0)
     overwrite: bool = setting(False, "replace the data set of this name")
-    stats: bool = setting(False, "print document lengths and suitable windows and presets")
+    stats: bool = setting(False, "print document lengths, and a suitable window and size")
     workers: int = setting(0, "number of processes; 0: one per core", low=0)
 
     def __post_init__(self) -> None:
