@@ -34,7 +34,7 @@ class Corpus:
         return self.val_bytes / len(self.val_ids)
 
     def document_numbers(self, x: Tensor) -> Tensor | None:
-        """Each token's document within its window, (B, T), for a mask; None if there is one."""
+        """Each token's document within its window, (B, T), for a mask; None for one document."""
         return None if self.separator is None else (x == self.separator).cumsum(dim=1)
 
 

@@ -169,7 +169,7 @@ def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
     skipped: list[Path] = []
     for path in sorted(names.keys() - hidden, key=names.__getitem__):
         start = file_start(path)
-        binary = b"\0" in start and not start.startswith(UTF16_MARKS)  # which is rejected as such
+        binary = b"\0" in start and not start.startswith(UTF16_MARKS)  # UTF-16 is reported
         if binary or path.suffix.lower() == ".json":
             skipped.append(path)
         else:

@@ -55,7 +55,7 @@ END_SECONDS = 2.0  # for the plot at the end, with the import of matplotlib
 
 
 def plan_flags(flags: Flags) -> Flags:
-    """The flags of the smallest size, for now. Raises UserError for flags that contradict it."""
+    """The flags of the smallest size, for now. Raises UserError for flags that a plan chooses."""
     chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
     if chosen:
         raise UserError(f"--minutes and --plan choose {chosen}: leave it out")
