@@ -32,8 +32,7 @@ def resume_pretraining(flags: Flags) -> tuple[Flags, dict[str, Any] | None]:
 
 
 def saved_settings(state: dict[str, Any]) -> Flags:
-    """The settings in a checkpoint, those that it lacks with their defaults. Raises UserError if
-    they are not valid."""
+    """The settings in a checkpoint, or their defaults. Raises UserError if they are not valid."""
     gpt = from_dict(GPTConfig, state["gpt_config"])
     config = from_dict(TrainConfig, state["train_config"])
     raise_problems(all_problems(gpt) + all_problems(config))
@@ -56,8 +55,7 @@ def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, dict[str, 
 
 def resumed_flags(flags: Flags, saved: Flags, fixed: Collection[str] = ()) -> Flags:
     """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs in
-    a setting that cannot change during a run: one of these, a `fixed` one of TrainConfig, or what
-    the model computes."""
+    what the model computes, or in a setting that cannot change, here or in TrainConfig."""
     fixed = {*fixed, *(f.name for f in fields(TrainConfig) if f.metadata.get("fixed"))}
     fixed |= {f.name for f in fields(GPTConfig) if f.metadata.get("computes", True)}
     changed = [n for n in flags if n in fixed and flags[n] != saved.get(n, flags[n])]

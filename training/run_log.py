@@ -122,8 +122,6 @@ class RunLog:
         files = {SAMPLES: file.stat().st_size} if file.exists() else {}
         return {"log": self.records, "seconds": self.seconds(), "files": files}
 
-    # --- during training
-
     def begin(self, trainer: Any) -> tqdm:
         """The bar that shows the steps, to be used as a context."""
         if self.config.minutes:
@@ -156,7 +154,6 @@ class RunLog:
             self.bar.update()
 
     def is_evaluation_step(self, step: int) -> bool:
-        """Whether the model is evaluated after this step."""
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def begins_with_evaluation(self, step: int) -> bool:
@@ -222,8 +219,6 @@ class RunLog:
         since_best = len(self.records) - 1 - self.records.index(self.best())
         return 0 < self.config.patience <= since_best
 
-    # --- output
-
     def write_sample(self, step: int, sample: str) -> None:
         """Append a sample to samples.txt, and print its first lines, wrapped to the terminal."""
         if not sample:
@@ -249,7 +244,6 @@ class RunLog:
             file.write(f"[\n{lines}\n]\n".encode())
 
     def plot(self) -> None:
-        """Draw the curve so far."""
         start = time.perf_counter()
         steps = training_steps(read_records(self.run_dir / "log.jsonl"))
         run = Run(str(self.run_dir), self.header, self.records, steps=steps)
@@ -263,7 +257,6 @@ class RunLog:
             write({name: value for name, value in record.items() if value is not None})
 
     def stopped(self, step: int) -> None:
-        """Report that a signal stopped the run."""
         if rank() == 0:
             self.plot()
             print(
