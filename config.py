@@ -206,9 +206,8 @@ class TrainConfig:
     grow_windows: bool = setting(False, "begin with windows of block_size / 4, then / 2: faster")
     optimizer: str = fixed("adamw", OPTIMIZER_HELP, choices=tuple(OPTIMIZERS))
     teacher: str = setting("", "checkpoints, CK,CK..., whose probabilities are learned too")
-    teacher_share: float = fixed(0.5, "weight of their loss", low=0, high=1, alias="alpha")
-    teacher_temperature: float = fixed(1.0, "of all distributions in it", above=0,
-                                       alias="temperature_kd")  # fmt: skip
+    teacher_share: float = fixed(0.5, "weight of their loss", low=0, high=1)
+    teacher_temperature: float = fixed(1.0, "of all distributions in it", above=0)
     overfit_batch: bool = setting(False, "sanity check: train on one batch to a loss below 0.01")
     dry_run: bool = setting(False, "print what would be trained, write nothing, and exit")
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")

@@ -80,12 +80,12 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, F
     if not state:
         teacher, data = flags.get("teacher"), flags.get("data", TrainConfig.data)
         if flags.keys() & {"tokenizer", "bpe_vocab_size"} and (teacher or is_dataset(data)):
-            owner = teacher or data
-            raise UserError(f"{owner} already has a tokenizer: leave out --tokenizer, --vocab_size")
-        if teacher and "data" not in flags:
+            data = teacher or data
+            raise UserError(f"{data} already has a tokenizer: leave out --tokenizer, --vocab_size")
+        if teacher:
             from training.teachers import corpus_settings  # only with --teacher
 
-            flags = corpus_settings(teacher) | flags
+            flags = corpus_settings(flags) | flags
         if "bpe_vocab_size" in flags and flags.get("tokenizer") != "bpe":
             raise UserError("--vocab_size is for --tokenizer bpe; others have a fixed size")
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process

@@ -62,9 +62,11 @@ def load_teachers(
     return Teachers(list(models), tokenizers[0], sha256)
 
 
-def corpus_settings(teacher: str) -> dict[str, Any]:
-    """The settings of the text that a teacher, the first of several, was trained on."""
-    state = read_checkpoint(Path(teacher.split(",")[0]))
+def corpus_settings(flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the text that the first teacher was trained on, unless the flags name one."""
+    if "data" in flags:
+        return {}
+    state = read_checkpoint(Path(flags["teacher"].split(",")[0]))
     if not state["corpus"]["sha256"]:
         raise UserError("give --data: the text that an imported teacher was trained on is unknown")
     saved = state["train_config"]
