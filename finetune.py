@@ -104,7 +104,7 @@ def make_model(
 ) -> tuple[GPT, CheckpointFormat]:
     """The model to train and the format of its checkpoints: the base, with rows for new tokens, or
     a new student. info: of the data."""
-    settings, adapt, base, teacher = setup.settings, setup.adapt, setup.base, setup.teacher
+    settings, adapt, base = setup.settings, setup.adapt, setup.base
     new_tokens = tokenizer is not base.tokenizer
     size = max(base.model.config.vocab_size, tokenizer.vocab_size)
     model = GPT(replace(setup.gpt_config, vocab_size=size))
@@ -114,7 +114,6 @@ def make_model(
             weights = extend_weights(weights, base.tokenizer, tokenizer)
         model.load_state_dict(weights)
     origin = asdict(settings) | asdict(adapt) | {"base_sha256": base.sha256, "lr": base.lr}
-    origin |= {"teacher_sha256": teacher.sha256} if teacher else {}
     entries = {"tokenizer": tokenizer.to_dict(), "corpus": info, "finetune": origin}
     if not adapt.lora_rank:
         return model, PlainFormat(entries)

@@ -9,7 +9,6 @@ Weights are dicts of tensors by name. An adapted model has the `plain` weights o
 each adapted matrix, `.A` and `.B`.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -111,15 +110,6 @@ def merge_adapter(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]
 
 
 # --- adapter files
-
-
-def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """The hash of the names, shapes, types and values of weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def is_adapter(path: Path) -> bool:

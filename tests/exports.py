@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from config import TrainConfig
-from finetuning.lora import LoRAConfig, add_lora, trained_names, weights_sha256
+from finetuning.lora import LoRAConfig, add_lora, trained_names
 from model import GPT
 from system.files import save_checkpoint
 from tokenizer import Tokenizer
+from training.resume import weights_sha256
 
 
 def save_model(path: str | Path, model: GPT, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:

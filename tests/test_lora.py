@@ -19,6 +19,7 @@ from model import GPT
 from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
+from training.resume import weights_sha256
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 TOKENIZER = CharTokenizer([chr(ord("a") + i) for i in range(31)])
@@ -109,7 +110,7 @@ def test_an_adapter_for_another_base_is_rejected():
     _, adapter = make_adapted()
 
     def check(model: GPT, tokenizer: CharTokenizer = TOKENIZER, **settings: int) -> None:
-        config, sha256 = replace(model.config, **settings), lora.weights_sha256(model.state_dict())
+        config, sha256 = replace(model.config, **settings), weights_sha256(model.state_dict())
         lora.check_adapter(adapter, config, tokenizer, sha256, Path("a.pt"))
 
     base = make_model(0, **SIZES, **ARCHS["gpt2"])
@@ -130,7 +131,7 @@ def test_an_adapter_with_new_tokens_may_have_a_larger_vocabulary(arch: str):
     larger = make_model(0, **(SIZES | {"vocab_size": 33}), **ARCHS[arch])
     extended = CharTokenizer([*TOKENIZER.chars, "\u2581", "\u2582"])
     adapter = make_adapter(larger, extended, also=EMBEDDINGS)
-    adapter["base_sha256"] = sha256 = lora.weights_sha256(base.state_dict())
+    adapter["base_sha256"] = sha256 = weights_sha256(base.state_dict())
     lora.check_adapter(adapter, base.config, TOKENIZER, sha256, Path("a.pt"))
     for name in EMBEDDINGS:
         adapter["tensors"].pop(name, None)

@@ -47,7 +47,8 @@ OPTIONAL = {
     "training.run_log.__init__": "training.writers",
     "training.run_log.begin": "training.deadline",
     "training.setup.decide_compile": "training.auto_compile",
-    "training.setup.resolve_train": "training.plan training.resume",
+    "training.setup.load_data": "training.teachers",
+    "training.setup.resolve_train": "training.plan training.resume training.teachers",
     "viz.curve.plot_runs": "viz.fonts",
 }
 
