@@ -60,7 +60,7 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     if encode or has_records(path, config.encoding):
         from corpus.records import read_records  # only for questions and answers
 
-        records = read_records(path, encode is encode_pair, config.skip_bad)
+        records = read_records(path, encode is encode_pair, config.skip_bad, config.encoding)
         if settings.objective == "text":
             raise UserError(f"{path} contains questions and answers: use --objective chat")
     texts = map(record_text, records) if records else texts_of(path, config)

@@ -94,8 +94,8 @@ def load_corpus(
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
     if skip_bad and not records:
         raise UserError(f"--skip_bad is for questions and answers, not for {path}: leave it out")
-    if encoding != "utf-8" and (is_dataset(data) or records):
-        raise UserError(f"--encoding is for text files and .jsonl, not for {path}: leave it out")
+    if encoding != "utf-8" and is_dataset(data):
+        raise UserError(f"--encoding is for files of text, and {path}/ has token ids: leave it out")
     if is_dataset(data) and not hold_out:
         raise UserError(f"--no-hold_out is for files, and {path}/ is split already: leave it out")
     if is_dataset(data):
@@ -107,7 +107,7 @@ def load_corpus(
     if records:
         from corpus.records import load_records  # only for questions and answers
 
-        loaded = load_records(path, *options, skip_bad)
+        loaded = load_records(path, *options, skip_bad, encoding)
     elif separator or path.suffix.lower() == ".jsonl" or path.is_dir():
         from corpus.documents import load_documents  # only for several documents
 

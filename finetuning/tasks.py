@@ -235,7 +235,7 @@ class Objective:
     dropout: bool = True  # may be trained with dropout
 
 
-TEXT_FLAGS = ("doc_mask", "grow_windows", "separator", "encoding")
+TEXT_FLAGS = ("doc_mask", "grow_windows", "separator")
 # Runs are short, data sets small, and batches of records vary in length, for each of which
 # torch.compile would compile again. Answers are memorized; the others must not make the model
 # forget. A student's loss has no limit of 0, so one batch cannot be overfitted.
