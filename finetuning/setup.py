@@ -41,7 +41,7 @@ def load_base(path: Path) -> Base:
     scale, imported = OPTIMIZERS[trained.optimizer].adamw_lr, not state["corpus"]["sha256"]
     lr = IMPORTED_LR if imported or scale is None else trained.lr_max * scale
     sha256 = lora.weights_sha256(state["model"])
-    return Base(model, tokenizer, state, sha256, trained, imported, lr)
+    return Base(model, tokenizer, state, sha256, trained, lr)
 
 
 # --- from flags to settings
@@ -77,7 +77,7 @@ def resolve_finetune(flags: dict[str, Any]) -> Setup:
     raise_problems(problems + ([] if state else flag_problems(given, settings, adapt)))
     teacher = load_base(Path(settings.teacher)) if settings.teacher else None
     base = load_base(Path(settings.source)) if settings.source or not teacher else teacher
-    if teacher and teacher.imported and "data" not in flags:
+    if teacher and not teacher.state["corpus"]["sha256"] and "data" not in flags:
         raise UserError("give --data: the text that an imported teacher was trained on is unknown")
     gpt_config = base.model.config
     if settings.source:
