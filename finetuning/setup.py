@@ -58,9 +58,10 @@ def help_defaults() -> dict[str, Any]:
     shown |= dict.fromkeys(asdict(GPTConfig()), "the teacher's") | {"warmup_steps": ""}
     shown |= {"dropout": "the checkpoint's", "lr_max": "the checkpoint's, scaled for the objective"}
     shown |= {"data": "distill the teacher's", "tag": "the objective's name"}
-    for name in {name for objective in OBJECTIVES.values() for name in objective.defaults}:
-        own = {key: o.defaults[name] for key, o in OBJECTIVES.items() if name in o.defaults}
-        others = [str(shown[name])] if len(own) < len(OBJECTIVES) and shown[name] else []
+    objectives = {key: o for key, o in OBJECTIVES.items() if key != "qa"}  # which is chat
+    for name in {name for objective in objectives.values() for name in objective.defaults}:
+        own = {key: o.defaults[name] for key, o in objectives.items() if name in o.defaults}
+        others = [str(shown[name])] if len(own) < len(objectives) and shown[name] else []
         shown[name] = ", ".join([*others, *(f"{key} {value}" for key, value in own.items())])
     hidden = {f.name for f in fields(TrainConfig) if f.metadata.get("pretrain")}
     return {name: value for name, value in shown.items() if name not in hidden}

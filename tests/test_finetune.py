@@ -943,7 +943,7 @@ def test_help_shows_only_flags_that_can_be_given(capsys):
     text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
     for name in ("preset", "arch", "tokenizer", "bpe_vocab_size", "parallel"):
         assert f" --{name} " not in text
-    assert "optimizer steps [text 500, chat 600, distill 1500, dpo 200, qa 600]" in text
+    assert "optimizer steps [text 500, chat 600, distill 1500, dpo 200]" in text
     assert "number of blocks [the teacher's]" in text
 
 
