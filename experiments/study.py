@@ -15,18 +15,20 @@ import json
 import math
 import re
 import shlex
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import train
 from config import DEVICE_HELP, TrainConfig, train_settings
-from corpus.corpus import Corpus, check_length
+from corpus.corpus import Corpus, check_length, utf8_length
 from corpus.load import load_corpus
 from experiments.comparison import Row, add_differences, mean, mean_columns, plot_differences
 from experiments.timing import run_record
@@ -155,7 +157,24 @@ def write_file(path: Path, text: str) -> None:
 # --- studies
 
 
-cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs share a corpus
+def val_half(tokenizer: Tokenizer, corpus: Corpus, second: bool = False) -> Corpus:
+    """The corpus with the first half of the characters of its validation split, on which settings
+    are chosen, or with the second, which is evaluated once per recipe (speedrun.py)."""
+
+    def text(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids[ids != corpus.separator].tolist())
+
+    ids = corpus.val_ids[:]
+    middle = bisect_left(range(len(ids)), len(text(ids)) // 2, key=lambda n: len(text(ids[:n])))
+    ids = ids[middle:] if second else ids[:middle]
+    return replace(corpus, val_ids=ids, val_bytes=utf8_length([text(ids)]))
+
+
+@functools.lru_cache(maxsize=4)  # several runs share a corpus
+def cached_corpus(*args: Any) -> tuple[Tokenizer, Corpus]:
+    """`load_corpus`, with the first half of the validation split."""
+    tokenizer, corpus = load_corpus(*args)
+    return tokenizer, val_half(tokenizer, corpus)
 
 
 @dataclass
@@ -213,7 +232,7 @@ class Study:
         """
         folder = self.folder / re.sub(r"[^\w.+-]+", "-", name)
         flags = {"data": self.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
-        settings = flags | {"share": share}
+        settings = flags | {"share": share, "validation": "first half"}
         file = folder / "study.json"
         # Written before the run, so that an interrupted run is resumed with these settings only.
         result: Result = kept(file, lambda: {"flags": settings})
@@ -232,8 +251,8 @@ class Study:
 
     def train_one(self, flags: Flags, share: float) -> Result:
         """Train with these flags without printing, from latest.pt if there is one. The result has
-        val (the loss of the best checkpoint over the whole validation split, in nats per token;
-        infinite if the run diverged), log (its evaluations), and the times of `step_times`."""
+        val (the loss of the best checkpoint over the validation half, in nats per token; infinite
+        if the run diverged), log (its evaluations), and the times of `step_times`."""
         trainer = self.make_trainer(flags, share)
         run_dir = Path(flags["out_dir"])
         latest = run_dir / "latest.pt"
