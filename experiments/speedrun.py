@@ -6,11 +6,10 @@ python -m experiments.speedrun --recipes medium                           on a G
 python -m experiments.speedrun --recipes fast --record      also the second half, once per recipe
 
 The seconds are those from starting the command to its last validation loss, with nothing compiled
-beforehand. speedrun.jsonl has the losses of each run, and what it depends on. Our loss is that of
-the last step over the first half of the validation split; what the run prints itself is not read,
-because it is over the whole split. nanoGPT's loss is its own estimate, from random windows of the
-whole. The time of nanoGPT's recipe for a CPU is the unit in which experiments/records.md compares
-times, because it has less noise than seconds.
+beforehand. speedrun.jsonl has them, the loss, and what the run depends on. Our losses are over the
+first half of the validation split; nanoGPT's is its own estimate, from random windows of all of it.
+The time of nanoGPT's recipe for a CPU is the unit in which experiments/records.md compares times,
+because it has less noise than seconds.
 """
 
 import datetime
@@ -41,7 +40,6 @@ from system.command_line import parse_args
 from system.device import pick_device
 from system.files import folder_problems
 from system.settings import UserError, setting
-from training.setup import pick_precision
 from utils import load_checkpoint
 
 # Repeated texts need much more weight decay than usual, and larger models more (Kim et al. 2025).
@@ -69,9 +67,7 @@ class SpeedrunConfig:
     seeds: str = setting("1337,1338,1339", "random seeds of our runs, separated by commas")
     nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
     data: str = setting("shakespeare", "text, as for train.py")
-    record: bool = setting(
-        False, "also evaluate the second half of the validation split: once per recipe"
-    )
+    record: bool = setting(False, "evaluate the second validation half too: once per recipe")
     results: str = setting(
         "checkpoints/studies/results",
         "folder of the log, speedrun.jsonl; experiments/results has the published one",
@@ -117,30 +113,24 @@ def time_losses(command: list[str], cwd: str, environment: dict[str, str]) -> li
 
 def check_unrecorded(config: SpeedrunConfig) -> None:
     """Raise UserError if the second half was evaluated before for one of the recipes."""
-    sha256 = file_info(find_corpus(config.data))["sha256"]
     flags = [RECIPES[name] for name in config.recipes.split(",")]
     for log in (ROOT / "experiments/results" / LOG, Path(config.results, LOG)):
-        for record in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
-            same = record["flags"] in flags and record["corpus"]["sha256"] == sha256
-            if same and "second_half" in record:
+        for line in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+            if line["flags"] in flags and "second_half" in line:
                 raise UserError(
-                    f"the second half was evaluated before for {record['recipe']} (see {log}), and "
-                    "is evaluated once: choose settings by the first half, without --record"
+                    f"the second half was evaluated for {line['recipe']} before, see {log}: choose "
+                    "settings by the first half, without --record"
                 )
 
 
 def half_losses(folder: str, record: bool) -> dict[str, float]:
-    """The losses of the last step of a run over the first half of the validation split, and for a
-    record over the second."""
-    device = pick_device("auto")
-    model, tokenizer, state = load_checkpoint(Path(folder, "latest.pt"), device)
-    corpus = training_corpus(tokenizer, state)
-    config = EvaluateConfig(precision=pick_precision("auto", device)[0])
-    halves = {"first_half": False} | ({"second_half": True} if record else {})
-    return {
-        name: evaluate_split(model, val_half(tokenizer, corpus, second), config, False)["loss"]
-        for name, second in halves.items()
-    }
+    """The loss of a run's last step over each half of the validation split that is due."""
+    model, tokenizer, state = load_checkpoint(Path(folder, "latest.pt"))
+    corpus, config = training_corpus(tokenizer, state), EvaluateConfig(precision="float32")
+    halves = {"first_half": val_half(corpus)}
+    if record:
+        halves["second_half"] = val_half(corpus, second=True)
+    return {name: evaluate_split(model, h, config, False)["loss"] for name, h in halves.items()}
 
 
 def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
@@ -152,18 +142,18 @@ def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
         if name == BASELINE:
             command, cwd = nanogpt_command(config.nanogpt, data, folder), config.nanogpt
         caches = {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
-        losses = time_losses([sys.executable, *command], cwd, os.environ | caches)
-        found = {"losses": [loss._asdict() for loss in losses]}
+        timed = time_losses([sys.executable, *command], cwd, os.environ | caches)[-1]
+        losses = {"loss": timed.loss}
         if name != BASELINE:
-            halves = half_losses(folder, config.record)
-            losses = [Timed(losses[-1].seconds, halves["first_half"])]
-            found = {"seconds": losses[-1].seconds, **halves}
+            losses = half_losses(folder, config.record)
+            timed = Timed(timed.seconds, losses["first_half"])
     precision = "float32" if name == BASELINE else "auto"
     record = run_record(file_info(data), precision, pick_device("auto"))
     record |= {"date": f"{datetime.date.today()}", "recipe": name, "flags": flags, "seed": seed}
+    record |= {"seconds": timed.seconds, **losses}
     with open(Path(config.results, LOG), "a") as file:
-        file.write(json.dumps(record | found) + "\n")
-    return losses[-1]
+        file.write(json.dumps(record) + "\n")
+    return timed
 
 
 def table(results: dict[str, list[Timed]]) -> str:

@@ -15,20 +15,18 @@ import json
 import math
 import re
 import shlex
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import train
 from config import DEVICE_HELP, TrainConfig, train_settings
-from corpus.corpus import Corpus, check_length, utf8_length
+from corpus.corpus import Corpus, check_length
 from corpus.load import load_corpus
 from experiments.comparison import Row, add_differences, mean, mean_columns, plot_differences
 from experiments.timing import run_record
@@ -157,24 +155,15 @@ def write_file(path: Path, text: str) -> None:
 # --- studies
 
 
-def val_half(tokenizer: Tokenizer, corpus: Corpus, second: bool = False) -> Corpus:
-    """The corpus with the first half of the characters of its validation split, on which settings
-    are chosen, or with the second, which is evaluated once per recipe (speedrun.py)."""
-
-    def text(ids: np.ndarray) -> str:
-        return tokenizer.decode(ids[ids != corpus.separator].tolist())
-
-    ids = corpus.val_ids[:]
-    middle = bisect_left(range(len(ids)), len(text(ids)) // 2, key=lambda n: len(text(ids[:n])))
-    ids = ids[middle:] if second else ids[:middle]
-    return replace(corpus, val_ids=ids, val_bytes=utf8_length([text(ids)]))
+cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs share a corpus
 
 
-@functools.lru_cache(maxsize=4)  # several runs share a corpus
-def cached_corpus(*args: Any) -> tuple[Tokenizer, Corpus]:
-    """`load_corpus`, with the first half of the validation split."""
-    tokenizer, corpus = load_corpus(*args)
-    return tokenizer, val_half(tokenizer, corpus)
+def val_half(corpus: Corpus, second: bool = False) -> Corpus:
+    """The corpus with the first half of its validation tokens, on which settings are chosen, or
+    with the second, which speedrun.py evaluates once per recipe."""
+    n = len(corpus.val_ids)
+    ids = corpus.val_ids[n // 2 :] if second else corpus.val_ids[: n // 2]
+    return replace(corpus, val_ids=ids, val_bytes=corpus.val_bytes * len(ids) // n)
 
 
 @dataclass
@@ -204,9 +193,10 @@ class Study:
         return progress
 
     def corpus(self, flags: Flags) -> tuple[Tokenizer, Corpus]:
-        """The tokenizer and the corpus of a run with these flags."""
+        """The tokenizer and the corpus of a run with these flags, with half of its validation."""
         config = from_dict(TrainConfig, {"data": self.config.data} | flags)
-        return cached_corpus(config.data, config.tokenizer, config.bpe_vocab_size)
+        tokenizer, corpus = cached_corpus(config.data, config.tokenizer, config.bpe_vocab_size)
+        return tokenizer, val_half(corpus)
 
     def make_trainer(self, flags: Flags, share: float = 1.0) -> train.Trainer:
         """A trainer with the flags of train.py, on this share of the training tokens."""
