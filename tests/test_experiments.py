@@ -474,7 +474,7 @@ def test_a_recipe_is_scored_on_the_first_half_and_a_record_once_on_the_second(
     monkeypatch.setattr(speedrun, "time_losses", time_losses)
     flags = ["--recipes=quick", "--seeds=1", "--results=logs", "--data=text.txt"]
     assert speedrun.main(flags) == 0 and speedrun.main([*flags, "--record"]) == 0
-    with pytest.raises(UserError, match="second half was evaluated before for quick"):
+    with pytest.raises(UserError, match="second half was evaluated for quick before"):
         speedrun.main([*flags, "--record"])
     runs = [json.loads(line) for line in Path("logs/speedrun.jsonl").read_text().splitlines()]
     names = (("first_half",), ("first_half", "second_half"))
