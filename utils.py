@@ -168,6 +168,8 @@ def matching_contents(path: Path) -> Iterator[None]:
     """Errors from using the contents of a checkpoint become a UserError."""
     try:
         yield
+    except (NameError, ImportError):  # a bug, whatever the contents
+        raise
     except Exception as error:  # values of any kind raise errors of any type
         raise UserError(
             f"invalid checkpoint {path}: its contents do not match ({first_line(error)})"

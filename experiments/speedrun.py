@@ -3,12 +3,13 @@
 python -m experiments.speedrun --nanogpt path/to/nanoGPT                  quick, laptop, fast
 python -m experiments.speedrun --recipes four_minutes,six_minutes,twenty_minutes
 python -m experiments.speedrun --recipes medium                           on a GPU
+python -m experiments.speedrun --recipes fast --record      also the second half, once per recipe
 
 The seconds are those from starting the command to its last validation loss, with nothing compiled
-beforehand. speedrun.jsonl has all validation losses of each run, and what it depends on. Our losses
-are over the whole validation split; nanoGPT's is its own estimate, from random windows. The time of
-nanoGPT's recipe for a CPU is the unit in which experiments/records.md compares times, because it
-has less noise than seconds.
+beforehand. speedrun.jsonl has them, the loss, and what the run depends on. Our losses are over the
+first half of the validation split; nanoGPT's is its own estimate, from random windows of all of it.
+The time of nanoGPT's recipe for a CPU is the unit in which experiments/records.md compares times,
+because it has less noise than seconds.
 """
 
 import datetime
@@ -28,16 +29,18 @@ from system.start import run
 import torch
 from tqdm import tqdm
 
-from corpus.load import find_corpus
+from corpus.load import find_corpus, training_corpus
 from corpus.text import file_info
+from evaluate import EvaluateConfig, evaluate_split
 from experiments.baselines import nanogpt_command, nanogpt_problems
 from experiments.comparison import mean
-from experiments.study import to_markdown
+from experiments.study import to_markdown, val_half
 from experiments.timing import ROOT, run_record
 from system.command_line import parse_args
 from system.device import pick_device
 from system.files import folder_problems
 from system.settings import UserError, setting
+from utils import load_checkpoint
 
 # Repeated texts need much more weight decay than usual, and larger models more (Kim et al. 2025).
 LONG = "--preset fast --max_steps 2400 --eval_every 600 --log_every 50"
@@ -53,6 +56,7 @@ RECIPES = {
     ),
 }
 BASELINE = "nanoGPT"
+LOG = "speedrun.jsonl"
 
 
 @dataclass
@@ -61,6 +65,7 @@ class SpeedrunConfig:
     seeds: str = setting("1337,1338,1339", "random seeds of our runs, separated by commas")
     nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
     data: str = setting("shakespeare", "text, as for train.py")
+    record: bool = setting(False, "evaluate the second validation half too: once per recipe")
     results: str = setting("checkpoints/studies/results", "folder of the log, speedrun.jsonl")
 
     def problems(self) -> list[str]:
@@ -100,6 +105,28 @@ def time_losses(command: list[str], cwd: str, environment: dict[str, str]) -> li
     return losses
 
 
+def check_unrecorded(config: SpeedrunConfig) -> None:
+    """Raise UserError if the second half was evaluated before for one of the recipes."""
+    flags = [RECIPES[name] for name in config.recipes.split(",")]
+    for log in (ROOT / "experiments/results" / LOG, Path(config.results, LOG)):
+        for line in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
+            if line["flags"] in flags and "second_half" in line:
+                raise UserError(
+                    f"the second half was evaluated for {line['recipe']} before, see {log}: choose "
+                    "settings by the first half, without --record"
+                )
+
+
+def half_losses(folder: str, record: bool) -> dict[str, float]:
+    """The loss of a run's last step over each half of the validation split that is due."""
+    model, tokenizer, state = load_checkpoint(Path(folder, "latest.pt"))
+    corpus, config = training_corpus(tokenizer, state), EvaluateConfig(precision="float32")
+    halves = {"first_half": val_half(corpus)}
+    if record:
+        halves["second_half"] = val_half(corpus, second=True)
+    return {name: evaluate_split(model, h, config, False)["loss"] for name, h in halves.items()}
+
+
 def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
     """The seconds and the loss of one run, with empty caches of compiled code."""
     data, flags = find_corpus(config.data).resolve(), RECIPES.get(name, "")
@@ -109,14 +136,18 @@ def measure(name: str, seed: str, config: SpeedrunConfig) -> Timed:
         if name == BASELINE:
             command, cwd = nanogpt_command(config.nanogpt, data, folder), config.nanogpt
         caches = {"TMPDIR": folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
-        losses = time_losses([sys.executable, *command], cwd, os.environ | caches)
+        timed = time_losses([sys.executable, *command], cwd, os.environ | caches)[-1]
+        losses = {"loss": timed.loss}
+        if name != BASELINE:
+            losses = half_losses(folder, config.record)
+            timed = Timed(timed.seconds, losses["first_half"])
     precision = "float32" if name == BASELINE else "auto"
     record = run_record(file_info(data), precision, pick_device("auto"))
     record |= {"date": f"{datetime.date.today()}", "recipe": name, "flags": flags, "seed": seed}
-    record |= {"losses": [loss._asdict() for loss in losses]}
-    with open(Path(config.results, "speedrun.jsonl"), "a") as file:
+    record |= {"seconds": timed.seconds, **losses}
+    with open(Path(config.results, LOG), "a") as file:
         file.write(json.dumps(record) + "\n")
-    return losses[-1]
+    return timed
 
 
 def table(results: dict[str, list[Timed]]) -> str:
@@ -127,13 +158,15 @@ def table(results: dict[str, list[Timed]]) -> str:
     for name, runs in results.items():
         row = {"recipe": name, "seconds": ", ".join(f"{run.seconds:.1f}" for run in runs)}
         row |= {"median": f"{medians[name]:.1f}", "relative": f"{medians[name] / unit:.2f}"}
-        row["validation loss"] = ", ".join(f"{run.loss:.4f}" for run in runs)
+        row["loss, first half"] = ", ".join(f"{run.loss:.4f}" for run in runs)
         rows.append(row | {"mean": f"{mean([run.loss for run in runs]):.4f}"})
     return to_markdown(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_args(SpeedrunConfig, argv, __doc__)
+    if config.record:
+        check_unrecorded(config)
     Path(config.results).mkdir(parents=True, exist_ok=True)
     names = [BASELINE] * bool(config.nanogpt) + config.recipes.split(",")
     results: dict[str, list[Timed]] = {name: [] for name in names}

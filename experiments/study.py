@@ -141,6 +141,14 @@ def write_file(path: Path, text: str) -> None:
 cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs share a corpus
 
 
+def val_half(corpus: Corpus, second: bool = False) -> Corpus:
+    """The corpus with the first half of its validation tokens, on which settings are chosen, or
+    with the second, which speedrun.py evaluates once per recipe."""
+    n = len(corpus.val_ids)
+    ids = corpus.val_ids[n // 2 :] if second else corpus.val_ids[: n // 2]
+    return replace(corpus, val_ids=ids, val_bytes=corpus.val_bytes * len(ids) // n)
+
+
 @dataclass
 class Study:
     name: str
@@ -166,9 +174,10 @@ class Study:
         return progress
 
     def corpus(self, flags: Flags) -> tuple[Tokenizer, Corpus]:
-        """The tokenizer and the corpus of a run with these flags."""
+        """The tokenizer and the corpus of a run with these flags, with half of its validation."""
         config = from_dict(TrainConfig, {"data": self.config.data} | flags)
-        return cached_corpus(config.data, config.tokenizer, config.bpe_vocab_size)
+        tokenizer, corpus = cached_corpus(config.data, config.tokenizer, config.bpe_vocab_size)
+        return tokenizer, val_half(corpus)
 
     def make_trainer(self, flags: Flags, share: float = 1.0) -> train.Trainer:
         """A trainer with the flags of train.py, on this share of the training tokens."""
@@ -193,7 +202,7 @@ class Study:
         folder has a run with other settings, and KeyboardInterrupt if the user stops the run."""
         folder = self.folder / re.sub(r"[^\w.+-]+", "-", name)
         flags = {"data": self.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
-        settings = flags | {"share": share}
+        settings = flags | {"share": share, "validation": "first half"}
         file = folder / "study.json"
         # Written before the run, so that an interrupted run is resumed with these settings only.
         result: Result = kept(file, lambda: {"flags": settings})
@@ -212,8 +221,8 @@ class Study:
 
     def train_one(self, flags: Flags, share: float) -> Result:
         """Train with these flags without printing, from latest.pt if there is one. The result has
-        val (the loss of the best checkpoint over the whole validation split, in nats per token;
-        infinite if the run diverged), log (its evaluations), and the times of `step_times`."""
+        val (the loss of the best checkpoint over the validation half, in nats per token; infinite
+        if the run diverged), log (its evaluations), and the times of `step_times`."""
         trainer = self.make_trainer(flags, share)
         run_dir = Path(flags["out_dir"])
         latest = run_dir / "latest.pt"

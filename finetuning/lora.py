@@ -145,9 +145,10 @@ def check_contents(adapter: dict[str, Any], path: Path) -> None:
         tokenizer = tokenizers.from_dict(adapter["tokenizer"])
         if tokenizer.vocab_size > gpt_config.vocab_size:
             raise ValueError(f"{tokenizer.vocab_size} tokens, {gpt_config.vocab_size} embeddings")
-        with torch.device("meta"):
-            model = GPT(gpt_config)
-            add_lora(model, config, also=EMBEDDINGS if EMBEDDINGS[0] in tensors else ())
+    with torch.device("meta"):  # not within matching_contents: see utils.load_checkpoint
+        model = GPT(gpt_config)
+        add_lora(model, config, also=EMBEDDINGS if EMBEDDINGS[0] in tensors else ())
+    with utils.matching_contents(path):
         weights = model.state_dict()
         expected = {name: (weights[name].shape, torch.float32) for name in trained_names(model)}
         for name in expected.keys() | tensors.keys():

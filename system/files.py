@@ -122,11 +122,13 @@ def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None
     process holds it.
 
     The lock is the operating system's (flock, or msvcrt.locking on Windows), so it ends with its
-    process however that ends; the file PATH/lock remains and means nothing. If there is a lock_dir,
-    the file is in that folder, which is deleted at the end. It also works between machines that
-    share a file system, if that supports locks (NFS 4, Lustre, SMB).
+    process however that ends; the file PATH/lock remains and means nothing. A new folder to which
+    nothing is written is deleted at the end. If there is a lock_dir, the file is in that folder,
+    which is deleted too. It also works between machines that share a file system, if that supports
+    locks (NFS 4, Lustre, SMB).
     """
     folder = lock_dir or path
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / "lock.txt"
     lock = SystemLock(folder / "lock")
@@ -147,12 +149,12 @@ def locked(path: Path, what: str, lock_dir: Path | None = None) -> Iterator[None
     finally:
         with contextlib.suppress(OSError):
             holder.unlink()
-        if lock_dir:
-            shutil.rmtree(lock_dir, ignore_errors=True)
+        if lock_dir or (made and [file.name for file in folder.glob("*")] == ["lock"]):
+            shutil.rmtree(folder, ignore_errors=True)
         lock.release()
-        if lock_dir and sys.platform == "win32":  # where rmtree cannot delete the open file
-            with contextlib.suppress(OSError):
-                lock_dir.rmdir()
+        for parent in (folder, *made[1:]):  # Windows' rmtree cannot delete the open file
+            with contextlib.suppress(OSError):  # it is not empty
+                parent.rmdir()
 
 
 def locked_file(path: Path, what: str) -> contextlib.AbstractContextManager[None]:

@@ -15,8 +15,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
 from conftest import TINY_RUN
 
+import train
 from config import ARCH_FIELDS, ARCHS, GPTConfig, TrainConfig, train_settings
 from experiments import (
     ablation,
@@ -437,6 +439,7 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
         return [speedrun.Timed(0.5, 2.5), speedrun.Timed(len(commands), 1.5)]
 
     monkeypatch.setattr(speedrun, "time_losses", time_losses)
+    monkeypatch.setattr(speedrun, "half_losses", lambda folder, record: {"first_half": 1.25})
     text, folder = tmp_path / "text.txt", tmp_path / "logs"
     text.write_text("some text")
     flags = ["--recipes=quick,fast", "--seeds=1,2", f"--data={text}", f"--results={folder}"]
@@ -445,11 +448,50 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
     for command, (recipe, seed) in zip(commands, runs, strict=True):
         assert command.startswith(f"train.py --preset {recipe} --data {text} ")
         assert command.endswith(f"--seed {seed}")
-    assert "| fast | 2.0, 4.0 | 4.0 | 1.33 | 1.5000, 1.5000 | 1.5000 |" in capsys.readouterr().out
+    assert "| fast | 2.0, 4.0 | 4.0 | 1.33 | 1.2500, 1.2500 | 1.2500 |" in capsys.readouterr().out
     records = [json.loads(line) for line in (folder / "speedrun.jsonl").read_text().splitlines()]
     assert [(record["recipe"], record["seed"]) for record in records] == runs
-    assert records[1]["losses"] == [{"seconds": 0.5, "loss": 2.5}, {"seconds": 2, "loss": 1.5}]
+    assert (records[1]["seconds"], records[1]["first_half"]) == (2, 1.25)
+    assert "losses" not in records[1]  # over the whole validation split
     assert records[1]["corpus"]["sha256"] == hashlib.sha256(b"some text").hexdigest()
+
+
+def test_a_recipe_is_scored_on_the_first_half_and_a_record_once_on_the_second(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tiny = "--n_layer 1 --n_embd 16 --n_head 2 --block_size 64 --max_steps 2 --sample_tokens 0"
+    monkeypatch.setitem(speedrun.RECIPES, "quick", f"{tiny} --no-compile --precision float32")
+    text = "some text" * 100 + "met" * 17 + "too" * 16 + "s"  # 900, and halves of 50 and 50
+    Path("text.txt").write_text(text)
+    expected = []
+
+    def time_losses(command: list[str], *_: Any) -> list[speedrun.Timed]:
+        assert train.main(command[2:]) == 0
+        run_dir = command[command.index("--out_dir") + 1]
+        model, tokenizer, _ = load_checkpoint(Path(run_dir, "latest.pt"))
+        for half in (text[900:950], text[950:]):
+            ids = torch.from_numpy(tokenizer.encode(half)).long()[None]
+            expected.append(model(ids[:, :-1], ids[:, 1:])[1].item())
+        return [speedrun.Timed(1.0, 9.0)]
+
+    monkeypatch.setattr(speedrun, "time_losses", time_losses)
+    flags = ["--recipes=quick", "--seeds=1", "--results=logs", "--data=text.txt"]
+    assert speedrun.main(flags) == 0 and speedrun.main([*flags, "--record"]) == 0
+    with pytest.raises(UserError, match="second half was evaluated for quick before"):
+        speedrun.main([*flags, "--record"])
+    runs = [json.loads(line) for line in Path("logs/speedrun.jsonl").read_text().splitlines()]
+    names = (("first_half",), ("first_half", "second_half"))
+    for run, found, losses in zip(runs, names, (expected[:1], expected[2:]), strict=True):
+        assert [run[name] for name in found] == pytest.approx(losses, rel=1e-5)
+    assert "second_half" not in runs[0]
+
+
+def test_a_study_sees_the_first_half_of_the_validation_split_only(workplace: Path):
+    text = Path("data/input.txt").read_text()
+    task = parse_tiny_study("--data=data/input.txt").make_trainer(TINY).task
+    val = text[len(text) * 9 // 10 :]
+    assert task.tokenizer.decode(task.corpus.val_ids.tolist()) == val[: len(val) // 2]
+    assert task.corpus.bytes_per_token == 1
 
 
 @pytest.mark.parametrize(

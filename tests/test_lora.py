@@ -15,7 +15,7 @@ from config import ARCHS
 from finetuning import lora
 from finetuning.lora import LoRAConfig, LoRALinear
 from finetuning.new_tokens import EMBEDDINGS
-from model import GPT
+from model import GPT, NORMS
 from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
@@ -97,13 +97,16 @@ def test_a_rank_above_the_smaller_side_is_rejected():
 # --- files
 
 
-def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path):
+def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path, monkeypatch):
     model, adapter = make_adapted(lora_targets="qkv")
     path = tmp_path / "adapter.pt"
     save_checkpoint(path, adapter)
     read = lora.read_adapter(path)
     assert set(read["tensors"]) == {f"blocks.{i}.attn.qkv.{m}" for i in (0, 1) for m in "AB"}
     assert path.stat().st_size < 0.2 * 4 * model.num_params()
+    monkeypatch.delitem(NORMS, "layernorm")  # a bug, not a damaged file
+    with pytest.raises(KeyError, match="layernorm"):
+        lora.read_adapter(path)
 
 
 def test_an_adapter_for_another_base_is_rejected():

@@ -223,6 +223,17 @@ def test_a_folder_without_locks_can_be_used_also_when_an_old_lock_file_is_in_it(
         assert "cannot be locked" in capsys.readouterr().out
 
 
+def test_only_a_new_folder_to_which_nothing_was_written_is_removed(tmp_path: Path):
+    (tmp_path / "old").mkdir()
+    for name in ("old", "a/b/c", "d/e"):
+        with pytest.raises(UserError, match="diverged"), locked(tmp_path / name, "a test"):
+            if name == "d/e":
+                (tmp_path / name / "log").touch()
+            raise UserError("diverged")
+    left = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")]
+    assert sorted(left) == ["d", "d/e", "d/e/lock", "d/e/log", "old", "old/lock"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_folder_on_a_full_disk_is_locked_without_the_name_of_the_holder(tmp_path: Path):
     (tmp_path / "lock.txt").symlink_to("/dev/full")

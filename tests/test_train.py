@@ -210,12 +210,13 @@ def test_muon_divides_rows_by_their_mean_size_over_time(momentum: float):
     assert moved.tolist() == pytest.approx(expected.tolist(), rel=0.02)
 
 
-def test_muon_leaves_matrices_without_a_gradient_in_place():
+def test_muon_decays_by_the_rate_and_leaves_matrices_without_a_gradient_in_place():
     weights = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
-    muon = Muon(weights, lr=1.0, weight_decay=0.0)
+    muon = Muon(weights, lr=0.5, weight_decay=0.2)
     weights[0].grad = torch.zeros(2, 3)
     muon.step()
-    assert torch.equal(weights[0], torch.ones(2, 3)) and torch.equal(weights[1], torch.ones(2, 3))
+    assert torch.allclose(weights[0], torch.full((2, 3), 0.9))  # 1 - 0.5 x 0.2
+    assert torch.equal(weights[1], torch.ones(2, 3))
 
 
 # --- the step

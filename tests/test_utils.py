@@ -192,6 +192,9 @@ def test_contents_that_do_not_match_are_rejected(workplace: Path, change: dict):
 
 def test_a_component_without_an_entry_is_not_reported_as_a_damaged_file(workplace, monkeypatch):
     save_model("good.pt", make_model(), TOKENIZER)
+    with monkeypatch.context() as patch, pytest.raises(NameError, match="CharTokenizer"):
+        patch.delattr(utils.tokenizers, "CharTokenizer")
+        utils.load_checkpoint(Path("good.pt"))
     monkeypatch.delitem(model.NORMS, "rmsnorm")  # a bug: a choice of --norm that no table has
     with pytest.raises(KeyError, match="rmsnorm"):
         utils.load_checkpoint(Path("good.pt"))
