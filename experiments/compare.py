@@ -25,8 +25,8 @@ from system.start import run
 from tqdm import tqdm
 
 from experiments.comparison import margin, mean, p_value
+from experiments.speedrun import half_losses
 from experiments.timing import ROOT, git
-from plots import read_run
 from system.command_line import parse_args
 from system.settings import UserError, setting
 
@@ -66,7 +66,8 @@ def code_of(revision: str) -> Iterator[Path]:
 
 
 def train_loss(code: Path, flags: list[str], seed: int) -> float:
-    """The validation loss of a run of this code; infinite if it diverged."""
+    """The loss of a run of this code over the first half of the validation split, on which settings
+    are chosen; infinite if it diverged."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(code / "train.py"), *flags, f"--seed={seed}"]
         command.append(f"--out_dir={folder}")
@@ -75,7 +76,7 @@ def train_loss(code: Path, flags: list[str], seed: int) -> float:
             return math.inf
         if done.returncode:
             raise UserError(f"train.py {' '.join(flags)}: {done.stderr.strip().splitlines()[-1]}")
-        return read_run(Path(folder)).final["val"]
+        return half_losses(folder, record=False)["first_half"]
 
 
 def answer(pairs: list[tuple[float, float]]) -> str:
