@@ -12,7 +12,7 @@ probs prints the most likely tokens at each step. sweep samples with every combi
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from sampling.text import (
     warn_if_cut,
 )
 from system.command_line import parse_args
-from system.settings import UserError, all_problems, convert, setting
+from system.settings import UserError, all_problems, kind_of, setting
 from tokenizer import Tokenizer
 
 # The actions, and the flags that each of them would ignore.
@@ -137,6 +137,15 @@ def token_probabilities(model: GPT, tokenizer: Tokenizer, config: SampleConfig) 
 
 
 # --- sweeps
+
+
+def convert(f: Field, text: str) -> Any:
+    """The text of a setting as a number of its type. Raises ValueError if it is not one."""
+    try:
+        return kind_of(f)(text)
+    except ValueError:
+        words = {int: "a whole number", float: "a number"}[kind_of(f)]
+        raise ValueError(f"--{f.name} must be {words}, not {text!r}") from None
 
 
 def parse_sweep(text: str) -> list[dict[str, Any]]:

@@ -115,17 +115,6 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     return text
 
 
-def replace_surrogates(text: str) -> str:
-    """The text with lone surrogates, which JSON can contain and UTF-8 cannot, replaced by "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def json_text(text: str) -> str:
-    r"""A text from JSON as it would be read from a file: with line ends as \n, without lone
-    surrogates."""
-    return replace_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
-
-
 def file_sha256(*paths: Path) -> str:
     """The SHA-256, in hexadecimal, of the concatenated contents of files. Raises UserError if one
     cannot be read."""

@@ -13,11 +13,18 @@ from system.settings import UserError
 BUSY = 1.5  # from this slowdown on, the CPU is busy: 1.0 if idle, 1.9 beside one busy loop
 
 
+def has_mps() -> bool:
+    """Whether MPS works. Virtual machines have it without memory for it."""
+    try:
+        return torch.backends.mps.is_available() and bool(torch.ones(1, device="mps"))
+    except RuntimeError:
+        return False
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError if it does
     not exist."""
-    gpus = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    available = [*(kind for kind, gpu in gpus.items() if gpu.is_available()), "cpu"]
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * has_mps() + ["cpu"]
     if name == "auto":
         return torch.device(available[0])
     try:

@@ -88,15 +88,6 @@ def raise_problems(problems: list[str]) -> None:
         raise UserError("; ".join(problems))
 
 
-def convert(f: Field, text: str) -> Any:
-    """The text of a setting as a value of its type. Raises ValueError if it is not one."""
-    words = {int: "a whole number", float: "a number", str: "text"}[kind_of(f)]
-    try:
-        return kind_of(f)(text)
-    except ValueError:
-        raise ValueError(f"--{f.name} must be {words}, not {text!r}") from None
-
-
 def escape(text: str) -> str:
     r"""Text as a flag with `escapes` reads it: \n for a newline, \\ for a backslash."""
     return text.replace("\\", "\\\\").replace("\n", "\\n")
