@@ -136,7 +136,7 @@ def note_end_of_text(path: Path, text: str) -> None:
     if END_OF_TEXT in text:
         note(
             f"{path} contains {END_OF_TEXT}, read as ordinary text: with --separator "
-            f"'{END_OF_TEXT}' it starts a new document"
+            f'"{END_OF_TEXT}" it starts a new document'
         )
 
 

@@ -116,7 +116,7 @@ def test_another_token_that_ends_a_text_is_named_at_the_import(workplace, capsys
     Path("out/config.json").write_text(json.dumps(config | {"eos_token_id": [0, len(chars)]}))
     capsys.readouterr()
     assert export.main(["--from", "out", "back.pt"]) == 0
-    assert "give --stop '<|im_end|>' to generate.py" in capsys.readouterr().out
+    assert 'give --stop "<|im_end|>" to generate.py' in capsys.readouterr().out
 
 
 def test_a_folder_that_does_not_exist_is_named(monkeypatch):

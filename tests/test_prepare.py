@@ -294,10 +294,10 @@ def write_invalid_files(workplace: Path) -> None:
         (["qa.json"], "qa.json contains question/answer records: use it with train.py"),
         (["mixed/a.txt", "--max_chars=9999999"], "max_chars must be at most 4194304"),
         ([], "give files, folders, or the name of a data set"),
-        (["/dev/zero"], "/dev/zero is a device or a pipe"),
+        *[(["/dev/zero"], "zero is a device or a pipe")] * Path("/dev/zero").exists(),
         (["mixed/a.txt", "--tokenizer=no.pt"], "must be one of char, .* or a checkpoint, not 'no"),
         (["mixed/a.txt", "--tokenizer=empty.txt"], r"empty\.txt is not a checkpoint"),
-        (["mixed/a.txt", "--name=" + "x" * 300], "could not be written: File name too long"),
+        (["mixed/a.txt", "--name=" + "x" * 300], "could not be written: "),
     ],
 )
 def test_invalid_input_is_one_error_and_leaves_nothing(workplace, words, message):
@@ -414,7 +414,7 @@ def test_a_long_document_in_both_splits_is_counted(workplace, monkeypatch, last,
 
 def test_end_of_text_in_a_text_is_ordinary_text_with_a_hint_or_a_separator(workplace, capsys):
     (workplace / "b.txt").write_text(END_OF_TEXT.join(STORIES))
-    hint = f"b.txt contains {END_OF_TEXT}, read as ordinary text: with --separator '{END_OF_TEXT}'"
+    hint = f'b.txt contains {END_OF_TEXT}, read as ordinary text: with --separator "{END_OF_TEXT}"'
     make("b.txt")
     assert capsys.readouterr().err.count(hint) == 1
     tokenizer, corpus = folder.open_dataset(Path("data/set"))

@@ -13,7 +13,7 @@ import platform
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,19 +29,12 @@ from utils import autocast, count_params
 CACHE_DIR = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
 SIZES: dict[str, Any] = {"vocab_size": 256, "n_layer": 2, "n_embd": 128, "n_inner": 256}
 SIZES |= {"n_head": 2, "dropout": 0.0, "tie_weights": False}  # tied, they repeat the last token
-# Of each gradient, relative to its norm. Measured on a CPU, at most: 0.00001, 0.024 and 0.003;
-# of the loss, 0.0002. If attention sees later tokens, at least half of a gradient is wrong.
-TOLERANCE = {"float32": 0.01, "bfloat16": 0.1, "float16": 0.02}
+# Of each gradient, relative to its norm. Measured on a CPU: up to 0.00001, 0.024 and 0.003, except
+# for ReLU, which is not smooth, 0.08 and 0.04. Where attention sees later tokens, above 0.5.
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.2, "float16": 0.1}
 Results = dict[str, Tensor]  # what a device has computed, by name
-
-
-class Verdict(NamedTuple):
-    """What a comparison with the CPU has found."""
-
-    wrong: str  # what differs by more than rounding; empty if nothing does
-    wrong_fused: str  # the same with fused attention
-    seconds: float  # of a step
-    cpu_seconds: float
+# What is wrong; what is wrong with fused attention; the seconds of a step there, and on the CPU
+Verdict = tuple[str, str, float, float]
 
 
 def compute(gpt: GPTConfig, batch_size: int, device: Any, precision: str) -> tuple[Results, float]:
@@ -100,7 +93,7 @@ def compare(gpt: GPTConfig, batch_size: int, device: torch.device, precision: st
         use_fused_attention(False)
         found, seconds = compute(gpt, batch_size, device, precision)
         wrong = difference(found, exact, precision)
-    return Verdict(wrong, wrong_fused, seconds, cpu_seconds)
+    return wrong, wrong_fused, seconds, cpu_seconds
 
 
 def remembered(gpt: GPTConfig, batch_size: int, device: torch.device, precision: str) -> Verdict:
@@ -113,7 +106,7 @@ def remembered(gpt: GPTConfig, batch_size: int, device: torch.device, precision:
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # missing or damaged
         verdicts = dict(json.loads(file.read_text(encoding="utf-8")))
         wrong, wrong_fused, seconds, cpu_seconds = verdicts[key]
-        return Verdict(str(wrong), str(wrong_fused), float(seconds), float(cpu_seconds))
+        return str(wrong), str(wrong_fused), float(seconds), float(cpu_seconds)
     verdicts[key] = compare(gpt, batch_size, device, precision)
     with contextlib.suppress(OSError, UserError):  # then the next run compares again
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,25 +121,22 @@ def passes_check(gpt: GPTConfig, config: TrainConfig, device: torch.device, prec
     batch_size = 2
     if device.type == "mps":  # which is wrong for many tokens only: compute as many as the run
         batch_size = max(1, min(config.batch_size, 2**16 // gpt.block_size))
-    n_kv_head = 1 if gpt.n_kv_head < gpt.n_head else 2
-    small = replace(gpt, **SIZES, n_kv_head=n_kv_head)
+    small = replace(gpt, **SIZES, n_kv_head=1 if gpt.n_kv_head < gpt.n_head else 2)
     try:
-        verdict = remembered(small, batch_size, device, precision)
+        wrong, wrong_fused, *times = remembered(small, batch_size, device, precision)
     except RuntimeError as error:  # forgotten: other programs may have used its memory
-        verdict = Verdict(first_line(error), "", 0.0, 0.0)
-    use_fused_attention(not verdict.wrong_fused or bool(verdict.wrong))
+        wrong, wrong_fused, *times = first_line(error), "", 0.0, 0.0
+    use_fused_attention(bool(wrong) or not wrong_fused)
+    if wrong and config.device != "auto":
+        raise UserError(f"{device} cannot be used ({wrong}): use --device cpu")
     # For each layer a GPU must start at least as many kernels, and a CPU compute all products.
-    seconds = verdict.seconds * gpt.n_layer / small.n_layer
+    seconds = times[0] * gpt.n_layer / small.n_layer
     n_large, n_small = (count_params(c)[0] for c in (replace(gpt, vocab_size=256), small))
-    cpu_seconds = verdict.cpu_seconds * n_large * config.batch_size / n_small / batch_size
-    reason = verdict.wrong
-    if not reason and cpu_seconds < seconds:
-        reason = f"a step takes {cpu_seconds:.2g} s, there {seconds:.2g} s or more"
-    if reason and config.device == "auto":
-        print(f"device check: the CPU instead of {device}: {reason}")
+    cpu_seconds = times[1] * n_large * config.batch_size / n_small / batch_size
+    if config.device == "auto" and (wrong or cpu_seconds < seconds):
+        slower = f"a step takes {cpu_seconds:.2g} s, there {seconds:.2g} s or more"
+        print(f"device check: the CPU instead of {device}: {wrong or slower}")
         return False
-    if verdict.wrong:
-        raise UserError(f"{device} cannot be used ({verdict.wrong}): use --device cpu")
-    plain = f" with plain attention, else {verdict.wrong_fused}" if verdict.wrong_fused else ""
+    plain = f" with plain attention, else {wrong_fused}" if wrong_fused else ""
     print(f"device check: {device} computes what the CPU does{plain}")
     return True
