@@ -24,8 +24,6 @@ from utils import newest_checkpoint
 
 @dataclass
 class DemoConfig:
-    """Settings of the demo."""
-
     checkpoint: str = setting("", "the model; default: best.pt of the newest run", positional=True)
     port: int = setting(7860, "the page is at http://127.0.0.1:PORT; 0: any", low=0, high=65535)
 

@@ -11,15 +11,12 @@ byte (bpb) are comparable between all models evaluated on the same text. top-1 i
 the most likely token.
 
 Windows are consecutive, so the first tokens of each are predicted from a short context. --stride S
-adds the loss over overlapping windows that begin every S tokens. Only the last S predictions of a
-window are scored (all of them in the first window), so each token is still scored once. After the
-first window, each prediction uses more than block_size - S tokens of context. That alone makes this
-loss lower, so compare only losses of the same stride. It takes block_size / S times as long as the
-usual loss.
+adds the loss over overlapping windows that begin every S tokens, in which only the last S
+predictions are scored: from more than block_size - S tokens of context. That alone makes this loss
+lower: compare only losses of the same stride. It takes block_size / S times as long.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,14 +27,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import utils
-from config import DEVICE_HELP, PRECISIONS, TEXT_ENCODINGS, GPTConfig
+from config import DEVICE_HELP, PRECISIONS, TEXT_ENCODINGS
 from corpus.corpus import Corpus
 from corpus.load import load_corpus, training_corpus
 from model import GPT
+from sampling.output import format_table
 from sampling.text import last_objective
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
-from system.settings import UserError, from_dict, setting
+from system.settings import UserError, setting
 from training.setup import pick_precision
 from training.task import MAX_EXP, losses
 from utils import autocast, newest_checkpoint
@@ -45,8 +43,6 @@ from utils import autocast, newest_checkpoint
 
 @dataclass
 class EvaluateConfig:
-    """Which checkpoints are evaluated, and on what."""
-
     checkpoints: tuple[str, ...] = setting(
         (), "default: best.pt of the newest run", positional=True
     )
@@ -103,7 +99,6 @@ def evaluate_split(
     starts = utils.even_starts(max(len(ids) - overlap, 2), stride)  # 2: a split within one window
     total_loss = 0.0
     n_correct = n_tokens = 0
-    start_time = time.perf_counter()
     batches = losses(model, corpus, ids, starts, config.batch_size, doc_mask, overlap)
     n_batches = math.ceil(len(starts) / config.batch_size)
     with autocast(model.tok.weight.device, config.precision):
@@ -112,13 +107,7 @@ def evaluate_split(
             total_loss += loss * n_scored
             n_correct += int((logits.argmax(dim=-1) == y).sum())
             n_tokens += n_scored
-    seconds = time.perf_counter() - start_time
-    return {
-        "tokens": n_tokens,
-        "loss": total_loss / n_tokens,
-        "top1": n_correct / n_tokens,
-        "tokens_per_second": n_tokens / seconds,
-    }
+    return {"tokens": n_tokens, "loss": total_loss / n_tokens, "top1": n_correct / n_tokens}
 
 
 def evaluate_checkpoints(
@@ -166,24 +155,12 @@ def evaluate_checkpoints(
         "ppl": f"{math.inf if loss > MAX_EXP else math.exp(loss):.2f}",
         "bpb": f"{utils.bits_per_byte(loss, bytes_per_token):.4f}",
         "top-1": f"{result['top1']:.1%}",
-        "tok/s": f"{result['tokens_per_second']:,.0f}",
     }
     if config.stride is not None:
         loss = evaluate_split(model, corpus, config, doc_mask, config.stride)["loss"]
         row[f"loss, stride {config.stride}"] = f"{loss:.4f}"
         row[f"bpb, stride {config.stride}"] = f"{utils.bits_per_byte(loss, bytes_per_token):.4f}"
     return row
-
-
-def format_table(rows: list[dict[str, str]]) -> str:
-    """The rows as text, in aligned columns with a header."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = []
-    for first, *others in lines:
-        cells = [word.rjust(width) for word, width in zip(others, widths[1:], strict=True)]
-        aligned.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(aligned)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,11 +175,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--ensemble needs two or more checkpoints")
     device = pick_device(config.device)
     for path in paths:  # damaged ones, and strides that would skip tokens: before anything slow
-        state = utils.read_checkpoint(path)
-        with utils.matching_contents(path):
-            size = from_dict(GPTConfig, state["gpt_config"]).block_size
-            too_long = (config.stride or 0) > size
-        if too_long:
+        size = utils.load_checkpoint(path)[0].config.block_size
+        if (config.stride or 0) > size:
             raise UserError(f"--stride must be at most {size}, the window of {path}")
     config.precision, _ = pick_precision(config.precision, device)
     rows: list[dict[str, str]] = []

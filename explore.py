@@ -12,7 +12,7 @@ probs prints the most likely tokens at each step. sweep samples with every combi
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import Field, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from corpus.chat import Turn, encode_turns
 from generate import adjust_logits, generate, load_for_sampling, sampling_settings, stream_texts
 from model import GPT
 from sampling.checks import sampling_problems
-from sampling.output import header, write_text
+from sampling.output import format_table, header, write_text
 from sampling.text import (
     TextWriter,
     answers_questions,
@@ -38,7 +38,7 @@ from sampling.text import (
     warn_if_cut,
 )
 from system.command_line import parse_args
-from system.settings import UserError, all_problems, kind_of, setting
+from system.settings import UserError, setting
 from tokenizer import Tokenizer
 
 # The actions, and the flags that each of them would ignore.
@@ -53,8 +53,6 @@ N_SHOWN = 5  # probabilities per step of probs
 
 @dataclass
 class ExploreConfig:
-    """What to do."""
-
     action: str = setting("", "first argument", choices=tuple(UNUSED_FLAGS), positional=True)
     settings: str = setting("temperature=0.5,0.8,1.1", "sweep: the values to compare")
     system: str = setting("", "chat: text before the first question, which says how to answer")
@@ -139,31 +137,22 @@ def token_probabilities(model: GPT, tokenizer: Tokenizer, config: SampleConfig) 
 # --- sweeps
 
 
-def convert(f: Field, text: str) -> Any:
-    """The text of a setting as a number of its type. Raises ValueError if it is not one."""
-    try:
-        return kind_of(f)(text)
-    except ValueError:
-        words = {int: "a whole number", float: "a number"}[kind_of(f)]
-        raise ValueError(f"--{f.name} must be {words}, not {text!r}") from None
-
-
 def parse_sweep(text: str) -> list[dict[str, Any]]:
-    """All combinations of the settings of a sweep. Raises ValueError if the text is invalid.
+    """All combinations of the settings of a sweep. Raises UserError if the text is invalid.
 
     >>> parse_sweep("temperature=0.5,1 top_k=20")
     [{'temperature': 0.5, 'top_k': 20}, {'temperature': 1.0, 'top_k': 20}]
     """
-    lists: dict[str, list[Any]] = {}
+    lists: dict[str, list[str]] = {}
     for word in text.split() or [""]:
         name, equals, values = word.partition("=")
         name = name.replace("-", "_")
         if not equals or name not in SWEPT or name in lists:
             names = ", ".join(SWEPT)
-            raise ValueError(f"{word!r} is not NAME=A,B,... with one of {names}, each once")
-        field = SampleConfig.__dataclass_fields__[name]
-        lists[name] = [convert(field, value) for value in values.split(",")]
-    return [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
+            raise UserError(f"{word!r} is not NAME=A,B,... with one of {names}, each once")
+        lists[name] = [f"--{name}={value}" for value in values.split(",")]
+    configs = [parse_args(SampleConfig, list(flags), "") for flags in product(*lists.values())]
+    return [{name: getattr(config, name) for name in lists} for config in configs]
 
 
 def sample_with_statistics(
@@ -219,20 +208,18 @@ def run_sweep(
 ) -> Iterator[str]:
     """Sample with each combination of settings. Yields the samples, and then the lines of a table
     of their statistics; --output_file gets both, below `first_lines`."""
-    lines, table = [], ["settings".ljust(40) + "entropy  distinct-1  distinct-2  log-probability"]
+    lines, rows = [], []
     for values in parse_sweep(sweep):
         name = " ".join(f"{key}={value:g}" for key, value in values.items())
         samples, found = sample_with_statistics(model, tokenizer, replace(config, **values))
         for sample in samples:
             lines.append(f"--- {name}\n{sample}\n")
             yield lines[-1]
-        table.append(
-            f"{name:40}{found['entropy']:7.3f}{found['distinct-1']:12.3f}"
-            f"{found['distinct-2']:12.3f}{found['log-probability']:17.3f}"
-        )
-    yield from table
+        rows.append({"settings": name} | {key: f"{value:.3f}" for key, value in found.items()})
+    table = format_table(rows)
+    yield table
     if config.output_file:
-        write_text(Path(config.output_file), first_lines + "\n".join([*lines, *table]) + "\n")
+        write_text(Path(config.output_file), first_lines + "\n".join([*lines, table]) + "\n")
         yield f"samples: {config.output_file}"
 
 
@@ -245,23 +232,16 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
     found = sampling_problems(config)
     given = vars(config) | vars(explore)
     defaults = vars(SampleConfig()) | vars(ExploreConfig())
-    unused = UNUSED_FLAGS.get(explore.action, ())
-    ignored = [f"--{name}" for name in unused if given[name] != defaults[name]]
-    if ignored:
-        found.append(f"{explore.action} does not use {', '.join(ignored)}")
+    unused = list(UNUSED_FLAGS.get(explore.action, ()))
     if explore.action == "sweep":
         try:
-            combinations = parse_sweep(explore.settings)
-        except ValueError as error:
-            return [*found, f"--settings: {error}"]
-        for values in combinations:
-            found += [f"--settings: {p}" for p in all_problems(SampleConfig(**values))]
-        found += [
-            f"--{name} is among the --settings to compare ({explore.settings}): leave it out"
-            for name in combinations[0]
-            if given[name] != defaults[name]
-        ]
-    return list(dict.fromkeys(found))  # several combinations share a bad value
+            unused += parse_sweep(explore.settings)[0]
+        except UserError as error:
+            found.append(f"--settings: {error}")
+    ignored = [f"--{name}" for name in unused if given[name] != defaults[name]]
+    if ignored:
+        found.append(f"{explore.action} does not use {', '.join(ignored)} here: leave it out")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """Convert checkpoints to and from Hugging Face's format, to a web page, or to a file for llama.cpp.
 
     python export.py checkpoints/best.pt out/              to a folder that `transformers` loads
-    python export.py checkpoints/best.pt out/ --push user/name           and upload it to the hub
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
     python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
@@ -12,19 +11,18 @@ The exported folder loads with AutoModelForCausalLM and AutoTokenizer, without c
 If no standard architecture has the model's components, the folder also contains the model's code,
 and loads with trust_remote_code=True.
 --overwrite replaces an earlier export, or with --from a checkpoint, and nothing else, once the new
-one is complete.
+one is complete. To upload a folder to the hub: `hf upload user/name out/`.
 Folders need `pip install safetensors tokenizers`, the hub also huggingface_hub, .gguf files `pip
 install gguf`; a page needs nothing.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from system.start import run
 
 from exporting.folders import check_target, import_optional
 from exporting.gguf_file import export_gguf
-from exporting.huggingface import export_hf, import_hf, upload
+from exporting.huggingface import export_hf, import_hf
 from exporting.peft import export_adapter
 from exporting.web_page import export_page
 from finetuning import lora
@@ -34,8 +32,6 @@ from system.settings import setting
 
 @dataclass
 class ExportConfig:
-    """What is converted, and where it is written."""
-
     paths: tuple[str, ...] = setting(
         (),
         "a checkpoint, and a folder, NAME.html or NAME.gguf; with --from only a checkpoint",
@@ -44,10 +40,9 @@ class ExportConfig:
     source: str = setting(
         "", "import this hub name or folder in Hugging Face's format", alias="from"
     )
-    push: str = setting("", "user/name: upload the exported folder to the hub, where it is public")
     precision: str = setting(
-        "auto", "weights of a .html or .gguf file; auto: .html: int8 if the measured loss is "
-        "nearly the same, .gguf: float16", choices=("auto", "float32", "float16", "int8", "int4")
+        "auto", "weights of a .html or .gguf file; auto: int8 in .html, float16 in .gguf",
+        choices=("auto", "float32", "float16", "int8", "int4"),
     )  # fmt: skip
     overwrite: bool = setting(False, "replace an earlier export, or a checkpoint")
 
@@ -58,14 +53,9 @@ class ExportConfig:
         return suffix[1:] if suffix in (".html", ".gguf") else ""
 
     def problems(self) -> list[str]:
-        """A wrong number of paths, or a wrong name on the hub."""
         found = []
         if len(self.paths) != (1 if self.source else 2):
             found.append("give a checkpoint and a folder, or --from NAME and a checkpoint")
-        if self.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
-            found.append(f"--push must be user/name, not {self.push!r}")
-        if self.push and (self.source or self.kind):
-            found.append("--push is for exported folders: leave it out")
         if self.source and self.paths[-1:] and self.paths[-1].lower().endswith((".html", ".gguf")):
             found.append("--from writes a checkpoint: name it NAME.pt")
         if self.precision != "auto" and not self.kind:
@@ -90,8 +80,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     check_target(target, config.overwrite)
     import_optional("safetensors")
-    if config.push:
-        import_optional("huggingface_hub")
     if lora.is_adapter(checkpoint):
         export_adapter(checkpoint, target, config.overwrite)
         call = f"peft.PeftModel.from_pretrained(model, {str(target)!r})"
@@ -99,9 +87,6 @@ def main(argv: list[str] | None = None) -> int:
         arguments = export_hf(checkpoint, target, config.overwrite)
         call = f"transformers.AutoModelForCausalLM.from_pretrained({arguments})"
     print(f"{target}/: load it with {call}")
-    if config.push:
-        upload(target, config.push)
-        print(f"uploaded: https://huggingface.co/{config.push}")
     return 0
 
 

@@ -60,7 +60,7 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     if encode or has_records(path, config.encoding):
         from corpus.records import read_records  # only for questions and answers
 
-        records = read_records(path, encode is encode_pair, config.skip_bad)
+        records = read_records(path, encode is encode_pair, config.skip_bad, config.encoding)
         if settings.objective == "text":
             raise UserError(f"{path} contains questions and answers: use --objective chat")
     texts = map(record_text, records) if records else texts_of(path, config)
@@ -104,7 +104,7 @@ def make_model(
 ) -> tuple[GPT, CheckpointFormat]:
     """The model to train and the format of its checkpoints: the base, with rows for new tokens, or
     a new student. info: of the data."""
-    settings, adapt, base, teacher = setup.settings, setup.adapt, setup.base, setup.teacher
+    settings, adapt, base = setup.settings, setup.adapt, setup.base
     new_tokens = tokenizer is not base.tokenizer
     size = max(base.model.config.vocab_size, tokenizer.vocab_size)
     model = GPT(replace(setup.gpt_config, vocab_size=size))
@@ -114,7 +114,6 @@ def make_model(
             weights = extend_weights(weights, base.tokenizer, tokenizer)
         model.load_state_dict(weights)
     origin = asdict(settings) | asdict(adapt) | {"base_sha256": base.sha256, "lr": base.lr}
-    origin |= {"teacher_sha256": teacher.sha256} if teacher else {}
     entries = {"tokenizer": tokenizer.to_dict(), "corpus": info, "finetune": origin}
     if not adapt.lora_rank:
         return model, PlainFormat(entries)
@@ -131,8 +130,8 @@ def write_merged(setup: Setup) -> int:
     base, path = setup.base, Path(setup.settings.merge)
     adapter, target = lora.read_adapter(path), setup.run_dir / "best.pt"
     lora.check_adapter(adapter, base.model.config, base.tokenizer, base.sha256, path)
-    scale = LoRAConfig(**adapter["lora"]).scale
-    merged = lora.merge_adapter(base.model.state_dict(), adapter["tensors"], scale)
+    weights = base.model.state_dict() | adapter["tensors"]
+    merged = lora.merge_adapter(weights, LoRAConfig(**adapter["lora"]).scale)
     if not all(weight.isfinite().all() for weight in merged.values()):
         raise UserError(f"{path} is invalid: merged weights are infinite")
     state = {name: value for name, value in base.state.items() if name not in ("adapter", "files")}
@@ -200,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         if adapt.lora_rank and distributed.rank() == 0:
             path = setup.run_dir / "adapter.pt"
             with locked(setup.run_dir, "a training run"):
-                lora.save_adapter(path, read_checkpoint(path.with_name("best.pt"))["adapter"])
+                save_checkpoint(path, read_checkpoint(path.with_name("best.pt"))["adapter"])
             print(f"adapter: {path}, for {settings.source}")
     distributed.destroy_process_group()
     return status

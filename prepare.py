@@ -18,14 +18,12 @@ Next: python train.py --data data/NAME
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from system.start import run
 
 import numpy as np
 
-from config import PRESETS, train_settings
 from corpus.clean import STEPS, CleanConfig
 from corpus.dataset import make_dataset
 from corpus.documents import note_shared
@@ -33,25 +31,7 @@ from corpus.folder import is_dataset_file, open_dataset
 from corpus.sources import DatasetConfig
 from system.command_line import parse_args
 from system.folders import check_replaceable, replacing
-from system.settings import UserError, setting
-from utils import count_params
-
-# Hoffmann et al. (2022): a training budget is best spent with about 20 tokens per parameter.
-TOKENS_PER_PARAMETER = 20
-SAME_SIZES = ("quick", "fast", "baseline")  # presets with the sizes of others
-
-
-@dataclass
-class PrepareConfig:
-    """Statistics, and the number of processes."""
-
-    stats: bool = setting(
-        False, "print document lengths and suitable windows and presets", group="other"
-    )
-    workers: int = setting(0, "number of processes; 0: one per core", low=0)
-
-
-# --- summary and statistics
+from system.settings import UserError
 
 
 def summary(manifest: dict[str, Any]) -> str:
@@ -73,9 +53,8 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def statistics(folder: Path) -> str:
-    """The lengths of the documents in a data set, the window that suits them, and how many tokens
-    per parameter each preset has, as text."""
-    tokenizer, corpus = open_dataset(folder)
+    """The lengths of documents, and the window and the size that suit them, as text."""
+    _, corpus = open_dataset(folder)
     assert corpus.train_docs is not None
     n_tokens = len(corpus.train_ids)
     lengths = np.diff(np.append(corpus.train_docs, n_tokens))
@@ -89,37 +68,10 @@ def statistics(folder: Path) -> str:
             f"documents: {len(lengths):,} for training; tokens per document: median {median:,}, "
             f"95th percentile {percentile_95:,}, longest {lengths.max():,}",
             f"window: --block_size {block_size} fits {fitting:.0%} of the documents{packed}",
-            *preset_lines(n_tokens, tokenizer.vocab_size),
+            f"size: {n_tokens // 20:,} parameters make the best use of a training budget "
+            "(Hoffmann et al. 2022); larger models read the text many times: try --weight_decay 1",
         ]
     )
-
-
-def preset_lines(n_tokens: int, vocab_size: int) -> list[str]:
-    """A table of the presets' sizes and tokens per parameter, and which preset suits n_tokens."""
-    lines = [
-        f"tokens per parameter (about {TOKENS_PER_PARAMETER} make the best use of a training "
-        "budget, Hoffmann et al. 2022):"
-    ]
-    ratios = {}
-    for name in (name for name in PRESETS if name not in SAME_SIZES):
-        gpt_config, _ = train_settings({"preset": name, "vocab_size": vocab_size}, "cpu")
-        n_params, _ = count_params(gpt_config)
-        ratios[name] = n_tokens / n_params
-        lines.append(f"    {name:8}{n_params / 1e6:8.2f} M parameters{ratios[name]:10.2f}")
-    large_enough = {name: ratio for name, ratio in ratios.items() if ratio >= TOKENS_PER_PARAMETER}
-    if large_enough:
-        largest = min(large_enough, key=ratios.__getitem__)
-        advice = f"{largest} is the largest preset that this corpus is large enough for"
-    else:
-        smallest = max(ratios, key=ratios.__getitem__)
-        advice = (
-            f"little text: even {smallest} will see it many times; watch the validation loss, and "
-            "try --weight_decay 1"
-        )
-    return [*lines, advice]
-
-
-# --- main
 
 
 def check_folder(folder: Path, config: DatasetConfig) -> None:
@@ -132,21 +84,19 @@ def check_folder(folder: Path, config: DatasetConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    configs = parse_args((DatasetConfig, CleanConfig, PrepareConfig), argv, __doc__)
-    config, cleaning, options = configs
+    config, cleaning = parse_args((DatasetConfig, CleanConfig), argv, __doc__)
     folder = Path("data", config.name)
     if not config.sources:
-        if not (options.stats and config.name):
+        if not (config.stats and config.name):
             raise UserError("give files, folders, or the name of a data set (see --help)")
         print(statistics(folder))
         return 0
-    settings = {name: value for c in configs for name, value in asdict(c).items()}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # to clean up
     with replacing(folder, "prepare.py", lambda: check_folder(folder, config)) as new:
-        manifest = make_dataset(new, config, cleaning, options.workers, settings)
+        manifest = make_dataset(new, config, cleaning)
     print(summary(manifest))
     note_shared(manifest["shared_documents"], manifest["splits"]["val"]["documents"])
-    if options.stats:
+    if config.stats:
         print(statistics(folder))
     print(f"next: python train.py --data {folder}")
     return 0

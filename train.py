@@ -325,7 +325,9 @@ def new_trainer(
 ) -> Trainer:
     """A trainer of a new model."""
     torch.manual_seed(config.seed)
-    task = task_type(data.corpus, data.tokenizer, gpt_config.block_size, config, device)
+    task: Task = task_type(data.corpus, data.tokenizer, gpt_config.block_size, config, device)
+    if data.teachers:
+        task = data.teachers.task(task)
     return Trainer(GPT(gpt_config), task, config, device)
 
 

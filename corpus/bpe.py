@@ -22,8 +22,7 @@ Word = tuple[list[int], int]  # the ids of a piece of text, and how often the pi
 
 
 def count_pieces(texts: Iterable[str], pattern: str = GPT2_PATTERN) -> Counter[str]:
-    """How often each piece (a match of the pattern) occurs in the texts. Merges never cross the
-    boundary between two pieces."""
+    """How often each piece, a match of the pattern, occurs. Merges never cross their borders."""
     regular = regex.compile(pattern)
     counts: Counter[str] = Counter()
     for text in texts:
@@ -170,10 +169,8 @@ def train_bpe(
 
 
 def from_tiktoken(name: str, seconds: float = 300) -> BPETokenizer:
-    """One of the encodings of OpenAI's models, which tiktoken downloads once and caches.
-
-    Raises UserError if it cannot be downloaded within this time.
-    """
+    """One of the encodings of OpenAI's models, which tiktoken downloads once and caches. Raises
+    UserError if it cannot be downloaded within this time."""
     result: list[tiktoken.Encoding | Exception] = []
 
     def download() -> None:

@@ -43,8 +43,7 @@ def record_text(record: Record) -> str:
 
 
 def encode_turn(tokenizer: Tokenizer, question: str, answer: str, system: str = "") -> Example:
-    """A question and its answer, with <BOS> and <EOS>. Raises UserError if the tokenizer does not
-    have these tokens."""
+    """A question and its answer, with <BOS> and <EOS>. Raises UserError if they do not exist."""
     bos, eos = (special_id(tokenizer, text) for text in ("<BOS>", "<EOS>"))
     prompt = np.append(bos, tokenizer.encode(prompt_text(question, system)))
     # A BPE piece starts at the space before the answer, so encoding both separately gives the same
@@ -60,7 +59,6 @@ def encode_turns(tokenizer: Tokenizer, turns: list[Turn], system: str = "") -> l
 
 
 def join_turns(turns: Iterable[Example]) -> Example:
-    """Turns as one example."""
     ids, scored = zip(*turns, strict=True)
     return Example(np.concatenate(ids), np.concatenate(scored))
 

@@ -29,31 +29,19 @@ STEPS = {
 
 @dataclass
 class CleanConfig:
-    """What is removed from the documents."""
-
-    metadata: bool = setting(
-        False, "drop lines such as `Title: ...` and `*** START OF ...`", group="cleaning"
-    )
+    metadata: bool = setting(False, "drop lines such as `Title: ...`, `Page 7`", group="cleaning")
     drop_lines: str = setting("", "a regular expression: drop the lines that it matches")
-    whitespace: bool = setting(
-        False, "drop whitespace at line ends and more than one empty line in a row"
-    )
+    whitespace: bool = setting(False, "drop whitespace at line ends and repeated empty lines")
     min_chars: int = setting(0, "drop documents with fewer characters", low=0)
-    max_chars: int = setting(
-        0, "drop documents with more characters; 0: no limit", low=0, high=CHUNK_SIZE
-    )
-    dedup: bool = setting(
-        False, f"drop duplicate documents (except those of more than {CHUNK_SIZE} characters)"
-    )
+    max_chars: int = setting(0, "drop documents with more; 0: no limit", low=0, high=CHUNK_SIZE)
+    dedup: bool = setting(False, f"drop duplicate documents of up to {CHUNK_SIZE} characters")
     bad_bytes: str = setting("stop", "if a file is not UTF-8", choices=("stop", "replace"))
 
     @property
     def patterns(self) -> list[str]:
-        """The regular expressions of the lines to drop."""
         return [METADATA] * self.metadata + [self.drop_lines] * bool(self.drop_lines)
 
     def problems(self) -> list[str]:
-        """Invalid combinations of settings."""
         found = []
         if 0 < self.max_chars < self.min_chars:
             found.append(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
@@ -82,7 +70,6 @@ class RemovalStats:
 
 
 def new_stats() -> dict[str, RemovalStats]:
-    """Statistics of all steps, with nothing removed."""
     return {step: RemovalStats() for step in STEPS}
 
 
@@ -100,7 +87,6 @@ class Chunk:
 
     @property
     def complete(self) -> bool:
-        """Whether this is a full document."""
         return self.first and self.last
 
     def stripped(self, text: str) -> str:
@@ -110,7 +96,6 @@ class Chunk:
 
 
 def is_unwanted(line: str, patterns: list[str]) -> bool:
-    """Whether one of the patterns is found in a line."""
     return any(re.search(pattern, line) for pattern in patterns)
 
 

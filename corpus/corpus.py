@@ -3,18 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 import tokenizer as tokenizers
 from config import ENCODINGS
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
-
-if TYPE_CHECKING:  # prepare.py does not need torch
-    from torch import Tensor
-
 
 MAX_IN_MEMORY = 1 << 28  # bytes; more must be streamed, by prepare.py
 
@@ -36,9 +33,8 @@ class Corpus:
         """Bytes of text per token, in the validation split."""
         return self.val_bytes / len(self.val_ids)
 
-    def document_numbers(self, x: "Tensor") -> "Tensor | None":
-        """The number of each token's document within its window, (B, T), for a document mask; None
-        if the corpus is one document."""
+    def document_numbers(self, x: Tensor) -> Tensor | None:
+        """Each token's document within its window, (B, T), for a mask; None for one document."""
         return None if self.separator is None else (x == self.separator).cumsum(dim=1)
 
 
@@ -82,5 +78,4 @@ def make_tokenizer(
 
 
 def utf8_length(texts: list[str]) -> int:
-    """The total length of texts in UTF-8, in bytes."""
     return sum(len(text.encode()) for text in texts)

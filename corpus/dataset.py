@@ -22,7 +22,7 @@ import tokenizer as tokenizers
 from config import ENCODINGS, TOKENIZERS
 from corpus.bpe import count_pieces, from_tiktoken, train_bpe
 from corpus.clean import Chunk, CleanConfig
-from corpus.documents import check_known
+from corpus.documents import check_known, special_id
 from corpus.folder import write_manifest
 from corpus.sources import DatasetConfig, SourceReader
 from corpus.text import token_dtype
@@ -32,9 +32,6 @@ from utils import matching_contents, read_checkpoint
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
-
-
-# --- the splits and the tokenizer
 
 
 def hold_out(reader: SourceReader) -> None:
@@ -62,27 +59,18 @@ def hold_out(reader: SourceReader) -> None:
 
 
 def count_text(text: str) -> Counter[str]:
-    """How often each piece occurs in a text; see `count_pieces`."""
     return count_pieces([text])
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint. Raises UserError if it cannot separate documents."""
     state = read_checkpoint(path)
     with matching_contents(path):
-        tokenizer = tokenizers.from_dict(state["tokenizer"])
-    if END_OF_TEXT not in tokenizer.specials:
-        raise UserError(
-            f"the tokenizer of {path} has no {END_OF_TEXT}, with which documents of a data set "
-            "begin: give another --tokenizer"
-        )
-    return tokenizer
+        return tokenizers.from_dict(state["tokenizer"])
 
 
 def learn_tokenizer(config: DatasetConfig, reader: SourceReader) -> Tokenizer:
     """The tokenizer of the data set: one of tiktoken's, that of a checkpoint, the characters of all
-    documents, or byte pairs learned from the training documents (from a sample if the sources are
-    large)."""
+    documents, or byte pairs learned from the training documents, from a sample if they are many."""
     if config.tokenizer in ENCODINGS:
         return from_tiktoken(config.tokenizer)
     if config.tokenizer not in TOKENIZERS:
@@ -96,9 +84,6 @@ def learn_tokenizer(config: DatasetConfig, reader: SourceReader) -> Tokenizer:
         if chunk.split == "train":
             counts.update(pieces)
     return train_bpe(counts, config.bpe_vocab_size)
-
-
-# --- text to tokens
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,7 +105,7 @@ class DatasetWriter:
     """Writes the token files of both splits, and counts what they contain."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
-        self.separator = tokenizer.specials[END_OF_TEXT]
+        self.separator = special_id(tokenizer, END_OF_TEXT)
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.files = {name: open(folder / f"{name}.bin", "wb") for name in ("train", "val")}  # noqa: SIM115
         self.train_docs = array("q")  # where each document starts in the training ids
@@ -130,8 +115,7 @@ class DatasetWriter:
         self.counts = {split: dict.fromkeys(keys, 0) for split in ("train", "val")}
 
     def write(self, chunk: Chunk, ids: np.ndarray) -> None:
-        """Append the ids of a chunk (tokens,) to its split; the first chunk of a document follows a
-        separator."""
+        """Append the ids of a chunk (tokens,) to its split; a separator precedes each document."""
         counts = self.counts[chunk.split]
         if chunk.first:
             ids = np.insert(ids, 0, self.separator)
@@ -145,30 +129,18 @@ class DatasetWriter:
         counts["bytes"] += len(chunk.text.encode())
 
     def n_shared(self) -> int:
-        """The number of validation documents that are training documents too; long ones count if
-        their first chunks are equal."""
+        """The number of validation documents whose first chunks are those of training documents."""
         train, val = (np.array(self.digests[split]) for split in ("train", "val"))
         return int(np.isin(val, train).sum())
 
 
-# --- the data set
-
-
-def make_dataset(
-    folder: Path,
-    config: DatasetConfig,
-    cleaning: CleanConfig,
-    workers: int,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Write a data set into an empty folder. Returns its manifest.
-
-    workers: number of processes; 0: one per core. settings: recorded in the manifest. Raises
-    UserError if a source is invalid or no text remains.
-    """
+def make_dataset(folder: Path, config: DatasetConfig, cleaning: CleanConfig) -> dict[str, Any]:
+    """Write a data set into an empty folder. Returns its manifest. Raises UserError if a source is
+    invalid or no text remains."""
     reader = SourceReader(config, cleaning)
     hold_out(reader)  # mostly reads one batch: not worth starting worker processes
-    reader.workers = (workers or os.cpu_count() or 1) if reader.n_bytes >= MIN_PARALLEL else 1
+    if reader.n_bytes >= MIN_PARALLEL:
+        reader.workers = config.workers or os.cpu_count() or 1
     tokenizer = learn_tokenizer(config, reader)
     text = json.dumps(tokenizer.to_dict(), ensure_ascii=False, indent=0)  # people can read it
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -183,20 +155,17 @@ def make_dataset(
     np.save(folder / "train_docs.npy", np.array(writer.train_docs, dtype=np.int64))
     if files_read != reader.files_read[: len(files_read)]:
         raise UserError("a source changed while it was read: try again")
+    versions = {module.__name__: module.__version__ for module in (np, tiktoken)}
     manifest = {
         "name": config.name,
         "sources": reader.files_read,
-        "settings": settings,
+        "settings": asdict(config) | asdict(cleaning),
         "removed": {step: asdict(stats) for step, stats in reader.removed.items()},
         "splits": writer.counts,
         "shared_documents": writer.n_shared(),
         "vocab_size": tokenizer.vocab_size,
         "dtype": str(writer.dtype),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "tiktoken": tiktoken.__version__,
-        },
+        "versions": versions | {"python": platform.python_version()},
     }
     write_manifest(folder, manifest)
     return manifest

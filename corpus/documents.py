@@ -32,9 +32,6 @@ Document = TypeVar("Document")
 ChunkEnd = Callable[[str, int], int]
 
 
-# --- reading
-
-
 def split_stream(
     stream: Iterable[str], separator: str, chunk_end: ChunkEnd = lambda text, limit: 0
 ) -> Iterator[tuple[str, bool]]:
@@ -81,8 +78,7 @@ def parse_json(text: str) -> Any:
 
 
 def has_records(path: Path, encoding: str) -> bool:
-    """Whether a file has questions and answers: .json, .csv, and .jsonl without documents, whose
-    field "text" is in one of the first lines."""
+    """Whether a file has questions and answers: .json, .csv, .jsonl without the field "text"."""
     suffix = path.suffix.lower() if path.is_file() else ""
     if suffix != ".jsonl":
         return suffix in (".json", ".csv")
@@ -155,9 +151,8 @@ def iter_documents(
 
 
 def read_documents(path: Path, separator: str, encoding: str = "utf-8") -> list[str]:
-    """The documents of a .jsonl file, or those between the separators of a text file; without blank
-    ones, and without empty lines around a separator. Raises UserError if there are none, or no
-    separator."""
+    """The documents of a .jsonl file, or those between the separators of a text file, without blank
+    ones and empty lines around a separator. Raises UserError without documents or separators."""
     found = iter_documents(path, separator=separator, encoding=encoding)
     texts = [text.strip("\n") if separator else text for text, _ in found]
     if separator and len(texts) == 1:
@@ -170,18 +165,9 @@ def read_documents(path: Path, separator: str, encoding: str = "utf-8") -> list[
     return texts
 
 
-# --- folders
-
-
 def file_start(path: Path) -> bytes:
     """The first bytes of a file. Raises UserError if it cannot be read."""
     return next(read_blocks(path), b"")[:SNIFF_SIZE]
-
-
-def is_binary(path: Path) -> bool:
-    """Whether a file is not text, except UTF-16, which `check_is_text` rejects as such."""
-    start = file_start(path)
-    return b"\0" in start and not start.startswith(UTF16_MARKS)
 
 
 def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -189,10 +175,16 @@ def text_files(folder: Path) -> tuple[list[Path], list[Path]]:
     are binary or .json. In the same order on every system."""
     names = {p: p.relative_to(folder).parts for p in folder.rglob("*") if p.is_file()}
     hidden = {path for path in names if any(name.startswith(".") for name in names[path])}
-    files = sorted(names.keys() - hidden, key=names.__getitem__)
-    is_skipped = {path: path.suffix.lower() == ".json" or is_binary(path) for path in files}
-    skipped = [path for path in files if is_skipped[path]]
-    return [path for path in files if not is_skipped[path]], skipped
+    texts: list[Path] = []
+    skipped: list[Path] = []
+    for path in sorted(names.keys() - hidden, key=names.__getitem__):
+        start = file_start(path)
+        binary = b"\0" in start and not start.startswith(UTF16_MARKS)  # UTF-16 is reported
+        if binary or path.suffix.lower() == ".json":
+            skipped.append(path)
+        else:
+            texts.append(path)
+    return texts, skipped
 
 
 def note_skipped(folder: Path, texts: Sequence[object], skipped: list[Path], kinds: str) -> None:
@@ -205,9 +197,8 @@ def note_skipped(folder: Path, texts: Sequence[object], skipped: list[Path], kin
 
 
 def read_folder(folder: Path, encoding: str, tokenizer: Tokenizer | None = None) -> list[str]:
-    """The documents in the text files of a folder, without blank ones. Files that are binary, in
-    another encoding or of questions and answers are skipped. Raises UserError if there are none, or
-    too many."""
+    """The documents in the text files of a folder, without blank ones. Skips files in another
+    encoding or of questions and answers. Raises UserError if there are none, or too many."""
     files, skipped = text_files(folder)
     check_size(folder, sum(path.stat().st_size for path in files), tokenizer)
     texts: list[str] = []
@@ -223,9 +214,6 @@ def read_folder(folder: Path, encoding: str, tokenizer: Tokenizer | None = None)
     return texts
 
 
-# --- splits
-
-
 def hash_to_unit(number: int, seed: int = SPLIT_SEED) -> float:
     """A pseudo-random number in [0, 1), a pure function of a document's number and the seed."""
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
@@ -238,8 +226,7 @@ def is_validation(number: int, share: float = 0.1, seed: int = SPLIT_SEED) -> bo
 
 
 def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """The training and the validation documents, at least one of each. Raises UserError for less
-    than two documents."""
+    """The training and the validation documents. Raises UserError for less than two documents."""
     if len(documents) < 2:
         raise UserError(
             "a corpus needs at least two documents or records, because one is held out, and this "
@@ -304,8 +291,7 @@ def load_documents(
     separator: str = "",
     encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
-    """The corpus of a .jsonl file, one document per line, of a text file with separators, or of the
-    texts in a folder."""
+    """The corpus of a .jsonl file, of a text file with separators, or of the texts in a folder."""
     if path.is_dir():
         documents = read_folder(path, encoding, tokenizer)
         # what identifies them, see `file_info`: not the names of the files

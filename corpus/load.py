@@ -24,7 +24,6 @@ def load_text(
     hold_out: bool = True,
     encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
-    """The corpus of a text file."""
     info, text = file_info(path), read_text(path, encoding)
     note_end_of_text(path, text)
     boundary = len(text) * 9 // 10
@@ -47,8 +46,7 @@ def is_dataset(data: str) -> bool:
 
 
 def find_corpus(data: str) -> Path:
-    """The path of a corpus; a named data set is downloaded if it does not exist. Raises UserError
-    if there is no such corpus."""
+    """The path of a corpus, downloaded if it has a name. Raises UserError if there is none."""
     path = local_path(data)
     if path.is_file() or path.is_dir():
         return path
@@ -96,8 +94,8 @@ def load_corpus(
         raise UserError(f"--separator is for text files, and {path} is not one: leave it out")
     if skip_bad and not records:
         raise UserError(f"--skip_bad is for questions and answers, not for {path}: leave it out")
-    if encoding != "utf-8" and (is_dataset(data) or records):
-        raise UserError(f"--encoding is for text files and .jsonl, not for {path}: leave it out")
+    if encoding != "utf-8" and is_dataset(data):
+        raise UserError(f"--encoding is for files of text, and {path}/ has token ids: leave it out")
     if is_dataset(data) and not hold_out:
         raise UserError(f"--no-hold_out is for files, and {path}/ is split already: leave it out")
     if is_dataset(data):
@@ -109,7 +107,7 @@ def load_corpus(
     if records:
         from corpus.records import load_records  # only for questions and answers
 
-        loaded = load_records(path, *options, skip_bad)
+        loaded = load_records(path, *options, skip_bad, encoding)
     elif separator or path.suffix.lower() == ".jsonl" or path.is_dir():
         from corpus.documents import load_documents  # only for several documents
 
@@ -122,8 +120,7 @@ def load_corpus(
 
 
 def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
-    """The corpus that a checkpoint was trained on. Raises UserError if it is missing or has
-    changed."""
+    """The corpus of a checkpoint's run. Raises UserError if it is missing or has changed."""
     settings = state["train_config"]
     data = settings.get("data", "")
     if not data or not isinstance(data, str) or not state["corpus"]["sha256"]:

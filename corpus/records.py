@@ -34,10 +34,10 @@ ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of OpenAI's ro
 MAX_PROBLEMS = 5  # shown; a file with a wrong key has one problem per record
 
 
-def read_objects(path: Path) -> list[tuple[str, Any]]:
+def read_objects(path: Path, encoding: str) -> list[tuple[str, Any]]:
     """The records of a file as they are, each with its position; instead of a line that is not
     JSON, the error. Raises UserError if the file is not a list or a table."""
-    text, suffix = read_text(path), path.suffix.lower()
+    text, suffix = read_text(path, encoding), path.suffix.lower()
     if suffix not in (".json", ".csv"):
         lines = enumerate(text.split("\n"), 1)
         return [(f"line {number}", parse_json(line)) for number, line in lines if line.strip()]
@@ -117,10 +117,12 @@ def parse_record(record: Any, fields: Fields, blank: str | None) -> Record:
     return Record(turns, system, held_out, rejected[0][1], isinstance(record[fields[0]], str))
 
 
-def read_records(path: Path, preferences: bool = False, skip_bad: bool = False) -> list[Record]:
+def read_records(
+    path: Path, preferences: bool = False, skip_bad: bool = False, encoding: str = "utf-8"
+) -> list[Record]:
     """The conversations or preferences of a file. Those that cannot be used are skipped and counted
     with skip_bad, if there are others; else raises UserError with their positions."""
-    objects = read_objects(path)
+    objects = read_objects(path, encoding)
     fields = find_format(path, objects, PREFERENCES if preferences else QUESTIONS)
     blank = " " if preferences else None  # a line end alone is a valid text of a preference
     records: list[Record] = []
@@ -154,9 +156,10 @@ def load_records(
     tokenizer: Tokenizer | None,
     hold_out: bool = True,
     skip_bad: bool = False,
+    encoding: str = "utf-8",
 ) -> tuple[Tokenizer, Corpus]:
     """The corpus of a file of conversations, each one a document."""
-    info, records = file_info(path), read_records(path, skip_bad=skip_bad)
+    info, records = file_info(path), read_records(path, False, skip_bad, encoding)
     splits = split_records(records) if hold_out else (records, records)
     if hold_out and tokenizer is None:  # a new run
         note(

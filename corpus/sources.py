@@ -49,28 +49,23 @@ class DatasetConfig:
     sources: tuple[str, ...] = setting(
         (), "files, folders, or " + " | ".join(DATASETS), positional=True
     )
-    name: str = setting(
-        "", "written to data/NAME; default: the name of the first source", group="data set"
-    )
-    tokenizer: str = setting(
-        "bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, whose tokenizer is used"
-    )
+    name: str = setting("", "of data/NAME; default: that of the first source", group="data set")
+    tokenizer: str = setting("bpe", f"{' | '.join(TOKENIZERS)} | a checkpoint, for its tokenizer")
     bpe_vocab_size: int = setting(8192, "of --tokenizer bpe", low=258, alias="vocab_size")
     encoding: str = setting("utf-8", "of the text", choices=TEXT_ENCODINGS)
     text_field: str = setting("text", "field of a .jsonl record that contains the text")
-    separator: str = setting(
-        "", "text between the documents of a text file; \\n for a line end; default: one document"
-    )
+    separator: str = setting("", "text between the documents of a text file; \\n for a line end")
     val_share: float = setting(0.1, "share of documents in the validation split", above=0, below=1)
     seed: int = setting(1337, "seed of the choice of validation documents", low=0)
     overwrite: bool = setting(False, "replace the data set of this name")
+    stats: bool = setting(False, "print document lengths, and a suitable window and size")
+    workers: int = setting(0, "number of processes; 0: one per core", low=0)
 
     def __post_init__(self) -> None:
         if self.sources and not self.name:
             self.name = re.sub(r"[^\w.-]", "_", Path(os.path.realpath(self.sources[0])).stem)[:60]
 
     def problems(self) -> list[str]:
-        """Invalid settings."""
         found = []
         if self.name and not re.fullmatch(r"\w[\w.-]*", self.name):
             found.append(f"name {self.name!r} must be a plain name: the data set is data/NAME")
@@ -90,9 +85,8 @@ class DatasetConfig:
 
 
 def find_sources(names: Sequence[str]) -> list[tuple[Path, str]]:
-    """The files that names refer to (files, folders, named data sets), each with the split of all
-    its documents; "": each document is assigned to one. Raises UserError if one does not exist or
-    is not text."""
+    """The files that names (of files, folders, data sets) refer to, each with the split of all its
+    documents, or "" to assign each. Raises UserError if one does not exist or is not text."""
     sources: list[tuple[Path, str]] = []
     for name in names:
         if name in DATASETS and not Path(name).exists():
@@ -116,6 +110,7 @@ class SourceReader:
     def __init__(self, config: DatasetConfig, cleaning: CleanConfig):
         self.config, self.cleaning, self.workers = config, cleaning, 1
         self.sources = find_sources(config.sources)
+        self.n_bytes = sum(path.stat().st_size for path, _ in self.sources)
         separator = END_OF_TEXT if "tinystories" in config.sources else ""
         self.separator = config.separator or separator
         self.bad_bytes = "strict" if cleaning.bad_bytes == "stop" else "replace"
@@ -125,21 +120,14 @@ class SourceReader:
         self.files_read: list[dict[str, Any]] = []
         self.removed = new_stats()  # also at the end
 
-    @property
-    def n_bytes(self) -> int:
-        """The total size of the sources."""
-        return sum(path.stat().st_size for path, _ in self.sources)
-
     def batches(self, title: str, share: float = 1.0) -> Iterator[list[Chunk]]:
-        """Yield the chunks in batches of about BATCH_SIZE characters. With a share below 1, a
-        pseudo-random selection of them."""
+        """Yield batches of about BATCH_SIZE characters, of a pseudo-random share of the chunks."""
         batch: list[Chunk] = []
         size = 0
         for chunk in self.chunks(title):
-            if share < 1 and hash_to_unit(chunk.number, self.config.seed + 1) >= share:
-                continue
-            batch.append(chunk)
-            size += len(chunk.text) + CHUNK_COST
+            if hash_to_unit(chunk.number, self.config.seed + 1) < share:
+                batch.append(chunk)
+                size += len(chunk.text) + CHUNK_COST
             if size >= BATCH_SIZE:
                 yield batch
                 batch, size = [], 0
@@ -221,9 +209,6 @@ def process_batch(
             chunk = replace(chunk, text=text[start:], first=first, digest=digest)
             found.append((chunk, function(chunk.text)))
     return found, removed
-
-
-# --- several processes
 
 
 def init_worker() -> None:

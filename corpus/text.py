@@ -29,8 +29,7 @@ class NotTextError(UserError):
 
 @functools.cache
 def note(text: str) -> None:
-    """Print a note about the data once, also if they are read several times or by several processes
-    of torchrun."""
+    """Print a note about the data once, also if several processes of torchrun read them."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {text}", file=sys.stderr)
 
@@ -107,21 +106,18 @@ def likely_encodings(raw: bytes, at: int) -> str:
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:
-    r"""The text of a file, with line ends as \n. Raises UserError if it is empty or not in this
-    encoding."""
+    r"""The text of a file, with line ends as \n. Raises UserError if it is empty or invalid."""
     text = "".join(decode_blocks(read_blocks(path), path, encoding=encoding))
     if not text:
         raise UserError(f"{path} is empty")
     return text
 
 
-def file_sha256(*paths: Path) -> str:
-    """The SHA-256, in hexadecimal, of the concatenated contents of files. Raises UserError if one
-    cannot be read."""
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
-    for path in paths:
-        for raw in read_blocks(path):
-            digest.update(raw)
+    for raw in read_blocks(path):
+        digest.update(raw)
     return digest.hexdigest()
 
 

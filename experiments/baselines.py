@@ -35,9 +35,6 @@ NANOGPT_CPU_FLAGS = (
 )
 
 
-# --- nanoGPT
-
-
 def nanogpt_problems(checkout: str) -> list[str]:
     """Why this is not the path of nanoGPT's repository; empty if it is, or if there is none."""
     if not checkout or Path(checkout, "train.py").exists():
@@ -75,7 +72,6 @@ def nanogpt_step(checkout: str, flags: Flags, device: torch.device) -> Callable[
 
 
 def nanogpt_samplers(checkout: str, n: int, gpt: GPTConfig, device: torch.device) -> Functions:
-    """nanoGPT's sampler of n tokens."""
     if not checkout:
         raise UserError("nanoGPT: give --nanogpt the path of its repository")
     model = nanogpt_model(checkout, gpt).to(device).eval()
@@ -91,9 +87,6 @@ def nanogpt_command(checkout: str, text: Path, out_dir: str) -> list[str]:
         subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, capture_output=True)
     config = "config/train_shakespeare_char.py"
     return ["train.py", config, *NANOGPT_CPU_FLAGS.split(), f"--out_dir={out_dir}"]
-
-
-# --- llama.cpp
 
 
 def llama_cpp_command(model: Path, threads: int, mode: str) -> list[str]:
@@ -137,9 +130,6 @@ def ask(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
     return json.loads(process.stdout.readline())
 
 
-# --- Hugging Face
-
-
 def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> Functions:
     """Hugging Face's samplers of n tokens, with models of the same sizes."""
     import transformers  # optional package
@@ -160,7 +150,6 @@ def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> Functions:
 
 
 def hf_tokenizer(texts: list[str], vocab_size: int) -> Functions:
-    """Training and then encoding with Hugging Face's tokenizers."""
     import tokenizers  # optional package
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()

@@ -8,6 +8,7 @@ one would be "significant" at 0.05; Holm's method corrects for this.
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from statistics import fmean as mean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -22,13 +23,6 @@ except ImportError:
 Row = dict[str, Any]  # of a table: column -> value
 
 LOSS = "validation loss (nats per token)"  # the label of an axis
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-# --- means and differences
 
 
 def margin(values: list[float]) -> float:
@@ -92,9 +86,6 @@ def add_differences(
     for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p"] = p
     return rows
-
-
-# --- plots
 
 
 def plot_seeds(axes: Axes, groups: dict[str, list[float]], colors: Sequence[str]) -> None:

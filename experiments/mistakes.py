@@ -37,8 +37,6 @@ from utils import even_starts, load_checkpoint, windows
 from viz.curve import BLUE, ORANGE, new_figure
 from viz.verdict import verdict
 
-# --- the mistakes
-
 
 def attend_everywhere(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> Tensor:
     """Attention without the causal mask: tokens attend to later ones, the answers."""
@@ -114,15 +112,12 @@ class ShuffledTokens(Pretraining):
 
 @dataclass(frozen=True)
 class Mistake:
-    """A mistake, and how to recognize it."""
-
     sign: str
     flags: Flags = field(default_factory=dict)
     # The owner of a part, its name, and the new part; by default it is the same.
     replacement: tuple[Any, str, Any] = (train, "Trainer", train.Trainer)
 
     def context(self) -> AbstractContextManager[Any]:
-        """Within it, the mistake is made."""
         return patch.object(*self.replacement)
 
 
@@ -179,9 +174,6 @@ SHARE = 0.25  # of the training text is read; the honest loss is measured on the
 HONEST_WINDOWS = 2000
 
 
-# --- what is measured
-
-
 def honest_loss(study: Study, result: Result) -> float:
     """The honest loss of the last checkpoint of a run, kept in its folder; infinite if it diverged.
     Called in the context of the mistake, which may be a part of the model."""
@@ -225,7 +217,6 @@ def final_losses(runs: list[Result], split: str) -> list[float]:
 
 
 def short_verdict(result: Result, vocab_size: int) -> str:
-    """The first part of the verdict on a run."""
     if not math.isfinite(result["val"]):
         return "stopped: the loss or a gradient is not finite"
     return re.split("[:;]", verdict(result["log"], result["flags"] | {"vocab_size": vocab_size}))[0]
@@ -248,8 +239,6 @@ def loss_rows(runs: Runs) -> list[Row]:
         )
     return add_differences(rows, val.values())
 
-
-# --- the figure
 
 GRAY = "#999999"
 

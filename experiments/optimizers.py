@@ -46,9 +46,6 @@ FULL: Flags = {"preset": "medium", "max_steps": 1000, "eval_every": 50}
 COMMON: Flags = {"weight_decay": 0.0, "log_every": 1}
 
 
-# --- runs
-
-
 def named_flags(study: Study, name: str, rate: float, clip: float) -> tuple[str, Flags]:
     """The folder and the flags of an optimizer's runs at a learning rate and a threshold."""
     size = QUICK if study.config.quick else FULL
@@ -90,9 +87,6 @@ def rate_of(n: int) -> float:
 
 def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=losses.__getitem__)
-
-
-# --- tables and plots
 
 
 def clipping_rows(clipped: Runs) -> list[Row]:

@@ -78,9 +78,6 @@ START = (0.2, 0.2, 0.2, 0.3, 0.04, 0.01, 0.3, 0.35, 6.0, 0.03, 1.0)
 PRIOR = 0.1  # nats that a constant costs that differs from these by a factor of e
 
 
-# --- runs
-
-
 def train_all(study: Study) -> list[Row]:
     """The table of all runs. Their checkpoints, which take gigabytes, are deleted."""
     short_text = study.folder / "short.txt"
@@ -123,17 +120,12 @@ def train_all(study: Study) -> list[Row]:
     return rows
 
 
-# --- fit
-
-
 def run_of(row: Row) -> Run:
-    """What the law knows about a run of the table."""
     size = (row["params"], row["steps"], row["epochs"], row["window"])
     return Run(*size, row["dropout"], row["weight decay"])
 
 
 def pilots(rows: list[Row]) -> dict[tuple[str, float, float], Pilot]:
-    """The pilots by text, steps and seed."""
     smallest = min(row["params"] for row in rows)
     return {
         (row["text"], row["steps"], row["seed"]): Pilot(run_of(row), row["unique"], row["loss"])
@@ -175,9 +167,6 @@ def fit(rows: list[Row]) -> Law:
     start = np.log(START)
     logs = optimize.least_squares(errors, start, bounds=(start - 9, start + 9), xtol=1e-12).x
     return Law(*(float(f"{value:.4g}") for value in np.exp(logs)))
-
-
-# --- tables
 
 
 def prediction_rows(rows: list[Row], law: Law, use: str) -> list[Row]:

@@ -40,8 +40,6 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 OFF: Flags = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 STATISTICS = ("entropy", "surprise", "distinct-1", "distinct-2")
 WORDS = "words of the training text"  # a column: their share of the words of samples
-SHOWN = 100  # characters of a sample in the tables
-
 
 QUICK: Flags = {"preset": "quick", "max_steps": 640, "eval_every": 160, "save_every": 80}
 QUICK_OVERFITTED: Flags = QUICK | {"max_steps": 1500, "eval_every": 150, "save_every": 150}
@@ -69,9 +67,6 @@ def table_row(point: Point) -> Row:
         else:
             row[name] = value
     return row
-
-
-# --- sampling settings
 
 
 def sweep(study: Study, model: GPT, tokenizer: Tokenizer) -> list[Point]:
@@ -102,9 +97,6 @@ def validation_statistics(
     copied = [longest_copy(tokenizer.decode(piece), train_text) for piece in pieces]
     surprise = split_loss(model, corpus, "val")
     return {"surprise": surprise} | distinct | {"characters copied": mean(copied)}
-
-
-# --- checkpoints
 
 
 def split_words(text: str) -> list[str]:
@@ -160,7 +152,7 @@ def evaluate_models(study: Study, name: str, tokenizer: Tokenizer, corpus: Corpu
         ]
         ids = [[tokenizer.encode(text).tolist() for text in by_seed] for by_seed in texts]
         copied = [[longest_copy(text, train_text) for text in by_seed] for by_seed in texts]
-        sample = texts[0][0].strip()[:SHOWN]
+        sample = texts[0][0].strip()[:100]
         points.append(
             {
                 "step": step,
@@ -173,9 +165,6 @@ def evaluate_models(study: Study, name: str, tokenizer: Tokenizer, corpus: Corpu
             }
         )
     return points
-
-
-# --- the figure
 
 
 def plot(
@@ -225,15 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     points = sweep(study, model, tokenizer)
     validation = validation_statistics(study, model, tokenizer, corpus)
     part = replace(corpus, train_ids=corpus.train_ids[: round(len(corpus.train_ids) * SHARE)])
+    overfitting = f"Overfitting, on {SHARE:.0%} of the text"
     evaluated = {
         "Checkpoints": evaluate_models(study, "model", tokenizer, corpus),
-        f"Overfitting, on {SHARE:.0%} of the text": evaluate_models(
-            study, "overfitted", tokenizer, part
-        ),
+        overfitting: evaluate_models(study, "overfitted", tokenizer, part),
     }
-    tables = {"Sampling settings, each varied alone": [table_row(point) for point in points]}
-    for title, some_points in evaluated.items():
-        tables[title] = [table_row(point) for point in some_points]
+    all_points = {"Sampling settings, each varied alone": points} | evaluated
+    tables = {title: [table_row(point) for point in some] for title, some in all_points.items()}
     tables["Validation text"] = [validation]
     study.write_results(tables, plot(points, validation, evaluated))
     return 0

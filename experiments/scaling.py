@@ -31,8 +31,6 @@ Law = tuple[float, float]  # factor k and exponent a of y = k x^a
 
 
 class Plan(NamedTuple):
-    """What is trained."""
-
     flags: Flags  # of all runs
     # FLOP -> the widths trained with this budget. The best one should not be the first or the last.
     widths: dict[float, tuple[int, ...]]
@@ -63,12 +61,7 @@ FULL = Plan(
 )
 
 
-# --- fits
-
-
 class Best(NamedTuple):
-    """The best size for a budget."""
-
     weights: float
     loss: float  # nats per token
     minimum: str  # how it was found
@@ -89,12 +82,6 @@ def parabola_minimum(sizes: list[int], losses: list[float]) -> Best:
     return Best(math.exp(nearest), loss, found)
 
 
-def fit_power_law(x: list[float], y: list[float]) -> Law:
-    """The factor k and the exponent a of y = k x^a, by a linear fit to the logarithms."""
-    exponent, log_factor = np.polyfit(np.log(x), np.log(y), 1)
-    return math.exp(log_factor), float(exponent)
-
-
 def evaluate_law(law: Law, x: float) -> float:
     return law[0] * x ** law[1]
 
@@ -113,17 +100,16 @@ def best_sizes(
 
 
 def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
-    """The power laws from compute to the best size, its tokens and its loss. They have no constant
-    part, which no compute removes (Hoffmann et al. 2022, equation 2), so they hold nearby only."""
+    """The power laws from compute to the best size, its tokens and its loss, by linear fits to the
+    logarithms. They have no constant part, which no compute removes (Hoffmann et al. 2022, equation
+    2), so they hold nearby only."""
     sizes = {
         "weights": [b.weights for b in best.values()],
         "tokens": [budget / (6 * b.weights) for budget, b in best.items()],
         "loss": [b.loss for b in best.values()],
     }
-    return {name: fit_power_law(list(best), values) for name, values in sizes.items()}
-
-
-# --- runs
+    lines = {name: np.polyfit(np.log([*best]), np.log(y), 1) for name, y in sizes.items()}
+    return {name: (math.exp(height), float(slope)) for name, (slope, height) in lines.items()}
 
 
 def weights_of_width(study: Study, plan: Plan, width: int) -> int:
@@ -135,8 +121,7 @@ def weights_of_width(study: Study, plan: Plan, width: int) -> int:
 
 
 def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Row, list[float]]:
-    """Spend a budget on the model of this width, with each seed. Returns the row of the table of
-    all runs, and the losses."""
+    """Spend a budget on the model of this width: the row in the table of all runs, the losses."""
     n = weights_of_width(study, plan, width)
     tokens_per_step = plan.flags["batch_size"] * plan.flags["block_size"]
     steps = max(1, round(budget / (6 * n * tokens_per_step)))
@@ -158,9 +143,6 @@ def nearest_width(study: Study, plan: Plan, n: float) -> int:
     step = 2 * plan.flags["n_head"]  # RoPE needs heads of an even size
     widths = range(step, 2 * max(map(max, plan.widths.values())), step)
     return min(widths, key=lambda width: abs(weights_of_width(study, plan, width) - n))
-
-
-# --- tables and plots
 
 
 def result_tables(

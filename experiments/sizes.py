@@ -35,9 +35,6 @@ def with_evaluations(flags: Flags, steps: int) -> Flags:
     return flags | {"max_steps": steps, "eval_every": max(1, steps // EVALUATIONS)}
 
 
-# --- tables and plots
-
-
 def size_rows(equal: str, group: Runs) -> list[Row]:
     """A row per size. equal: what is equal, "tokens" or "time"."""
     return [

@@ -57,19 +57,13 @@ BASELINE = "nanoGPT"
 
 @dataclass
 class SpeedrunConfig:
-    """What is trained."""
-
     recipes: str = setting("quick,laptop,fast", f"names, separated by commas: {', '.join(RECIPES)}")
     seeds: str = setting("1337,1338,1339", "random seeds of our runs, separated by commas")
     nanogpt: str = setting("", "path of nanoGPT's repository, to compare with it")
     data: str = setting("shakespeare", "text, as for train.py")
-    results: str = setting(
-        "checkpoints/studies/results",
-        "folder of the log, speedrun.jsonl; experiments/results has the published one",
-    )
+    results: str = setting("checkpoints/studies/results", "folder of the log, speedrun.jsonl")
 
     def problems(self) -> list[str]:
-        """Names and paths that do not exist."""
         unknown = [name for name in self.recipes.split(",") if name not in RECIPES]
         found = [f"no recipe {name!r}: choose from {', '.join(RECIPES)}" for name in unknown]
         if not all(seed.isdecimal() for seed in self.seeds.split(",")):

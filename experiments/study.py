@@ -31,6 +31,7 @@ from corpus.load import load_corpus
 from experiments.comparison import Row, add_differences, mean, mean_columns, plot_differences
 from experiments.timing import run_record
 from model import GPT
+from plots import read_run
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
 from system.files import atomic_write
@@ -40,7 +41,6 @@ from training.setup import Flags, setup_machine
 from training.task import Pretraining
 from utils import read_checkpoint
 from viz.curve import new_figure, save_figure
-from viz.runs import read_run
 
 Result = dict[str, Any]  # of a run: its flags, and see `Study.train_one`
 Runs = dict[Any, list[Result]]  # variant -> a run per seed
@@ -53,20 +53,12 @@ paired t-test, corrected for all comparisons of its table (Holm). Below 0.05 it 
 
 @dataclass
 class StudyConfig:
-    """The size of a study and its folders."""
-
     quick: bool = setting(False, "minutes on two CPU cores; off: the full size, for a GPU")
     seeds: int = setting(3, "runs per setting, to tell effects from noise", low=1)
     data: str = setting("shakespeare", "text, as for train.py")
     out_dir: str = setting("checkpoints/studies", "folder of the runs, which are kept")
-    results: str = setting(
-        "checkpoints/studies/results",
-        "folder of the tables and plots; experiments/results replaces the published ones",
-    )
+    results: str = setting("checkpoints/studies/results", "folder of the tables and plots")
     device: str = setting("auto", DEVICE_HELP)
-
-
-# --- numbers of runs
 
 
 def step_times(log: list[dict[str, Any]]) -> dict[str, float]:
@@ -85,7 +77,6 @@ def gradient_norms(runs: list[Result]) -> list[float]:
 
 
 def val_losses(runs: list[Result]) -> list[float]:
-    """The validation loss of each run."""
     return [result["val"] for result in runs]
 
 
@@ -105,9 +96,6 @@ def compare(
     return add_differences(rows, map(val_losses, runs.values()), bases)
 
 
-# --- tables and files
-
-
 def format_cell(value: Any, sign: str = "") -> str:
     """A value in a Markdown table. sign: "+" shows it for positive numbers too."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -120,7 +108,6 @@ def format_cell(value: Any, sign: str = "") -> str:
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """Rows as a Markdown table."""
     signs = dict.fromkeys(("difference", "95% from", "to"), "+")
     lines = [
         list(rows[0]),
@@ -146,13 +133,9 @@ def kept(file: Path, compute: Callable[[], Any]) -> Any:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(text.encode())
-
-
-# --- studies
 
 
 cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs share a corpus
@@ -160,8 +143,6 @@ cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)  # several runs shar
 
 @dataclass
 class Study:
-    """A study: its settings, its runs and its results."""
-
     name: str
     config: StudyConfig
     device: torch.device
@@ -209,8 +190,7 @@ class Study:
     def make_run(self, name: str, flags: Flags, share: float = 1.0) -> Result:
         """The result of a run with the flags of train.py, on this share of the training tokens. A
         finished run is read from its folder, an unfinished one is resumed. Raises UserError if the
-        folder contains a run with other settings, and KeyboardInterrupt if the user stops the run.
-        """
+        folder has a run with other settings, and KeyboardInterrupt if the user stops the run."""
         folder = self.folder / re.sub(r"[^\w.+-]+", "-", name)
         flags = {"data": self.config.data, "sample_tokens": 0} | flags | {"out_dir": str(folder)}
         settings = flags | {"share": share}
@@ -260,7 +240,6 @@ class Study:
         }
 
     def with_seeds(self, name: str, flags: Flags, share: float = 1.0) -> list[Result]:
-        """`make_run` with each seed."""
         seeds = range(1, self.config.seeds + 1)
         return [self.make_run(f"{name}-{seed}", flags | {"seed": seed}, share) for seed in seeds]
 

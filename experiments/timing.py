@@ -40,8 +40,6 @@ VOCAB_SIZE = 65  # the characters of TinyShakespeare
 
 
 class Row(NamedTuple):
-    """What was measured or checked, and the result."""
-
     what: str
     result: str
     problem: bool = False
@@ -51,9 +49,6 @@ def to_table(rows: list[Row]) -> str:
     """Rows as a Markdown table. The first one is its head."""
     head, *lines = (f"| {r.what} | {'WRONG: ' * r.problem}{r.result} |" for r in rows)
     return "\n".join([head, "|---|---|", *lines])
-
-
-# --- what the numbers depend on
 
 
 def run_record(corpus: dict[str, Any], precision: str, device: torch.device) -> dict[str, Any]:
@@ -79,7 +74,6 @@ def git_commit() -> str:
 
 
 def git(*words: str) -> str:
-    """The output of a git command in the folder of the project."""
     command = ["git", "-C", str(ROOT), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -88,24 +82,15 @@ def device_name(device: torch.device) -> str:
     """The hardware that the numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    n = torch.get_num_threads()
-    return f"{device.type}, {n} thread{'s' * (n > 1)}, {cpu_model()}"
-
-
-@functools.cache
-def cpu_model() -> str:
-    """The name of the processor."""
     info = Path("/proc/cpuinfo")  # on Linux
     text = info.read_text() if info.exists() else ""
     found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-# --- functions
+    name = found[1] if found else platform.processor() or platform.machine()
+    n = torch.get_num_threads()
+    return f"{device.type}, {n} thread{'s' * (n > 1)}, {name}"
 
 
 def time_once(function: Callable[[], Any]) -> float:
-    """The seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -118,9 +103,6 @@ def median_seconds(functions: Functions, repeats: int) -> dict[str, float]:
         for name, function in functions.items():
             times[name].append(time_once(function))
     return {name: median_high(seconds) for name, seconds in times.items()}
-
-
-# --- the machine
 
 
 @functools.cache
@@ -144,12 +126,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# --- training steps
-
-
 class Training(NamedTuple):
-    """Training steps to measure."""
-
     name: str
     flags: tuple[tuple[str, Any], ...]  # of train.py, with the precision
     device: torch.device
@@ -185,9 +162,8 @@ def run_steps(training: Training, n: int) -> float:
 
 
 def training_rows(trainings: list[Training], n_steps: int, repeats: int) -> list[Row]:
-    """Tokens per second, time per step, model FLOP utilization (MFU: the share of the rate at which
-    this machine multiplies matrices), and peak memory. Each training has its own process, and they
-    take turns."""
+    """Tokens per second, time per step, MFU (model FLOP utilization: the share of the speed of
+    large matrix products), and peak memory. Each training has a process; they take turns."""
     context = multiprocessing.get_context("spawn")
 
     def run(training: Training) -> float:
@@ -212,9 +188,6 @@ def training_rows(trainings: list[Training], n_steps: int, repeats: int) -> list
     return rows
 
 
-# --- sampling
-
-
 def sample(model: GPT, config: SampleConfig) -> Tensor:
     """The tokens that follow a prompt of one token, (num_samples, max_new_tokens), on the CPU."""
     prompt = torch.zeros(1, dtype=torch.long, device=model.tok.weight.device)
@@ -229,8 +202,7 @@ def sampling_rows(
     repeats: int,
 ) -> list[Row]:
     """Tokens per second in texts of the same length, of our model with these settings and of other
-    samplers, in turns; of ours, also the size of the weights of the linear layers, which are read
-    for each token."""
+    samplers, in turns; of ours, also the size of the linear layers, read for each token."""
     samplers: Functions = {}
     megabytes: dict[str, float] = {}
     for name, config in configs.items():

@@ -6,7 +6,6 @@ The last file of an export, MARKER, lists the others with their hashes.
 import contextlib
 import importlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ def import_optional(module: str) -> Any:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an indented JSON file."""
     text = json.dumps(content, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -90,9 +88,6 @@ def new_folder(folder: Path, overwrite: bool) -> Iterator[Path]:
 def check_file(path: Path, mark: bytes, overwrite: bool) -> None:
     """Raise UserError unless a file can be written: it does not exist, or it may be replaced and is
     an earlier export, which has this mark at its beginning."""
-    raise_problems(file_problems(path))
-    if os.path.lexists(path):
-        if not path.is_file() or mark not in path.open("rb").read(1000):
-            raise UserError(f"{path} was not written by export.py: choose another name")
-        if not overwrite:
-            raise UserError(f"{path} exists: add --overwrite or choose another name")
+    raise_problems(file_problems(path, mark))
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists: add --overwrite or choose another name")

@@ -17,17 +17,10 @@ from torch import Tensor
 
 import utils
 from config import GPTConfig, SampleConfig
+from exporting import hf_tokenizer
 from exporting.chat_template import CONTINUED, asks, jinja_template, ollama_template
 from exporting.folders import check_file, import_optional
 from exporting.hf_model import matching_arch, split_rows, tensor_names
-from exporting.hf_tokenizer import (
-    DIGITS_PATTERN,
-    LLAMA3_PATTERN,
-    QWEN_PATTERN,
-    TIKTOKEN_GPT2,
-    merges_of,
-    token_ids,
-)
 from exporting.huggingface import origin, source_name, special_token_ids, with_end_token
 from model import GPT
 from system.errors import quote_path
@@ -99,25 +92,21 @@ def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, An
 
 # --- settings
 
-SIZES = {
-    "context_length": "block_size",
-    "embedding_length": "n_embd",
-    "block_count": "n_layer",
-    "feed_forward_length": "n_inner",
-    "attention.head_count": "n_head",
-    "attention.head_count_kv": "n_kv_head",
-}
-
 
 def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
     """Write the settings of a model, whose context length is the number of its positions."""
-    for key, ours in SIZES.items():
-        writer.add_uint32(f"{arch}.{key}", getattr(config, ours))
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.n_inner)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
     if arch == "gpt2":
         writer.add_layer_norm_eps(config.norm_eps)
         return
-    for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-        writer.add_uint32(f"{arch}.{key}", config.head_size)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_rope_dimension_count(config.head_size)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
 
@@ -130,10 +119,10 @@ def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
 # first differs in spaces after the last newline, the second in combining marks.
 PRE_TOKENIZERS = {
     GPT2_PATTERN: "gpt-2",
-    TIKTOKEN_GPT2: "gpt-2",
-    DIGITS_PATTERN: "smollm",
-    LLAMA3_PATTERN: "llama-bpe",
-    QWEN_PATTERN: "qwen2",
+    hf_tokenizer.TIKTOKEN_GPT2: "gpt-2",
+    hf_tokenizer.DIGITS_PATTERN: "smollm",
+    hf_tokenizer.LLAMA3_PATTERN: "llama-bpe",
+    hf_tokenizer.QWEN_PATTERN: "qwen2",
 }
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 
@@ -141,7 +130,7 @@ NORMAL, CONTROL, UNUSED = 1, 3, 5  # types of tokens
 def bpe_rules(tokenizer: BPETokenizer) -> tuple[str, list[str]]:
     """The pre-tokenizer's name, and the merges. Raises UserError if llama.cpp gives other ids."""
     pre = PRE_TOKENIZERS.get(tokenizer.pattern)
-    merges = list(merges_of(tokenizer))
+    merges = list(hf_tokenizer.merges_of(tokenizer))
     unmerged = len({left + right for left, right in merges}) < len(tokenizer.ranks) - 256
     if pre is None or (pre != "llama-bpe" and unmerged):
         raise UserError(
@@ -168,11 +157,12 @@ def char_rules(chars: Iterable[bytes]) -> tuple[str, list[str]]:
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, specials: dict[str, int], n_rows: int) -> None:
     """Write a tokenizer, with other special tokens. n_rows is the number of embeddings, at least
     one for each token."""
+    own = hf_tokenizer.token_ids(tokenizer)
     if isinstance(tokenizer, BPETokenizer):
         pre, merges = bpe_rules(tokenizer)
     else:
-        pre, merges = char_rules(token_ids(tokenizer))
-    tokens = {i: (to_printable(token), NORMAL) for token, i in token_ids(tokenizer).items()}
+        pre, merges = char_rules(own)
+    tokens = {i: (to_printable(token), NORMAL) for token, i in own.items()}
     tokens |= {i: (text, CONTROL) for text, i in specials.items()}
     ids = special_token_ids(specials)
     bos, end, pad = (ids[f"{name}_token_id"] for name in ("bos", "eos", "pad"))
@@ -216,9 +206,9 @@ def export_gguf(checkpoint: Path, target: Path, precision: str, overwrite: bool 
     writer.add_size_label(import_optional("gguf").size_label(model.num_params(), 0, 0, 0))
     writer.add_chat_template(jinja_template() if asked else CONTINUED)
     # The sampling of generate.py, where Ollama has other defaults
-    parameters = {name: getattr(SampleConfig, name) for name in ("temperature", "top_k", "top_p")}
-    parameters |= {"min_p": SampleConfig.min_p, "repeat_penalty": SampleConfig.repetition_penalty}
-    parameters |= {"num_ctx": model.config.block_size}
+    parameters = {n: getattr(SampleConfig, n) for n in ("temperature", "top_k", "top_p", "min_p")}
+    parameters["repeat_penalty"] = SampleConfig.repetition_penalty
+    parameters["num_ctx"] = model.config.block_size
     template = ollama_template() if asked else "{{ .Prompt }}{{ .Response }}"
     lines = [
         f"{FIRST_LINE}ollama create NAME -f {modelfile.name}, then ollama run NAME",

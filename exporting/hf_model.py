@@ -74,9 +74,7 @@ LLAMA_MODULES = {
     "norm": ["model.norm"],
     "blocks.{i}.norm1": ["model.layers.{i}.input_layernorm"],
     "blocks.{i}.attn.qkv": [
-        "model.layers.{i}.self_attn.q_proj",
-        "model.layers.{i}.self_attn.k_proj",
-        "model.layers.{i}.self_attn.v_proj",
+        "model.layers.{i}.self_attn." + name for name in ("q_proj", "k_proj", "v_proj")
     ],
     "blocks.{i}.attn.proj": ["model.layers.{i}.self_attn.o_proj"],
     "blocks.{i}.norm2": ["model.layers.{i}.post_attention_layernorm"],
@@ -222,9 +220,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "use_sliding_window": (False,),  # qwen3 ignores sliding_window without it
     "is_causal": (True,),  # all architectures
-    "is_encoder_decoder": (False,),
     "per_layer_config": (None, {}),
-    "pruned_heads": (None, {}),
     "quantization_config": (None,),
 }
 

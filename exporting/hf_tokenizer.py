@@ -12,10 +12,9 @@ the library, unless its `encode_special_tokens` is set.
 import json
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from exporting.folders import import_optional, read_json
+from exporting.folders import import_optional
 from system.errors import first_line
 from system.settings import UserError
 from tokenizer import (
@@ -152,7 +151,7 @@ def tokenizer_from_hf(content: dict[str, Any]) -> Tokenizer:
         if theirs.token_to_id(text) != i:
             raise UserError(f"tokenizer.json: the added token {text!r:.60} does not get the id {i}")
         specials[text] = i
-    require(parts["model"], "type", ("BPE", "WordLevel"), "model.")
+    require(parts["model"], "type", ("BPE",), "model.")
     vocab = content["model"]["vocab"]
     ids = (vocab | specials).values()
     if len(set(ids)) < len(ids):
@@ -161,8 +160,7 @@ def tokenizer_from_hf(content: dict[str, Any]) -> Tokenizer:
     post = parts["post_processor"] or {}  # it may add special tokens around a text
     for part in post.get("processors", [post] if post else []):
         require(part, "type", ("ByteLevel", "TemplateProcessing"), "post_processor.")
-    # Earlier versions wrote characters as the words of a WordLevel model.
-    if parts["model"]["type"] == "WordLevel" or parts["decoder"] == {"type": "Fuse"}:
+    if parts["decoder"] == {"type": "Fuse"}:
         tokenizer: Tokenizer = char_from_hf(parts, vocab, specials)
     else:
         tokenizer = bpe_from_hf(parts, vocab, specials)
@@ -181,7 +179,6 @@ def char_from_hf(
 ) -> CharTokenizer:
     """A character tokenizer, as `tokenizer_to_hf` writes it, without an added end token."""
     require(parts, "pre_tokenizer", (split_rule(r"[\s\S]"),))
-    require(parts, "decoder", ({"type": "Fuse"},))
     chars = sorted(text for text in vocab if text not in specials)
     end = [END_OF_TEXT] if specials.get(END_OF_TEXT) == len(vocab) - 1 else []
     order = sorted(specials.keys() - {*end}, key=specials.__getitem__)
@@ -248,33 +245,6 @@ def check_merges(
             raise UserError(f"tokenizer.json: {left!r} and {right!r} are not among the merges")
     if not ignore_merges and len({a + b for a, b in needed}) != len(tokenizer.ranks) - 256:
         raise UserError("tokenizer.json: there are tokens that no merge makes")
-
-
-def gpt2_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a GPT-2 in its older format: vocab.json (token -> id), merges.txt (pairs by
-    rank) and added_tokens.json. Raises UserError if they are damaged or of another tokenizer."""
-    settings_file, added_file = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    settings = read_json(settings_file) if settings_file.exists() else {}
-    kind, prefix = settings.get("tokenizer_class"), settings.get("add_prefix_space")
-    if kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast") or prefix:
-        raise UserError(
-            f"the tokenizer of {folder} is not GPT-2's ({kind}, add_prefix_space {prefix}): save "
-            "its tokenizer.json there, with tokenizer.save_pretrained"
-        )
-    vocab = read_json(folder / "vocab.json")
-    added = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
-    added |= read_json(added_file) if added_file.exists() else {}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokens = [{"content": text, "id": i, "special": True, **flags} for text, i in added.items()]
-    lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    content = {
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
-        "pre_tokenizer": BYTE_LEVEL,
-        "decoder": BYTE_LEVEL,
-        "added_tokens": tokens,
-    }
-    return tokenizer_from_hf(content)
 
 
 # --- comparison

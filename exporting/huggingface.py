@@ -16,18 +16,10 @@ from torch import Tensor
 import utils
 from config import ARCHS, GPTConfig
 from corpus.bpe import from_tiktoken
+from exporting import hf_model
 from exporting.chat_template import asks, jinja_template
 from exporting.folders import check_files, import_optional, new_folder, read_json, write_json
-from exporting.hf_model import (
-    CLASSES,
-    CUSTOM,
-    arch_or_custom,
-    config_from_hf,
-    config_to_hf,
-    weights_from_hf,
-    weights_to_hf,
-)
-from exporting.hf_tokenizer import gpt2_tokenizer, tokenizer_from_hf, tokenizer_to_hf
+from exporting.hf_tokenizer import tokenizer_from_hf, tokenizer_to_hf
 from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
 from sampling.text import checkpoint_line, end_tokens, last_trained_on_text
@@ -46,23 +38,12 @@ def download(name: str, patterns: list[str]) -> Path:
     """The local folder of a model on the hub, with the files that match these patterns."""
     try:
         hub = import_optional("huggingface_hub")
-    except UserError as error:
-        raise UserError(f"there is no folder {name}; to import it from the hub, {error}") from None
-    try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # of many types: no network, no such name, no access
+    except Exception as error:  # of many types: no package, no network, no such name, no access
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{name} could not be downloaded from the hub ({reason})") from None
-
-
-def upload(folder: Path, name: str) -> None:
-    """Upload a folder to the hub as user/name. Raises UserError if that fails."""
-    hub = import_optional("huggingface_hub")
-    try:
-        hub.create_repo(name, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder)
-    except Exception as error:  # of many types: no network, no token, no access
-        raise UserError(f"could not upload {folder}/ to {name}: {first_line(error)}") from None
+        raise UserError(
+            f"there is no folder {name}, and it could not be downloaded from the hub ({reason})"
+        ) from None
 
 
 # --- the model card
@@ -119,7 +100,6 @@ RUN_SETTINGS += " schedule warmup_steps weight_decay grad_clip precision"
 
 
 def shown_settings(model: GPT, state: dict[str, Any]) -> dict[str, str]:
-    """The settings of a model and its run."""
     run = {name: state["train_config"].get(name) for name in RUN_SETTINGS.split()}
     settings = asdict(model.config) | {k: v for k, v in run.items() if v is not None}
     return {name: str(value)[:100] for name, value in settings.items()}
@@ -143,15 +123,12 @@ def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: st
     """The README.md of an exported model: data, settings, losses, a sample, how to load it."""
     sample = sample_from_newline(model, tokenizer, 200, not last_trained_on_text(state)).strip("\n")
     config = model.config
-    rows = {
-        "architecture": CLASSES[arch],
-        "parameters": f"{model.num_params():,}",
-        **shown_settings(model, state),
-    }
+    rows = {"architecture": hf_model.CLASSES[arch], "parameters": f"{model.num_params():,}"}
+    rows |= shown_settings(model, state)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     texts = {"kind": arch, "tags": "", "options": "", "notes": ""}
     texts["encode"] = ASK if asks(tokenizer, state) else ENCODE
-    if arch == CUSTOM:
+    if arch == hf_model.CUSTOM:
         notes = CODE_NOTES.format(window=config.block_size)
         texts |= {"kind": "GPT", "tags": "tags: [custom_code]\n", "options": TRUST, "notes": notes}
     length = min(config.block_size, 200)
@@ -167,20 +144,20 @@ def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
     UserError if the folder exists, unless it is an export and `overwrite` is set."""
     with new_folder(folder, overwrite) as tmp_path:
         model, tokenizer, state = utils.load_checkpoint(checkpoint, torch.device("cpu"))
-        arch = arch_or_custom(model.config)
+        arch = hf_model.arch_or_custom(model.config)
         complete, specials = with_end_token(model, tokenizer)
         files = json_files(complete.config, tokenizer, arch, specials)
         if asks(tokenizer, state):
             files["tokenizer_config.json"]["chat_template"] = jinja_template()
         for name, content in files.items():
             write_json(tmp_path / name, content)
-        weights = weights_to_hf(complete.state_dict(), complete.config, arch)
+        weights = hf_model.weights_to_hf(complete.state_dict(), complete.config, arch)
         save_tensors(weights, tmp_path / "model.safetensors")
         card = model_card(model, tokenizer, state, arch)
-        texts = {"README.md": card} | (code_files() if arch == CUSTOM else {})
+        texts = {"README.md": card} | (code_files() if arch == hf_model.CUSTOM else {})
         for name, text in texts.items():
             (tmp_path / name).write_text(text, encoding="utf-8")
-    return repr(str(folder)) + (TRUST if arch == CUSTOM else "")
+    return repr(str(folder)) + (TRUST if arch == hf_model.CUSTOM else "")
 
 
 @torch.no_grad()
@@ -225,12 +202,8 @@ def code_files() -> dict[str, str]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file."""
-    library = import_optional("safetensors.torch")
-    try:
-        library.save_file(tensors, path, metadata={"format": "pt"})
-    except import_optional("safetensors").SafetensorError as error:
-        raise OSError(first_line(error)) from None
+    content = import_optional("safetensors.torch").save(tensors, metadata={"format": "pt"})
+    path.write_bytes(content)  # save_file has errors of its own for a full disk
 
 
 def json_files(
@@ -249,7 +222,7 @@ def json_files(
     if not end_tokens(tokenizer):
         generation["suppress_tokens"] = [end]
     return {
-        "config.json": config_to_hf(config, arch, token_ids),
+        "config.json": hf_model.config_to_hf(config, arch, token_ids),
         "generation_config.json": generation,
         "tokenizer.json": tokenizer_to_hf(tokenizer, specials),
         "tokenizer_config.json": {
@@ -280,9 +253,9 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     check_checkpoint_target(checkpoint, overwrite)
     import_optional("safetensors")
     local = Path(source).is_dir()
-    folder = Path(source) if local else download(source, ["*.json", "merges.txt"])
+    folder = Path(source) if local else download(source, ["*.json"])
     theirs = read_json(folder / "config.json")
-    config, arch = config_from_hf(theirs)
+    config, arch = hf_model.config_from_hf(theirs)
     tokenizer = read_tokenizer(folder, config, arch)
     n_ids, exact = tokenizer.vocab_size, isinstance(tokenizer, CharTokenizer)
     ends = theirs.get("eos_token_id")
@@ -317,17 +290,14 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
 
 
 def read_tokenizer(folder: Path, config: GPTConfig, arch: str) -> Tokenizer:
-    """The tokenizer of a model. That of a GPT-2 may be in vocab.json and merges.txt instead; a
-    GPT-2 saved without it has OpenAI's if the vocabularies have the same size."""
-    if (folder / "tokenizer.json").exists() or arch != "gpt2":
+    """The tokenizer of a model. A GPT-2 saved without it has OpenAI's if the vocabularies have the
+    same size."""
+    if (folder / "tokenizer.json").exists():
         return tokenizer_from_hf(read_json(folder / "tokenizer.json"))
-    vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if vocab.exists() and merges.exists():
-        return gpt2_tokenizer(folder)
-    if config.vocab_size != GPT2_VOCAB_SIZE or vocab.exists() or merges.exists():
+    if arch != "gpt2" or config.vocab_size != GPT2_VOCAB_SIZE or (folder / "vocab.json").exists():
         raise UserError(
-            f"{folder} has no tokenizer.json, and not both vocab.json and merges.txt: save the "
-            "model's tokenizer there too, with tokenizer.save_pretrained"
+            f"{folder} has no tokenizer.json: save the model's tokenizer there too, with "
+            "tokenizer.save_pretrained"
         )
     print(f"{folder} has no tokenizer: using GPT-2's, which has {GPT2_VOCAB_SIZE:,} tokens as well")
     return from_tiktoken("gpt2")
@@ -340,35 +310,30 @@ def check_checkpoint_target(path: Path, overwrite: bool) -> None:
     if os.path.lexists(path):
         if not overwrite:
             raise UserError(f"{path} exists: add --overwrite or choose another path")
-        try:
-            utils.read_checkpoint(path)
-        except UserError as error:
-            raise UserError(f"only a checkpoint is replaced, and {error}") from None
+        utils.read_checkpoint(path)  # only a checkpoint is replaced
     raise_problems(folder_problems(path.parent))
 
 
 def read_weights(folder: Path, config: GPTConfig, arch: str) -> dict[str, Tensor]:
-    """The weights of a folder, in model.safetensors or in the files that its index lists."""
-    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / names[0]).is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{index} has no weight_map of names and files")
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name} (other formats are not supported)")
+    """The weights of a folder, in model.safetensors or in several files, model-NUMBER-of-N."""
+    names = [path.name for path in sorted(folder.glob("model-*-of-*.safetensors"))]
+    if not names or (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    if not (folder / names[0]).is_file():
+        raise UserError(f"{folder} has no model.safetensors (other formats are not supported)")
     check_files(folder, ["config.json", "tokenizer.json", *names])
     library = import_optional("safetensors.torch")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(set(names)):
+    for name in names:
         try:
-            tensors |= library.load_file(folder / name)
+            part = library.load_file(folder / name)
         except Exception as error:  # damage raises errors of many types
             raise UserError(f"{folder / name} is damaged: {first_line(error)}") from None
+        if tensors.keys() & part.keys():
+            raise UserError(f"{folder} has the weights of several models")
+        tensors |= part
     # OpenAI's GPT-2 was saved without its language-model head
     if arch == "gpt2" and not any(name.startswith("transformer.") for name in tensors):
-        head = {name: x for name, x in tensors.items() if name == "lm_head.weight"}
-        tensors = {f"transformer.{name}": x for name, x in tensors.items() if name not in head}
-        tensors |= head
-    return weights_from_hf(tensors, config, arch)
+        prefixes = {name: "transformer." * (name != "lm_head.weight") for name in tensors}
+        tensors = {prefixes[name] + name: x for name, x in tensors.items()}
+    return hf_model.weights_from_hf(tensors, config, arch)

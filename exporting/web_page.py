@@ -6,11 +6,9 @@ so the page is the same in every encoding.
 """
 
 import base64
-import copy
 import hashlib
 import html
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,30 +19,20 @@ import torch
 from torch import Tensor
 
 import utils
-from config import TrainConfig
-from corpus.load import training_corpus
 from exporting.chat_template import asks
 from exporting.folders import check_file
 from exporting.hf_tokenizer import KNOWN_PATTERNS, library_pattern, token_ids
 from exporting.huggingface import shown_settings, source_name
 from model import GPT
-from sampling.text import answers_questions, checkpoint_line
-from system.device import pick_device
+from sampling.text import checkpoint_line
 from system.files import atomic_write, locked_file
 from system.settings import UserError
 from tokenizer import BPETokenizer, Tokenizer
-from training.task import Pretraining
 from viz.curve import is_number
 
 PAGE = Path(__file__).parent / "page"
 ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
 GENERATOR = b'<meta name="generator" content="TinyLLM export.py">'
-# In nats per token: less than the spread over seeds (0.013 for `fast`, see docs/benchmarks.md).
-# With int8, the loss of the laptop preset on TinyShakespeare changes by 0.0002 or less.
-MAX_LOSS_RISE = 0.005
-# Tokens of the validation split on which losses are compared. The standard error of that rise, a
-# difference on the same tokens, is 0.0001.
-EVAL_TOKENS = 8192
 MAX_INT8 = 127
 # The settings that model.js implements.
 IMPLEMENTED = "vocab_size block_size n_layer n_head n_embd n_kv_head head_size n_inner norm mlp pos"
@@ -52,13 +40,15 @@ IMPLEMENTED += " post_norm token_shift qk_norm tie_weights bias norm_eps rope_th
 
 
 def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool = False) -> None:
-    """Write a checkpoint as a web page, with its weights in float16 or int8; `auto`: int8 if the
-    measured loss is nearly the same. With `overwrite`, a page is replaced."""
+    """Write a checkpoint as a web page, with its weights in float16 or int8 (`auto`). With
+    `overwrite`, a page is replaced."""
     check_file(target, GENERATOR, overwrite)
-    model, tokenizer, state = utils.load_checkpoint(checkpoint, pick_device("auto"))
+    model, tokenizer, state = utils.load_checkpoint(checkpoint)
     data = page_data(model, tokenizer, state)
-    precision, measured = pick_precision(model, tokenizer, state, precision)
-    data["summary"] += f"; weights in {precision}{measured}"
+    precision = "int8" if precision == "auto" else precision
+    if precision == "float16" and not all(p.half().isfinite().all() for p in model.parameters()):
+        raise UserError("the weights are too large for float16: use --precision int8")
+    data["summary"] += f"; weights in {precision}"
     with locked_file(target, "an export"):
         check_file(target, GENERATOR, overwrite)  # another process may have written it
         with atomic_write(target) as file:
@@ -71,64 +61,20 @@ def export_page(checkpoint: Path, target: Path, precision: str, overwrite: bool 
 # --- weights
 
 
-def stored(weight: Tensor, precision: str) -> tuple[str, bytes, Tensor]:
-    """The type and the bytes of a parameter in the page, and the values that the page reads. With
-    int8, each row of a matrix has a float32 scale, and vectors are float32."""
-    weight = weight.detach().float().cpu()
+def stored(weight: Tensor, precision: str) -> tuple[str, bytes]:
+    """The type and the bytes of a parameter in the page. With int8, each row of a matrix has a
+    float32 scale, and vectors are float32. This changes the loss of the laptop preset on
+    TinyShakespeare by 0.0002 or less."""
+    weight = weight.detach()
     if precision == "float16":
-        half = weight.half()
-        return "float16", half.numpy().astype("<f2").tobytes(), half.float()
+        return "float16", weight.numpy().astype("<f2").tobytes()
     if weight.dim() == 1:
-        return "float32", weight.numpy().astype("<f4").tobytes(), weight
+        return "float32", weight.numpy().astype("<f4").tobytes()
     scale = weight.abs().amax(dim=1, keepdim=True) / MAX_INT8  # (n_out, 1)
     quotient = weight / scale.clamp(min=torch.finfo(torch.float32).tiny)  # (n_out, n_in)
     integers = quotient.round().clamp(-MAX_INT8, MAX_INT8)
     content = scale.numpy().astype("<f4").tobytes() + integers.numpy().astype("i1").tobytes()
-    return "int8", content, integers * scale
-
-
-def rounded(model: GPT, precision: str) -> GPT:
-    """A copy of the model with the weights that the page reads."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data = stored(parameter, precision)[2].to(parameter.device)
-    return model
-
-
-# --- which precision
-
-
-@torch.no_grad()
-def pick_precision(
-    model: GPT, tokenizer: Tokenizer, state: dict[str, Any], precision: str
-) -> tuple[str, str]:
-    """The precision of the weights, and what was measured, in a few words. Prints the losses."""
-    if precision != "auto":
-        if not all(p.isfinite().all() for p in rounded(model, precision).parameters()):
-            raise UserError(f"the weights are too large for {precision}: use --precision int8")
-        return precision, ""
-    try:
-        corpus = training_corpus(tokenizer, state)
-    except UserError as error:
-        print(f"weights in float16: the loss with int8 could not be measured, because {error}")
-        print("--precision int8 makes a smaller file, without measuring")
-        return "float16", ""
-    doc_mask, window = bool(state["train_config"].get("doc_mask")), model.config.block_size
-    config = TrainConfig(doc_mask=doc_mask, batch_size=1)  # a large vocabulary has large logits
-    task = Pretraining(corpus, tokenizer, window, config, torch.device("cpu"))
-    ids, n_windows = corpus.val_ids, math.ceil(EVAL_TOKENS / window)
-    loss = task.mean_loss(model, ids, n_windows)
-    models = {p: rounded(model, p) for p in ("int8", "float16")}
-    rise = {p: task.mean_loss(some, ids, n_windows) - loss for p, some in models.items()}
-    # false if the rise is not a number
-    precision = "int8" if rise["int8"] < MAX_LOSS_RISE else "float16"
-    losses = ", ".join(f"{loss + change:.4f} ({change:+.4f}) in {p}" for p, change in rise.items())
-    questions = " (with the questions)" * answers_questions(tokenizer)
-    print(f"loss on part of the validation split{questions}: {loss:.4f} in float32, {losses}")
-    print(f"weights in {precision}: int8 must raise the loss by less than {MAX_LOSS_RISE}")
-    if not math.isfinite(rise[precision]):
-        raise UserError("the model's loss is not finite: its training diverged")
-    return precision, f" (loss {rise[precision]:+.4f} compared with float32)"
+    return "int8", content
 
 
 # --- the page
@@ -177,7 +123,8 @@ def to_javascript(pattern: str) -> str:
 def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str]:
     """The text of the page, in parts. Each placeholder of page.html is replaced once, so that no
     data is taken for one."""
-    style, script = read_source("page.css"), read_source("page.js")
+    sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    style, script = sources["page.css"], sources["page.js"]
     title = html.escape(f"{data['name']}: a language model")
     content = json.dumps(data, allow_nan=False)  # in which < occurs only in strings
     hashes = [
@@ -195,21 +142,16 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
         "DATA": content.replace("<", "\\u003c"),  # so that no text can end the element
         "ENGINE": "".join(
             f'<script type="text/plain" class="engine" data-file="{name}">\n'
-            f"{read_source(name)}</script>\n"
+            f"{sources[name]}</script>\n"
             for name in ENGINE
         ),
         "SCRIPT": script,
     }
-    before, after = read_source("page.html").split("{{WEIGHTS}}")
+    before, after = sources["page.html"].split("{{WEIGHTS}}")
     yield re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], before)
     for name, parameter in model.named_parameters():  # tied weights are one parameter
-        kind, raw, _ = stored(parameter, precision)
+        kind, raw = stored(parameter, precision)
         shape = ",".join(map(str, parameter.shape))
         yield f'<script type="text/plain" class="weight" data-name="{name}" data-kind="{kind}" '
         yield f'data-shape="{shape}">{base64.b64encode(raw).decode()}</script>\n'
     yield after
-
-
-def read_source(name: str) -> str:
-    """A file of exporting/page/."""
-    return (PAGE / name).read_text(encoding="utf-8")

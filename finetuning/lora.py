@@ -9,7 +9,6 @@ Weights are dicts of tensors by name. An adapted model has the `plain` weights o
 each adapted matrix, `.A` and `.B`.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -25,7 +24,6 @@ import utils
 from config import GPTConfig
 from finetuning.new_tokens import EMBEDDINGS, is_extension
 from model import GPT
-from system.files import atomic_write
 from system.settings import UserError, all_problems, from_dict, raise_problems, setting
 from tokenizer import Tokenizer
 
@@ -45,8 +43,6 @@ ADAPTER_TYPES: dict[str, type] = {
 
 @dataclass
 class LoRAConfig:
-    """Which matrices get an adapter, and of which size."""
-
     lora_rank: int = setting(0, "rank of A and B; 0: train all weights", low=0, group="LoRA")
     lora_alpha: float = setting(32.0, "the update is scaled by alpha / rank", above=0, high=1e6)
     lora_dropout: float = setting(0.05, "dropout probability of the LoRA input", low=0, below=1)
@@ -54,7 +50,6 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of B A: alpha / rank."""
         return self.lora_alpha / self.lora_rank
 
 
@@ -103,44 +98,18 @@ def trained_names(model: nn.Module) -> set[str]:
 # --- weights of adapted models
 
 
-def split_adapter(
-    weights: dict[str, Tensor], trained: set[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split the weights of an adapted model into plain weights and the adapter's tensors, which
-    are those named in `trained`. The inverse is plain | tensors."""
-    plain = {name: t for name, t in weights.items() if not name.endswith((".A", ".B"))}
-    return plain, {name: weights[name] for name in weights if name in trained}
-
-
-def merge_adapter(
-    plain: dict[str, Tensor], tensors: dict[str, Tensor], scale: float
-) -> dict[str, Tensor]:
+def merge_adapter(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """The plain weights of an equal model without adapter: W + scale B A for each adapted W."""
-    merged = {name: tensors.get(name, tensor) for name, tensor in plain.items()}
-    for name, A in tensors.items():
+    merged = {name: t for name, t in weights.items() if not name.endswith((".A", ".B"))}
+    for name, A in weights.items():
         if name.endswith(".A"):
             layer = name.removesuffix(".A")
-            update = scale * (tensors[f"{layer}.B"] @ A)  # (n_out, n_in)
-            merged[f"{layer}.weight"] = plain[f"{layer}.weight"] + update
+            update = scale * (weights[f"{layer}.B"] @ A)  # (n_out, n_in)
+            merged[f"{layer}.weight"] = weights[f"{layer}.weight"] + update
     return merged
 
 
 # --- adapter files
-
-
-def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """The hash of the names, shapes, types and values of weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def save_adapter(path: Path, adapter: dict[str, Any]) -> None:
-    """Write an adapter file atomically; `adapter` has the keys of ADAPTER_TYPES."""
-    with atomic_write(path) as file:
-        torch.save(adapter, file)
 
 
 def is_adapter(path: Path) -> bool:
@@ -155,10 +124,8 @@ def read_adapter(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no adapter {path}: name the adapter.pt of a --lora_rank run")
     adapter = utils.read_data(path)
-    if isinstance(adapter, dict) and "model" in adapter:
-        raise UserError(f"{path} is a checkpoint, not the adapter.pt of a --lora_rank run")
     if not isinstance(adapter, dict) or not ADAPTER_TYPES.keys() <= adapter.keys():
-        raise UserError(f"{path} is not an adapter of this program")
+        raise UserError(f"{path} is not the adapter.pt of a --lora_rank run")
     check_contents(adapter, path)
     return adapter
 
@@ -224,9 +191,9 @@ class AdapterFormat:
     scale: float
 
     def pack(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        plain, tensors = split_adapter(weights, self.trained)
-        merged = merge_adapter(plain, tensors, self.scale)
-        return {"model": merged, "adapter": self.header | {"tensors": tensors}, **self.entries}
+        tensors = {name: weight for name, weight in weights.items() if name in self.trained}
+        adapter = self.header | {"tensors": tensors}
+        return {"model": merge_adapter(weights, self.scale), "adapter": adapter, **self.entries}
 
     def unpack(self, state: dict[str, Any]) -> dict[str, Tensor]:
         return self.plain | state["adapter"]["tensors"]

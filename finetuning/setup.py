@@ -12,15 +12,20 @@ from finetuning.lora import LoRAConfig
 from finetuning.tasks import OBJECTIVES, Base, FinetuneConfig, Setup
 from system.settings import UserError, all_problems, from_dict, raise_problems
 from training.distributed import is_torchrun, world_size
-from training.resume import checkpoint_to_resume, resumed_flags, saved_settings
+from training.resume import (
+    checkpoint_to_resume,
+    resumed_flags,
+    saved_settings,
+    weights_sha256,
+)
 from training.run_log import run_files
 from training.setup import check_run
+from training.teachers import OWN_CORPUS, load_teachers
 from utils import load_checkpoint, matching_contents, read_checkpoint
 
 LORA_LR_SCALE = 5  # B is zero at first, so the updates of A are too
 # Instead of pretraining's rate if that is unknown (imported models) or does not fit AdamW (SGD's).
 IMPORTED_LR = 3e-4
-OWN_CORPUS = ("data", "separator", "hold_out", "encoding", "skip_bad")  # settings of the base too
 FOR_MERGE = {"source", "merge", "out_dir", "tag", "overwrite", "device"}
 
 
@@ -40,7 +45,7 @@ def load_base(path: Path) -> Base:
         raise_problems(all_problems(trained))
     scale, imported = OPTIMIZERS[trained.optimizer].adamw_lr, not state["corpus"]["sha256"]
     lr = IMPORTED_LR if imported or scale is None else trained.lr_max * scale
-    sha256 = lora.weights_sha256(state["model"])
+    sha256 = weights_sha256(state["model"])
     return Base(model, tokenizer, state, sha256, trained, imported, lr)
 
 
@@ -75,9 +80,8 @@ def resolve_finetune(flags: dict[str, Any]) -> Setup:
     settings, adapt = from_dict(FinetuneConfig, flags), from_dict(LoRAConfig, flags)
     problems = all_problems(settings) + all_problems(adapt)
     raise_problems(problems + ([] if state else flag_problems(given, settings, adapt)))
-    teacher = load_base(Path(settings.teacher)) if settings.teacher else None
-    base = load_base(Path(settings.source)) if settings.source or not teacher else teacher
-    if teacher and teacher.imported and "data" not in flags:
+    base = load_base(Path(settings.source or flags["teacher"].split(",")[0]))
+    if flags.get("teacher") and base.imported and "data" not in flags:
         raise UserError("give --data: the text that an imported teacher was trained on is unknown")
     gpt_config = base.model.config
     if settings.source:
@@ -85,7 +89,8 @@ def resolve_finetune(flags: dict[str, Any]) -> Setup:
     else:
         gpt_config = student_config(gpt_config, flags)
     config = run_config(flags, settings, adapt, base)
-    return Setup(settings, adapt, config, gpt_config, base, teacher, state)
+    teachers = load_teachers(gpt_config, config, state) if config.teacher else None
+    return Setup(settings, adapt, config, gpt_config, base, teachers, state)
 
 
 def finetune_flags(flags: dict[str, Any], state: dict[str, Any], latest: Path) -> dict[str, Any]:
@@ -99,10 +104,11 @@ def finetune_flags(flags: dict[str, Any], state: dict[str, Any], latest: Path) -
         settings = from_dict(FinetuneConfig, state["finetune"])
         adapt = from_dict(LoRAConfig, state["finetune"])
         own, others = asdict(settings) | asdict(adapt), saved_settings(state)
-        raise_problems(flag_problems({"data": others["data"]}, settings, adapt))
+        known = {name: others[name] for name in ("data", "teacher") if others[name]}
+        raise_problems(flag_problems(known, settings, adapt))
     if adapt.lora_rank:
         lora.check_contents(state.get("adapter", {}), latest)
-    fixed = {*own, "data"} - {name for name in ("source", "teacher") if own[name]}
+    fixed = {*own, "data"} - {"source"} if own["source"] else {*own, "data"}
     return resumed_flags(flags, own | others, fixed)
 
 
@@ -128,7 +134,7 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
         found.append("name the checkpoint to fine-tune: python finetune.py checkpoints/best.pt ...")
     elif student and adapt.lora_rank:
         found.append("--lora_rank adapts a trained model: name its checkpoint")
-    if objective.teacher and not settings.teacher:
+    if objective.teacher and not flags.get("teacher"):
         found.append(f"--objective {settings.objective} needs a --teacher")
     data = flags.get("data", objective.defaults.get("data"))
     if not (objective.teacher or data):
@@ -164,11 +170,11 @@ def student_config(teacher: GPTConfig, flags: dict[str, Any]) -> GPTConfig:
 
 def check_finetune(*results: Any) -> list[str]:
     """What prevents this run on this machine, in its folder, or with these checkpoints."""
-    settings, adapt, config, gpt_config, base, teacher, state = setup = Setup(*results)
+    settings, adapt, config, gpt_config, base, teachers, state = setup = Setup(*results)
     found = check_run(gpt_config, config)
-    for path in filter(None, (settings.source, settings.teacher)):
-        if setup.run_dir.resolve() in (Path(path).resolve(), Path(path).resolve().parent):
-            found.append(f"{setup.run_dir}/ contains {path}: give the run another --tag")
+    source = Path(settings.source).resolve()
+    if settings.source and setup.run_dir.resolve() in (source, source.parent):
+        found.append(f"{setup.run_dir}/ contains {settings.source}: give the run another --tag")
     if settings.merge and is_torchrun():
         found.append("--merge needs one process: run it without torchrun")
     if settings.merge and not found:
@@ -176,23 +182,13 @@ def check_finetune(*results: Any) -> list[str]:
         files = run_files(setup.run_dir)
         if files and (files != [best] or "merged" not in read_checkpoint(best)):
             found.append(f"{setup.run_dir}/ contains a run: give another --tag")
-    if teacher:
-        own, tokens = teacher.model.config, [m.tokenizer.to_dict() for m in (base, teacher)]
-        if own.vocab_size != gpt_config.vocab_size or tokens[0] != tokens[1]:
-            found.append(
-                "teacher and student have different tokenizers: a student needs its teacher's"
-            )
-        if (size := own.block_size) < gpt_config.block_size:
-            found.append(f"the teacher's window of {size} tokens is shorter than the student's")
+    if teachers and base.tokenizer.to_dict() != teachers.tokenizer.to_dict():
+        found.append("teacher and student have different tokenizers: a student needs its teacher's")
     if not OBJECTIVES[settings.objective].dropout and (gpt_config.dropout or adapt.lora_dropout):
         found.append(f"--objective {settings.objective} trains without dropout: leave it out")
-    origin = state["finetune"] if state else {}
-    for name, path, model in (
-        ("base", settings.source, base),
-        ("teacher", settings.teacher, teacher),
-    ):
-        if path and model and origin.get(f"{name}_sha256", model.sha256) != model.sha256:
-            found.append(f"{path} has changed since this run began: name the original")
+    origin = state["finetune"] if state and settings.source else {}
+    if origin.get("base_sha256", base.sha256) != base.sha256:
+        found.append(f"{settings.source} has changed since this run began: name the original")
     if state and adapt.lora_rank and not found:
         weights = (base.model.config, base.tokenizer, base.sha256)
         lora.check_adapter(state["adapter"], *weights, setup.run_dir / "latest.pt")

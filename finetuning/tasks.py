@@ -22,10 +22,11 @@ from system.settings import UserError, setting
 from tokenizer import QA_SPECIALS, Tokenizer
 from training.distributed import local_rank_zero_first
 from training.task import Batch, Metrics, Pretraining, Task, sample_from_newline
+from training.teachers import Teachers
 
 
 class Base(NamedTuple):
-    """The model that fine-tuning starts from; for a new student, its teacher."""
+    """The model that fine-tuning starts from; for a new student, its first teacher."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -44,7 +45,7 @@ class Setup(NamedTuple):
     config: TrainConfig
     gpt_config: GPTConfig
     base: Base
-    teacher: Base | None = None
+    teachers: Teachers | None = None
     state: dict[str, Any] | None = None  # the checkpoint to resume
 
     @property
@@ -73,10 +74,10 @@ class TextTask:
 
     def evaluate(self, model: GPT, full: bool = False) -> Metrics:
         metrics = self.text.evaluate(model, full)
-        if self.old is None:
-            return metrics
-        n_windows = None if full else self.text.config.eval_windows
-        return metrics | {"old": self.text.mean_loss(model, self.old.val_ids, n_windows)}
+        if self.old is not None:
+            n_windows = None if full else self.text.config.eval_windows
+            metrics["old"] = self.text.mean_loss(model, self.old.val_ids, n_windows)
+        return metrics
 
     def sample(self, model: GPT) -> str:
         text = self.text  # qa=False: of text, even if the base answers questions
@@ -86,40 +87,10 @@ class TextTask:
 # --- distillation
 
 
-def distillation_loss(
-    student: Tensor, teacher: Tensor, y: Tensor, hard: Tensor, temperature: float, alpha: float
-) -> Tensor:
-    """alpha T^2 KL(p || q) + (1 - alpha) hard, where p and q are softmax(logits / T) of teacher and
-    student, logits (B, T, V) both, and hard is the usual loss (Hinton et al. 2015, section 2). T^2
-    because the gradient of the soft loss shrinks with 1/T^2. Both losses are averaged over the
-    tokens y (B, T) that are not -100."""
-    log_p, log_q = (
-        F.log_softmax(logits.float() / temperature, dim=-1)  # (B, T, V)
-        for logits in (teacher, student)
-    )
-    soft = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)  # (B, T)
-    return alpha * temperature**2 * soft[y != -100].mean() + (1 - alpha) * hard
-
-
-class DistillationTask:
-    """Next-token prediction, from the text and from a teacher's distribution."""
-
-    def __init__(self, text: Pretraining, setup: Setup, model: GPT):
-        assert setup.teacher is not None
-        self.text, self.teacher = text, setup.teacher.model.to(text.device).requires_grad_(False)
-        for block in self.teacher.blocks if text.config.compile else ():
-            block.compile()
-        self.temperature, self.alpha = setup.settings.temperature_kd, setup.settings.alpha
-        self.format, self.tokens_per_step = text.format, text.tokens_per_step
-        self.get_batch, self.evaluate, self.sample = text.get_batch, text.evaluate, text.sample
-
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        docs = self.text.document_numbers(x)
-        with torch.no_grad():
-            teacher_logits = self.teacher(x, docs=docs)[0]
-        logits, hard = model(x, y, docs)
-        loss = distillation_loss(logits, teacher_logits, y, hard, self.temperature, self.alpha)
-        return {"loss": loss}
+def distillation(text: Pretraining, setup: Setup, model: GPT) -> Task:
+    """Learning from the text and from the teachers."""
+    assert setup.teachers is not None
+    return setup.teachers.task(text)
 
 
 # --- questions and answers
@@ -264,7 +235,7 @@ class Objective:
     dropout: bool = True  # may be trained with dropout
 
 
-TEXT_FLAGS = ("doc_mask", "grow_windows", "separator", "encoding")
+TEXT_FLAGS = ("doc_mask", "grow_windows", "separator")
 # Runs are short, data sets small, and batches of records vary in length, for each of which
 # torch.compile would compile again. Answers are memorized; the others must not make the model
 # forget. A student's loss has no limit of 0, so one batch cannot be overfitted.
@@ -286,10 +257,10 @@ OBJECTIVES = {
         specials=QA_SPECIALS,
     ),
     "distill": Objective(
-        DistillationTask,
+        distillation,
         lr_scale=0.1,
         defaults={"max_steps": 1500, "batch_size": 12, "eval_every": 250},
-        flags=(*TEXT_FLAGS, "skip_bad", "teacher", "temperature_kd", "alpha"),
+        flags=(*TEXT_FLAGS, "skip_bad", "teacher", "teacher_share", "teacher_temperature"),
         teacher=True,
     ),
     "dpo": Objective(
@@ -307,13 +278,8 @@ OBJECTIVES["qa"] = OBJECTIVES["chat"]  # its old name
 
 @dataclass
 class FinetuneConfig:
-    """What is fine-tuned, and for which objective."""
-
     source: str = setting("", "checkpoint to fine-tune", positional=True, group="fine-tuning",
                           alias="checkpoint base model model_name_or_path")  # fmt: skip
     objective: str = setting("text", "what to train for; qa: as chat", choices=tuple(OBJECTIVES))
-    teacher: str = setting("", "distill: checkpoint of the teacher")
-    temperature_kd: float = setting(4.0, "distill: temperature of both distributions", above=0)
-    alpha: float = setting(0.5, "distill: weight of the teacher's loss", low=0, high=1)
     beta: float = setting(0.1, "dpo: KL penalty strength", above=0)
     merge: str = setting("", "adapter.pt to merge into its base, without training")

@@ -1,4 +1,4 @@
-"""Writing generated text, so that it is never lost: to a file, or to any terminal."""
+"""Output: text files that are never lost, their first lines, and tables."""
 
 import shlex
 from pathlib import Path
@@ -18,6 +18,17 @@ def write_text(path: Path, text: str) -> None:
     except UserError:
         print(text)
         raise
+
+
+def format_table(rows: list[dict[str, str]]) -> str:
+    """The rows as text, in aligned columns with a header."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = []
+    for first, *others in lines:
+        cells = [word.rjust(width) for word, width in zip(others, widths[1:], strict=True)]
+        aligned.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(aligned)
 
 
 def header(config: SampleConfig, state: dict[str, Any], command: str = "python generate.py") -> str:

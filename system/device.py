@@ -1,8 +1,10 @@
 """Devices: which there are, their memory, whether bfloat16 and torch.compile work there, and how
 much other programs slow down work on a CPU."""
 
+import ctypes
 import logging
 import os
+import sys
 import time
 
 import torch
@@ -48,9 +50,13 @@ def device_problems(name: str) -> list[str]:
 
 
 def memory_size(device: torch.device) -> int | None:
-    """The memory of a device in bytes; None if the system does not tell (Windows)."""
+    """The memory of a device in bytes; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if sys.platform == "win32":
+        kilobytes = ctypes.c_ulonglong()
+        ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        return 1024 * kilobytes.value or None  # 0 in some virtual machines
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

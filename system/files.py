@@ -88,7 +88,7 @@ def file_problems(path: Path, mark: bytes = b"") -> list[str]:
             with path.open("rb") as file:
                 head = file.read(1000)
             if head and mark not in head:
-                return [f"{path} is not an earlier output: choose another --output_file"]
+                return [f"{path} is not an earlier output: choose another name"]
         in_use = part_path(path).exists()  # by another process
         part_path(path).open("ab").close()
         if not in_use:

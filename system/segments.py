@@ -13,8 +13,7 @@ Texts = Iterable[str]
 def segments(texts: Texts, pattern: str, specials: Texts = ()) -> Iterator[str]:
     """A stream of text in segments whose pieces, the matches of the pattern, are those of the full
     text. Special tokens are segments of their own, the longest if several match. Pieces of more
-    than MAX_PIECE characters are divided, because tiktoken fails on a million spaces.
-    """
+    than MAX_PIECE characters are divided, because tiktoken fails on a million spaces."""
     names = sorted(filter(None, specials), key=len, reverse=True)
     special = regex.compile("|".join(map(regex.escape, names))) if names else None
     ahead = 2 * MAX_PIECE + max(map(len, names), default=0)  # enough text to find the next cut

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from config import TrainConfig
-from finetuning.lora import LoRAConfig, add_lora, split_adapter, trained_names, weights_sha256
+from finetuning.lora import LoRAConfig, add_lora, trained_names
 from model import GPT
 from system.files import save_checkpoint
 from tokenizer import Tokenizer
+from training.resume import weights_sha256
 
 
 def save_model(path: str | Path, model: GPT, tokenizer: Tokenizer, **more: Any) -> dict[str, Any]:
@@ -38,15 +39,16 @@ def make_adapter(
 ) -> dict[str, Any]:
     """The contents of an adapter file with random weights, which the model has afterwards. `also`:
     the weights that are trained besides."""
+    base_sha256 = weights_sha256(model.state_dict())
     add_lora(model, settings, also)
     for name, weight in model.named_parameters():
         if name.endswith(".B"):
             weight.data = 0.3 * torch.randn_like(weight)
-    plain, tensors = split_adapter(model.state_dict(), trained_names(model))
+    weights = model.state_dict()
     return {
         "lora": vars(settings).copy(),
-        "base_sha256": weights_sha256(plain),
+        "base_sha256": base_sha256,
         "gpt_config": vars(model.config).copy(),
         "tokenizer": tokenizer.to_dict(),
-        "tensors": tensors,
+        "tensors": {name: weights[name] for name in trained_names(model)},
     }

@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
         make_fixtures(top / "base")
         scripts = [name for name in settings.only.split(",") if name] or SCRIPTS
         flags = {script: settings_of(script) for script in scripts}
-        for encoding in TEXT_ENCODINGS:
+        for encoding in (*TEXT_ENCODINGS, "idna"):  # of host names
             codecs.lookup(encoding)  # a child may not read Python's files
         gc.freeze()  # a collection in a child would copy all pages
         started = time.monotonic()

@@ -59,15 +59,15 @@ def unless_open(change: Callable) -> Callable:
 
 
 def format_path(path: Path, spec: str) -> str:
-    file = sys._getframe(1).f_code.co_filename
+    file, text = sys._getframe(1).f_code.co_filename, real_format(path, spec)
     is_message = file.startswith(ROOT) and not file.startswith(f"{ROOT}/tests")
-    return real_format(path, spec).replace("/", "\\" if is_message else "/")
+    return text.replace("/", "\\") if is_message and not path.is_absolute() else text
 
 
 os.stat = lambda path, *args, **kwargs: real_stat(visible(path), *args, **kwargs)
 builtins.open = io.open = open_file
 if IS_WINDOWS:
-    del os.fork, os.mkfifo, os.killpg, os.sched_getaffinity, os.sysconf, signal.SIGKILL
+    del os.fork, os.mkfifo, os.killpg, os.sched_getaffinity, signal.SIGKILL
     sys.modules |= {"fcntl": None, "resource": None}
     subprocess.Popen.kill = subprocess.Popen.terminate
     pathlib.PurePath.__format__ = format_path

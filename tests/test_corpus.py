@@ -162,7 +162,7 @@ def test_records_that_change_while_they_are_read_are_an_error(tmp_path, monkeypa
     path = tmp_path / "qa.json"
     path.write_text(json.dumps([{"question": "a", "answer": "b"}] * 4))
     original = records.read_records
-    read_and_change = lambda path, **_: [original(path), path.write_text("")][0]  # noqa: E731
+    read_and_change = lambda path, *_: [original(path), path.write_text("")][0]  # noqa: E731
     monkeypatch.setattr(records, "read_records", read_and_change)
     with pytest.raises(UserError, match=r"qa\.json changed while it was read: try again"):
         load.load_corpus(str(path))
@@ -315,9 +315,15 @@ def test_another_encoding_is_proposed_and_read(workplace, text, encoding, others
     config = {"data": "a.txt", "encoding": encoding, "hold_out": False}
     same = load.training_corpus(tokenizer, {"train_config": config, "corpus": corpus.info})
     assert (same.train_ids == corpus.train_ids).all()
-    Path("a.txt").rename("a.json")
-    with pytest.raises(UserError, match="--encoding is for text files"):
-        load.load_corpus("a.json", encoding=encoding)
+    Path("a.csv").write_bytes(f'question,answer\nall?,"{text}"\n'.encode(encoding))
+    with pytest.raises(UserError, match=f"--encoding {encoding} reads"):
+        load.load_corpus("a.csv")
+    tokenizer, corpus = load.load_corpus("a.csv", encoding=encoding, hold_out=False)
+    assert text in tokenizer.decode(corpus.train_ids)
+    Path("set").mkdir()
+    Path("set", "manifest.json").touch()
+    with pytest.raises(UserError, match="--encoding is for files of text"):
+        load.load_corpus("set", encoding=encoding)
 
 
 def test_a_checkpoint_is_no_text(workplace):
@@ -424,7 +430,7 @@ def test_without_holding_out_both_splits_are_everything(workplace, capsys):
 def test_a_prepared_data_set_is_split_already(workplace):
     write_jsonl(workplace / "posts.jsonl", STORIES)
     assert prepare.main(["posts.jsonl", "--tokenizer=char"]) == 0
-    with pytest.raises(UserError, match="--no-hold_out is for files, and data/posts/ is split"):
+    with pytest.raises(UserError, match="--no-hold_out is for files, and data.posts/ is split"):
         load.load_corpus("data/posts", hold_out=False)
 
 

@@ -26,6 +26,7 @@ import train
 import utils
 from config import ARCH_FIELDS, OPTIMIZERS, PRESETS, GPTConfig, TrainConfig, train_settings
 from finetuning.records import Records
+from plots import read_run
 from system.settings import UserError
 from training import distributed
 from training.distributed import (
@@ -46,7 +47,6 @@ from training.distributed import (
 from training.fsdp import gather
 from training.setup import check_run, resolve_train
 from utils import autocast
-from viz.runs import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import re
@@ -14,11 +15,13 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from conftest import TINY_RUN
 
 from config import ARCH_FIELDS, ARCHS, GPTConfig, TrainConfig, train_settings
 from experiments import (
     ablation,
     bench,
+    compare,
     comparison,
     lr_context,
     sampling,
@@ -456,11 +459,47 @@ def test_the_speedrun_trains_every_recipe_with_every_seed_in_turns(monkeypatch, 
         (speedrun.main, "--seeds=1,x", "seeds must be numbers"),
         (speedrun.main, "--nanogpt=missing", "missing is not a checkout of nanoGPT"),
         (bench.main, "gpu --nanogpt=missing", "missing is not a checkout of nanoGPT"),
+        (compare.main, "", "give --change, --revision, or both"),
+        (compare.main, "--revision=no-such-revision", "git cannot check out 'no-such-revision'"),
     ],
 )
 def test_benchmarks_name_what_is_wrong(main: Any, flag: str, problem: str):
     with pytest.raises(UserError, match=problem):
         main(flag.split())
+
+
+def test_the_answer_about_a_change_follows_from_the_paired_t_test():
+    # differences -0.1, -0.1, -0.09: mean -0.0967, deviation 0.00577, t quantile 4.303, t -29
+    found = compare.answer([(2.0, 1.9), (2.1, 2.0), (2.2, 2.11)])
+    expected = (
+        "real: the change lowers the loss from 2.1000 to 2.0033, by -0.0967 with a margin of "
+    )
+    assert found == expected + "0.0143 (95%), p = 0.0012; 3 pairs"
+    assert compare.answer([(2.0, 2.1), (2.0, 1.95)]).startswith("not clear whether")
+    assert "goes from 2.0000 to 2.0000, by +0.0000; 2" in compare.answer([(2.0, 2.0)] * 2)
+    assert "0 without and 1 with the change" in compare.answer([(2.0, 2.0), (2.0, math.inf)])
+
+
+def test_a_change_is_trained_in_pairs_until_the_time_is_over(workplace, monkeypatch, capsys):
+    losses: dict[tuple, float] = {}
+    real, now = compare.train_loss, itertools.count(step=20.0)
+
+    def train_loss(code: Path, flags: list[str], seed: int) -> float:
+        if not losses:  # one real run
+            assert real(code, [*TINY_RUN, "--data=data/input.txt"], seed) < math.log(28)
+        losses[tuple(flags), seed] = 3.0 - len(flags) - 0.1 * seed
+        return losses[tuple(flags), seed]
+
+    monkeypatch.setattr(compare, "train_loss", train_loss)
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(now))
+    words = ["--flags=--preset quick", "--change=--lr_max 1", "--minutes=1", "--seeds=9"]
+    assert compare.main(words) == 0
+    short = ("--preset", "quick")
+    assert list(losses) == [
+        (f, seed) for seed in (1, 2) for f in (short, (*short, "--lr_max", "1"))
+    ]
+    out = capsys.readouterr().out
+    assert "2 of 9 pairs fit in 1 minutes" in out and "real: the change lowers" in out
 
 
 @pytest.mark.parametrize("name", speedrun.RECIPES)

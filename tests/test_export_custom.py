@@ -23,9 +23,9 @@ import generate
 import utils
 from config import ARCHS, PRESETS, SampleConfig
 from exporting.folders import MARKER
-from finetuning.lora import save_adapter
 from model import GPT
 from sampling.quantize import lower_precision
+from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, CharTokenizer
 
@@ -390,7 +390,7 @@ def test_a_changed_config_is_one_error(exported, changes, message):
 def test_an_adapter_of_such_a_model_is_one_of_peft(exported):
     peft = pytest.importorskip("peft")
     ours, theirs = utils.load_checkpoint("model.pt")[0], load("out")
-    save_adapter(Path("adapter.pt"), make_adapter(ours, CHARS))
+    save_checkpoint(Path("adapter.pt"), make_adapter(ours, CHARS))
     assert export.main(["adapter.pt", "adapter"]) == 0
     idx = batch("hello world")
     expected, base = ours.eval()(idx)[0], theirs(idx).logits

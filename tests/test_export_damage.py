@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -165,42 +164,25 @@ def test_files_of_other_kinds_are_errors(tmp_path, exported, name, damage):
         assert not (tmp_path / "imported.pt").exists()
 
 
-# --- an index of several files
+# --- weights in several files
 
 
-def make_shards(folder: Path) -> dict[str, Any]:
-    """Divide the weights of a folder into two files; returns their index."""
+def test_all_files_of_the_weights_are_read(tmp_path, exported):
     library = pytest.importorskip("safetensors.torch")
+    expected, folder = result(exported["llama"]), tmp_path / "out"
+    shutil.copytree(exported["llama"], folder)
     tensors = library.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     (folder / MARKER).unlink()
-    names = sorted(tensors)
-    weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
-    for file in set(weight_map.values()):
-        chosen = {name: tensors[name] for name in names if weight_map[name] == file}
-        library.save_file(chosen, folder / file, metadata={"format": "pt"})
-    return {"metadata": {"total_size": 1}, "weight_map": weight_map}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda index: index.pop("weight_map"), "has no weight_map"),
-        (lambda index: index.update(weight_map=[]), "has no weight_map"),
-        (lambda index: index.update(weight_map={}), "has no weight_map"),
-        (lambda index: index["weight_map"].update(a=5), "has no weight_map"),
-        (lambda index: index["weight_map"].update(a="gone.safetensors"), r"no gone\.safetensors"),
-        (lambda index: index["weight_map"].update(a="../../x"), r"has no \.\./\.\./x"),
-    ],
-)
-def test_a_wrong_index_is_an_error(tmp_path, exported, change, message):
-    expected, folder = result(exported["llama"]), tmp_path / "out"
-    shutil.copytree(exported["llama"], folder)
-    index = make_shards(folder)
-    path = folder / "model.safetensors.index.json"
-    path.write_text(json.dumps(index))
+    for i in (1, 2):
+        chosen = {name: tensors[name] for name in sorted(tensors)[i - 1 :: 2]}
+        library.save_file(chosen, folder / f"model-0000{i}-of-00002.safetensors")
     assert not is_rejected(folder, expected)
-    change(index)
-    path.write_text(json.dumps(index))
-    with pytest.raises(UserError, match=message):
+    first = folder / "model-00001-of-00002.safetensors"
+    shutil.copy(first, folder / "model-00001-of-00003.safetensors")
+    with pytest.raises(UserError, match="has the weights of several models"):
+        result(folder)
+    (folder / "model-00001-of-00003.safetensors").unlink()
+    first.unlink()
+    with pytest.raises(UserError, match="has no tensor"):
         result(folder)

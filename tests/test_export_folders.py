@@ -59,9 +59,9 @@ def replace_by_link(path: Path) -> None:
         (lambda out: replace_by_link(out / "b.txt"), "out/ contains b.txt, which"),
         (
             lambda out: (out / MARKER).write_text('{"files": {"../mine.txt": "0"}}'),
-            f"out/{MARKER} is damaged",
+            f"{MARKER} is damaged",
         ),
-        (lambda out: (out / MARKER).write_text('{"files": '), f"out/{MARKER} is not valid JSON"),
+        (lambda out: (out / MARKER).write_text('{"files": '), f"{MARKER} is not valid JSON"),
     ],
 )
 def test_other_folders_are_not_replaced(tmp_path, change, message):
@@ -226,7 +226,7 @@ def test_an_import_replaces_only_a_checkpoint(workplace: Path):
     torch.save({"mine": 1}, "other.pt")
     for name in ("notes.pt", "other.pt"):
         before = Path(name).read_bytes()
-        with pytest.raises(UserError, match=f"only a checkpoint is replaced, and .*{name}"):
+        with pytest.raises(UserError, match=f"{name}.* is not a checkpoint"):
             export.main(["--from", "out", name, "--overwrite"])
         assert Path(name).read_bytes() == before
     with pytest.raises(UserError, match=r"best\.pt exists: add --overwrite"):

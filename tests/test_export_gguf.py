@@ -375,7 +375,7 @@ def test_existing_files_are_replaced_only_with_overwrite_and_only_exports():
     for name in ("model.gguf", "model.Modelfile"):
         Path(name).write_text("my text")
         for flags in ([], ["--overwrite"]):
-            assert f"{name} was not written by export.py" in error_of(*words, *flags)
+            assert f"{name} is not an earlier output" in error_of(*words, *flags)
         Path(name).unlink()
     assert export.main(words) == 0
     size = Path("model.gguf").stat().st_size

@@ -14,7 +14,7 @@ import export
 import utils
 from config import ARCHS, GPTConfig
 from exporting.hf_model import MAX_SIZE, config_from_hf, config_to_hf, matching_arch, weights_to_hf
-from exporting.hf_tokenizer import gpt2_tokenizer, tokenizer_to_hf
+from exporting.hf_tokenizer import tokenizer_to_hf
 from exporting.huggingface import json_files
 from model import GPT
 from system.settings import UserError
@@ -316,67 +316,6 @@ def test_a_gpt2_without_a_tokenizer_has_that_of_gpt2(tmp_path, monkeypatch, caps
     assert tokenizer.encode("ab cd").tolist() == expected
     assert tokenizer.specials == {"<|endoftext|>": 50256}
     assert_equal_logits(ours, theirs)
-
-
-@pytest.fixture
-def old_gpt2(tmp_path: Path) -> tuple[Path, Any]:
-    """A GPT-2 whose tokenizer is in vocab.json and merges.txt, and that tokenizer, both by the
-    `tokenizers` library."""
-    library = pytest.importorskip("tokenizers")
-    theirs = library.ByteLevelBPETokenizer()
-    text = "the quick brown fox, the lazy dogs and the 1984 foxes don't jump\n"
-    theirs.train_from_iterator([text * 9], vocab_size=300, special_tokens=[END_OF_TEXT])
-    folder = tmp_path / "model"
-    write_model(folder, "gpt2", vocab_size=300)
-    (folder / "tokenizer.json").unlink()
-    theirs.save_model(str(folder))
-    return folder, theirs
-
-
-@pytest.mark.parametrize("windows", [False, True])
-def test_the_older_format_of_gpt2s_tokenizer_is_imported(old_gpt2, windows):
-    folder, theirs = old_gpt2
-    merges = (folder / "merges.txt").read_text(encoding="utf-8")
-    assert merges.startswith("#version")
-    if windows:
-        (folder / "merges.txt").write_bytes(merges.replace("\n", "\r\n").encode())
-    change(folder / "config.json", bos_token_id=0, eos_token_id=0)
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
-    path = folder.parent / "imported.pt"
-    assert export.main(["--from", str(folder), str(path)]) == 0
-    _, ours, _ = utils.load_checkpoint(path)
-    assert ours.specials == {END_OF_TEXT: 0}
-    for text in ("the foxes and dogs", "don't 1984\n\n  jump", "naïve 日本 \t", "<|endoftext"):
-        assert ours.encode(text).tolist() == theirs.encode(text).ids, text
-
-
-def test_added_tokens_of_the_older_format_are_imported(old_gpt2):
-    folder, theirs = old_gpt2
-    (folder / "added_tokens.json").write_text(json.dumps({"<|user|>": theirs.get_vocab_size()}))
-    change(folder / "config.json", vocab_size=theirs.get_vocab_size() + 1)
-    with pytest.raises(UserError, match=r"do not match config\.json"):  # the weights lack its row
-        export.main(["--from", str(folder), str(folder.parent / "imported.pt")])
-    tokenizer = gpt2_tokenizer(folder)
-    assert tokenizer.specials == {END_OF_TEXT: 0, "<|user|>": theirs.get_vocab_size()}
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        ("merges.txt", "#version: 0.2\nt h e\n", "tokenizer is invalid"),
-        ("merges.txt", "#version: 0.2\n", "are not among the merges|that no merge makes"),
-        ("vocab.json", "{}", "tokenizer is invalid"),
-        ("vocab.json", "[]", "must contain a JSON object"),
-        ("tokenizer_config.json", '{"tokenizer_class": "BartTokenizer"}', "not GPT-2's .Bart"),
-        ("tokenizer_config.json", '{"add_prefix_space": true}', "not GPT-2's .*add_prefix_space"),
-    ],
-)
-def test_a_damaged_older_tokenizer_is_one_error(old_gpt2, file, text, message):
-    folder, _ = old_gpt2
-    (folder / file).write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        export.main(["--from", str(folder), str(folder.parent / "imported.pt")])
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

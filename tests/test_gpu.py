@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from config import OPTIMIZERS, GPTConfig, SampleConfig, TrainConfig
 from corpus.corpus import Corpus
 from experiments import bench
-from experiments import gpu as gpu_bench
 from experiments.timing import Row, to_table
 from generate import generate
 from model import GPT
@@ -283,7 +282,7 @@ def test_gradients_of_two_micro_steps_cannot_be_summed_in_reused_memory():
 # --- the benchmark
 
 
-def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, monkeypatch):
+def test_the_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main(["gpu"]) == 0
     head, _, *lines = capsys.readouterr().out.splitlines()
@@ -302,18 +301,18 @@ def test_the_gpu_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, m
 
 def test_a_difference_is_marked_in_the_table(monkeypatch):
     results = iter([torch.zeros(50), *(torch.full((50,), x) for x in (0.002, 0.04, 0.06))])
-    monkeypatch.setattr(gpu_bench, "losses", lambda trainer, n: next(results))
-    rows = gpu_bench.check_losses(CPU)
+    monkeypatch.setattr(bench, "losses", lambda trainer, n: next(results))
+    rows = bench.check_losses(CPU)
     assert [row.problem for row in rows] == [True, False, True]
     assert "WRONG: within 0.002" in to_table(rows)
-    monkeypatch.setattr(gpu_bench, "losses", lambda trainer, n: None)
-    monkeypatch.setattr(gpu_bench, "sample", lambda *args: torch.rand(3, 50))
-    assert gpu_bench.check_sampling(CPU)[0].problem
+    monkeypatch.setattr(bench, "losses", lambda trainer, n: None)
+    monkeypatch.setattr(bench, "sample", lambda *args: torch.rand(3, 50))
+    assert bench.check_sampling(CPU)[0].problem
 
 
 def test_the_other_rows_are_measured_after_an_error():
     def fail(message: str) -> list[Row]:
         raise torch.OutOfMemoryError(message)
 
-    rows = gpu_bench.attempt("run", fail, "out of memory\nTried to allocate")
+    rows = bench.attempt("run", fail, "out of memory\nTried to allocate")
     assert rows == [Row("run", "out of memory", True)]

@@ -17,8 +17,10 @@ from finetuning import lora
 from finetuning.lora import LoRAConfig, LoRALinear
 from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
+from system.files import save_checkpoint
 from system.settings import UserError
 from tokenizer import CharTokenizer
+from training.resume import weights_sha256
 
 SIZES = {"vocab_size": 31, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 32}
 TOKENIZER = CharTokenizer([chr(ord("a") + i) for i in range(31)])
@@ -76,12 +78,13 @@ def test_a_new_adapter_changes_nothing(arch):
 @pytest.mark.parametrize("targets", lora.TARGETS)
 def test_merged_equals_unmerged(arch, targets):
     model, adapter = make_adapted(arch, lora_targets=targets)
-    plain, tensors = lora.split_adapter(model.state_dict(), lora.trained_names(model))
+    weights = model.state_dict()
     merged = make_model(1, **SIZES, **ARCHS[arch])
     idx = torch.randint(31, (2, 9))
-    merged.load_state_dict(plain)
+    merged.load_state_dict({n: w for n, w in weights.items() if not n.endswith((".A", ".B"))})
     assert not torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-2)  # the adapter has an effect
-    merged.load_state_dict(lora.merge_adapter(plain, tensors, LoRAConfig(**adapter["lora"]).scale))
+    scale = LoRAConfig(**adapter["lora"]).scale
+    merged.load_state_dict(lora.merge_adapter(weights, scale))
     scale = model(idx)[0].abs().max().item()
     assert torch.allclose(merged(idx)[0], model(idx)[0], atol=1e-5 * max(scale, 1))
 
@@ -98,7 +101,7 @@ def test_a_rank_above_the_smaller_side_is_rejected():
 def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path):
     model, adapter = make_adapted(lora_targets="qkv")
     path = tmp_path / "adapter.pt"
-    lora.save_adapter(path, adapter)
+    save_checkpoint(path, adapter)
     read = lora.read_adapter(path)
     assert set(read["tensors"]) == {f"blocks.{i}.attn.qkv.{m}" for i in (0, 1) for m in "AB"}
     assert path.stat().st_size < 0.2 * 4 * model.num_params()
@@ -108,7 +111,7 @@ def test_an_adapter_for_another_base_is_rejected():
     _, adapter = make_adapted()
 
     def check(model: GPT, tokenizer: CharTokenizer = TOKENIZER, **settings: int) -> None:
-        config, sha256 = replace(model.config, **settings), lora.weights_sha256(model.state_dict())
+        config, sha256 = replace(model.config, **settings), weights_sha256(model.state_dict())
         lora.check_adapter(adapter, config, tokenizer, sha256, Path("a.pt"))
 
     base = make_model(0, **SIZES, **ARCHS["gpt2"])
@@ -129,7 +132,7 @@ def test_an_adapter_with_new_tokens_may_have_a_larger_vocabulary(arch: str):
     larger = make_model(0, **(SIZES | {"vocab_size": 33}), **ARCHS[arch])
     extended = CharTokenizer([*TOKENIZER.chars, "\u2581", "\u2582"])
     adapter = make_adapter(larger, extended, also=EMBEDDINGS)
-    adapter["base_sha256"] = sha256 = lora.weights_sha256(base.state_dict())
+    adapter["base_sha256"] = sha256 = weights_sha256(base.state_dict())
     lora.check_adapter(adapter, base.config, TOKENIZER, sha256, Path("a.pt"))
     for name in EMBEDDINGS:
         adapter["tensors"].pop(name, None)
@@ -228,7 +231,7 @@ def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Pat
     peft = pytest.importorskip("peft")
     theirs = to_transformers(make_model(**SIZES, **ARCHS[arch]), arch)
     ours, adapter = make_adapted(arch)
-    lora.save_adapter(tmp_path / "adapter.pt", adapter)
+    save_checkpoint(tmp_path / "adapter.pt", adapter)
     assert export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")]) == 0
     idx = torch.randint(31, (2, 9))
     before = theirs(idx).logits
@@ -247,7 +250,7 @@ def test_an_exported_adapter_loads_in_peft_with_equal_logits(arch, tmp_path: Pat
 def test_an_adapter_with_new_tokens_is_not_exported(tmp_path: Path):
     model, adapter = make_adapted()
     adapter["tensors"] |= {name: model.tok.weight.detach() for name in EMBEDDINGS}
-    lora.save_adapter(tmp_path / "adapter.pt", adapter)
+    save_checkpoint(tmp_path / "adapter.pt", adapter)
     with pytest.raises(UserError, match="merge"):
         export.main([str(tmp_path / "adapter.pt"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -19,12 +19,12 @@ import train
 from config import ARCHS
 from corpus.bpe import count_pieces, train_bpe
 from model import rotate
+from plots import read_run
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from viz import internals
 from viz.curve import Run, plot_runs
 from viz.fonts import drawable
-from viz.runs import read_run
 
 TOKENIZER = CharTokenizer.train(["\n abcdefghi"])  # 11 characters, make_model's vocab_size
 SETTINGS = {"vocab_size": 65, "batch_size": 5, "grad_accum": 2, "block_size": 100}

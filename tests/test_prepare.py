@@ -138,8 +138,8 @@ def test_a_data_set_read_in_pieces_is_that_of_the_full_texts(
         path, flags = write_jsonl(workplace / "a.jsonl", documents), []
     else:
         path, flags = workplace / "a.txt", ["--separator=<|>"] * (form == "separator")
-        path.write_text(("<|>" if flags else "\n").join(documents))
-        documents = [text.strip("\n") for text in documents] if flags else [path.read_text()]
+        path.write_text(("<|>" if flags else "\n").join(documents), encoding="utf-8")
+        documents = [text.strip("\n") for text in documents] if flags else [path.read_text("utf-8")]
     texts = dict(enumerate(text for text in documents if text.strip()))
     texts = {n: cleaned_in_memory(text, pattern, whitespace) for n, text in texts.items()}
     firsts = {text: n for n, text in reversed(texts.items())}
@@ -319,7 +319,7 @@ def test_invalid_bytes_are_replaced_if_requested(workplace, capsys):
 
 def test_an_existing_data_set_is_overwritten_only_if_requested(stories):
     before = Path("data/set/manifest.json").read_bytes()
-    with pytest.raises(UserError, match="data/set exists: add --overwrite"):
+    with pytest.raises(UserError, match="data.set exists: add --overwrite"):
         make("stories.jsonl")
     with pytest.raises(UserError, match="no text remains to learn"):
         make("stories.jsonl", "--overwrite", "--min_chars=99999")
@@ -333,7 +333,7 @@ def test_only_a_data_set_is_ever_replaced(workplace, overwrite):
     (workplace / "data" / "letters").mkdir()
     (workplace / "data" / "letters" / "a.txt").write_text("dear " * 100)
     flags = ["--vocab_size=300", *overwrite]
-    with pytest.raises(UserError, match="data/letters/ was not written by prepare"):
+    with pytest.raises(UserError, match="data.letters/ was not written by prepare"):
         prepare.main(["data/letters", *flags])
     for source in (".", "data"):  # named after the folder: data/NAME does not exist
         assert prepare.main([source, *flags]) == 0
@@ -352,7 +352,7 @@ def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(work
     assert Path("data", "x" * 60, "manifest.json").exists()
     shutil.rmtree("data")
     Path("data").write_text("a file")
-    with pytest.raises(UserError, match="data/set could not be written: "):
+    with pytest.raises(UserError, match="data.set could not be written: "):
         prepare.main(["x" * 250, "--vocab_size=300", "--name=set"])
 
 
@@ -492,10 +492,7 @@ def test_statistics_equal_those_calculated_by_hand(workplace, capsys):
     # the last one is for validation, because one must be: 99 remain
     assert "tokens per document: median 501, 95th percentile 942, longest 991" in said
     assert "--block_size 1024 fits 100% of the documents" in said
-    total = sum(10 * i + 1 for i in range(1, 100))
-    laptop = 4 * (12 * 128**2) + 2 * 128  # the bulk of its parameters, by GPT-3's 12 L C^2
-    shown = float(said.split("laptop")[1].split()[3])
-    assert shown == pytest.approx(total / laptop, rel=0.05)
+    assert "size: 2,479 parameters" in said  # a twentieth of the sum of 10 i + 1, 49,599
     assert prepare.main(["--name=set", "--stats"]) == 0
     assert "95th percentile 942" in capsys.readouterr().out
     for length, window in ((10, 64), (127, 128), (128, 256)):  # with its separator, 11 and so on
@@ -522,7 +519,7 @@ def test_a_data_set_can_have_the_tokenizer_of_a_checkpoint(workplace, capsys):
     make("stories.jsonl", f"--tokenizer={checkpoint}", "--overwrite")
     assert evaluate.main([checkpoint, "--data=data/set"]) == 0
     assert train.main([*TINY_RUN, "--overwrite"]) == 0  # of characters, without documents
-    with pytest.raises(UserError, match=r"the tokenizer of .*best\.pt has no <.endoftext.>"):
+    with pytest.raises(UserError, match=r"the tokenizer has no <.endoftext.> token"):
         make("stories.jsonl", f"--tokenizer={checkpoint}", name="other")
 
 
@@ -536,7 +533,7 @@ def test_characters_that_a_checkpoint_would_read_as_unk_are_an_error(workplace, 
 
 @pytest.mark.parametrize("flag", ["--tokenizer=char", "--vocab_size=500"])
 def test_a_data_set_has_its_own_tokenizer(stories, flag):
-    with pytest.raises(UserError, match="data/set already has a tokenizer"):
+    with pytest.raises(UserError, match="data.set already has a tokenizer"):
         train.main([*TINY_RUN, "--data=data/set", flag])
 
 
@@ -581,7 +578,7 @@ def test_a_device_in_a_data_set_is_an_error(stories):
 def test_a_data_set_without_its_checksum_is_an_error(stories):
     del stories["checksum"]
     Path("data/set/manifest.json").write_text(json.dumps(stories))
-    with pytest.raises(UserError, match=r"data/set/ is not .*, or is damaged \(.*no 'checksum'"):
+    with pytest.raises(UserError, match=r"data.set/ is not .*, or is damaged \(.*no 'checksum'"):
         train.main([*TINY_RUN, "--data=data/set"])
 
 

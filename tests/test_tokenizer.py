@@ -65,11 +65,12 @@ def test_special_tokens_come_first_and_unknown_characters_become_one_of_them():
 def test_an_unknown_or_incomplete_tokenizer_is_rejected():
     with pytest.raises(UserError, match="'magic'"):
         from_dict({"kind": "magic"})
-    incomplete, doubled, shared = BPE.to_dict(), BPE.to_dict(), BPE.to_dict()
+    incomplete, doubled, shared, negative = (BPE.to_dict() for _ in range(4))
     del incomplete["ranks"]["!"]
+    negative["ranks"]["!"] = -1
     doubled["ranks"]["!"] = doubled["ranks"]["?"]
     shared["specials"] = {"<x>": shared["ranks"]["!"]}
-    for data in (incomplete, doubled, shared):
+    for data in (incomplete, doubled, shared, negative):
         with pytest.raises(UserError, match="a token for every byte, and different ids"):
             from_dict(data)
 

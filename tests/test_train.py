@@ -21,13 +21,13 @@ import train
 import utils
 from config import ARCHS, OPTIMIZERS, TrainConfig
 from corpus.corpus import Corpus
+from plots import read_run
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from train import Trainer, get_lr
 from training import task
 from training.muon import Muon, orthogonalize
 from training.task import Pretraining
-from viz.runs import read_run
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

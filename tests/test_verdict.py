@@ -200,6 +200,9 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         "repeated",
         hold_out=False,
     ),
+    "memorized on purpose": case(
+        same([4.17, 0.06]), "healthy:", "trained on", "larger model|more steps", hold_out=False
+    ),
     "half of the answers": case(
         [r | {"exact": r["step"] / 160} for r in same([4.17, 0.6], 80)], SHORT
     ),

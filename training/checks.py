@@ -104,10 +104,9 @@ def run_check(
 def overfit_batch(trainer: Any) -> int:
     """A sanity check that writes no files: train on one batch until its loss is below 0.01. Returns
     the exit status, 0 if that happens within max_steps."""
-    with tqdm(total=trainer.config.max_steps, unit="step", leave=False, disable=None) as bar:
-        while trainer.step < trainer.config.max_steps:
+    with tqdm(range(trainer.config.max_steps), unit="step", leave=False, disable=None) as bar:
+        for _ in bar:
             loss = trainer.train_step()["loss"].item()
-            bar.update()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             if loss < 0.01:
                 print(f"one batch overfitted: loss {loss:.4f} at step {trainer.step}, as expected")

@@ -28,8 +28,6 @@ def end_schedule_at(config: TrainConfig, step: int, max_steps: int) -> None:
 
 
 class Deadline:
-    """The time limit of a run."""
-
     def __init__(self, trainer: Any, log: Any):
         self.config, self.log = trainer.config, log
         self.config.planned_steps = self.config.planned_steps or self.config.max_steps

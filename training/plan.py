@@ -55,8 +55,7 @@ END_SECONDS = 2.0  # for the plot at the end, with the import of matplotlib
 
 
 def plan_flags(flags: Flags) -> Flags:
-    """The flags with the smallest size, until a run is planned. Raises UserError for flags that
-    contradict a plan."""
+    """The flags of the smallest size, for now. Raises UserError for flags that a plan chooses."""
     chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
     if chosen:
         raise UserError(f"--minutes and --plan choose {chosen}: leave it out")
@@ -87,17 +86,12 @@ def block_params(gpt: GPTConfig) -> int:
 
 
 def step_tokens(gpt: GPTConfig, config: TrainConfig) -> int:
-    """The training tokens of a step."""
     return config.batch_size * config.grad_accum * gpt.block_size
 
 
-# --- measure
-
-
 def seconds_per_step(trainer: Any) -> float:
-    """The mean time of a training step. If windows grow, late steps take up to 14% longer. The
-    faster of two at each place, because the first one allocates memory. Reading the loss waits for
-    a GPU."""
+    """The mean time of a training step, from the faster of two at each place: the first allocates
+    memory. If windows grow, late steps take up to 14% longer. Reading the loss waits for a GPU."""
     seconds = []
     for place in PLACES:
         trainer.step = int(place * trainer.config.max_steps)
@@ -178,12 +172,8 @@ def measure_sizes(
     return found
 
 
-# --- choose
-
-
 def least_steps(flags: Flags) -> int:
-    """The steps of the shortest run: enough for a prediction, and as many after the warmup as
-    during it."""
+    """The steps of the shortest run: enough for a prediction, and two times the warmup."""
     return max(MIN_STEPS, 2 * (flags.get("warmup_steps") or 0))
 
 
@@ -232,7 +222,6 @@ class Candidate:
         return steps * step_tokens(self.gpt, self.config) / pilot.unique
 
     def line(self, minutes: float, pilot: Pilot, mark: str = "") -> str:
-        """A run as a line of the table."""
         gpt, steps = self.gpt, self.config.max_steps
         size = f"{gpt.n_layer} x {gpt.n_embd}"
         return (
@@ -284,7 +273,6 @@ def plan_run(
 
 
 def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
-    """Why this run, in words."""
     size = f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels"
     rest = [run for run in runs if run is not best and run.loss < math.inf]
     steps, every = best.config.max_steps, best.config.eval_every

@@ -1,9 +1,13 @@
 """Resume a run from its latest checkpoint."""
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import tokenizer as tokenizers
 from config import GPTConfig, TrainConfig
@@ -32,8 +36,7 @@ def resume_pretraining(flags: Flags) -> tuple[Flags, dict[str, Any] | None]:
 
 
 def saved_settings(state: dict[str, Any]) -> Flags:
-    """The settings in a checkpoint, those that it lacks with their defaults. Raises UserError if
-    they are not valid."""
+    """The settings in a checkpoint, or their defaults. Raises UserError if they are not valid."""
     gpt = from_dict(GPTConfig, state["gpt_config"])
     config = from_dict(TrainConfig, state["train_config"])
     raise_problems(all_problems(gpt) + all_problems(config))
@@ -54,12 +57,22 @@ def checkpoint_to_resume(flags: Flags, run_dir: Path) -> tuple[Flags, dict[str, 
     return flags, state
 
 
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """The hash of the names, shapes, types and values of weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def resumed_flags(flags: Flags, saved: Flags, fixed: Collection[str] = ()) -> Flags:
     """The settings of a checkpoint, overridden by the flags. Raises UserError if a flag differs in
-    a setting that cannot change during a run: one of these, a `fixed` one of TrainConfig, or what
-    the model computes."""
+    what the model computes, or in a setting that cannot change, here or in TrainConfig."""
     fixed = {*fixed, *(f.name for f in fields(TrainConfig) if f.metadata.get("fixed"))}
     fixed |= {f.name for f in fields(GPTConfig) if f.metadata.get("computes", True)}
+    if "" in (saved["teacher"], flags.get("teacher")):  # it may be moved, but not come or go
+        fixed.add("teacher")
     changed = [n for n in flags if n in fixed and flags[n] != saved.get(n, flags[n])]
     advice = "in the run to resume: leave it out, or start another run"
     raise_problems([f"--{name} is {saved[name]!r} {advice}" for name in changed])

@@ -122,8 +122,6 @@ class RunLog:
         files = {SAMPLES: file.stat().st_size} if file.exists() else {}
         return {"log": self.records, "seconds": self.seconds(), "files": files}
 
-    # --- during training
-
     def begin(self, trainer: Any) -> tqdm:
         """The bar that shows the steps, to be used as a context."""
         if self.config.minutes:
@@ -156,7 +154,6 @@ class RunLog:
             self.bar.update()
 
     def is_evaluation_step(self, step: int) -> bool:
-        """Whether the model is evaluated after this step."""
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def begins_with_evaluation(self, step: int) -> bool:
@@ -217,15 +214,10 @@ class RunLog:
         """The record with the lowest validation loss."""
         return best_record(self.records)
 
-    def since_best(self) -> int:
-        """The number of evaluations since the best one."""
-        return len(self.records) - 1 - self.records.index(self.best())
-
     def out_of_patience(self) -> bool:
         """Whether none of the last `patience` evaluations improved the validation loss."""
-        return 0 < self.config.patience <= self.since_best()
-
-    # --- output
+        since_best = len(self.records) - 1 - self.records.index(self.best())
+        return 0 < self.config.patience <= since_best
 
     def write_sample(self, step: int, sample: str) -> None:
         """Append a sample to samples.txt, and print its first lines, wrapped to the terminal."""
@@ -252,7 +244,6 @@ class RunLog:
             file.write(f"[\n{lines}\n]\n".encode())
 
     def plot(self) -> None:
-        """Draw the curve so far."""
         start = time.perf_counter()
         steps = training_steps(read_records(self.run_dir / "log.jsonl"))
         run = Run(str(self.run_dir), self.header, self.records, steps=steps)
@@ -266,7 +257,6 @@ class RunLog:
             write({name: value for name, value in record.items() if value is not None})
 
     def stopped(self, step: int) -> None:
-        """Report that a signal stopped the run."""
         if rank() == 0:
             self.plot()
             print(
@@ -284,18 +274,12 @@ class RunLog:
         """Report the metrics of the best checkpoint over the whole validation split."""
         words = verdict(self.records, self.header)
         final = {"step": self.best()["step"], **metrics, "verdict": words}
-        last = self.records[-1]
         if rank():
             return
         self.append({"final": final})
-        if self.out_of_patience() and last["step"] < self.config.max_steps:
-            print(
-                f"stopped at step {last['step']}: no improvement in {self.since_best()} "
-                f"evaluations (--patience {self.config.patience})"
-            )
         print(
-            f"done in {last['seconds']:.0f} s: best at step {final['step']}; over the whole "
-            f"validation split: {status_line(metrics)}\n"
+            f"done in {self.records[-1]['seconds']:.0f} s: best at step {final['step']}; over the "
+            f"whole validation split: {status_line(metrics)}\n"
             f"verdict: {words}\n"
             f"files: {self.run_dir}/; next: {self.sample_command()}",
             flush=True,

@@ -78,9 +78,14 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, F
         flags = plan_flags(flags)
     device = flags.get("device", "auto")
     if not state:
-        data = flags.get("data", TrainConfig.data)
-        if flags.keys() & {"tokenizer", "bpe_vocab_size"} and is_dataset(data):
+        teacher, data = flags.get("teacher"), flags.get("data", TrainConfig.data)
+        if flags.keys() & {"tokenizer", "bpe_vocab_size"} and (teacher or is_dataset(data)):
+            data = teacher or data
             raise UserError(f"{data} already has a tokenizer: leave out --tokenizer, --vocab_size")
+        if teacher:
+            from training.teachers import corpus_settings  # only with --teacher
+
+            flags = corpus_settings(flags) | flags
         if "bpe_vocab_size" in flags and flags.get("tokenizer") != "bpe":
             raise UserError("--vocab_size is for --tokenizer bpe; others have a fixed size")
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
@@ -152,6 +157,7 @@ class Data(NamedTuple):
 
     tokenizer: Tokenizer
     corpus: Corpus
+    teachers: Any = None  # training.teachers.Teachers
 
 
 def load_data(
@@ -159,7 +165,13 @@ def load_data(
 ) -> Data:
     """The corpus of a run, and its tokenizer: `known`, or that of the run to resume, or a new one.
     Raises UserError if they do not fit the settings or the run to resume."""
-    if state and known is None:
+    teachers = None
+    if config.teacher and known is None:
+        from training.teachers import load_teachers  # only with --teacher
+
+        teachers = load_teachers(gpt_config, config, state)
+        known = teachers.tokenizer
+    elif state and known is None:
         known = tokenizers.from_dict(state["tokenizer"])
     new = (config.tokenizer, config.bpe_vocab_size)
     own = (config.separator, config.hold_out, config.encoding, config.skip_bad)
@@ -169,9 +181,9 @@ def load_data(
     check_unchanged(corpus.info, config, state)
     if config.doc_mask and corpus.separator is None:
         raise UserError(f"{config.data} is one document (or chats): --doc_mask is for several")
-    if is_dataset(config.data):  # it has its own tokenizer
+    if teachers or is_dataset(config.data):  # they have their own tokenizer
         config.tokenizer = tokenizer.to_dict()["kind"]
-    return Data(tokenizer, corpus)
+    return Data(tokenizer, corpus, teachers)
 
 
 def check_unchanged(info: dict[str, Any], config: TrainConfig, state: State | None) -> None:

@@ -31,8 +31,6 @@ Record = dict[str, Any]  # a line of a log: metrics by name
 
 @dataclass
 class Run:
-    """The log of a run."""
-
     name: str
     settings: dict[str, Any]  # of the model and the run; "corpus" describes the data
     log: list[Record]  # of evaluations: step, train, val, lr, grad_norm, seconds

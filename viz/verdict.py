@@ -22,29 +22,16 @@ DECAYED = 0.25  # of the peak learning rate: below it, the schedule flattens the
 STRONG_DECAY = 1.0  # weight decay for texts that are read often (Kim et al. 2025)
 LARGE_GAP = 0.1  # between validation and training loss, relative to the validation loss
 MEMORIZED, FAR = 2.0, 0.2  # validation loss: times the training loss, and above it by this of ln V
+TRAINED_ON = "measured on what it was trained on (--no-hold_out)"
 
 
 def verdict(log: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """What the evaluations of a run show, and what to try next, in one sentence.
+    """What the evaluations of a run show, and what to try next, in one sentence: that of the first
+    of the RULES that applies.
 
     `log` has a record per evaluation: step, val (a loss in nats per token), and if known train and
     lr. Of `settings`, vocab_size is needed; max_steps and patience tell why the run ended,
-    weight_decay what was tried. The first rule that applies decides:
-
-    diverging     the training loss ends 10% above its lowest; or both losses end 3% above theirs
-    solved        all answers are exact, or the validation loss ends below 1% of ln V
-    too short     fewer than 100 steps, or fewer than 3 evaluations and no clear change
-    overfitting   the validation loss ends 1% above its lowest, the training loss falls
-    memorized     the validation loss is twice the training loss, and 20% of ln V above it
-    not moving    the best loss is above 97% of ln V, or 99% of a trained model's first loss
-    stuck         the best loss is above 70% of ln V when the learning rate has decayed, and it
-                  did not fall before that
-    plateaued     the loss falls by less than 1% in the second half of the steps before the
-                  learning rate decays to a quarter of its peak
-    healthy       otherwise
-
-    A rise counts if it exceeds 0.2% of ln V (2% for diverging) and 5 times the median
-    zigzag between evaluations, the noise. Dropout is not recommended: it made all models of
+    weight_decay what was tried. Dropout is not recommended: it made all models of
     experiments/sizes.py worse, on little text too.
     """
     curve = Curve(log, settings)
@@ -76,7 +63,7 @@ class Curve:
         self.out_of_patience = early and 0 < self.patience <= len(log) - 1 - self.best
 
     def rises(self, losses: list[float], end: float, factor: float, share: float) -> bool:
-        """Whether a loss at the end is clearly above the lowest one before."""
+        """Whether a loss at the end is clearly above the lowest one before: by more than noise."""
         lowest = min(losses)
         limit = max((factor - 1) * lowest, share * self.uniform, NOISE * zigzag(losses))
         return end - lowest > limit
@@ -124,7 +111,8 @@ def tail_fall(curve: Curve) -> float:
 
 
 def diverging(curve: Curve) -> str | None:
-    """The training loss rises; without one, the validation loss jumps above that of a guess."""
+    """The training loss ends 10% above its lowest, or both losses 3% above theirs; without a
+    training loss, the validation loss jumps above that of a guess."""
     fitted = curve.fitted
     if curve.train is None:
         rose = fitted[-1] > DIVERGED * max(curve.uniform, fitted[0])
@@ -138,30 +126,32 @@ def diverging(curve: Curve) -> str | None:
 
 
 def too_short(curve: Curve) -> str | None:
+    """Fewer than 100 steps, or fewer than 3 evaluations and no clear change."""
     fall = curve.val[0] - curve.val[-1]
     shown = len(curve.steps) >= MIN_EVALUATIONS or abs(fall) > JUMP * curve.uniform
-    if curve.steps[-1] >= MIN_STEPS and shown:
+    enough = curve.steps[-1] >= MIN_STEPS
+    if enough and shown:
         return None
     if curve.out_of_patience:
         return "too short to judge: raise --patience"
-    more = "train for more steps"
-    if curve.steps[-1] >= MIN_STEPS:
-        more += ", or lower --eval_every"
+    more = "train for more steps" + ", or lower --eval_every" * enough
     falling = fall > JUMP * curve.uniform and curve.val[-1] == curve.level
     state = f" (still falling, from {curve.val[0]:.2f} to {curve.val[-1]:.2f})" if falling else ""
     return f"too short to judge{state}: {more}"
 
 
 def solved(curve: Curve) -> str | None:
+    """All answers are exact, or the validation loss ends below 1% of ln V."""
     if curve.val[-1] > SOLVED * curve.uniform and curve.exact != 1:
         return None
     answers = "" if curve.exact is None else f", {curve.exact:.0%} of the answers are exact"
     advice = "check that the validation text is not repeated in the training text"
-    advice = advice if curve.held_out else "measured on what it was trained on (--no-hold_out)"
+    advice = advice if curve.held_out else TRAINED_ON
     return f"solved: validation loss {curve.val[-1]:.2g}{answers}; {advice}"
 
 
 def overfitting(curve: Curve) -> str | None:
+    """The validation loss ends 1% above its lowest, and the training loss falls."""
     rose = curve.rises(curve.val, end_level(curve.val), OVERFITTED, VISIBLE)
     if not rose or (curve.train and curve.train[-1] > curve.train[curve.best]):
         return None
@@ -180,16 +170,16 @@ def overfitting(curve: Curve) -> str | None:
 
 
 def memorized(curve: Curve) -> str | None:
+    """The validation loss is twice the training loss, and 20% of ln V above it."""
     val, train = curve.val[-1], curve.train[-1] if curve.train else curve.val[-1]
     if val < MEMORIZED * train or val - train < FAR * curve.uniform:
         return None
-    return (
-        f"memorized: the training loss is {train:.2f}, the validation loss {val:.2f}: use more "
-        "text or a smaller model"
-    )
+    losses = f"the training loss is {train:.2f}, the validation loss {val:.2f}"
+    return f"memorized: {losses}: use more text or a smaller model"
 
 
 def not_moving(curve: Curve) -> str | None:
+    """The best loss is above 97% of ln V, or 99% of a trained model's first loss."""
     if curve.pretrained and curve.level * OVERFITTED > curve.val[0]:
         return f"not moving from its first loss, {curve.val[0]:.2f}: try another --lr_max"
     if curve.level < UNTRAINED * curve.uniform:
@@ -201,6 +191,7 @@ def not_moving(curve: Curve) -> str | None:
 
 
 def stuck(curve: Curve) -> str | None:
+    """The best loss is above 70% of ln V, the rate has decayed, and it did not fall before that."""
     high = curve.level > STUCK * curve.uniform and curve.decayed and not curve.pretrained
     if not high or tail_fall(curve) > 3 * PLATEAU:
         return None
@@ -208,6 +199,7 @@ def stuck(curve: Curve) -> str | None:
 
 
 def plateaued(curve: Curve) -> str | None:
+    """The loss falls by less than 1% in the second half of the steps before the rate decays."""
     if len(curve.active) <= MIN_EVALUATIONS or tail_fall(curve) >= PLATEAU:
         return None
     near = max((1 + PLATEAU) * curve.level, curve.level + NOISE * zigzag(curve.val))
@@ -224,17 +216,16 @@ def plateaued(curve: Curve) -> str | None:
 def healthy(curve: Curve) -> str:
     advice = "more steps or a larger model may improve it further"
     gap = curve.val[-1] - curve.train[-1] if curve.train else 0
-    if gap > LARGE_GAP * curve.val[-1]:
+    if not curve.held_out:
+        advice = TRAINED_ON
+    elif gap > LARGE_GAP * curve.val[-1]:
         advice = "validation loss is well above training loss: more text would help most"
     elif curve.decayed:
         advice = "the learning rate has decayed: a new run with more --max_steps may improve it"
     return f"healthy: best at step {curve.steps[curve.best]}; {advice}"
 
 
-RULES = (
-    *(diverging, solved, too_short, overfitting, memorized),
-    *(not_moving, stuck, plateaued, healthy),
-)
+RULES = diverging, solved, too_short, overfitting, memorized, not_moving, stuck, plateaued, healthy
 
 
 def notes(curve: Curve) -> str:
