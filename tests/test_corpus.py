@@ -430,7 +430,7 @@ def test_without_holding_out_both_splits_are_everything(workplace, capsys):
 def test_a_prepared_data_set_is_split_already(workplace):
     write_jsonl(workplace / "posts.jsonl", STORIES)
     assert prepare.main(["posts.jsonl", "--tokenizer=char"]) == 0
-    with pytest.raises(UserError, match="--no-hold_out is for files, and data.posts/ is split"):
+    with pytest.raises(UserError, match=r"--no-hold_out is for files, and data.posts/ is split"):
         load.load_corpus("data/posts", hold_out=False)
 
 

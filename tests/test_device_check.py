@@ -32,7 +32,11 @@ def larger_gradients(*args: Any, **kwargs: Any) -> Tensor:
     return loss
 
 
-# What is wrong on the GPU, instead of what, and the reason that the check gives.
+def wrong_if_fused(*args: Any, is_causal: bool) -> Tensor:
+    return attention(*args, is_causal=is_causal and not fused())
+
+
+# What is wrong on the GPU, and the reason that the check gives.
 ATTENTION = (F, "scaled_dot_product_attention", lambda q, k, v, mask, **_: attention(q, k, v, mask))
 NAN_LOSS = (F, "cross_entropy", lambda *args, **named: cross_entropy(*args, **named) * torch.nan)
 LATER_KEYS = (KVCache, "append", lambda *args: (append(*args)[0].roll(1, 2), *append(*args)[1:]))
@@ -47,13 +51,7 @@ ERRORS = [
 ]
 
 
-def wrong_if_fused(*args: Any, is_causal: bool) -> Tensor:
-    return attention(*args, is_causal=is_causal and not fused())
-
-
 class Stub:
-    """A GPU that the CPU stands in for."""
-
     kind, n_computed, error = "mps", 0, None
     seconds: ClassVar = {"cpu": 0.2, "mps": 0.01, "cuda": 0.01}
 
@@ -64,15 +62,13 @@ class Stub:
                 patch.setattr(*self.error)
             return compute(gpt, batch_size, CPU, precision)[0], self.seconds[device.type]
 
-    def pick(self, name: str) -> torch.device:
-        return torch.device(self.kind if name == "auto" else name)
-
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Stub]:
     stub = Stub()
     monkeypatch.setattr(device_check, "compute", stub.compute)
-    monkeypatch.setattr(setup, "pick_device", stub.pick)
+    pick = lambda name: torch.device(stub.kind if name == "auto" else name)  # noqa: E731
+    monkeypatch.setattr(setup, "pick_device", pick)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     monkeypatch.setattr(device_check, "CACHE_DIR", str(tmp_path / "cache"))
     yield stub

@@ -319,7 +319,7 @@ def test_invalid_bytes_are_replaced_if_requested(workplace, capsys):
 
 def test_an_existing_data_set_is_overwritten_only_if_requested(stories):
     before = Path("data/set/manifest.json").read_bytes()
-    with pytest.raises(UserError, match="data.set exists: add --overwrite"):
+    with pytest.raises(UserError, match=r"data.set exists: add --overwrite"):
         make("stories.jsonl")
     with pytest.raises(UserError, match="no text remains to learn"):
         make("stories.jsonl", "--overwrite", "--min_chars=99999")
@@ -333,7 +333,7 @@ def test_only_a_data_set_is_ever_replaced(workplace, overwrite):
     (workplace / "data" / "letters").mkdir()
     (workplace / "data" / "letters" / "a.txt").write_text("dear " * 100)
     flags = ["--vocab_size=300", *overwrite]
-    with pytest.raises(UserError, match="data.letters/ was not written by prepare"):
+    with pytest.raises(UserError, match=r"data.letters/ was not written by prepare"):
         prepare.main(["data/letters", *flags])
     for source in (".", "data"):  # named after the folder: data/NAME does not exist
         assert prepare.main([source, *flags]) == 0
@@ -352,7 +352,7 @@ def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(work
     assert Path("data", "x" * 60, "manifest.json").exists()
     shutil.rmtree("data")
     Path("data").write_text("a file")
-    with pytest.raises(UserError, match="data.set could not be written: "):
+    with pytest.raises(UserError, match=r"data.set could not be written: "):
         prepare.main(["x" * 250, "--vocab_size=300", "--name=set"])
 
 
@@ -533,7 +533,7 @@ def test_characters_that_a_checkpoint_would_read_as_unk_are_an_error(workplace, 
 
 @pytest.mark.parametrize("flag", ["--tokenizer=char", "--vocab_size=500"])
 def test_a_data_set_has_its_own_tokenizer(stories, flag):
-    with pytest.raises(UserError, match="data.set already has a tokenizer"):
+    with pytest.raises(UserError, match=r"data.set already has a tokenizer"):
         train.main([*TINY_RUN, "--data=data/set", flag])
 
 

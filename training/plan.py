@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from config import GPTConfig, TrainConfig, train_settings
-from system.device import BUSY, CpuClock, pick_device
+from system.device import pick_device
 from system.settings import UserError, all_problems, raise_problems
 from training.distributed import is_torchrun
 from training.law import Pilot, Run
+from training.run_log import BUSY, CpuClock
 from utils import autocast, count_params, even_starts
 
 Flags = dict[str, Any]  # given on the command line, by name
