@@ -121,8 +121,7 @@ def make_model(
     lora.add_lora(model, adapt, also=EMBEDDINGS if new_tokens else ())  # these are trained too
     header = {"lora": asdict(adapt), "base_sha256": base.sha256, "objective": settings.objective}
     header |= {"tokenizer": entries["tokenizer"], "gpt_config": asdict(model.config)}
-    trained = lora.trained_names(model)
-    return model, AdapterFormat(entries, header, plain, trained, adapt.scale)
+    return model, AdapterFormat(entries, header, plain, lora.trained_names(model), adapt.scale)
 
 
 def write_merged(setup: Setup) -> int:

@@ -90,27 +90,6 @@ def quantized(name: str, tensor: Tensor, precision: str) -> tuple[np.ndarray, An
     return data, dtype
 
 
-# --- settings
-
-
-def add_settings(writer: Any, config: GPTConfig, arch: str) -> None:
-    """Write the settings of a model, whose context length is the number of its positions."""
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.n_inner)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
-    if arch == "gpt2":
-        writer.add_layer_norm_eps(config.norm_eps)
-        return
-    writer.add_key_length(config.head_size)
-    writer.add_value_length(config.head_size)
-    writer.add_rope_dimension_count(config.head_size)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-
-
 # --- tokenizers
 
 # The pre-tokenizers of llama.cpp that split text as our patterns do, and whether they look for a
@@ -236,7 +215,20 @@ def gguf_writer(model: GPT, tokenizer: Tokenizer, precision: str) -> Any:
         weights[POSITIONS] = padded(weights[POSITIONS])
         config = dataclasses.replace(config, block_size=len(weights[POSITIONS]))
     writer = gguf.GGUFWriter(None, arch)
-    add_settings(writer, config, arch)
+    writer.add_context_length(config.block_size)  # the number of its positions
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.n_inner)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
+    if arch == "gpt2":
+        writer.add_layer_norm_eps(config.norm_eps)
+    else:
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
+        writer.add_rope_dimension_count(config.head_size)
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+        writer.add_rope_freq_base(config.rope_theta)
     add_tokenizer(writer, tokenizer, specials, config.vocab_size)
     mostly = "ALL" if precision == "float32" else "MOSTLY"
     writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{TYPES[precision]}"])

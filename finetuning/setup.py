@@ -46,7 +46,7 @@ def load_base(path: Path) -> Base:
     scale, imported = OPTIMIZERS[trained.optimizer].adamw_lr, not state["corpus"]["sha256"]
     lr = IMPORTED_LR if imported or scale is None else trained.lr_max * scale
     sha256 = weights_sha256(state["model"])
-    return Base(model, tokenizer, state, sha256, trained, imported, lr)
+    return Base(model, tokenizer, state, sha256, trained, lr)
 
 
 # --- from flags to settings
@@ -81,7 +81,7 @@ def resolve_finetune(flags: dict[str, Any]) -> Setup:
     problems = all_problems(settings) + all_problems(adapt)
     raise_problems(problems + ([] if state else flag_problems(given, settings, adapt)))
     base = load_base(Path(settings.source or flags["teacher"].split(",")[0]))
-    if flags.get("teacher") and base.imported and "data" not in flags:
+    if flags.get("teacher") and not base.state["corpus"]["sha256"] and "data" not in flags:
         raise UserError("give --data: the text that an imported teacher was trained on is unknown")
     gpt_config = base.model.config
     if settings.source:

@@ -33,7 +33,6 @@ class Base(NamedTuple):
     state: dict[str, Any]  # its checkpoint
     sha256: str  # of its weights
     trained: TrainConfig  # how it was trained, as far as that matters here
-    imported: bool  # the text that it was trained on is unknown
     lr: float  # the peak learning rate of pretraining, for AdamW
 
 

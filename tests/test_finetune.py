@@ -514,7 +514,7 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
         (["--merge=ADAPTER"], "name the base and the adapter"),
         (["ADAPTER", "--data=other.txt"], "is a LoRA adapter: merge it into its base"),
         (["ADAPTER", "--merge=ADAPTER"], "is a LoRA adapter"),
-        (["checkpoints/best.pt", "--merge=checkpoints/best.pt"], "a checkpoint, not the adapter"),
+        (["checkpoints/best.pt", "--merge=checkpoints/best.pt"], "is not the adapter.pt"),
         (["checkpoints/best.pt", "--merge=none.pt"], r"there is no adapter none\.pt"),
         (["data", "--merge=ADAPTER"], r"there is no checkpoint data.best\.pt"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "--resume has no effect on"),

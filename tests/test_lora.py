@@ -143,9 +143,9 @@ def test_an_adapter_with_new_tokens_may_have_a_larger_vocabulary(arch: str):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weights": {}}, "not an adapter of this program"),
-        ([1], "not an adapter of this program"),
-        ({"model": {}}, r"a checkpoint, not the adapter\.pt of a --lora_rank run"),
+        ({"weights": {}}, "not the adapter.pt of a --lora_rank run"),
+        ([1], "not the adapter.pt of a --lora_rank run"),
+        ({"model": {}}, r"is not the adapter\.pt of a --lora_rank run"),
         (nn.Linear(2, 2), "code, which is never run"),
     ],
 )

@@ -374,7 +374,8 @@ def test_training_steps_are_logged_in_between_and_after_a_resume_as_before(workp
     ],
 )
 def test_a_run_that_patience_ends_says_so(workplace, capsys, losses, max_steps, stopped):
-    log = make_log(patience=2, max_steps=max_steps)
+    settings = {"patience": 2, "max_steps": max_steps}
+    log = RunLog(TrainConfig(**settings), HEADER | settings)
     log_validation_losses(log, losses)
     capsys.readouterr()
     log.finish({"val": 2.0})
