@@ -8,6 +8,7 @@ renamed or deleted; paths in messages have backslashes. macos: no /proc; MPS, bu
 """
 
 import builtins
+import functools
 import io
 import os
 import pathlib
@@ -74,4 +75,4 @@ if IS_WINDOWS:
     for name in ("replace", "rename", "unlink", "remove"):
         setattr(os, name, unless_open(getattr(os, name)))
 else:
-    torch.backends.mps.is_available = lambda: True
+    torch.backends.mps.is_available = functools.cache(lambda: True)

@@ -22,9 +22,8 @@ from typing import Any
 from config import GPTConfig, TrainConfig, train_settings
 from system.device import pick_device
 from system.settings import UserError, all_problems, raise_problems
-from training.distributed import is_torchrun
+from training.distributed import BUSY, CpuClock, is_torchrun
 from training.law import Pilot, Run
-from training.run_log import BUSY, CpuClock
 from utils import autocast, count_params, even_starts
 
 Flags = dict[str, Any]  # given on the command line, by name

@@ -18,7 +18,7 @@ from config import TrainConfig
 from system.errors import quote_path
 from system.files import atomic_write
 from system.settings import UserError
-from training.distributed import rank, world_size
+from training.distributed import BUSY, CpuClock, rank, world_size
 from viz.curve import Run, best_record, plot_runs, read_records, save_figure, training_steps
 from viz.verdict import verdict
 
@@ -45,25 +45,7 @@ PLOT_INTERVAL = 5.0  # seconds between two drawings of the curve
 PLOT_SHARE = 0.05  # of the time, at most, for drawing: it takes 1.2 s for a million steps
 SAMPLE_LINES = 4  # of a sample that are printed
 SAMPLE_WIDTH = 100  # of these lines, if the width of the terminal is unknown
-BUSY = 1.5  # from this slowdown on, the CPU is busy: 1.0 if idle, 1.9 beside one busy loop
 BUSY_SECONDS = 5.0  # of steps, at least, to tell whether the CPU is busy
-
-
-class CpuClock:
-    """Measures how much other programs slow this process down on a CPU."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.time, self.cpu_time = time.perf_counter(), time.thread_time()
-
-    def slowdown(self) -> float:
-        """How many times as long as alone the work since the start has taken. Alone, the thread
-        that trains computes all the time; beside other programs it also waits, for a core or for
-        other threads of PyTorch. (Of many threads, some are idle without other programs too.)"""
-        took, cpu_time = time.perf_counter() - self.time, time.thread_time() - self.cpu_time
-        return took / max(cpu_time, 1e-9)
 
 
 class RunLog:
