@@ -42,7 +42,7 @@ from tokenizer import END_OF_TEXT, Tokenizer
 from train import Trainer, run_training
 from training import distributed
 from training.checks import overfit_batch, print_example, print_parameters
-from training.setup import check_unchanged, load_data, setup_machine
+from training.setup import check_unchanged, load_data, on_checked_device, setup_machine
 from training.task import CheckpointFormat, PlainFormat, Pretraining
 from utils import read_checkpoint
 
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, adapt, config = setup[:3]
     if settings.merge:
         return write_merged(setup)
+    on_checked_device(setup.gpt_config, config)
     device = distributed.init_process_group(config.device)
     tokenizer, info, data = prepare_data(setup)
     setup_machine(config, device, setup.state)

@@ -184,6 +184,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, visible: Mask = None) -> Te
     dtype = torch.float32 if on_cpu else v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if q.device.type == "mps":  # its kernel is wrong in some versions (pytorch 195910, 181133)
+            return plain_attention(q, k, v, visible)[0]
         return F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
 
 

@@ -51,6 +51,7 @@ from training.setup import (
     compile_model,
     decide_compile,
     load_data,
+    on_checked_device,
     preset_table,
     print_summary,
     resolve_train,
@@ -333,7 +334,8 @@ def new_trainer(
 def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraining) -> int:
     started = time.perf_counter() - (time.process_time() if argv is None else 0.0)  # of importing
     doc, classes = f"{__doc__}\n{preset_table()}", (GPTConfig, TrainConfig)
-    gpt_config, config, state, flags = parse_args(classes, argv, doc, resolve_train, check_run)
+    results = parse_args(classes, argv, doc, resolve_train, check_run)
+    gpt_config, config, state, flags = on_checked_device(*results)
     device = init_process_group(config.device)
     data = load_data(gpt_config, config, state)
     setup_machine(config, device, state)

@@ -16,7 +16,6 @@ from corpus.text import (
     NotTextError,
     decode_blocks,
     file_info,
-    json_text,
     note,
     read_blocks,
     token_dtype,
@@ -57,6 +56,17 @@ def split_stream(
             yield buffer[:end], False
             buffer = buffer[end:]
     yield from split_stream([buffer], "", chunk_end) if separator else [(buffer, True)]
+
+
+def replace_surrogates(text: str) -> str:
+    """The text with lone surrogates, which JSON can contain and UTF-8 cannot, replaced by "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def json_text(text: str) -> str:
+    r"""A text from JSON as it would be read from a file: with line ends as \n, without lone
+    surrogates."""
+    return replace_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str) -> Any:

@@ -13,8 +13,8 @@ from typing import Any
 
 from corpus.chat import Record, encode_turns, join_turns, record_text, split_records
 from corpus.corpus import Corpus, make_tokenizer
-from corpus.documents import build_corpus, parse_json
-from corpus.text import file_info, json_text, note, read_text
+from corpus.documents import build_corpus, json_text, parse_json
+from corpus.text import file_info, note, read_text
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, Tokenizer
 

@@ -27,11 +27,12 @@ from corpus.documents import (
     is_validation,
     iter_documents,
     note_skipped,
+    replace_surrogates,
     text_files,
 )
 from corpus.download import DATASETS, fetch
 from corpus.load import find_corpus
-from corpus.text import check_is_text, note_end_of_text, read_blocks, replace_surrogates
+from corpus.text import check_is_text, note_end_of_text, read_blocks
 from system.settings import UserError, setting
 from tokenizer import END_OF_TEXT
 

@@ -113,16 +113,6 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     return text
 
 
-def replace_surrogates(text: str) -> str:
-    """The text with lone surrogates, which JSON can contain and UTF-8 cannot, replaced by "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def json_text(text: str) -> str:
-    r"""A text from JSON, like one from a file: with line ends as \n, without lone surrogates."""
-    return replace_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
-
-
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises UserError if it cannot be read."""
     digest = hashlib.sha256()
@@ -142,7 +132,7 @@ def note_end_of_text(path: Path, text: str) -> None:
     if END_OF_TEXT in text:
         note(
             f"{path} contains {END_OF_TEXT}, read as ordinary text: with --separator "
-            f"'{END_OF_TEXT}' it starts a new document"
+            f'"{END_OF_TEXT}" it starts a new document'
         )
 
 

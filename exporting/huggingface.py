@@ -285,7 +285,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
     print(f"{checkpoint}: {arch}, {utils.count_params(config)[0]:,} parameters")
     for text, i in tokenizer.specials.items():
         if i in ends and i not in end_tokens(tokenizer):
-            print(f"note: {text} ends a text: give --stop '{text}' to generate.py")
+            print(f'note: {text} ends a text: give --stop "{text}" to generate.py')
     print(f"next: python generate.py {quote_path(checkpoint)}")
 
 

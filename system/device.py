@@ -1,23 +1,28 @@
-"""Devices: which there are, their memory, whether bfloat16 and torch.compile work there, and how
-much other programs slow down work on a CPU."""
+"""Devices: which there are, their memory, whether bfloat16 and torch.compile work there."""
 
+import ctypes
 import logging
 import os
-import time
+import sys
 
 import torch
 
 from system.errors import first_line
 from system.settings import UserError
 
-BUSY = 1.5  # from this slowdown on, the CPU is busy: 1.0 if idle, 1.9 beside one busy loop
+
+def has_mps() -> bool:
+    """Whether MPS works. Virtual machines have it without memory for it."""
+    try:
+        return torch.backends.mps.is_available() and bool(torch.ones(1, device="mps"))
+    except RuntimeError:
+        return False
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError if it does
     not exist."""
-    gpus = {"cuda": torch.cuda, "mps": torch.backends.mps}
-    available = [*(kind for kind, gpu in gpus.items() if gpu.is_available()), "cpu"]
+    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * has_mps() + ["cpu"]
     if name == "auto":
         return torch.device(available[0])
     try:
@@ -41,9 +46,13 @@ def device_problems(name: str) -> list[str]:
 
 
 def memory_size(device: torch.device) -> int | None:
-    """The memory of a device in bytes; None if the system does not tell (Windows)."""
+    """The memory of a device in bytes; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if sys.platform == "win32":
+        kilobytes = ctypes.c_ulonglong()
+        ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        return 1024 * kilobytes.value or None  # 0 in some virtual machines
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -80,20 +89,3 @@ def compiler_problem(device: torch.device) -> str:
     except Exception as error:  # any error means that compiling does not work here
         return first_line(error)
     return ""
-
-
-class CpuClock:
-    """Measures how much other programs slow this process down on a CPU."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.time, self.cpu_time = time.perf_counter(), time.thread_time()
-
-    def slowdown(self) -> float:
-        """How many times as long as alone the work since the start has taken. Alone, the thread
-        that trains computes all the time; beside other programs it also waits, for a core or for
-        other threads of PyTorch. (Of many threads, some are idle without other programs too.)"""
-        took, cpu_time = time.perf_counter() - self.time, time.thread_time() - self.cpu_time
-        return took / max(cpu_time, 1e-9)

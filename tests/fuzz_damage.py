@@ -124,11 +124,11 @@ def save_header(header: Any, path: Path) -> None:
 FORMATS: dict[str, tuple[Callable[[Path], Any], Callable[[Any, Path], Any]]] = {
     ".pt": (partial(torch.load, weights_only=True), torch.save),
     ".json": (
-        lambda path: json.loads(path.read_text()),
+        lambda path: json.loads(path.read_text("utf-8")),
         lambda tree, path: path.write_text(json.dumps(tree)),
     ),
     ".jsonl": (
-        lambda path: [json.loads(line) for line in path.read_text().splitlines()],
+        lambda path: [json.loads(line) for line in path.read_text("utf-8").splitlines()],
         lambda tree, path: path.write_text("\n".join(map(json.dumps, tree)) + "\n"),
     ),
     ".safetensors": (lambda path: json.loads(split_safetensors(path)[0]), save_header),

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -64,7 +63,8 @@ def run_command(line: str, inline: bool) -> None:
     if line.startswith(SETUP):
         return
     if line.startswith("echo "):
-        subprocess.run(["bash", "-c", line], check=True)
+        _, text, _, file = shlex.split(line, comments=True)
+        Path(file).write_text(text)
         return
     inline = inline or line.startswith("uv run")  # repeats the line before with another tool
     line = re.sub(r"^uv run --no-project (--with-requirements \S+ )+(python )?", "python ", line)

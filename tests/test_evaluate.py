@@ -88,7 +88,7 @@ def test_the_stride_adds_two_columns_and_must_fit_every_window(workplace, capsys
 
     monkeypatch.setattr(evaluate, "load_corpus", lambda *_, **__: pytest.fail("a late error"))
     for order in (paths, paths[::-1]):
-        with pytest.raises(UserError, match=r"at most 8, the window of checkpoints/b/best\.pt"):
+        with pytest.raises(UserError, match=r"at most 8, the window of checkpoints.b.best\.pt"):
             evaluate.main([*order, "--stride=9"])
 
 
@@ -140,7 +140,7 @@ def test_rows_are_printed_before_an_error_and_unknown_characters_have_no_bpb(wor
     (workplace / "qa.json").write_text(json.dumps([{"question": "the", "answer": "fox"}] * 20))
     assert train.main([*TINY_RUN, "--data=qa.json", "--tag=qa"]) == 0
     assert train.main([*TINY_RUN, "--tag=text"]) == 0
-    (workplace / "other.txt").write_text("日本語 " * 300)
+    (workplace / "other.txt").write_text("日本語 " * 300, encoding="utf-8")
     capsys.readouterr()
     paths = ["checkpoints/qa/best.pt", "checkpoints/text/best.pt"]
     with pytest.raises(UserError, match=r"characters.*: '日', '本', '語'"):

@@ -116,7 +116,7 @@ def test_another_token_that_ends_a_text_is_named_at_the_import(workplace, capsys
     Path("out/config.json").write_text(json.dumps(config | {"eos_token_id": [0, len(chars)]}))
     capsys.readouterr()
     assert export.main(["--from", "out", "back.pt"]) == 0
-    assert "give --stop '<|im_end|>' to generate.py" in capsys.readouterr().out
+    assert 'give --stop "<|im_end|>" to generate.py' in capsys.readouterr().out
 
 
 def test_a_folder_that_does_not_exist_is_named(monkeypatch):
@@ -190,8 +190,8 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
         ("a.pt page.html --precision=int2", "--precision: invalid choice"),
         ("a.pt page.html --precision=int4", "a web page has weights in float16 or int8"),
         ("a.pt page.html --precision=float32", "a web page has weights in float16 or int8"),
-        ("a.pt no/folder/page.html", "there is no folder no/folder"),
-        ("a.pt no/folder/model.gguf", "there is no folder no/folder"),
+        ("a.pt no/folder/page.html", "there is no folder no"),
+        ("a.pt no/folder/model.gguf", "there is no folder no"),
         ("a.pt folder.html", "folder.html is a folder"),
         *((f"a.pt {name}", "there is no checkpoint a.pt") for name in ("out", "a.html", "a.gguf")),
         ("text.pt page.html", "text.pt is not a checkpoint"),

@@ -59,9 +59,9 @@ def replace_by_link(path: Path) -> None:
         (lambda out: replace_by_link(out / "b.txt"), "out/ contains b.txt, which"),
         (
             lambda out: (out / MARKER).write_text('{"files": {"../mine.txt": "0"}}'),
-            f"out/{MARKER} is damaged",
+            f"{MARKER} is damaged",
         ),
-        (lambda out: (out / MARKER).write_text('{"files": '), f"out/{MARKER} is not valid JSON"),
+        (lambda out: (out / MARKER).write_text('{"files": '), f"{MARKER} is not valid JSON"),
     ],
 )
 def test_other_folders_are_not_replaced(tmp_path, change, message):

@@ -498,12 +498,12 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
     Path("checkpoints/stopped").mkdir()
     shutil.copy("checkpoints/latest.pt", "checkpoints/stopped/latest.pt")
     for tag in ("", "stopped", "copied"):
-        assert_rejected(place, [*merge, f"--tag={tag}"], rf"checkpoints/{tag}/? ?contains a run")
+        assert_rejected(place, [*merge, f"--tag={tag}"], rf"checkpoints.{tag}/? ?contains a run")
     assert finetune.main(merge) == 0
     message = r"merged/ contains checkpoints/merged/best\.pt"
     assert_rejected(place, ["checkpoints/merged/best.pt", *merge[1:]], message)
     words = ["checkpoints/best.pt", "--data=other.txt", "--tag=merged", "--device=cpu"]
-    assert_rejected(place, words, r"checkpoints/merged/ already contains a run \(best\.pt\)")
+    assert_rejected(place, words, r"checkpoints.merged/ already contains a run \(best\.pt\)")
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,7 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
         (["ADAPTER", "--merge=ADAPTER"], "is a LoRA adapter"),
         (["checkpoints/best.pt", "--merge=checkpoints/best.pt"], "is not the adapter.pt"),
         (["checkpoints/best.pt", "--merge=none.pt"], r"there is no adapter none\.pt"),
-        (["data", "--merge=ADAPTER"], r"there is no checkpoint data/best\.pt"),
+        (["data", "--merge=ADAPTER"], r"there is no checkpoint data.best\.pt"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--resume"], "--resume has no effect on"),
         (["checkpoints/best.pt", "--merge=ADAPTER", "--data=x", "--lora_rank=2"],
          "--data has no effect on --merge.*--lora_rank has no effect"),
@@ -699,7 +699,7 @@ def test_invalid_records_are_left_out_on_request(place: Path):
         (["--objective=dpo", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
         (["--objective=dpo", "--data=accents.jsonl"], r"accents\.jsonl has characters .*: 'é'"),
         (["--objective=dpo", "--data=pairs.jsonl", "--dropout=0.1"], "trains without dropout"),
-        (["--objective=distill", "--teacher=data"], "no checkpoint data/best.pt"),
+        (["--objective=distill", "--teacher=data"], "no checkpoint data.best.pt"),
         (["--data=empty"], "there is no text in the folder empty"),
         (["--data=other.txt", "--out_dir=other.txt"], "cannot write"),
         (["--data=other.txt", "--lora_rank=17"], "lora_rank 17 is above the smaller side .* 16"),
@@ -709,7 +709,7 @@ def test_invalid_records_are_left_out_on_request(place: Path):
         (["--data=data/qa.json"], "contains questions and answers: use --objective chat"),
         (["--objective=distill", "--teacher=checkpoints/other.pt"], "different tokenizers"),
         (["--objective=distill", "--teacher=checkpoints/short.pt"], "16 tokens, is shorter"),
-        (["--resume", "--tag=a"], "no checkpoint checkpoints/a/latest.pt"),
+        (["--resume", "--tag=a"], "no checkpoint checkpoints.a.latest.pt"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(place: Path, words, message):
@@ -906,7 +906,7 @@ def test_characters_are_not_learned_as_unknown(place: Path):
     tune("--objective=qa", "--max_steps=1")
     teacher = "checkpoints/qa/best.pt"
     assert "<UNK>" in utils.load_checkpoint(Path(teacher), CPU)[1].specials
-    Path("accents.txt").write_text(make_text(100) + "\u00e9")
+    Path("accents.txt").write_text(make_text(100) + "\u00e9", encoding="utf-8")
     words = ["--objective=distill", f"--teacher={teacher}", "--data=accents.txt", *QUICK]
     with pytest.raises(UserError, match=r"accents\.txt has characters .* not know: 'é'; remove"):
         finetune.main(words)

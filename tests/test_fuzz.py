@@ -1,20 +1,19 @@
 """No script ends in a traceback: a few hundred cases of tests/fuzz.py, and what it reports."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+pytest.importorskip("resource", reason="limits processes, and forks them, as POSIX can")
 from tests import fuzz
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_random_commands_and_damaged_files_never_end_in_a_traceback():
     scripts = "train,generate,prepare,evaluate,finetune,export,explore,plots"
     command = [sys.executable, "-m", "tests.fuzz", "--n=50", "--minutes=0.5", f"--only={scripts}"]

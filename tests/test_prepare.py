@@ -138,8 +138,8 @@ def test_a_data_set_read_in_pieces_is_that_of_the_full_texts(
         path, flags = write_jsonl(workplace / "a.jsonl", documents), []
     else:
         path, flags = workplace / "a.txt", ["--separator=<|>"] * (form == "separator")
-        path.write_text(("<|>" if flags else "\n").join(documents))
-        documents = [text.strip("\n") for text in documents] if flags else [path.read_text()]
+        path.write_text(("<|>" if flags else "\n").join(documents), encoding="utf-8")
+        documents = [text.strip("\n") for text in documents] if flags else [path.read_text("utf-8")]
     texts = dict(enumerate(text for text in documents if text.strip()))
     texts = {n: cleaned_in_memory(text, pattern, whitespace) for n, text in texts.items()}
     firsts = {text: n for n, text in reversed(texts.items())}
@@ -294,10 +294,10 @@ def write_invalid_files(workplace: Path) -> None:
         (["qa.json"], "qa.json contains question/answer records: use it with train.py"),
         (["mixed/a.txt", "--max_chars=9999999"], "max_chars must be at most 4194304"),
         ([], "give files, folders, or the name of a data set"),
-        (["/dev/zero"], "/dev/zero is a device or a pipe"),
+        *[(["/dev/zero"], "zero is a device or a pipe")] * Path("/dev/zero").exists(),
         (["mixed/a.txt", "--tokenizer=no.pt"], "must be one of char, .* or a checkpoint, not 'no"),
         (["mixed/a.txt", "--tokenizer=empty.txt"], r"empty\.txt is not a checkpoint"),
-        (["mixed/a.txt", "--name=" + "x" * 300], "could not be written: File name too long"),
+        (["mixed/a.txt", "--name=" + "x" * 300], "could not be written: "),
     ],
 )
 def test_invalid_input_is_one_error_and_leaves_nothing(workplace, words, message):
@@ -319,7 +319,7 @@ def test_invalid_bytes_are_replaced_if_requested(workplace, capsys):
 
 def test_an_existing_data_set_is_overwritten_only_if_requested(stories):
     before = Path("data/set/manifest.json").read_bytes()
-    with pytest.raises(UserError, match="data/set exists: add --overwrite"):
+    with pytest.raises(UserError, match=r"data.set exists: add --overwrite"):
         make("stories.jsonl")
     with pytest.raises(UserError, match="no text remains to learn"):
         make("stories.jsonl", "--overwrite", "--min_chars=99999")
@@ -333,7 +333,7 @@ def test_only_a_data_set_is_ever_replaced(workplace, overwrite):
     (workplace / "data" / "letters").mkdir()
     (workplace / "data" / "letters" / "a.txt").write_text("dear " * 100)
     flags = ["--vocab_size=300", *overwrite]
-    with pytest.raises(UserError, match="data/letters/ was not written by prepare"):
+    with pytest.raises(UserError, match=r"data.letters/ was not written by prepare"):
         prepare.main(["data/letters", *flags])
     for source in (".", "data"):  # named after the folder: data/NAME does not exist
         assert prepare.main([source, *flags]) == 0
@@ -352,7 +352,7 @@ def test_a_long_file_name_is_shortened_and_an_unwritable_folder_is_an_error(work
     assert Path("data", "x" * 60, "manifest.json").exists()
     shutil.rmtree("data")
     Path("data").write_text("a file")
-    with pytest.raises(UserError, match="data/set could not be written: "):
+    with pytest.raises(UserError, match=r"data.set could not be written: "):
         prepare.main(["x" * 250, "--vocab_size=300", "--name=set"])
 
 
@@ -414,7 +414,7 @@ def test_a_long_document_in_both_splits_is_counted(workplace, monkeypatch, last,
 
 def test_end_of_text_in_a_text_is_ordinary_text_with_a_hint_or_a_separator(workplace, capsys):
     (workplace / "b.txt").write_text(END_OF_TEXT.join(STORIES))
-    hint = f"b.txt contains {END_OF_TEXT}, read as ordinary text: with --separator '{END_OF_TEXT}'"
+    hint = f'b.txt contains {END_OF_TEXT}, read as ordinary text: with --separator "{END_OF_TEXT}"'
     make("b.txt")
     assert capsys.readouterr().err.count(hint) == 1
     tokenizer, corpus = folder.open_dataset(Path("data/set"))
@@ -533,7 +533,7 @@ def test_characters_that_a_checkpoint_would_read_as_unk_are_an_error(workplace, 
 
 @pytest.mark.parametrize("flag", ["--tokenizer=char", "--vocab_size=500"])
 def test_a_data_set_has_its_own_tokenizer(stories, flag):
-    with pytest.raises(UserError, match="data/set already has a tokenizer"):
+    with pytest.raises(UserError, match=r"data.set already has a tokenizer"):
         train.main([*TINY_RUN, "--data=data/set", flag])
 
 
@@ -578,7 +578,7 @@ def test_a_device_in_a_data_set_is_an_error(stories):
 def test_a_data_set_without_its_checksum_is_an_error(stories):
     del stories["checksum"]
     Path("data/set/manifest.json").write_text(json.dumps(stories))
-    with pytest.raises(UserError, match=r"data/set/ is not .*, or is damaged \(.*no 'checksum'"):
+    with pytest.raises(UserError, match=r"data.set/ is not .*, or is damaged \(.*no 'checksum'"):
         train.main([*TINY_RUN, "--data=data/set"])
 
 

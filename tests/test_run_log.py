@@ -17,10 +17,9 @@ from conftest import TINY_RUN
 
 import train
 from config import GPTConfig, TrainConfig
-from system import device
 from system.settings import UserError
 from train import Trainer
-from training import run_log, setup
+from training import distributed, run_log, setup
 from training.run_log import RunLog, status_line
 from training.task import Pretraining
 
@@ -144,7 +143,7 @@ def test_a_busy_cpu_is_said_once_with_the_times(workplace, monkeypatch, capsys, 
     now = 0.0
     clock = SimpleNamespace(perf_counter=lambda: now, thread_time=lambda: now * cpu_share)
     monkeypatch.setattr(run_log, "time", clock)
-    monkeypatch.setattr(device, "time", clock)
+    monkeypatch.setattr(distributed, "time", clock)
     log = make_log(log_every=1)
     log.begin(SimpleNamespace(step=0, device=torch.device("cpu")))
     for step in range(1, 31):

@@ -48,6 +48,7 @@ OPTIONAL = {
     "training.run_log.begin": "training.deadline",
     "training.setup.decide_compile": "training.auto_compile",
     "training.setup.load_data": "training.teachers",
+    "training.setup.on_checked_device": "training.device_check",
     "training.setup.resolve_train": "training.plan training.resume training.teachers",
     "viz.curve.plot_runs": "viz.fonts",
 }

@@ -518,7 +518,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     raise TimeoutError
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="sends POSIX signals")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_a_stopped_run_resumes_bit_for_bit(workplace, name):
     process = start_run("--tag=stopped")

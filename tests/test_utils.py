@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -106,7 +106,10 @@ def test_auto_selects_the_fastest_device(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick_device("auto").type == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device("auto").type == "mps"
+    ones = Mock(side_effect=[RuntimeError("no memory"), 1, 1])
+    monkeypatch.setattr(torch, "ones", ones)
+    assert pick_device("auto").type == "cpu"
+    assert pick_device("auto").type == "mps" and ones.call_args == call(1, device="mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto").type == "cuda"
 

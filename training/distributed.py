@@ -13,6 +13,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -26,6 +27,7 @@ from config import OptimizerSpec
 from system.device import pick_device
 from system.settings import UserError
 
+BUSY = 1.5  # from this slowdown on, the CPU is busy: 1.0 if idle, 1.9 beside one busy loop
 is_torchrun = dist.is_torchelastic_launched  # whether torchrun started this process
 
 
@@ -202,3 +204,20 @@ def load_optimizer(
             small = key in spec.scalars and torch.broadcast_shapes(value.shape, parameter.shape)
             if value.shape != parameter.shape and not (small and value.numel() < parameter.numel()):
                 raise ValueError(f"the optimizer's {key} has the shape {tuple(value.shape)}")
+
+
+class CpuClock:
+    """Measures how much other programs slow this process down on a CPU."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.time, self.cpu_time = time.perf_counter(), time.thread_time()
+
+    def slowdown(self) -> float:
+        """How many times as long as alone the work since the start has taken. Alone, the thread
+        that trains computes all the time; beside other programs it also waits, for a core or for
+        other threads of PyTorch. (Of many threads, some are idle without other programs too.)"""
+        took, cpu_time = time.perf_counter() - self.time, time.thread_time() - self.cpu_time
+        return took / max(cpu_time, 1e-9)

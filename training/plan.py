@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from config import GPTConfig, TrainConfig, train_settings
-from system.device import BUSY, CpuClock, pick_device
+from system.device import pick_device
 from system.settings import UserError, all_problems, raise_problems
-from training.distributed import is_torchrun
+from training.distributed import BUSY, CpuClock, is_torchrun
 from training.law import Pilot, Run
 from utils import autocast, count_params, even_starts
 

@@ -27,7 +27,7 @@ from corpus.text import note
 from model import GPT
 from system.device import check_memory, compiler_problem, device_problems, has_bfloat16, pick_device
 from system.files import folder_problems
-from system.settings import UserError
+from system.settings import UserError, all_problems, raise_problems
 from tokenizer import Tokenizer
 from training.distributed import (
     broadcast_from_rank0,
@@ -130,6 +130,23 @@ def check_current(run_dir: Path, config: TrainConfig, state: State | None) -> No
     now = read_checkpoint(latest)["step"] if latest.exists() else None
     if now != (state and state["step"]) and not config.overwrite:
         raise UserError(f"another process has changed the run in {run_dir}/: run the command again")
+
+
+def on_checked_device(gpt_config: GPTConfig, config: TrainConfig, *others: Any) -> tuple[Any, ...]:
+    """The settings of a run; for the CPU, if a GPU computes wrong numbers or is slower. `others`:
+    of pretraining, whose flags are the last."""
+    device, results = pick_device(config.device), (gpt_config, config, *others)
+    if is_torchrun() or device.type == "cpu":
+        return results
+    from training.device_check import passes_check  # only on a GPU
+
+    precision, _ = pick_precision(config.precision, device)
+    if not passes_check(gpt_config, config, device, precision):
+        config.device = "cpu"
+        if others:  # the preset too can be another one
+            results = resolve_train(others[-1] | {"device": "cpu"})
+            raise_problems(all_problems(results[0]) + all_problems(results[1]))
+    return results
 
 
 # --- data
