@@ -266,8 +266,8 @@ def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch, capsys)
     ("settings", "picked", "expected"),
     [
         ({"precision": "bfloat16"}, "bfloat16", "bfloat16 (as before)"),  # in the checkpoint
-        ({"precision": "float16"}, "float16", "float16 (why)"),
-        ({}, "float16", "float16 (why)"),
+        ({"precision": "float16"}, "float16", "float16 (why; bfloat16 before)"),
+        ({}, "float16", "float16 (why; bfloat16 before)"),
         ({"parallel": "fsdp"}, "float16", "float32 (--parallel fsdp has no loss scaling"),
     ],
 )

@@ -183,12 +183,14 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
     `state` is the checkpoint that is resumed."""
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)
+    if config.precision == "auto":
+        config.precision_for = device.type
     picked = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
     if picked[0] == "float16" and config.parallel == "fsdp":
         picked = ("float32", NO_FLOAT16)
     config.precision, why = picked
-    if state and config.precision == state["train_config"].get("precision"):
-        why = "as before"
+    if state and (before := state["train_config"].get("precision")):
+        why = "as before" if config.precision == before else f"{why}; {before} before"
     if device.type == "cpu":
         keep_freed_memory()
     config.compile = pick_compile(config, device)
