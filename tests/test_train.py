@@ -236,18 +236,19 @@ def test_a_step_does_its_ten_parts_in_order(monkeypatch):
         batch, n = Pretraining.get_batch(trainer.task, step, micro_step)
         return tuple(Batch(t) for t in batch), n
 
-    trainer.model.zero_grad = note("zero", trainer.model.zero_grad)
+    adamw = trainer.optimizers["adamw"]
+    adamw.zero_grad = note("zero", adamw.zero_grad)
     trainer.task.get_batch = note("batch", get_batch)
     trainer.model.forward = note("forward and loss", trainer.model.forward)
     backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.Tensor, "backward", note("backward", backward))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note("clip", clip))
     monkeypatch.setattr(train, "get_lr", note("rate", get_lr))
-    trainer.optimizers["adamw"].step = note("step", trainer.optimizers["adamw"].step)
+    adamw.step = note("step", adamw.step)
     trainer.scaler.update = note("count was still 0", lambda: None if trainer.step == 0 else 1 / 0)
     trainer.train_step()
     once = ["move", "move", "forward and loss", "backward"]
-    rates = ["rate"] * len(trainer.optimizers["adamw"].param_groups)
+    rates = ["rate"] * len(adamw.param_groups)
     end = ["clip", *rates, "step", "count was still 0"]
     assert done == ["zero", "batch", "batch", *once, *once, *end]
     assert trainer.step == 1
