@@ -43,6 +43,7 @@ SMALL_TEXT = 45_000  # bytes of training text, nine tenths of the 50 kB that the
 MIN_COMPILED_STEPS = 300  # on a CPU; with fewer, compiling takes longer than it saves
 MAX_GRAPH_PARAMS = 20_000_000  # of a model whose kernels are launched by CUDA graphs
 WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
+LESS_MEMORY = "use a lower --batch_size with --grad_accum, --grad_checkpoint, or smaller sizes"
 NO_FLOAT16 = "--parallel fsdp has no loss scaling for float16"
 
 Flags = dict[str, Any]  # given on the command line, by name
@@ -348,4 +349,4 @@ def print_summary(
         flush=True,
     )
     if not config.dry_run:  # which says more first
-        check_memory(sum(memory.values()), device, "this run")
+        check_memory(sum(memory.values()), device, "this run", LESS_MEMORY)
