@@ -177,8 +177,7 @@ class Trainer:
                 metrics[name] = metrics.get(name, 0.0) + term.detach() * share
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        max_norm = config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.params, max_norm)  # 7. clip
+        norm = nn.utils.clip_grad_norm_(self.params, config.grad_clip or math.inf)  # 7. clip
         if self.scaler.is_enabled() and not norm.isfinite():
             self.model.zero_grad()  # float16 overflowed somewhere: no optimizer takes this step
         for optimizer in self.optimizers.values():
@@ -222,15 +221,12 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise UserError for a step whose loss or gradient is not finite, in float16 for many."""
-        if not self.unchecked:
-            return
-        # The scaler skips steps whose float16 gradient overflows.
-        names = ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm")
-        numbers = [metrics[name] for _, metrics in self.unchecked for name in names]
-        rows = torch.stack(numbers).view(-1, len(names)).tolist()  # a GPU is waited for once
-        for (step, _), row in zip(self.unchecked, rows, strict=True):
-            if not all(map(math.isfinite, row)):
-                raise diverged(step, dict(zip(names, row, strict=True)))
+        for step, metrics in self.unchecked:
+            numbers = {name: metrics[name].item() for name in ("loss", "grad_norm")}
+            if self.scaler.is_enabled():  # it skips steps whose float16 gradient overflows
+                del numbers["grad_norm"]
+            if not all(map(math.isfinite, numbers.values())):
+                raise diverged(step, numbers)
         self.unchecked.clear()
         if (scale := self.scaler.get_scale()) < MIN_SCALE:
             raise diverged(self.step, {"float16 loss scale": scale})
