@@ -86,7 +86,7 @@ def resumed_precision(flags: Flags, saved: Flags) -> Flags:
     machine: except on a CPU, where it is measured and could change between runs of one machine."""
     if "precision" in flags:
         return {"precision_for": ""}
-    name = flags.get("device", saved["device"])
+    name = (saved | flags)["device"]
     device_type = "" if device_problems(name) else pick_device(name).type  # reported later
     measured_here = saved["precision_for"] == device_type == "cpu"
     return {"precision": "auto"} if saved["precision_for"] and not measured_here else {}
