@@ -226,6 +226,7 @@ class TrainConfig:
                             pretrain=True)  # fmt: skip
     lr_scale: float = setting(1.0, "of a schedule that --minutes changed", above=0, flag=False)
     planned_steps: int = setting(0, "max_steps before --minutes changed it", low=0, flag=False)
+    precision_for: str = setting("", "type of device that auto chose it for", flag=False)
 
     def __post_init__(self) -> None:
         if self.warmup_steps is None:

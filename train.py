@@ -120,6 +120,8 @@ class Trainer:
         if config.compile:
             compile_model(model, config, device, same_shapes=task.tokens_per_step is not None)
         self.replica = make_replica(self.model, config.parallel, device)
+        self.params = list(model.parameters())  # the walk through the modules takes 0.2 ms
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
         self.task, self.config, self.device = task, config, device
         self.optimizers = configure_optimizers(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -155,14 +157,16 @@ class Trainer:
         """One optimizer step. Returns the terms of the loss, averaged over the step's tokens, and
         the norm of the gradient before clipping: scalars on the device."""
         config = self.config
-        self.model.zero_grad()  # 1. zero gradients
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()  # 1. zero gradients
         step = 0 if config.overfit_batch else self.step
         batches = [self.task.get_batch(step, m) for m in self.micro_steps]  # 2. get batch
         n_tokens = all_reduce(torch.stack([n for _, n in batches]).sum())
         metrics: dict[str, Tensor] = {}
         for m, (batch, n) in zip(self.micro_steps, batches, strict=True):
             inputs = [to_device(t, self.device) for t in batch]  # 3. move to device
-            torch.manual_seed(mix_seed(config.seed, self.step, m))  # for dropout
+            if self.has_dropout:
+                torch.manual_seed(mix_seed(config.seed, self.step, m))
             # The micro-batch's share of the tokens; DDP and FSDP divide by the number of processes.
             share = n * world_size() / n_tokens
             is_last = m == self.micro_steps[-1]
@@ -174,8 +178,7 @@ class Trainer:
                 metrics[name] = metrics.get(name, 0.0) + term.detach() * share
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        max_norm = config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)  # 7. clip
+        norm = nn.utils.clip_grad_norm_(self.params, config.grad_clip or math.inf)  # 7. clip
         if self.scaler.is_enabled() and not norm.isfinite():
             self.model.zero_grad()  # float16 overflowed somewhere: no optimizer takes this step
         for optimizer in self.optimizers.values():

@@ -59,13 +59,15 @@ def memory_size(device: torch.device) -> int | None:
         return None
 
 
-def check_memory(n_bytes: int, device: torch.device, what: str) -> None:
+def check_memory(
+    n_bytes: int, device: torch.device, what: str, advice: str = "use smaller sizes"
+) -> None:
     """Raise UserError if this does not fit in the memory of the device."""
     size = memory_size(device)
     if size is not None and n_bytes > size:
         raise UserError(
             f"{what} takes about {n_bytes / 1e9:,.1f} GB, and {device.type} has {size / 1e9:,.1f} "
-            "GB: use smaller sizes"
+            f"GB: {advice}"
         )
 
 

@@ -24,9 +24,10 @@ from config import OPTIMIZERS, GPTConfig, SampleConfig, TrainConfig
 from corpus.corpus import Corpus
 from experiments import bench
 from experiments.timing import Row, to_table
-from generate import generate
+from generate import Step, generate
 from model import GPT
 from sampling import beam_search
+from sampling.compiled import compile_step
 from sampling.quantize import lower_precision
 from tokenizer import CharTokenizer
 from train import Trainer
@@ -52,11 +53,13 @@ class Operations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.count = 0
         self.reads: list[str] = []
         self.results: set[tuple[str, torch.dtype]] = set()
         self.copies: list[tuple[bool, bool]] = []  # to a GPU: from pinned memory, without waiting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
         name = func._schema.name
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         if name in READS:
@@ -244,6 +247,34 @@ def test_evaluations_are_not_compiled():
     assert compiled != []
 
 
+@pytest.mark.parametrize(("optimizer", "limit"), [("adamw", 60), ("muon", 260)])
+def test_a_step_does_little_besides_the_model(monkeypatch, optimizer, limit):
+    """An operation takes the host of a GPU about five microseconds, a walk through the modules of
+    `medium` 100, so small models would wait for them."""
+    trainer = cpu_trainer(optimizer=optimizer)
+    gradients = [torch.ones_like(p) for p in trainer.params]
+
+    def backward(loss: Tensor) -> None:
+        for p, gradient in zip(trainer.params, gradients, strict=True):
+            p.grad = gradient
+
+    loss = torch.ones((), requires_grad=True)
+    monkeypatch.setattr(trainer.task, "loss", lambda net, *batch: {"loss": loss})
+    monkeypatch.setattr(Tensor, "backward", backward)
+    trainer.train_step()
+    monkeypatch.setattr(nn.Module, "named_modules", None)
+    monkeypatch.setattr(torch, "manual_seed", None)  # there is no dropout
+    with Operations() as operations:
+        trainer.train_step()
+    assert 30 < operations.count < limit
+
+
+def test_the_compiler_pads_odd_vocabularies():
+    """So that the model does not have to."""
+    assert torch._inductor.config.shape_padding
+    assert bench.MODELS["124 M"]["vocab_size"] == 50257  # as GPT-2's tokenizer has
+
+
 # --- CUDA graphs, whose results are in the same memory at each step, on a CPU
 
 
@@ -279,6 +310,21 @@ def test_gradients_of_two_micro_steps_cannot_be_summed_in_reused_memory():
     assert losses[0].isfinite() and losses[1:].isnan().all()
 
 
+def test_sampled_steps_outlive_the_memory_of_their_cuda_graph(monkeypatch):
+    """Which every step writes its results to; on a CPU, there are no graphs."""
+    compile_options, memory = [], torch.zeros(2)
+
+    def compiled(step: Any, fullgraph: bool, options: dict[str, Any]) -> Any:
+        compile_options.append(options["triton.cudagraphs"])
+        return lambda: Step(*memory.add_(1), memory)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    step = compile_step(compiled, torch.device("cuda"))
+    first, second = step(), step()
+    assert [t.sum().item() for t in (*first, *second)] == [1, 1, 2, 2, 2, 4]
+    assert compile_step(compiled, CPU)()[2] is memory and compile_options == [True, False]
+
+
 # --- the benchmark
 
 
@@ -296,6 +342,7 @@ def test_the_benchmark_checks_and_measures_a_tiny_model_on_the_cpu(capsys, monke
     step = r"[\d,]+ tokens/s, [\d.]+ ms/step, [\d,]+ of [\d,]+ GFLOP/s \(MFU \d+%\), [\d,]+ MB"
     assert re.match(step, rows["training, toy"])
     assert re.match(r"8 x [\d,]+ tokens/s, 0.1 MB per token", rows["sampling toy, batch size 8"])
+    assert re.fullmatch(r"\d+\.\d\d ms", rows["step without the model, muon"])
     assert rows["CUDA graphs, toy"].startswith("losses within 0, ")
 
 

@@ -1,5 +1,6 @@
 """Precision, compilation and memory on this machine."""
 
+import contextlib
 import logging
 import os
 import timeit
@@ -14,9 +15,9 @@ import torch
 from conftest import make_model
 from torch.utils import cpp_extension
 
-from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig
+from config import ARCH_FIELDS, PRESET_FIELDS, GPTConfig, TrainConfig, train_settings
 from corpus.corpus import Corpus
-from system.device import compiler_problem
+from system.device import check_memory, compiler_problem
 from system.settings import UserError
 from training import auto_compile, setup, task
 from training.setup import memory_estimate, pick_compile, pick_precision, preset_table
@@ -238,6 +239,24 @@ def test_the_memory_of_gpt_2_by_hand():
         assert memory_estimate(replace(gpt, **change), run)["activations"] == 10 * per_token
 
 
+@pytest.mark.parametrize(
+    ("preset", "changes", "fits"),
+    [
+        ("medium", {}, True),
+        ("gpt2", {}, False),
+        ("gpt2", {"batch_size": 8, "grad_accum": 4, "grad_checkpoint": True}, True),
+    ],
+)
+def test_what_a_t4_can_train(monkeypatch, preset, changes, fits):
+    """It has 16 GB, of which PyTorch reports 15.8."""
+    flags = {"preset": preset, "vocab_size": 50257, "precision": "float16"} | changes
+    n_bytes = sum(memory_estimate(*train_settings(flags, "cuda")).values())
+    assert fits == (1.5 * n_bytes < 15.8e9)  # with checkpointing, estimates were two thirds
+    monkeypatch.setattr("system.device.memory_size", lambda device: int(15.8e9))
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="--batch_size with"):
+        check_memory(n_bytes, torch.device("cuda"), "this run", setup.LESS_MEMORY)
+
+
 # --- the summary of a run
 
 
@@ -266,8 +285,8 @@ def test_the_machine_is_set_up_before_the_weights_are_drawn(monkeypatch, capsys)
     ("settings", "picked", "expected"),
     [
         ({"precision": "bfloat16"}, "bfloat16", "bfloat16 (as before)"),  # in the checkpoint
-        ({"precision": "float16"}, "float16", "float16 (why)"),
-        ({}, "float16", "float16 (why)"),
+        ({"precision": "float16"}, "float16", "float16 (why; bfloat16 before)"),
+        ({}, "float16", "float16 (why; bfloat16 before)"),
         ({"parallel": "fsdp"}, "float16", "float32 (--parallel fsdp has no loss scaling"),
     ],
 )

@@ -8,7 +8,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -394,14 +393,17 @@ def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workpl
     assert bars.mock_calls == [mock.call(**settings), update, show, update, update]
 
 
-def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace):
-    read: list[int] = []
+def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace, monkeypatch):
+    """All of a step at once."""
+    read, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (read.append(step), tolist(t))[1])
     log = make_log(eval_every=7, max_steps=24)
     assert [step for step in range(1, 25) if log.is_evaluation_step(step)] == [7, 14, 21, 24]
     for step in range(3, 25):
-        number: Any = SimpleNamespace(item=lambda step=step: read.append(step) or 1.0)
-        log.training_step(step, {"loss": number}, lr=0.0)
+        metrics = {"loss": torch.tensor(1.0), "grad_norm": torch.tensor(2.0)}
+        log.training_step(step, metrics, lr=0.0)
     assert read == [3, 7, 10, 14, 20, 21, 24]
+    assert log.metrics == {"loss": 1.0, "grad_norm": 2.0}
 
 
 def test_the_curve_is_redrawn_every_few_seconds_but_not_at_the_last_step(workplace, monkeypatch):

@@ -25,7 +25,7 @@ from plots import read_run
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from train import Trainer, get_lr
-from training import task
+from training import setup, task
 from training.muon import Muon, orthogonalize
 from training.task import Pretraining
 
@@ -237,18 +237,19 @@ def test_a_step_does_its_ten_parts_in_order(monkeypatch):
         batch, n = Pretraining.get_batch(trainer.task, step, micro_step)
         return tuple(Batch(t) for t in batch), n
 
-    trainer.model.zero_grad = note("zero", trainer.model.zero_grad)
+    adamw = trainer.optimizers["adamw"]
+    adamw.zero_grad = note("zero", adamw.zero_grad)
     trainer.task.get_batch = note("batch", get_batch)
     trainer.model.forward = note("forward and loss", trainer.model.forward)
     backward, clip = torch.Tensor.backward, torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.Tensor, "backward", note("backward", backward))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", note("clip", clip))
     monkeypatch.setattr(train, "get_lr", note("rate", get_lr))
-    trainer.optimizers["adamw"].step = note("step", trainer.optimizers["adamw"].step)
+    adamw.step = note("step", adamw.step)
     trainer.scaler.update = note("count was still 0", lambda: None if trainer.step == 0 else 1 / 0)
     trainer.train_step()
     once = ["move", "move", "forward and loss", "backward"]
-    rates = ["rate"] * len(trainer.optimizers["adamw"].param_groups)
+    rates = ["rate"] * len(adamw.param_groups)
     end = ["clip", *rates, "step", "count was still 0"]
     assert done == ["zero", "batch", "batch", *once, *once, *end]
     assert trainer.step == 1
@@ -533,6 +534,35 @@ def test_a_stopped_run_resumes_bit_for_bit(workplace, name):
     assert_same_run(final_state("checkpoints/stopped"), final_state("checkpoints/whole"))
     texts = [Path("checkpoints", tag, "samples.txt").read_text() for tag in ("stopped", "whole")]
     assert texts[0].split("--- step 400")[1] == texts[1].split("--- step 400")[1]
+
+
+@pytest.mark.parametrize(
+    ("chosen_for", "saved", "flags", "expected"),
+    [
+        ("cuda", "float16", [], ("float32", "cpu")),  # from a T4
+        ("cpu", "bfloat16", [], ("bfloat16", "cpu")),  # measured: now it would be float32
+        ("", "float16", [], ("float16", "")),  # requested
+        ("cuda", "float16", ["--precision=bfloat16"], ("bfloat16", "")),
+    ],
+)
+def test_a_precision_that_was_not_requested_is_chosen_again_on_another_kind_of_device(
+    workplace, monkeypatch, capsys, chosen_for, saved, flags, expected
+):
+    monkeypatch.setattr(setup, "matmul_seconds", lambda dtype: 1.0)  # so bfloat16 is not faster
+    monkeypatch.setattr(setup, "has_bfloat16", lambda device: device.type == "cpu")  # as for a T4
+    train.main([*TINY_RUN, "--precision=auto"])
+    state = final_state()
+    settings = state["train_config"]
+    assert (settings["precision"], settings["precision_for"]) == ("float32", "cpu")
+    settings |= {"precision": saved, "precision_for": chosen_for}
+    state["scaler"] = torch.amp.GradScaler("cpu", enabled=saved == "float16").state_dict()
+    torch.save(state, "checkpoints/latest.pt")
+    capsys.readouterr()
+    assert train.main(["--resume", "--device=cpu", "--max_steps=21", *flags]) == 0
+    settings = final_state()["train_config"]
+    assert (settings["precision"], settings["precision_for"]) == expected
+    changed = f"; {saved} before)" in capsys.readouterr().out
+    assert changed == (expected[0] != saved)
 
 
 def test_a_run_shortened_to_the_step_where_it_stopped_is_evaluated_there(workplace, monkeypatch):

@@ -129,6 +129,17 @@ def test_a_signal_during_output_is_not_lost(monkeypatch, capfd):
     assert "stopping after this step" in capfd.readouterr().err
 
 
+def test_a_second_signal_ends_the_process_but_not_a_notebook(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    for loaded, expected in ((False, signal.SIG_DFL), (True, before)):
+        if loaded:
+            monkeypatch.setitem(sys.modules, "ipykernel", sys)
+        with StopSignal() as stop:
+            stop.handle(signal.SIGINT, None)
+            assert signal.getsignal(signal.SIGINT) == expected
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 # --- damaged checkpoints
 
 
@@ -239,7 +250,7 @@ HUGE += " batch_size=100000000 grad_accum=1000000000"
 
 @pytest.mark.parametrize("flag", HUGE.split())
 def test_sizes_that_cannot_fit_are_rejected_before_the_model_is_made(workplace: Path, flag: str):
-    with pytest.raises(UserError, match=r"GB: use smaller sizes|too short|too large"):
+    with pytest.raises(UserError, match=r"GB: use a lower|too short|too large"):
         train.main([*TINY_RUN, f"--{flag}"])
     assert not Path("checkpoints").exists()
 

@@ -13,7 +13,7 @@ from config import GPTConfig, TrainConfig
 from model import GPT
 from system.device import check_memory
 from tokenizer import Tokenizer
-from training.setup import Data, memory_estimate
+from training.setup import LESS_MEMORY, Data, memory_estimate
 from utils import get_batch
 
 # By a part of their names, the first that applies; others are embeddings.
@@ -97,7 +97,7 @@ def run_check(
     )
     x, y = get_batch(corpus.train_ids, gpt.block_size, 1, config.seed, 0, corpus.train_docs)
     print_example(data.tokenizer, x[0], y[0])
-    check_memory(sum(memory_estimate(gpt, config).values()), device, "this run")
+    check_memory(sum(memory_estimate(gpt, config).values()), device, "this run", LESS_MEMORY)
     return 0
 
 

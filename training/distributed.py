@@ -127,8 +127,8 @@ class StopSignal:
         # print raises RuntimeError if the signal has interrupted another print
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # to standard error
-        for s in self.handlers:
-            signal.signal(s, signal.SIG_DFL)
+        for s, before in self.handlers.items():  # a notebook's kernel must not end
+            signal.signal(s, before if "ipykernel" in sys.modules else signal.SIG_DFL)
 
     def __enter__(self) -> "StopSignal":
         signals = [signal.SIGINT, signal.SIGTERM]

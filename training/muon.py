@@ -80,7 +80,7 @@ def orthogonalize(x: Tensor) -> Tensor:
         wide = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).half()
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NS_STEPS):
-        square = wide @ wide.mT  # (n, R, R)
+        square = torch.bmm(wide, wide.mT)  # (n, R, R)
         square = torch.baddbmm(square, square, square, beta=b, alpha=c)
         wide = torch.baddbmm(wide, square, wide, beta=a)
     return wide if x.size(1) <= x.size(2) else wide.mT

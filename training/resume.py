@@ -11,6 +11,7 @@ from torch import Tensor
 
 import tokenizer as tokenizers
 from config import GPTConfig, TrainConfig
+from system.device import device_problems, pick_device
 from system.settings import UserError, all_problems, from_dict, raise_problems
 from training.distributed import is_restart
 from utils import matching_contents, read_checkpoint
@@ -76,4 +77,16 @@ def resumed_flags(flags: Flags, saved: Flags, fixed: Collection[str] = ()) -> Fl
     changed = [n for n in flags if n in fixed and flags[n] != saved.get(n, flags[n])]
     advice = "in the run to resume: leave it out, or start another run"
     raise_problems([f"--{name} is {saved[name]!r} {advice}" for name in changed])
-    return saved | {"parallel": "ddp"} | flags  # how processes share the work is not saved
+    # how processes share the work is not saved
+    return saved | {"parallel": "ddp"} | resumed_precision(flags, saved) | flags
+
+
+def resumed_precision(flags: Flags, saved: Flags) -> Flags:
+    """A precision that was chosen automatically is chosen again, so that a run can move to another
+    machine: except on a CPU, where it is measured and could change between runs of one machine."""
+    if "precision" in flags:
+        return {"precision_for": ""}
+    name = (saved | flags)["device"]
+    device_type = "" if device_problems(name) else pick_device(name).type  # reported later
+    measured_here = saved["precision_for"] == device_type == "cpu"
+    return {"precision": "auto"} if saved["precision_for"] and not measured_here else {}

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -138,7 +139,8 @@ class RunLog:
         first = self.timed_step is None
         due = step % self.config.log_every == 0
         if first or due or self.is_evaluation_step(step):
-            self.metrics = {name: value.item() for name, value in metrics.items()}
+            numbers = torch.stack([*metrics.values()]).tolist()  # a GPU is waited for once
+            self.metrics = dict(zip(metrics, numbers, strict=True))
             self.timed_step, self.timed_until = step, time.perf_counter()
         if first:  # it may have included compilation
             self.restart_clock(step)

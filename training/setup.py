@@ -43,6 +43,7 @@ SMALL_TEXT = 45_000  # bytes of training text, nine tenths of the 50 kB that the
 MIN_COMPILED_STEPS = 300  # on a CPU; with fewer, compiling takes longer than it saves
 MAX_GRAPH_PARAMS = 20_000_000  # of a model whose kernels are launched by CUDA graphs
 WORTHWHILE_SPEEDUP = 1.5  # of bfloat16 on a CPU; a smaller one is lost to the conversions
+LESS_MEMORY = "use a lower --batch_size with --grad_accum, --grad_checkpoint, or smaller sizes"
 NO_FLOAT16 = "--parallel fsdp has no loss scaling for float16"
 
 Flags = dict[str, Any]  # given on the command line, by name
@@ -200,12 +201,14 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
     `state` is the checkpoint that is resumed."""
     if device.type == "cuda" and device.index:
         torch.cuda.set_device(device)
+    if config.precision == "auto":
+        config.precision_for = device.type
     picked = broadcast_from_rank0(lambda: pick_precision(config.precision, device))
     if picked[0] == "float16" and config.parallel == "fsdp":
         picked = ("float32", NO_FLOAT16)
     config.precision, why = picked
-    if state and config.precision == state["train_config"].get("precision"):
-        why = "as before"
+    if state and (before := state["train_config"].get("precision")):
+        why = "as before" if config.precision == before else f"{why}; {before} before"
     if device.type == "cpu":
         keep_freed_memory()
     config.compile = pick_compile(config, device)
@@ -363,4 +366,4 @@ def print_summary(
         flush=True,
     )
     if not config.dry_run:  # which says more first
-        check_memory(sum(memory.values()), device, "this run")
+        check_memory(sum(memory.values()), device, "this run", LESS_MEMORY)
