@@ -2,15 +2,14 @@
 
     python finetune.py checkpoints/best.pt --data my.txt                         another text
     python finetune.py checkpoints/best.pt --objective chat --data data/qa.json  answering questions
-    python finetune.py --objective distill --teacher checkpoints/best.pt --n_layer 2     a student
+    python finetune.py checkpoints/small/best.pt --objective distill --teacher checkpoints/best.pt
     python finetune.py checkpoints/best.pt --objective dpo --data data/pairs.jsonl     preferences
     python finetune.py checkpoints/best.pt --data my.txt --lora_rank 8           with LoRA
     python finetune.py checkpoints/best.pt --merge checkpoints/text/adapter.pt   merge an adapter
 
 The run goes to checkpoints/TAG/, by default named after the objective, with the files of a
 pretraining run, and --resume. Its best.pt is an ordinary checkpoint; with --lora_rank there is also
-adapter.pt, the trained matrices only. The flags of "sizes" and "model components" are for a new
-student; other models keep their own. Next: python explore.py chat checkpoints/chat/best.pt
+adapter.pt, the trained matrices only. Next: python explore.py chat checkpoints/chat/best.pt
 """
 
 from collections.abc import Iterable
@@ -102,17 +101,15 @@ def texts_of(path: Path, config: TrainConfig) -> Iterable[str]:
 def make_model(
     setup: Setup, tokenizer: Tokenizer, info: dict[str, Any]
 ) -> tuple[GPT, CheckpointFormat]:
-    """The model to train and the format of its checkpoints: the base, with rows for new tokens, or
-    a new student. info: of the data."""
+    """The base, with rows for new tokens, and the format of its checkpoints. info: of the data."""
     settings, adapt, base = setup.settings, setup.adapt, setup.base
     new_tokens = tokenizer is not base.tokenizer
     size = max(base.model.config.vocab_size, tokenizer.vocab_size)
     model = GPT(replace(setup.gpt_config, vocab_size=size))
-    if settings.source:
-        weights = base.model.state_dict()
-        if new_tokens:
-            weights = extend_weights(weights, base.tokenizer, tokenizer)
-        model.load_state_dict(weights)
+    weights = base.model.state_dict()
+    if new_tokens:
+        weights = extend_weights(weights, base.tokenizer, tokenizer)
+    model.load_state_dict(weights)
     origin = asdict(settings) | asdict(adapt) | {"base_sha256": base.sha256, "lr": base.lr}
     entries = {"tokenizer": tokenizer.to_dict(), "corpus": info, "finetune": origin}
     if not adapt.lora_rank:
@@ -156,7 +153,7 @@ def print_summary(setup: Setup, model: GPT, data: Corpus | Splits) -> None:
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_all = model.num_params()
     print(
-        f"model: {settings.source or 'a new student'}; {n_trained:,} of {n_all:,} parameters are "
+        f"model: {settings.source}; {n_trained:,} of {n_all:,} parameters are "
         f"trained ({n_trained / n_all:.2%})\n"
         f"objective: {settings.objective}, on {config.data}; {n_train:,} training {unit}, "
         f"{n_val:,} validation {unit}\n"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from config import OPTIMIZERS, GPTConfig, TrainConfig
+from config import OPTIMIZERS, TrainConfig
 from finetuning import lora
 from finetuning.lora import LoRAConfig
 from finetuning.tasks import OBJECTIVES, Base, FinetuneConfig, Setup
@@ -55,9 +55,8 @@ def load_base(path: Path) -> Base:
 def help_defaults() -> dict[str, Any]:
     """The flags, with the defaults that --help shows."""
     shown = asdict(FinetuneConfig()) | asdict(LoRAConfig()) | asdict(TrainConfig())
-    shown |= dict.fromkeys(asdict(GPTConfig()), "the teacher's") | {"warmup_steps": ""}
     shown |= {"dropout": "the checkpoint's", "lr_max": "the checkpoint's, scaled for the objective"}
-    shown |= {"data": "distill the teacher's", "tag": "the objective's name"}
+    shown |= {"data": "distill the checkpoint's", "tag": "the objective's name", "warmup_steps": ""}
     objectives = {key: o for key, o in OBJECTIVES.items() if key != "qa"}  # which is chat
     for name in {name for objective in objectives.values() for name in objective.defaults}:
         own = {key: o.defaults[name] for key, o in objectives.items() if name in o.defaults}
@@ -81,14 +80,11 @@ def resolve_finetune(flags: dict[str, Any]) -> Setup:
     settings, adapt = from_dict(FinetuneConfig, flags), from_dict(LoRAConfig, flags)
     problems = all_problems(settings) + all_problems(adapt)
     raise_problems(problems + ([] if state else flag_problems(given, settings, adapt)))
-    base = load_base(Path(settings.source or flags["teacher"].split(",")[0]))
-    if flags.get("teacher") and not base.state["corpus"]["sha256"] and "data" not in flags:
-        raise UserError("give --data: the text that an imported teacher was trained on is unknown")
+    base = load_base(Path(settings.source))
+    if not base.state["corpus"]["sha256"] and "data" not in flags and not settings.merge:
+        raise UserError("give --data: the text that an imported model was trained on is unknown")
     gpt_config = base.model.config
-    if settings.source:
-        gpt_config = replace(gpt_config, dropout=flags.get("dropout", gpt_config.dropout))
-    else:
-        gpt_config = student_config(gpt_config, flags)
+    gpt_config = replace(gpt_config, dropout=flags.get("dropout", gpt_config.dropout))
     config = run_config(flags, settings, adapt, base)
     teachers = load_teachers(gpt_config, config, state) if config.teacher else None
     return Setup(settings, adapt, config, gpt_config, base, teachers, state)
@@ -109,13 +105,12 @@ def finetune_flags(flags: dict[str, Any], state: dict[str, Any], latest: Path) -
         raise_problems(flag_problems(known, settings, adapt))
     if adapt.lora_rank:
         lora.check_contents(state.get("adapter", {}), latest)
-    fixed = {*own, "data"} - {"source"} if own["source"] else {*own, "data"}
-    return resumed_flags(flags, own | others, fixed)
+    return resumed_flags(flags, own | others, {*own, "data"} - {"source"})
 
 
 def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRAConfig) -> list[str]:
     """What is wrong with the flags of a new run, before any file is read."""
-    objective, student = OBJECTIVES[settings.objective], not settings.source
+    objective = OBJECTIVES[settings.objective]
     if "merge" in flags:
         unused = [name for name in flags if name not in FOR_MERGE]
         found = [f"--{name} has no effect on --merge: leave it out" for name in unused]
@@ -129,12 +124,9 @@ def flag_problems(flags: dict[str, Any], settings: FinetuneConfig, adapt: LoRACo
             found.append(f"--{name} is for --objective {' or '.join(owners)}")
         if name.startswith("lora_") and not adapt.lora_rank and name != "lora_rank":
             found.append(f"--{name}: give --lora_rank too")
-        if name in asdict(GPTConfig()) and name != "dropout" and not student:
-            found.append(f"--{name} is determined by the checkpoint: leave it out")
-    if student and not objective.teacher:
-        found.append("name the checkpoint to fine-tune: python finetune.py checkpoints/best.pt ...")
-    elif student and adapt.lora_rank:
-        found.append("--lora_rank adapts a trained model: name its checkpoint")
+    if not settings.source:
+        new = "; train.py --teacher trains a new student" * objective.teacher
+        found.append(f"name the checkpoint to fine-tune: finetune.py checkpoints/best.pt ...{new}")
     if objective.teacher and not flags.get("teacher"):
         found.append(f"--objective {settings.objective} needs a --teacher")
     data = flags.get("data", objective.defaults.get("data"))
@@ -150,23 +142,11 @@ def run_config(
     defaults, then the checkpoint's."""
     own = OPTIMIZERS[flags["optimizer"]].defaults if flags.get("optimizer") in OPTIMIZERS else {}
     lr = own.get("lr_max", base.lr)
-    if settings.source:  # a new student learns everything from the start
-        lr *= OBJECTIVES[settings.objective].lr_scale * (LORA_LR_SCALE if adapt.lora_rank else 1)
+    lr *= OBJECTIVES[settings.objective].lr_scale * (LORA_LR_SCALE if adapt.lora_rank else 1)
     values = own | {"lr_max": lr, "tokenizer": base.tokenizer.to_dict()["kind"]}
     if "data" not in flags:
         values |= {name: getattr(base.trained, name) for name in OWN_CORPUS}
     return from_dict(TrainConfig, values | flags)
-
-
-def student_config(teacher: GPTConfig, flags: dict[str, Any]) -> GPTConfig:
-    """The settings of a new student: the flags, then the teacher's, except those that are computed
-    from a flag."""
-    values, changed = asdict(teacher) | flags, set(flags)
-    for f in fields(GPTConfig):
-        if f.name not in flags and changed & set(f.metadata.get("of", ())):
-            values[f.name] = 0
-            changed.add(f.name)
-    return from_dict(GPTConfig, values)
 
 
 def check_finetune(*results: Any) -> list[str]:
@@ -174,7 +154,7 @@ def check_finetune(*results: Any) -> list[str]:
     settings, adapt, config, gpt_config, base, teachers, state = setup = Setup(*results)
     found = check_run(gpt_config, config)
     source = Path(settings.source).resolve()
-    if settings.source and setup.run_dir.resolve() in (source, source.parent):
+    if setup.run_dir.resolve() in (source, source.parent):
         found.append(f"{setup.run_dir}/ contains {settings.source}: give the run another --tag")
     if settings.merge and is_torchrun():
         found.append("--merge needs one process: run it without torchrun")
@@ -187,8 +167,7 @@ def check_finetune(*results: Any) -> list[str]:
         found.append("teacher and student have different tokenizers: a student needs its teacher's")
     if not OBJECTIVES[settings.objective].dropout and (gpt_config.dropout or adapt.lora_dropout):
         found.append(f"--objective {settings.objective} trains without dropout: leave it out")
-    origin = state["finetune"] if state and settings.source else {}
-    if origin.get("base_sha256", base.sha256) != base.sha256:
+    if state and state["finetune"].get("base_sha256", base.sha256) != base.sha256:
         found.append(f"{settings.source} has changed since this run began: name the original")
     if state and adapt.lora_rank and not found:
         weights = (base.model.config, base.tokenizer, base.sha256)

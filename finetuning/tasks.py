@@ -26,7 +26,7 @@ from training.teachers import Teachers
 
 
 class Base(NamedTuple):
-    """The model that fine-tuning starts from; for a new student, its first teacher."""
+    """The model that fine-tuning starts from."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -230,7 +230,7 @@ class Objective:
     flags: tuple[str, ...]  # that not all objectives have
     records: Encode | None = None  # None: the data are a text
     specials: tuple[str, ...] | None = None  # that records need; None: no tokens are added
-    teacher: bool = False  # needs --teacher, and neither a model nor data
+    teacher: bool = False  # needs --teacher, but no data
     dropout: bool = True  # may be trained with dropout
 
 

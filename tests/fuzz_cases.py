@@ -61,7 +61,7 @@ COMMANDS = (
     f"finetune {BPE} --objective=qa --data=data/qa.json --tag=new {RUN}",
     f"finetune {CHAR} --objective=dpo --data=data/pairs.jsonl --tag=new {RUN}",
     f"train --teacher={CHAR},{CHAR} --tag=new {TINY}",
-    f"finetune --objective=distill --teacher={CHAR} --n_embd=8 --tag=new {RUN}",
+    f"finetune {CHAR} --objective=distill --teacher={CHAR} --tag=new {RUN}",
     "finetune --resume --tag=qa --objective=qa --max_steps=3",
     "finetune --resume --tag=lora --max_steps=3",
     f"finetune {LLAMA} --merge={ADAPTER} --tag=new",
