@@ -26,7 +26,6 @@ from experiments import (
     compare,
     comparison,
     lr_context,
-    sampling,
     scaling,
     sizes,
     speedrun,
@@ -367,35 +366,6 @@ def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
     Path("data/manifest.json").touch()
     with pytest.raises(UserError, match="already has a tokenizer"):
         tokenization.main(["--quick", "--device=cpu", "--data=data"])
-
-
-# --- sampling
-
-
-def test_sampling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    flags = TINY | {"save_every": 2}
-    samples = {"num_samples": 2, "max_new_tokens": 20}
-    constants = {"QUICK": flags, "QUICK_OVERFITTED": flags, "SAMPLES": {True: samples}}
-    constants["SWEEPS"] = {"temperature": (0.5, 1.0), "top_k": (1, 99)}
-    rows = run_twice(sampling, monkeypatch, **constants)
-    settings = [("temperature", "0.5"), ("temperature", "1"), ("top_k", "1"), ("top_k", "99")]
-    assert [(row["setting"], row["value"]) for row in rows] == settings
-    low, off, greedy, every = rows
-    assert float(low["entropy"]) < float(off["entropy"])
-    assert float(greedy["entropy"]) == float(greedy["95% margin of surprise"]) == 0  # one text
-    assert float(off["95% margin of surprise"]) > 0  # another seed gives another text
-    assert list(every.values())[2:] == list(off.values())[2:]  # both are the full distribution
-    run, overfitted = (results("sampling_quick")[name] for name in ("model", "overfitted"))
-    assert overfitted["flags"]["share"] == sampling.SHARE
-    checkpoints = table("sampling_quick_checkpoints")
-    assert [row["step"] for row in checkpoints] == ["0", "2", "4", "6"]
-    tokenizer = load_checkpoint("checkpoints/studies/sampling_quick/model/best.pt")[1]
-    uniform = math.log(tokenizer.vocab_size)
-    assert float(checkpoints[0]["validation loss"]) == pytest.approx(uniform, abs=0.1)  # untrained
-    assert [row["step"] for row in table("sampling_quick_overfitting")] == ["0", "2", "4", "6"]
-    assert float(checkpoints[-1]["validation loss"]) == pytest.approx(run["val"], abs=1e-5)
-    (validation,) = table("sampling_quick_validation")
-    assert float(validation["surprise"]) == pytest.approx(run["val"], abs=1e-5)
 
 
 # --- benchmarks
