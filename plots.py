@@ -2,6 +2,7 @@
 
     python plots.py                                      the newest run: losses, learning rate, ...
     python plots.py checkpoints/a checkpoints/b --x time --output_file both.svg
+    python plots.py checkpoints/best.pt --inside "To be, or not"
     python plots.py --picture attention --text "To be, or not to be" --layers 0,3
     python plots.py --picture positions
     python plots.py --picture embeddings checkpoints/best.pt
@@ -24,7 +25,7 @@ from viz.curve import X_LABELS, plot_runs, save_figure
 from viz.internals import plot_internals
 from viz.runs import MAX_RUNS, read_run
 
-PICTURES = ("runs", "attention", "positions", "embeddings", "temperatures")
+PICTURES = ("runs", "inside", "attention", "positions", "embeddings", "temperatures")
 
 
 @dataclass
@@ -37,10 +38,15 @@ class PlotConfig:
     picture: str = setting("runs", "what to plot", choices=PICTURES)
     output_file: str = setting("", "file to write, .png or .svg; default: PICTURE.png")
     x: str = setting("step", "horizontal axis of runs", choices=tuple(X_LABELS))
-    text: str = setting("To be, or not to be", "input of attention and temperatures")
+    text: str = setting("To be, or not to be", "input of inside, attention and temperatures")
+    inside: str = setting("", "short for --picture inside --text TEXT")
     layers: str = setting("", "layers of attention, for example 0,3; default: all")
     heads: str = setting("", "heads of attention, for example 0,1; default: all")
     temperatures: str = setting("0.5,0.8,1,1.5", "temperatures, one panel each")
+
+    def __post_init__(self) -> None:
+        if self.inside:
+            self.picture, self.text = "inside", self.inside
 
     @property
     def output(self) -> Path:

@@ -1,5 +1,5 @@
-"""Plots of a trained model: attention weights, position encodings, token embeddings, and the effect
-of temperature on the next token. `python plots.py --picture ...` draws them."""
+"""Plots of a trained model: predictions, attention weights, position encodings, token embeddings,
+and the effect of temperature on the next token. `python plots.py --picture ...` draws them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generate import adjust_logits
-from model import GPT, LearnedPositions, rotation_angles
+from model import GPT, AttentionContext, LearnedPositions, rotation_angles
 from sampling.text import encode_prompt, last_trained_on_text
 from system.settings import UserError
 from tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def plot_internals(
     heads: Sequence[int],
     temperatures: Sequence[float],
 ) -> "Figure":
-    """The figure `picture` (attention, positions, embeddings or temperatures) of a checkpoint.
+    """The figure `picture` of a checkpoint: one of plots.PICTURES except runs.
 
     Empty `layers` or `heads` select all, empty `temperatures` are 1. Raises UserError if the text
     does not fit in the window, or if the model has no such layer or head.
@@ -67,12 +67,82 @@ def plot_internals(
     for flag, indices, n in (("layers", layers, config.n_layer), ("heads", heads, config.n_head)):
         if max(indices) >= n:
             raise UserError(f"--{flag} must be from 0 to {n - 1}: the model has {n}")
-    return plot_attention(model, tokenizer, ids, layers, heads)
+    if picture == "attention":
+        return plot_attention(model, tokenizer, ids, layers, heads)
+    if len(ids) < 2:
+        raise UserError("the text needs two tokens: nothing predicts the first one")
+    return plot_inside(model, tokenizer, ids, layers, heads)
 
 
 def token_labels(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
     """The text of each token (N,), with whitespace made visible."""
     return [tokenizer.decode([i]).translate(VISIBLE_SPACES) for i in ids.tolist()]
+
+
+# --- inside: how each token of a text is predicted. The web page shows the same numbers.
+
+
+@torch.no_grad()
+def logit_lens(model: GPT, ids: Tensor) -> Tensor:
+    """What each block would predict after each token of a text (T,): the probabilities of the next
+    token, (n_layer, T, V), if the final norm and the output layer read the residual stream after
+    that block (nostalgebraist 2020). The last ones are the model's own."""
+    x, rotation = model.pos(model.tok(ids[None]), torch.arange(len(ids), device=ids.device))
+    streams = []  # (1, T, C) each
+    for block in model.blocks:
+        x = block(x, AttentionContext(rotation))
+        streams.append(x)
+    return model.head(model.norm(torch.cat(streams))).softmax(dim=-1)
+
+
+@torch.no_grad()
+def attention_weights(model: GPT, ids: Tensor) -> Tensor:
+    """The attention weights for a text (T,), (n_layer, H, T, T): queries, then keys."""
+    maps: list[Tensor] = []  # (1, H, T, T) each
+    model(ids[None], maps=maps)
+    return torch.cat(maps)
+
+
+def surprise(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """How a model predicted each token of a text (T,) after the first: the probability that it gave
+    to the token, and the entropy of its prediction in nats, (T - 1,) both."""
+    probs = logit_lens(model, ids)[-1, :-1]  # (T - 1, V)
+    return probs.gather(1, ids[1:, None])[:, 0], -torch.xlogy(probs, probs).sum(dim=-1)
+
+
+def plot_inside(
+    model: GPT, tokenizer: Tokenizer, ids: Tensor, layers: Sequence[int], heads: Sequence[int]
+) -> "Figure":
+    """How a model predicts each token of a text (T,) after the first: the most likely token after
+    each block; the surprise, -ln p, and the entropy; per layer, the mean attention weights."""
+    lens = logit_lens(model, ids)[:, :-1].max(dim=-1)  # 2 x (n_layer, T - 1)
+    probability, entropy = surprise(model, ids)
+    labels = drawable(token_labels(tokenizer, ids)) if len(ids) <= MAX_TICK_LABELS else []
+    guesses = drawable(token_labels(tokenizer, lens.indices.flatten())) if labels else []
+    width = max(8, 2.2 * TOKEN_INCHES * len(labels))
+    figure = new_figure(width, 4 + 0.3 * len(lens.values) + width / len(layers))
+    grid = figure.add_gridspec(3, len(layers))
+    top, middle = (figure.add_subplot(grid[row, :]) for row in (0, 1))
+    image = top.imshow(lens.values.numpy(), aspect="auto", cmap=COLOR_MAP, vmin=0, vmax=1)
+    figure.colorbar(image, ax=top, label="probability")
+    for i, guess in enumerate(guesses):
+        row, column = divmod(i, len(ids) - 1)
+        color = BLACK if lens.values[row, column] > 0.5 else "white"
+        top.text(column, row, guess, color=color, ha="center", va="center", parse_math=False)
+    title = "most likely token after each layer; below it, the token of the text"
+    top.set(title=title, ylabel="layer", yticks=range(len(lens.values)))
+    middle.bar(range(len(entropy)), -probability.log().numpy(), color=BLUE, label="surprise, -ln p")
+    middle.plot(entropy.numpy(), "o-", color=ORANGE, label="entropy")
+    middle.set(ylabel="nats", xlim=(-0.5, len(entropy) - 0.5))
+    middle.legend()
+    for axes in (top, middle):
+        axes.set_xticks(range(len(labels) - 1), labels[1:], parse_math=False)
+    maps = attention_weights(model, ids)[:, heads].mean(dim=1)  # (n_layer, T, T)
+    for column, layer in enumerate(layers):
+        axes = figure.add_subplot(grid[2, column])
+        axes.imshow(maps[layer].numpy(), cmap=COLOR_MAP, vmin=0)
+        axes.set(title=f"attention, layer {layer}", xlabel="key", ylabel="query")
+    return figure
 
 
 # --- attention
@@ -84,15 +154,14 @@ def plot_attention(
 ) -> "Figure":
     """Attention weights for a text (T,): one map per head, one row of maps per layer. Queries are
     the rows of a map, keys its columns; each row sums to 1."""
-    maps: list[Tensor] = []  # per layer, (1, H, T, T)
-    model(ids[None], maps=maps)
+    maps = attention_weights(model, ids)
     ticks = drawable(token_labels(tokenizer, ids)) if len(ids) <= MAX_TICK_LABELS else []
     side = max(MAP_INCHES, TOKEN_INCHES * len(ticks))
     figure = new_figure(1 + side * len(heads), 0.6 + side * len(layers))
     grid = figure.subplots(len(layers), len(heads), squeeze=False)
     for layer, row in zip(layers, grid, strict=True):
         for head, axes in zip(heads, row, strict=True):
-            weights = maps[layer][0, head].numpy()  # (T, T)
+            weights = maps[layer, head].numpy()  # (T, T)
             image = axes.imshow(weights, cmap=COLOR_MAP, vmin=0, vmax=1)
             axes.set_title(f"layer {layer}, head {head}", fontsize=10)
             for set_ticks in (axes.set_xticks, axes.set_yticks):
