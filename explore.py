@@ -5,9 +5,8 @@
     python explore.py sweep --settings "temperature=0.5,0.8,1.1 top_k=20,40"
 
 chat continues a conversation; a model trained on questions answers them, as --system TEXT says.
-probs prints the most likely tokens at each step, and with --lens what each layer would predict.
-sweep samples with every combination of --settings, and prints the samples and their statistics;
---output_file writes them to a file too.
+probs prints the most likely tokens at each step. sweep samples with every combination of
+--settings, and prints the samples and their statistics; --output_file writes them to a file too.
 """
 
 import shlex
@@ -147,8 +146,7 @@ def token_probabilities(
 
 
 def lens_table(model: GPT, tokenizer: Tokenizer, text: Tensor, n: int) -> Iterator[str]:
-    """A line for each of the last n tokens of a text (T,), as far as they fit in one window: the
-    token, and the most likely one after each layer with its probability."""
+    """The last n tokens of a text (T,) in one window, and what each layer would have predicted."""
     window = text[-model.config.block_size - 1 :]
     values, tokens = logit_lens(model, window[:-1]).max(dim=-1)  # (n_layer, T) both
     yield "\ntoken".ljust(16) + " ".join(f"after layer {i:<3}" for i in range(len(values))).rstrip()

@@ -37,7 +37,8 @@ from training.task import Pretraining
 from viz.curve import is_number
 
 PAGE = Path(__file__).parent / "page"
-ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
+ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "inside.js", "worker.js")
+INTERFACE = ("page.js", "view.js")
 GENERATOR = b'<meta name="generator" content="TinyLLM export.py">'
 # In nats per token: less than the spread over seeds (0.013 for `fast`, see docs/benchmarks.md).
 # With int8, the loss of the laptop preset on TinyShakespeare changes by 0.0002 or less.
@@ -177,7 +178,7 @@ def to_javascript(pattern: str) -> str:
 def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str]:
     """The text of the page, in parts. Each placeholder of page.html is replaced once, so that no
     data is taken for one."""
-    style, script = read_source("page.css"), read_source("page.js")
+    style, script = read_source("page.css"), "".join(map(read_source, INTERFACE))
     title = html.escape(f"{data['name']}: a language model")
     content = json.dumps(data, allow_nan=False)  # in which < occurs only in strings
     hashes = [

@@ -28,6 +28,7 @@ COLOR_MAP = "cividis"
 VISIBLE_SPACES = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 MAX_TICK_LABELS = 32  # more tokens than that are not readable along an axis
 MAP_INCHES, TOKEN_INCHES = 2.6, 0.16  # smallest side of an attention map; per labeled token
+CENTERED: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
 MAX_EMBEDDINGS = 150  # tokens in the plot of embeddings
 MAX_BARS = 20  # tokens in the plot of temperatures
 # Groups of tokens by color; a token is in the first group that contains it.
@@ -84,9 +85,8 @@ def token_labels(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
 
 @torch.no_grad()
 def logit_lens(model: GPT, ids: Tensor) -> Tensor:
-    """What each block would predict after each token of a text (T,): the probabilities of the next
-    token, (n_layer, T, V), if the final norm and the output layer read the residual stream after
-    that block (nostalgebraist 2020). The last ones are the model's own."""
+    """What each block would predict after each token of a text (T,): probabilities (n_layer, T, V)
+    if the norm and the head read the residual stream after that block (nostalgebraist 2020)."""
     x, rotation = model.pos(model.tok(ids[None]), torch.arange(len(ids), device=ids.device))
     streams = []  # (1, T, C) each
     for block in model.blocks:
@@ -115,28 +115,25 @@ def plot_inside(
 ) -> "Figure":
     """How a model predicts each token of a text (T,) after the first: the most likely token after
     each block; the surprise, -ln p, and the entropy; per layer, the mean attention weights."""
-    lens = logit_lens(model, ids)[:, :-1].max(dim=-1)  # 2 x (n_layer, T - 1)
+    values, tokens = logit_lens(model, ids)[:, :-1].max(dim=-1)  # (n_layer, T - 1) both
     probability, entropy = surprise(model, ids)
-    labels = drawable(token_labels(tokenizer, ids)) if len(ids) <= MAX_TICK_LABELS else []
-    guesses = drawable(token_labels(tokenizer, lens.indices.flatten())) if labels else []
-    width = max(8, 2.2 * TOKEN_INCHES * len(labels))
-    figure = new_figure(width, 4 + 0.3 * len(lens.values) + width / len(layers))
+    n, readable = len(entropy), len(ids) <= MAX_TICK_LABELS
+    labels = drawable(token_labels(tokenizer, ids[1:])) if readable else []
+    guesses = drawable(token_labels(tokenizer, tokens.flatten())) if readable else []
+    figure = new_figure(12, 9)
     grid = figure.add_gridspec(3, len(layers))
     top, middle = (figure.add_subplot(grid[row, :]) for row in (0, 1))
-    image = top.imshow(lens.values.numpy(), aspect="auto", cmap=COLOR_MAP, vmin=0, vmax=1)
+    image = top.imshow(values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, alpha=0.6)
     figure.colorbar(image, ax=top, label="probability")
     for i, guess in enumerate(guesses):
-        row, column = divmod(i, len(ids) - 1)
-        color = BLACK if lens.values[row, column] > 0.5 else "white"
-        top.text(column, row, guess, color=color, ha="center", va="center", parse_math=False)
-    title = "most likely token after each layer; below it, the token of the text"
-    top.set(title=title, ylabel="layer", yticks=range(len(lens.values)))
-    middle.bar(range(len(entropy)), -probability.log().numpy(), color=BLUE, label="surprise, -ln p")
+        top.text(i % n, i // n, guess, **CENTERED)
+    top.set(title="most likely token after each layer", ylabel="layer", yticks=range(len(values)))
+    middle.bar(range(n), -probability.log().numpy(), color=BLUE, label="surprise, -ln p")
     middle.plot(entropy.numpy(), "o-", color=ORANGE, label="entropy")
-    middle.set(ylabel="nats", xlim=(-0.5, len(entropy) - 0.5))
+    middle.set(xlabel="token of the text", ylabel="nats", xlim=(-0.5, n - 0.5))
     middle.legend()
     for axes in (top, middle):
-        axes.set_xticks(range(len(labels) - 1), labels[1:], parse_math=False)
+        axes.set_xticks(range(len(labels)), labels, parse_math=False)
     maps = attention_weights(model, ids)[:, heads].mean(dim=1)  # (n_layer, T, T)
     for column, layer in enumerate(layers):
         axes = figure.add_subplot(grid[2, column])
@@ -244,9 +241,8 @@ def plot_embeddings(model: GPT, tokenizer: Tokenizer) -> "Figure":
     figure = new_figure(8, 8)
     axes = figure.subplots()
     axes.scatter(*points.T.numpy(), alpha=0)  # sets the limits of the axes, which text does not
-    place: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
     for (x, y), label, group in zip(points.tolist(), labels, groups, strict=True):
-        axes.text(x, y, label, color=TOKEN_GROUPS[group][0], fontsize=12, **place)
+        axes.text(x, y, label, color=TOKEN_GROUPS[group][0], fontsize=12, **CENTERED)
     if len(set(groups)) > 1:  # other scripts have no case
         for name, (color, _) in TOKEN_GROUPS.items():
             axes.plot([], [], "s", color=color, label=name)
