@@ -131,7 +131,7 @@ def plot_inside(
     middle.bar(range(n), -probability.log().numpy(), color=BLUE, label="surprise, -ln p")
     middle.plot(entropy.numpy(), "o-", color=ORANGE, label="entropy")
     middle.set(xlabel="token of the text", ylabel="nats", xlim=(-0.5, n - 0.5))
-    middle.legend()
+    middle.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     for axes in (top, middle):
         axes.set_xticks(range(len(labels)), labels, parse_math=False)
     maps = attention_weights(model, ids)[:, heads].mean(dim=1)  # (n_layer, T, T)
