@@ -162,23 +162,11 @@ def test_logits_and_tokens_equal_pytorchs(chromium, tmp_path, config: dict, prec
         assert found[str(i)] == [int(step.ids) for step in steps], run
 
 
-def window_begin(at: int, size: int = 12) -> int:
-    """Where the window begins in which generate() predicts the token at `at`."""
-    begin = 0
-    for end in range(at + 1):
-        begin = end - size // 2 if end - begin > size else begin
-    return begin
-
-
 LOOK = """
 ((texts, places) => texts.map((text, i) => {
   const inside = new Inside(model, tokenizer, text);
   const numbers = [...inside.surprise()].slice(1).map((t) => [t.probability, t.entropy]);
-  const looks = places[i].map((at) => {
-    const { lens, attention } = inside.look(at);
-    const best = lens.map((layer) => layer.alternatives.map((t) => [t.id, t.probability]));
-    return { best, attention: attention.map((layer) => layer.map((head) => [...head])) };
-  });
+  const looks = places[i].map((at) => inside.look(at));
   return { numbers, looks };
 }))(%s)
 """
@@ -193,19 +181,25 @@ def test_the_insides_equal_pythons(chromium, tmp_path, config: dict):
     model = rounded(model, precision)
     texts = [rng.choices(range(11), k=rng.choice([2, 7, 12, 30])) for _ in range(50)]
     places = [rng.choices(range(1, len(text) + 1), k=3) for text in texts]
-    found = chromium.evaluate(LOOK % json.dumps([texts, places])[1:-1], "worker")
-    for text, ats, insides in zip(texts, places, found, strict=True):
+    begins = [0]  # of the windows in which generate() predicts each token
+    for end in range(1, 31):
+        begins.append(end - 6 if end - begins[-1] > 12 else begins[-1])
+    results = chromium.evaluate(LOOK % json.dumps([texts, places])[1:-1], "worker")
+    for text, ats, insides in zip(texts, places, results, strict=True):
         if len(text) <= 12:
             numbers = torch.stack(internals.surprise(model, torch.tensor(text)), dim=1)
             assert torch.allclose(torch.Tensor(insides["numbers"]), numbers, atol=1e-4)
         for at, look in zip(ats, insides["looks"], strict=True):
-            ids = torch.tensor(text[window_begin(at) : at])
+            ids = torch.tensor(text[begins[at] : at])
             probs = internals.logit_lens(model, ids)[:, -1]  # (n_layer, V)
-            best = torch.Tensor(look["best"])  # (n_layer, 8, 2)
-            assert torch.allclose(best[..., 1], probs.topk(8).values, atol=1e-4)
-            assert torch.allclose(probs.gather(1, best[..., 0].long()), best[..., 1], atol=1e-4)
+            for token, expected in zip(look["lens"], probs, strict=True):
+                shown = {t["id"]: t["probability"] for t in token["alternatives"]}
+                values = torch.Tensor(list(shown.values()))  # (8,)
+                assert torch.allclose(values, expected.topk(8).values, atol=1e-4)
+                assert torch.allclose(values, expected[list(shown)], atol=1e-4)
             weights = internals.attention_weights(model, ids)[:, :, -1]  # (n_layer, H, S)
-            assert torch.allclose(torch.Tensor(look["attention"]), weights, atol=1e-4)
+            found = [[[*head.values()] for head in layer] for layer in look["attention"]]
+            assert torch.allclose(torch.Tensor(found), weights, atol=1e-4)
 
 
 def test_every_float16_number_is_read(engine):
@@ -679,7 +673,6 @@ def test_the_page_shows_the_inside_of_the_text(chromium, trained_page):
     assert chromium.evaluate(tint % 5) == pytest.approx(shade, abs=1e-4)
 
     def look(at: int) -> None:
-        """What the page shows is the prediction of the token at this place."""
         chromium.wait_for(f"view.look?.at === {at} && {details}.includes('attend')")
         shown = chromium.evaluate(details)
         assert at == len(ids) or f"probability {percent_of(probability[at - 1])} " in shown

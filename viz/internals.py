@@ -88,10 +88,8 @@ def logit_lens(model: GPT, ids: Tensor) -> Tensor:
     """What each block would predict after each token of a text (T,): probabilities (n_layer, T, V)
     if the norm and the head read the residual stream after that block (nostalgebraist 2020)."""
     x, rotation = model.pos(model.tok(ids[None]), torch.arange(len(ids), device=ids.device))
-    streams = []  # (1, T, C) each
-    for block in model.blocks:
-        x = block(x, AttentionContext(rotation))
-        streams.append(x)
+    context = AttentionContext(rotation)
+    streams = [x := block(x, context) for block in model.blocks]  # (1, T, C) each
     return model.head(model.norm(torch.cat(streams))).softmax(dim=-1)
 
 

@@ -76,7 +76,8 @@ function start() {
   $("result").hidden = false;
   setRunning(true, "");
   const number = ++lastNumber;
-  run = { number, active: true, prompt, text: "", seed, n_tokens: 0, notes: [], pending: [] };
+  run = { number, active: true, prompt, text: "", seed, n_tokens: 0 };
+  Object.assign(run, { ids: [], notes: [], pending: [] });
   if (prompt !== text) run.notes.push(`only the last ${MAX_PROMPT} characters of the prompt`);
   worker.postMessage({ start: { number, settings } });
 }

@@ -50,18 +50,23 @@ function showSummary() {
   $("tokens").classList.remove("attention");
   const entropy = $("color").value === "entropy";
   const known = view.tokens.filter(({ probability }) => probability !== undefined);
+  const [n, all] = [view.tokens.length, run.ids.length];
+  if (n <= all || !known.length) {
+    return $("details").replaceChildren(`Reading ${n} of ${count(all)} ...`);
+  }
   for (const token of known) shade(token, (entropy ? token.entropy : surprise(token)) / UNIFORM);
   const meaning = entropy
     ? "Entropy: the surprise that the model expected."
     : "Surprise: -ln p, where p is the probability of the token.";
   $("scale-end").textContent = `${nats(UNIFORM)}, as for uniform guessing. ${meaning}`;
-  if (!known.length) return $("details").replaceChildren(`Reading ${count(run.ids.length)} ...`);
   const mean = (f) => nats(known.reduce((sum, token) => sum + f(token), 0) / known.length);
-  const means = `surprise ${mean(surprise)} (the loss on this text), entropy ${mean((t) => t.entropy)}`;
+  const [loss, expected] = [mean(surprise), mean((token) => token.entropy)];
+  const means = `Mean: surprise ${loss} (the loss on this text), entropy ${expected}.`;
   const least = [...known].sort((a, b) => a.probability - b.probability).slice(0, N_LISTED);
   const list = element("p", {}, "Most surprising: ");
   for (const { span, label, probability } of least) {
-    const button = element("button", { type: "button" }, `${visible(label)} ${percent(probability)}`);
+    const name = `${visible(label)} ${percent(probability)}`;
+    const button = element("button", { type: "button" }, name);
     button.addEventListener("click", () => {
       span.scrollIntoView({ block: "nearest" });
       $("tokens").focus(); // for the arrow keys
@@ -69,7 +74,7 @@ function showSummary() {
     });
     list.append(button, " ");
   }
-  $("details").replaceChildren(element("p", {}, `Mean: ${means}.`), list);
+  $("details").replaceChildren(element("p", {}, means), list);
 }
 
 const shade = ({ span }, share) => span.style.setProperty("--p", Math.min(share, 1));
@@ -104,23 +109,29 @@ function receiveLook(look) {
 
 function showLook() {
   const { at, lens } = view.look;
-  const { label, probability, entropy } = view.tokens[at];
-  const title = element("p", { class: "title" }, `${quoted(label)} `);
-  const numbers = [`probability ${percent(probability)}`, `surprise ${nats(-Math.log(probability))}`];
-  const isLast = probability === undefined;
-  title.append(isLast ? "the next token" : [...numbers, `entropy ${nats(entropy)}`].join(" \u00b7 "));
+  const token = view.tokens[at];
+  const isLast = token.probability === undefined;
+  const numbers = () => [
+    `probability ${percent(token.probability)}`,
+    `surprise ${nats(surprise(token))}`,
+    `entropy ${nats(token.entropy)}`,
+  ];
+  const text = isLast ? "the next token" : numbers().join(" \u00b7 ");
+  const title = element("p", { class: "title" }, `${quoted(token.label)} ${text}`);
   const [answer] = lens.at(-1).alternatives;
   const first = lens.findIndex(({ alternatives: [best] }) => best.id === answer.id);
-  const note = `Final answer: ${quoted(answer.label)} (framed), first the most likely after layer ${first}.`;
+  const place = `(framed), first the most likely after layer ${first}.`;
   const own = isLast ? "" : " Bold: the token of the text.";
-  $("details").replaceChildren(title, lensTable(lens, answer), element("p", {}, note + own));
+  const note = `Final answer: ${quoted(answer.label)} ${place}${own}`;
+  $("details").replaceChildren(title, lensTable(lens, answer), element("p", {}, note));
   $("details").append(attentionLine());
 }
 
 function lensTable(lens, answer) {
   const table = element("table", { class: "lens" });
   const head = element("tr");
-  head.append(element("th", {}, "layer"), element("th", { colspan: N_LENS }, "most likely after that layer"));
+  head.append(element("th", {}, "layer"));
+  head.append(element("th", { colspan: N_LENS }, "most likely after that layer"));
   table.append(head);
   for (const [layer, { id: own, alternatives }] of lens.entries()) {
     const row = element("tr");
@@ -148,7 +159,8 @@ function attentionLine() {
   for (const [i, token] of view.tokens.entries()) shade(token, weights[i] / highest);
   $("tokens").classList.add("attention");
   view.tokens[at - 1].span.classList.add("query");
-  $("scale-end").textContent = `attention weight ${percent(highest)}. Dotted: the token that attends.`;
+  const end = `attention weight ${percent(highest)}. Dotted: the token that attends.`;
+  $("scale-end").textContent = end;
   const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, N_LISTED);
   const items = order.filter((i) => weights[i]).map((i) => {
     return `${quoted(view.tokens[i].label)} ${percent(weights[i])} (${at - i} before)`;
@@ -158,9 +170,9 @@ function attentionLine() {
 }
 
 // --- events
-const numbersTo = (n) => [...Array(n).keys()].map(String);
-for (const n of numbersTo(data.config.n_layer)) $("layer").append(element("option", {}, n));
-for (const n of ["mean", ...numbersTo(data.config.n_head)]) $("head").append(element("option", {}, n));
+for (const [id, n] of [["layer", data.config.n_layer], ["head", data.config.n_head]]) {
+  for (let i = 0; i < n; i++) $(id).append(element("option", {}, i));
+}
 $("inside").addEventListener("click", () => {
   const open = $("inside").getAttribute("aria-pressed") !== "true";
   $("inside").setAttribute("aria-pressed", open);
