@@ -20,6 +20,7 @@ from system.start import run
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from config import SampleConfig
@@ -40,12 +41,13 @@ from sampling.text import (
 from system.command_line import parse_args
 from system.settings import UserError, setting
 from tokenizer import Tokenizer
+from viz.internals import logit_lens
 
 # The actions, and the flags that each of them would ignore.
-UNUSED_FLAGS: dict[str, tuple[str, ...]] = {
-    "chat": ("settings", "prompt", "prompt_file", "num_samples", "beams", "stream", "output_file"),
-    "probs": ("settings", "system", "num_samples", "beams", "stop", "stream", "output_file"),
-    "sweep": ("system", "beams", "stream"),
+UNUSED_FLAGS = {
+    "chat": "settings lens prompt prompt_file num_samples beams stream output_file",
+    "probs": "settings system num_samples beams stop stream output_file",
+    "sweep": "lens system beams stream",
 }
 SWEPT = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 N_SHOWN = 5  # probabilities per step of probs
@@ -55,6 +57,7 @@ N_SHOWN = 5  # probabilities per step of probs
 class ExploreConfig:
     action: str = setting("", "first argument", choices=tuple(UNUSED_FLAGS), positional=True)
     settings: str = setting("temperature=0.5,0.8,1.1", "sweep: the values to compare")
+    lens: bool = setting(False, "probs: also print what each layer would predict")
     system: str = setting("", "chat: text before the first question, which says how to answer")
 
 
@@ -123,15 +126,32 @@ def read_user_line() -> str:
 # --- token probabilities
 
 
-def token_probabilities(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> Iterator[str]:
+def token_probabilities(
+    model: GPT, tokenizer: Tokenizer, config: SampleConfig, lens: bool = False
+) -> Iterator[str]:
     """Generate one sample; yields a line per token: the sampled token, and the most likely tokens
     with their probabilities under the sampling settings."""
     prompt = model_prompt(model, tokenizer, config)
+    text = prompt.tolist()
     for step in generate(model, prompt, config, end_tokens(tokenizer)):
+        text += step.ids.tolist()
         probs, ids = adjust_logits(step.logits, **sampling_settings(config))  # (1, V) both
         most_likely = zip(probs[0, :N_SHOWN].tolist(), ids[0, :N_SHOWN].tolist(), strict=True)
         shown = "  ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for p, i in most_likely if p)
         yield f"{tokenizer.decode(step.ids.tolist())!r:14} from  {shown}"
+    if lens:
+        yield from lens_table(model, tokenizer, prompt.new_tensor(text), len(text) - len(prompt))
+
+
+def lens_table(model: GPT, tokenizer: Tokenizer, text: Tensor, n: int) -> Iterator[str]:
+    """The last n tokens of a text (T,) in one window, and what each layer would have predicted."""
+    window = text[-model.config.block_size - 1 :]
+    values, tokens = logit_lens(model, window[:-1]).max(dim=-1)  # (n_layer, T) both
+    yield "\ntoken".ljust(16) + " ".join(f"after layer {i:<3}" for i in range(len(values))).rstrip()
+    for at in range(-min(n, len(window) - 1), 0):
+        pairs = zip(tokens[:, at].tolist(), values[:, at].tolist(), strict=True)
+        cells = "".join(f"{f'{tokenizer.decode([i])!r} {p:.3f}':16}" for i, p in pairs)
+        yield f"{tokenizer.decode([int(window[at])])!r:14} {cells}".rstrip()
 
 
 # --- sweeps
@@ -232,7 +252,7 @@ def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
     found = sampling_problems(config)
     given = vars(config) | vars(explore)
     defaults = vars(SampleConfig()) | vars(ExploreConfig())
-    unused = list(UNUSED_FLAGS.get(explore.action, ()))
+    unused = UNUSED_FLAGS.get(explore.action, "").split()
     if explore.action == "sweep":
         try:
             unused += parse_sweep(explore.settings)[0]
@@ -255,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         chat(model, tokenizer, config, explore.system)
         return 0
     if explore.action == "probs":
-        lines = token_probabilities(model, tokenizer, config)
+        lines = token_probabilities(model, tokenizer, config, explore.lens)
     else:
         command = f"python explore.py sweep --settings={shlex.quote(explore.settings)}"
         first_lines = header(config, state, command)

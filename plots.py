@@ -2,6 +2,7 @@
 
     python plots.py                                      the newest run: losses, learning rate, ...
     python plots.py checkpoints/a checkpoints/b --x time --output_file both.svg
+    python plots.py checkpoints/best.pt --inside "To be, or not"
     python plots.py --picture attention --text "To be, or not to be" --layers 0,3
     python plots.py --picture positions
     python plots.py --picture embeddings checkpoints/best.pt
@@ -28,7 +29,7 @@ from viz.internals import plot_internals
 
 MAX_RUNS = 20  # in one picture: more verdicts and names than that do not fit
 SIZES = ("vocab_size", "batch_size", "grad_accum", "block_size", "n_layer", "n_embd")
-PICTURES = ("runs", "attention", "positions", "embeddings", "temperatures")
+PICTURES = ("runs", "inside", "attention", "positions", "embeddings", "temperatures")
 
 
 @dataclass
@@ -39,10 +40,15 @@ class PlotConfig:
     picture: str = setting("runs", "what to plot", choices=PICTURES)
     output_file: str = setting("", "file to write, .png or .svg; default: PICTURE.png")
     x: str = setting("step", "horizontal axis of runs", choices=tuple(curve.X_LABELS))
-    text: str = setting("To be, or not to be", "input of attention and temperatures")
+    text: str = setting("To be, or not to be", "input of inside, attention and temperatures")
+    inside: str = setting("", "short for --picture inside --text TEXT")
     layers: str = setting("", "layers of attention, for example 0,3; default: all")
     heads: str = setting("", "heads of attention, for example 0,1; default: all")
     temperatures: str = setting("0.5,0.8,1,1.5", "temperatures, one panel each")
+
+    def __post_init__(self) -> None:
+        if self.inside:
+            self.picture, self.text = "inside", self.inside
 
     @property
     def output(self) -> Path:

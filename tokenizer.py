@@ -217,8 +217,7 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
     if data.get("kind") == "bpe":
         ranks = {from_printable(text): int(i) for text, i in data["ranks"].items()}
         ids = [*ranks.values(), *data["specials"].values()]
-        every_byte = {bytes([b]) for b in range(256)} <= ranks.keys()
-        if not every_byte or len({*ids}) < len(ids) or min(ids) < 0:
+        if len({*ids}) < len(ids) or min(ids) < 0 or {bytes([b]) for b in range(256)} - {*ranks}:
             raise UserError("byte pairs need a token for every byte, and different ids from 0 on")
         return BPETokenizer(ranks, dict(data["specials"]), regex.compile(data["pattern"]).pattern)
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")

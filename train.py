@@ -8,8 +8,7 @@
     torchrun --nproc_per_node=2 train.py       two GPUs; see training/distributed.py
 
 The run folder, checkpoints/ or checkpoints/TAG/, contains latest.pt and best.pt, loss_curve.png,
-samples.txt, loss_log.json (a list of the evaluations) and log.jsonl (all measurements).
-Next: python generate.py
+samples.txt, loss_log.json (evaluations) and log.jsonl (everything). Next: python generate.py
 """
 
 import contextlib
@@ -121,7 +120,6 @@ class Trainer:
             compile_model(model, config, device, same_shapes=task.tokens_per_step is not None)
         self.replica = make_replica(self.model, config.parallel, device)
         self.params = list(model.parameters())  # the walk through the modules takes 0.2 ms
-        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
         self.task, self.config, self.device = task, config, device
         self.optimizers = configure_optimizers(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -165,8 +163,7 @@ class Trainer:
         metrics: dict[str, Tensor] = {}
         for m, (batch, n) in zip(self.micro_steps, batches, strict=True):
             inputs = [to_device(t, self.device) for t in batch]  # 3. move to device
-            if self.has_dropout:
-                torch.manual_seed(mix_seed(config.seed, self.step, m))
+            torch.manual_seed(mix_seed(config.seed, self.step, m))  # for dropout
             # The micro-batch's share of the tokens; DDP and FSDP divide by the number of processes.
             share = n * world_size() / n_tokens
             is_last = m == self.micro_steps[-1]
@@ -253,8 +250,7 @@ class Trainer:
         return [f"ckpt_{self.step:05d}.pt"] if due else []
 
     def save(self, log: RunLog, names: list[str]) -> None:
-        """Write checkpoints with everything that an exact resume needs, for any number of
-        processes. (Batches and dropout are functions of the step.)"""
+        """Write checkpoints from which any number of processes can resume exactly."""
         self.check_finite()
         weights = self.replica.weights()
         optimizers = list(map(self.replica.optimizer_state, self.optimizers.values()))

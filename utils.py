@@ -23,8 +23,8 @@ from system.settings import UserError, all_problems, raise_problems
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device. The host does not wait for a copy to a CUDA GPU, which needs pinned
-    memory. On MPS such copies can have wrong values (github.com/pytorch/pytorch/issues/189690)."""
+    """The tensor on a device. The host does not wait for a copy from pinned memory to a CUDA GPU;
+    on MPS such copies can have wrong values (pytorch issue 189690)."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

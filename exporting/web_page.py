@@ -31,7 +31,8 @@ from tokenizer import BPETokenizer, Tokenizer
 from viz.curve import is_number
 
 PAGE = Path(__file__).parent / "page"
-ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "worker.js")
+ENGINE = ("model.js", "tokenizer.js", "random.js", "generate.js", "inside.js", "worker.js")
+INTERFACE = ("page.js", "view.js")
 GENERATOR = b'<meta name="generator" content="TinyLLM export.py">'
 MAX_INT8 = 127
 # The settings that model.js implements.
@@ -124,7 +125,7 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
     """The text of the page, in parts. Each placeholder of page.html is replaced once, so that no
     data is taken for one."""
     sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
-    style, script = sources["page.css"], sources["page.js"]
+    style, script = sources["page.css"], "".join(sources[name] for name in INTERFACE)
     title = html.escape(f"{data['name']}: a language model")
     content = json.dumps(data, allow_nan=False)  # in which < occurs only in strings
     hashes = [

@@ -1,5 +1,6 @@
 """explore.py: chats, token probabilities and sweeps, against the model's own logits."""
 
+import ast
 import itertools
 import math
 import re
@@ -111,6 +112,21 @@ def test_probabilities_are_those_under_the_sampling_settings(trained, capsys):
     pairs = zip(ids.tolist(), probs.tolist(), strict=True)
     wanted = "  ".join(f"{tokenizer.decode([i])!r} {p:.3f}" for i, p in pairs)
     assert lines[0].split("from  ")[1] == wanted
+
+
+def test_the_lens_has_the_prediction_of_each_layer_for_the_sampled_tokens(trained, capsys):
+    explore.main(["probs", "--max_tokens=30", "--prompt=the ", "--seed=1", "--lens"])
+    steps, table = capsys.readouterr().out.split("\n\n")
+    sampled = re.findall(r"^(.*?) +from  ", steps, re.M)
+    header, *rows = table.splitlines()
+    model, tokenizer, _ = load_checkpoint(Path("checkpoints/best.pt"), torch.device("cpu"))
+    size = model.config.block_size
+    assert header == "token          after layer 0" and len(rows) == size == 16
+    text = "the " + "".join(map(ast.literal_eval, sampled))
+    ids = torch.from_numpy(tokenizer.encode(text))[-size - 1 : -1]
+    probs, best = model(ids[None])[0][0].softmax(dim=-1).max(dim=-1)
+    for at in range(-len(rows), 0):
+        assert rows[at] == f"{sampled[at]:14} {tokenizer.decode([int(best[at])])!r} {probs[at]:.3f}"
 
 
 def test_probabilities_after_a_question_are_those_of_the_answer(monkeypatch, capsys):

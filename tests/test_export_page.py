@@ -40,6 +40,7 @@ from tokenizer import (
     Tokenizer,
     prompt_text,
 )
+from viz import internals
 
 LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have
 # " fox" is a token that no merge of two tokens makes: it is only found as a whole piece.
@@ -156,6 +157,46 @@ def test_logits_and_tokens_equal_pytorchs(chromium, tmp_path, config: dict, prec
     for i, run in enumerate(runs):
         steps = generate(model, ids[:3], SampleConfig(**run))
         assert found[str(i)] == [int(step.ids) for step in steps], run
+
+
+LOOK = """
+((texts, places) => texts.map((text, i) => {
+  const inside = new Inside(model, tokenizer, text);
+  const numbers = [...inside.surprise()].slice(1).map((t) => [t.probability, t.entropy]);
+  const looks = places[i].map((at) => inside.look(at));
+  return { numbers, looks };
+}))(%s)
+"""
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_insides_equal_pythons(chromium, tmp_path, config: dict):
+    """In texts of up to 30 tokens, of which a window has 12, looked at in any order."""
+    precision = ["float16", "int8"][CONFIGS.index(config) % 2]
+    model, rng = make_model(**config), random.Random(0)
+    open_page(chromium, write_page(tmp_path / "page", model, LETTERS, precision))
+    model = rounded(model, precision)
+    texts = [rng.choices(range(11), k=rng.choice([2, 7, 12, 30])) for _ in range(50)]
+    places = [rng.choices(range(1, len(text) + 1), k=3) for text in texts]
+    begins = [0]  # of the windows in which generate() predicts each token
+    for end in range(1, 31):
+        begins.append(end - 6 if end - begins[-1] > 12 else begins[-1])
+    results = chromium.evaluate(LOOK % json.dumps([texts, places])[1:-1], "worker")
+    for text, ats, insides in zip(texts, places, results, strict=True):
+        if len(text) <= 12:
+            numbers = torch.stack(internals.surprise(model, torch.tensor(text)), dim=1)
+            assert torch.allclose(torch.Tensor(insides["numbers"]), numbers, atol=1e-4)
+        for at, look in zip(ats, insides["looks"], strict=True):
+            ids = torch.tensor(text[begins[at] : at])
+            probs = internals.logit_lens(model, ids)[:, -1]  # (n_layer, V)
+            for token, expected in zip(look["lens"], probs, strict=True):
+                shown = {t["id"]: t["probability"] for t in token["alternatives"]}
+                values = torch.Tensor(list(shown.values()))  # (8,)
+                assert torch.allclose(values, expected.topk(8).values, atol=1e-4)
+                assert torch.allclose(values, expected[list(shown)], atol=1e-4)
+            weights = internals.attention_weights(model, ids)[:, :, -1]  # (n_layer, H, S)
+            found = [[[*head.values()] for head in layer] for layer in look["attention"]]
+            assert torch.allclose(torch.Tensor(found), weights, atol=1e-4)
 
 
 def test_every_float16_number_is_read(engine):
@@ -492,14 +533,13 @@ def test_the_page_shows_the_alternatives_of_a_token(chromium, trained_page):
     x, y = place["x"] + 2, place["y"] + place["height"] / 2
     chromium.mouse("mouseMoved", x, y)
     top = probs.topk(8)
-    visible = str.maketrans({" ": "␣", "\n": "↵"})
     rows = shown()
-    expected = [tokenizer.decode([i]).translate(visible) for i in top.indices.tolist()]
+    expected = [tokenizer.decode([i]).translate(VISIBLE) for i in top.indices.tolist()]
     assert [label for label, *_ in rows[:8]] == expected
     percentages = [float(percentage[:-1]) for _, percentage, _ in rows[:8]]
     assert percentages == pytest.approx((100 * top.values).tolist(), abs=0.06)
     chosen = [label for label, _, kind in rows if kind == "chosen"]
-    assert chosen == [tokenizer.decode([int(first.ids)]).translate(visible)]
+    assert chosen == [tokenizer.decode([int(first.ids)]).translate(VISIBLE)]
     chromium.mouse("mouseMoved", 1, 1)
     assert shown() == []
     chromium.touch(x, y)
@@ -538,6 +578,22 @@ def test_generation_can_be_stopped(chromium, trained_page):
     assert chromium.evaluate("$('status').textContent").startswith("1 token · ")
 
 
+VISIBLE = str.maketrans({" ": "␣", "\n": "↵"})
+
+
+def percent_of(probability: torch.Tensor) -> str:
+    return f"{100 * probability.item():.1f}%"
+
+
+def overflow(chromium: Chromium, width: int) -> int:
+    """How much wider than a window of this width the page is, in pixels."""
+    size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": width < 500}
+    chromium.send("page", "Emulation.setDeviceMetricsOverride", **size)
+    found = chromium.evaluate("document.documentElement.scrollWidth")
+    chromium.send("page", "Emulation.clearDeviceMetricsOverride")
+    return max(found - width, 0)
+
+
 def test_the_page_shows_the_run(chromium, trained_page):
     state = torch.load("run/best.pt", weights_only=True)
     lines = "[...document.querySelectorAll('polyline.%s')]"
@@ -549,11 +605,65 @@ def test_the_page_shows_the_run(chromium, trained_page):
     assert settings["n_layer"] == "1" and settings["max_steps"] == "150"
     assert "data" not in settings and "out_dir" not in settings  # names of the user's folders
     assert "loss (nats per token)" in chromium.evaluate("$('curve').textContent")
-    for width in (320, 1200):
-        size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": width < 500}
-        chromium.send("page", "Emulation.setDeviceMetricsOverride", **size)
-        assert chromium.evaluate("document.documentElement.scrollWidth") <= width
-    chromium.send("page", "Emulation.clearDeviceMetricsOverride")
+    assert overflow(chromium, 320) == overflow(chromium, 1200) == 0
+
+
+def test_the_page_shows_the_inside_of_the_text(chromium, trained_page):
+    model, tokenizer = trained_page
+    fill(chromium, prompt="the quick", seed=1, max_new_tokens=30)
+    text = generated(chromium)
+    press(chromium, "inside")
+    ready = "!$('view').hidden && view.tokens.length === run.ids.length + 1"
+    chromium.wait_for(ready)
+    assert chromium.evaluate("$('tokens').textContent") == f"{text}…"
+    ids = torch.tensor(chromium.evaluate("run.ids"))
+    probability, entropy = internals.surprise(model, ids)
+    surprise = -probability.log()
+    details, tint = (
+        "$('details').textContent",
+        "+view.tokens[%d].span.style.getPropertyValue('--p')",
+    )
+    means = f"surprise {surprise.mean():.2f} nats (the loss on this text), entropy "
+    assert f"{means}{entropy.mean():.2f} nats" in chromium.evaluate(details)
+    shade = min(surprise[4].item() / np.log(model.config.vocab_size), 1)
+    assert chromium.evaluate(tint % 5) == pytest.approx(shade, abs=1e-4)
+
+    def look(at: int) -> None:
+        chromium.wait_for(f"view.look?.at === {at} && {details}.includes('attend')")
+        shown = chromium.evaluate(details)
+        assert at == len(ids) or f"probability {percent_of(probability[at - 1])} " in shown
+        probs, best = internals.logit_lens(model, ids[:at])[-1, -1].topk(5)
+        labels = [tokenizer.decode([i]).translate(VISIBLE) for i in best.tolist()]
+        numbers = [label + percent_of(p) for label, p in zip(labels, probs, strict=True)]
+        last = "document.querySelector('.lens tr:last-child').textContent"
+        assert chromium.evaluate(last) == "".join(["0", *numbers])
+
+    chromium.evaluate("$('tokens').scrollIntoView()")
+    place = chromium.evaluate("view.tokens[5].span.getClientRects()[0].toJSON()")
+    x, y = place["x"] + 2, place["y"] + place["height"] / 2
+    chromium.mouse("mouseMoved", x, y)
+    look(5)
+    chromium.evaluate("$('head').value = '1'; $('head').dispatchEvent(new Event('change'))")
+    weights = internals.attention_weights(model, ids[:5])[0, 1, -1]  # (5,)
+    for i, weight in enumerate(weights / weights.max()):
+        assert chromium.evaluate(tint % i) == pytest.approx(weight.item(), abs=1e-4)
+    chromium.mouse("mouseMoved", 1, 1)
+    assert "Most surprising" in chromium.evaluate(details)
+    chromium.touch(x, y)
+    look(5)
+    for key, at in {"ArrowRight": 6, "ArrowLeft": 5}.items():
+        chromium.send("page", "Input.dispatchKeyEvent", type="keyDown", key=key)
+        look(at)
+    chromium.evaluate("pointAt(view.tokens.at(-1).span)")
+    look(len(ids))  # the next token
+    assert overflow(chromium, 320) == 0
+    chromium.send("page", "Input.dispatchKeyEvent", type="keyDown", key="Escape")
+    chromium.evaluate("$('details').querySelector('button').click()")
+    look(1 + int(probability.argmin()))
+    press(chromium, "generate")
+    assert chromium.evaluate("[$('text').hidden, $('view').hidden]") == [False, True]
+    chromium.wait_for(ready)
+    assert not [e for e in chromium.events if e["method"] == "Runtime.exceptionThrown"]
 
 
 def test_questions_are_asked(chromium, tmp_path):

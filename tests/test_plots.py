@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, make_model
+from conftest import COMPONENTS, TINY_RUN, make_model
 from matplotlib import font_manager
 
 import plots
@@ -154,6 +154,7 @@ def test_a_run_is_read_from_its_folder_and_from_its_checkpoint(workplace):
     assert {"final": folder.final} == json.loads(lines[-1]) and not checkpoint.final
     assert plots.main(["--picture=attention", "--text=the dog", "--output_file=maps.svg"]) == 0
     assert (workplace / "maps.svg").read_bytes().startswith(b"<?xml")
+    assert plots.main(["--inside=the dog", "--output_file=inside.svg"]) == 0
     for picture in plots.PICTURES:
         assert plots.main(["checkpoints/a/best.pt", f"--picture={picture}", "--text=the"]) == 0
         assert (workplace / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
@@ -188,6 +189,36 @@ def test_attention_maps_are_the_softmax_of_the_selected_heads():
         np.testing.assert_allclose(axes.images[0].get_array(), wanted[head], atol=1e-5)
     ticks = [text.get_text() for text in grid[0].get_xticklabels()]
     assert ticks == ["␣", "c", "a", "h"]
+
+
+@pytest.mark.parametrize("config", COMPONENTS, ids=str)
+def test_the_lens_is_the_prediction_of_a_model_without_the_later_blocks(config):
+    model, ids = make_model(**config), torch.tensor([1, 4, 2, 9, 4])
+    lens = internals.logit_lens(model, ids)
+    probability, entropy = internals.surprise(model, ids)
+    logits = model(ids[None])[0][0, :-1]
+    predicted = torch.distributions.Categorical(logits=logits)
+    assert torch.allclose(probability, predicted.log_prob(ids[1:]).exp(), atol=1e-5)
+    assert torch.allclose(entropy, predicted.entropy(), atol=1e-4)
+    while model.blocks:
+        expected = model(ids[None])[0][0].softmax(dim=-1)
+        assert torch.allclose(lens[len(model.blocks) - 1], expected, atol=1e-5)
+        del model.blocks[-1]
+
+
+def test_a_picture_shows_how_each_token_is_predicted():
+    model, ids = make_model(), torch.tensor([1, 4, 2, 9])
+    figure = internals.plot_inside(model, TOKENIZER, ids, layers=[1], heads=[0, 1])
+    top, middle, _, attention = figure.axes
+    maps: list[torch.Tensor] = []
+    probs = model(ids[None], maps=maps)[0][0, :-1].softmax(dim=-1).detach().numpy()
+    np.testing.assert_allclose(top.images[0].get_array()[1], probs.max(axis=1), atol=1e-5)
+    guesses = internals.token_labels(TOKENIZER, torch.from_numpy(probs.argmax(axis=1)))
+    assert [text.get_text() for text in top.texts[3:]] == guesses
+    heights = [bar.get_height() for bar in middle.patches]
+    np.testing.assert_allclose(heights, -np.log(probs[range(3), ids[1:]]), atol=1e-4)
+    wanted = maps[1][0].mean(dim=0).detach().numpy()
+    np.testing.assert_allclose(attention.images[0].get_array(), wanted, atol=1e-5)
 
 
 def test_position_encodings_match_their_formulas():
@@ -291,6 +322,8 @@ def test_what_does_not_fit_the_model_is_reported(trained):
         plots.main(["--picture=attention", "--text=the", "--heads=2"])
     with pytest.raises(UserError, match="160 tokens, but the window is 16"):
         plots.main(["--picture=temperatures", "--text=" + 40 * "the "])
+    with pytest.raises(UserError, match="needs two tokens"):
+        plots.main(["--inside=t"])
 
 
 # --- damaged logs: what can be read is plotted, anything else is one line that says what is wrong

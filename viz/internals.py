@@ -1,5 +1,5 @@
-"""Plots of a trained model: attention weights, position encodings, token embeddings, and the effect
-of temperature on the next token. `python plots.py --picture ...` draws them."""
+"""Plots of a trained model: predictions, attention weights, position encodings, token embeddings,
+and the effect of temperature on the next token. `python plots.py --picture ...` draws them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generate import adjust_logits
-from model import GPT, LearnedPositions, rotation_angles
+from model import GPT, AttentionContext, LearnedPositions, rotation_angles
 from sampling.text import encode_prompt, last_trained_on_text
 from system.settings import UserError
 from tokenizer import Tokenizer
@@ -28,6 +28,7 @@ COLOR_MAP = "cividis"
 VISIBLE_SPACES = str.maketrans({" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"})
 MAX_TICK_LABELS = 32  # more tokens than that are not readable along an axis
 MAP_INCHES, TOKEN_INCHES = 2.6, 0.16  # smallest side of an attention map; per labeled token
+CENTERED: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
 MAX_EMBEDDINGS = 150  # tokens in the plot of embeddings
 MAX_BARS = 20  # tokens in the plot of temperatures
 # Groups of tokens by color; a token is in the first group that contains it.
@@ -47,7 +48,7 @@ def plot_internals(
     heads: Sequence[int],
     temperatures: Sequence[float],
 ) -> "Figure":
-    """The figure `picture` (attention, positions, embeddings or temperatures) of a checkpoint.
+    """The figure `picture` of a checkpoint: one of plots.PICTURES except runs.
 
     Empty `layers` or `heads` select all, empty `temperatures` are 1. Raises UserError if the text
     does not fit in the window, or if the model has no such layer or head.
@@ -67,12 +68,76 @@ def plot_internals(
     for flag, indices, n in (("layers", layers, config.n_layer), ("heads", heads, config.n_head)):
         if max(indices) >= n:
             raise UserError(f"--{flag} must be from 0 to {n - 1}: the model has {n}")
-    return plot_attention(model, tokenizer, ids, layers, heads)
+    if picture == "attention":
+        return plot_attention(model, tokenizer, ids, layers, heads)
+    if len(ids) < 2:
+        raise UserError("the text needs two tokens: nothing predicts the first one")
+    return plot_inside(model, tokenizer, ids, layers, heads)
 
 
 def token_labels(tokenizer: Tokenizer, ids: Tensor) -> list[str]:
     """The text of each token (N,), with whitespace made visible."""
     return [tokenizer.decode([i]).translate(VISIBLE_SPACES) for i in ids.tolist()]
+
+
+# --- inside: how each token of a text is predicted. The web page shows the same numbers.
+
+
+@torch.no_grad()
+def logit_lens(model: GPT, ids: Tensor) -> Tensor:
+    """What each block would predict after each token of a text (T,): probabilities (n_layer, T, V)
+    if the norm and the head read the residual stream after that block (nostalgebraist 2020)."""
+    x, rotation = model.pos(model.tok(ids[None]), torch.arange(len(ids), device=ids.device))
+    context = AttentionContext(rotation)
+    streams = [x := block(x, context) for block in model.blocks]  # (1, T, C) each
+    return model.head(model.norm(torch.cat(streams))).softmax(dim=-1)
+
+
+@torch.no_grad()
+def attention_weights(model: GPT, ids: Tensor) -> Tensor:
+    """The attention weights for a text (T,), (n_layer, H, T, T): queries, then keys."""
+    maps: list[Tensor] = []  # (1, H, T, T) each
+    model(ids[None], maps=maps)
+    return torch.cat(maps)
+
+
+def surprise(model: GPT, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """How a model predicted each token of a text (T,) after the first: the probability that it gave
+    to the token, and the entropy of its prediction in nats, (T - 1,) both."""
+    probs = logit_lens(model, ids)[-1, :-1]  # (T - 1, V)
+    return probs.gather(1, ids[1:, None])[:, 0], -torch.xlogy(probs, probs).sum(dim=-1)
+
+
+def plot_inside(
+    model: GPT, tokenizer: Tokenizer, ids: Tensor, layers: Sequence[int], heads: Sequence[int]
+) -> "Figure":
+    """How a model predicts each token of a text (T,) after the first: the most likely token after
+    each block; the surprise, -ln p, and the entropy; per layer, the mean attention weights."""
+    values, tokens = logit_lens(model, ids)[:, :-1].max(dim=-1)  # (n_layer, T - 1) both
+    probability, entropy = surprise(model, ids)
+    n, readable = len(entropy), len(ids) <= MAX_TICK_LABELS
+    labels = drawable(token_labels(tokenizer, ids[1:])) if readable else []
+    guesses = drawable(token_labels(tokenizer, tokens.flatten())) if readable else []
+    figure = new_figure(12, 9)
+    grid = figure.add_gridspec(3, len(layers))
+    top, middle = (figure.add_subplot(grid[row, :]) for row in (0, 1))
+    image = top.imshow(values.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, alpha=0.6)
+    figure.colorbar(image, ax=top, label="probability")
+    for i, guess in enumerate(guesses):
+        top.text(i % n, i // n, guess, **CENTERED)
+    top.set(title="most likely token after each layer", ylabel="layer", yticks=range(len(values)))
+    middle.bar(range(n), -probability.log().numpy(), color=BLUE, label="surprise, -ln p")
+    middle.plot(entropy.numpy(), "o-", color=ORANGE, label="entropy")
+    middle.set(xlabel="token of the text", ylabel="nats", xlim=(-0.5, n - 0.5))
+    middle.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    for axes in (top, middle):
+        axes.set_xticks(range(len(labels)), labels, parse_math=False)
+    maps = attention_weights(model, ids)[:, heads].mean(dim=1)  # (n_layer, T, T)
+    for column, layer in enumerate(layers):
+        axes = figure.add_subplot(grid[2, column])
+        axes.imshow(maps[layer].numpy(), cmap=COLOR_MAP, vmin=0)
+        axes.set(title=f"attention, layer {layer}", xlabel="key", ylabel="query")
+    return figure
 
 
 # --- attention
@@ -84,15 +149,14 @@ def plot_attention(
 ) -> "Figure":
     """Attention weights for a text (T,): one map per head, one row of maps per layer. Queries are
     the rows of a map, keys its columns; each row sums to 1."""
-    maps: list[Tensor] = []  # per layer, (1, H, T, T)
-    model(ids[None], maps=maps)
+    maps = attention_weights(model, ids)
     ticks = drawable(token_labels(tokenizer, ids)) if len(ids) <= MAX_TICK_LABELS else []
     side = max(MAP_INCHES, TOKEN_INCHES * len(ticks))
     figure = new_figure(1 + side * len(heads), 0.6 + side * len(layers))
     grid = figure.subplots(len(layers), len(heads), squeeze=False)
     for layer, row in zip(layers, grid, strict=True):
         for head, axes in zip(heads, row, strict=True):
-            weights = maps[layer][0, head].numpy()  # (T, T)
+            weights = maps[layer, head].numpy()  # (T, T)
             image = axes.imshow(weights, cmap=COLOR_MAP, vmin=0, vmax=1)
             axes.set_title(f"layer {layer}, head {head}", fontsize=10)
             for set_ticks in (axes.set_xticks, axes.set_yticks):
@@ -175,9 +239,8 @@ def plot_embeddings(model: GPT, tokenizer: Tokenizer) -> "Figure":
     figure = new_figure(8, 8)
     axes = figure.subplots()
     axes.scatter(*points.T.numpy(), alpha=0)  # sets the limits of the axes, which text does not
-    place: dict[str, Any] = {"ha": "center", "va": "center", "parse_math": False}
     for (x, y), label, group in zip(points.tolist(), labels, groups, strict=True):
-        axes.text(x, y, label, color=TOKEN_GROUPS[group][0], fontsize=12, **place)
+        axes.text(x, y, label, color=TOKEN_GROUPS[group][0], fontsize=12, **CENTERED)
     if len(set(groups)) > 1:  # other scripts have no case
         for name, (color, _) in TOKEN_GROUPS.items():
             axes.plot([], [], "s", color=color, label=name)

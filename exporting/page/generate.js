@@ -177,7 +177,7 @@ function* streamText(model, tokenizer, settings) {
   const room = size - Math.min(n, size >> 2); // the rest is for the answer, as in explore.py chat
   const encoded = qa ? encodeChat(tokenizer, turns, prompt, room) : encodePrompt(tokenizer, prompt);
   const { ids, unknown, question = ids } = encoded;
-  yield { prompt: decodePrompt(tokenizer, question), n_tokens: ids.length, unknown };
+  yield { prompt: decodePrompt(tokenizer, question), ids, unknown };
   const writer = new TextWriter(tokenizer, settings.stop.split("|"));
   for (const step of generate(model, ids, settings, writer.ends)) {
     if (!step.logits) yield step;

@@ -128,15 +128,16 @@ class KVCache {
     const tensor = () => new Float32Array(size); // (K, block_size, D)
     const layer = () => ({ keys: tensor(), values: tensor() });
     this.layers = Array.from({ length: config.n_layer }, layer);
-    // with token shift: what the last token passes to the next one, in each sublayer, (C/2)
-    this.shiftState = [];
+    // with token shift: what each token passes to the next one, in each sublayer, (C/2)
+    this.shiftState = Array.from({ length: 2 * config.n_layer }, () => []);
+    this.record = null; // or what the view "Inside" shows: {streams, attention}, per layer
   }
 
   // Store what this token passes on, and return what the token before it did: zeros at the start.
   swapShiftState(sublayer, x) {
-    const before = this.length ? this.shiftState[sublayer] : new Float32Array(x.length);
-    this.shiftState[sublayer] = x;
-    return before;
+    const states = this.shiftState[sublayer];
+    states[this.length] = x;
+    return this.length ? states[this.length - 1] : new Float32Array(x.length);
   }
 }
 
@@ -160,19 +161,22 @@ function makeAttention(config, weights, layer) {
       values.set(head(H + K + i), place);
     }
     const y = new Float32Array(H * D);
+    const attention = []; // (H, S)
     for (let h = 0; h < H; h++) {
       const q = head(h, qNorm);
       if (rotation) rotate(q, rotation);
       const start = Math.floor(h / (H / K)) * block_size * D; // of the shared key/value head
       const filled = (tensor) => tensor.subarray(start, start + (cache.length + 1) * D); // (S, D)
-      plainAttention(q, filled(keys), filled(values), y.subarray(h * D, (h + 1) * D));
+      const output = y.subarray(h * D, (h + 1) * D);
+      attention.push(plainAttention(q, filled(keys), filled(values), output));
     }
+    cache.record?.attention.push(attention);
     return proj(y); // (C)
   };
 }
 
 // Attention as in the formula, softmax(q k^T / sqrt(D)) v, for a query (D), keys and values (S, D).
-// The output is added to y (D).
+// The output is added to y (D), and the weights (S) are returned.
 function plainAttention(q, keys, values, y) {
   const D = q.length;
   const scores = new Float32Array(keys.length / D); // (S)
@@ -186,6 +190,7 @@ function plainAttention(q, keys, values, y) {
     const weight = weights[s];
     for (let i = 0, v = s * D; i < D; i++, v++) y[i] += weight * values[v];
   }
+  return weights;
 }
 
 function softmax(x) {
@@ -232,7 +237,10 @@ class GPT {
   // not needed: in the prompt, only the last token's are.
   forward(token, cache, needLogits = true) {
     let [x, rotation] = this.pos(matrixRow(this.tok, token), cache.length); // (C)
-    for (const block of this.blocks) x = block(x, rotation, cache);
+    for (const block of this.blocks) {
+      x = block(x, rotation, cache);
+      cache.record?.streams.push(x);
+    }
     cache.length += 1;
     return needLogits ? this.head(this.norm(x)) : undefined; // (V)
   }

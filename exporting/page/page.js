@@ -11,7 +11,8 @@ const element = (name, attributes = {}, text = "", namespace = document.body.nam
   return created;
 };
 const data = JSON.parse($("data").textContent);
-let run = { number: 0, active: false }; // the text that is generated, or the last one
+let run = { active: false, ids: [] }; // the text that is generated, or the last one
+let lastNumber = 0; // of a text
 let turns = []; // of the conversation with a model that answers questions: [question, answer]
 const MAX_PROMPT = 60000; // characters: of a longer text, the end is used
 
@@ -30,6 +31,8 @@ function startWorker() {
   worker.onmessage = ({ data: message }) => {
     if (message.error) fail(message.error);
     else if (message.ready) setRunning(false, "Ready");
+    else if (message.look) receiveLook(message.look);
+    else if (message.number === view.number) receiveTokens(message);
     else receiveSteps(message);
   };
   worker.onerror = (event) => fail(event.message ?? "the worker could not be started");
@@ -53,6 +56,7 @@ function setRunning(running, status) {
   $("halt").disabled = !running;
   run.active = running;
   showStatus(status);
+  showView();
 }
 
 // --- one text at a time
@@ -71,8 +75,9 @@ function start() {
   else newConversation();
   $("result").hidden = false;
   setRunning(true, "");
-  const number = run.number + 1;
-  run = { number, active: true, prompt, text: "", seed, n_tokens: 0, notes: [], pending: [] };
+  const number = ++lastNumber;
+  run = { number, active: true, prompt, text: "", seed, n_tokens: 0 };
+  Object.assign(run, { ids: [], notes: [], pending: [] });
   if (prompt !== text) run.notes.push(`only the last ${MAX_PROMPT} characters of the prompt`);
   worker.postMessage({ start: { number, settings } });
 }
@@ -111,14 +116,17 @@ function speed() {
 function showStep(step) {
   if (step.prompt !== undefined) {
     $("output").append(element("span", { class: "prompt" }, step.prompt));
-    const { unknown, n_tokens: n } = step;
+    const { unknown, ids } = step;
+    const n = ids.length;
     const size = data.config.block_size;
     const seen = Math.max(size >> 1, 1);
+    run.ids = n > size ? ids.slice(-seen) : ids; // what the model sees
     if (unknown.length) run.notes.push(`unknown characters left out: ${unknown.join(" ")}`);
     if (n > size) run.notes.push(`the model sees the last ${seen} of ${count(n)} of the prompt`);
   }
   if (step.token) {
     run.n_tokens += 1;
+    run.ids.push(step.token.id);
     run.pending.push(step.token);
   }
   // A token may end inside a character: then the text comes with a later token.
@@ -135,6 +143,8 @@ function showStep(step) {
 
 // --- the alternatives of a token
 const VISIBLE_SPACES = { " ": "\u2423", "\n": "\u21b5", "\t": "\u21e5" };
+const visible = (label) => label.replace(/[ \n\t]/g, (space) => VISIBLE_SPACES[space]);
+const percent = (probability) => `${(100 * probability).toFixed(1)}%`;
 
 function showAlternatives(span) {
   hideAlternatives();
@@ -149,9 +159,8 @@ function showAlternatives(span) {
       const bar = element("span", { class: "bar" });
       bar.append(element("span"));
       bar.firstChild.style.setProperty("--p", probability);
-      const name = label.replace(/[ \n\t]/g, (space) => VISIBLE_SPACES[space]);
-      const percentage = element("span", {}, `${(100 * probability).toFixed(1)}%`);
-      row.append(element("span", { class: "label" }, name), bar, percentage);
+      const percentage = element("span", {}, percent(probability));
+      row.append(element("span", { class: "label" }, visible(label)), bar, percentage);
       box.append(row);
     }
   }
@@ -168,7 +177,7 @@ function showAlternatives(span) {
 function hideAlternatives() {
   $("alternatives").hidden = true;
   $("alternatives").replaceChildren();
-  document.querySelector(".token.shown")?.classList.remove("shown");
+  $("output").querySelector(".shown")?.classList.remove("shown");
 }
 
 // --- the run: loss curve and settings
@@ -246,32 +255,37 @@ $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("generate").disabled)
     $("form").requestSubmit();
 });
-// A mouse shows the alternatives while it points at a token; a tap or a click, until the next one;
-// the arrow keys those of the previous or the next token.
-let tapped = false;
-for (const kind of ["mouseover", "click"]) {
-  $("output").addEventListener(kind, ({ target }) => {
-    if (target.tokens) {
-      showAlternatives(target);
-      tapped = kind === "click";
-    } else if (!tapped) hideAlternatives();
+// A mouse shows a token while it points at it; a tap or a click, until the next one in `area`; the
+// arrow keys show the previous or the next token. Returns the function that shows a token for good,
+// or none.
+function makePointable(box, area, show, hide) {
+  let pinned = null;
+  const point = (token, pin = true) => {
+    pinned = pin ? token : null;
+    if (token) show(token);
+    else hide();
+  };
+  const free = () => !pinned?.isConnected;
+  const tokenAt = ({ target }) => target.closest(".token");
+  box.addEventListener("mouseover", (event) => free() && point(tokenAt(event), false));
+  box.addEventListener("mouseleave", () => free() && hide());
+  box.addEventListener("click", (event) => point(tokenAt(event)));
+  box.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const tokens = [...box.querySelectorAll(".token")];
+    if (!step || !tokens.length) return;
+    event.preventDefault();
+    const at = tokens.findIndex((token) => token.classList.contains("shown"));
+    const token = tokens.at((Math.max(at, step < 0 ? 0 : -1) + step) % tokens.length);
+    token.scrollIntoView({ block: "nearest" });
+    requestAnimationFrame(() => point(token)); // after "scroll"
   });
+  document.addEventListener("click", ({ target }) => area.contains(target) || point(null));
+  document.addEventListener("keydown", ({ key }) => key === "Escape" && point(null));
+  return point;
 }
-$("output").addEventListener("keydown", (event) => {
-  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-  const tokens = [...document.querySelectorAll(".token")];
-  if (!step || !tokens.length) return;
-  event.preventDefault();
-  const at = tokens.findIndex((token) => token.classList.contains("shown"));
-  const token = tokens.at((Math.max(at, step < 0 ? 0 : -1) + step) % tokens.length);
-  tapped = true;
-  token.scrollIntoView({ block: "nearest" });
-  requestAnimationFrame(() => showAlternatives(token)); // after "scroll"
-});
-$("output").addEventListener("mouseleave", () => tapped || hideAlternatives());
-$("output").addEventListener("scroll", hideAlternatives);
-document.addEventListener("click", ({ target }) => target.tokens || hideAlternatives());
-document.addEventListener("keydown", ({ key }) => key === "Escape" && hideAlternatives());
+const pointAtOutput = makePointable($("output"), $("output"), showAlternatives, hideAlternatives);
+$("output").addEventListener("scroll", () => pointAtOutput(null));
 document.addEventListener("DOMContentLoaded", () => {
   showRun();
   startWorker();

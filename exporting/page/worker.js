@@ -1,10 +1,11 @@
 // The worker that runs the model, so that the page stays responsive. The page sends the weights,
-// {tensor: ...}, then {model: ...}; {start: ...} begins a text, {next: true} asks for more of it.
+// {tensor: ...}, then {model: ...}; {start: ...} begins a text, {inside: ...} a pass over a text,
+// and {next: true} asks for more of it. {look: ...} asks how one token of that text was predicted.
 "use strict";
 
 const SLICE_MS = 30; // of work per message: the page is updated that often, and can stop in between
 const weights = {}; // name -> vector or matrix
-let model, tokenizer, stream, number; // the stream of steps of text `number`
+let model, tokenizer, inside, stream, number; // the stream of steps of text `number`
 
 const receive = {
   tensor({ name, shape, kind, base64 }) {
@@ -19,6 +20,15 @@ const receive = {
     number = started;
     stream = streamText(model, tokenizer, settings);
     receive.next();
+  },
+  inside({ number: started, ids }) {
+    number = started;
+    inside = new Inside(model, tokenizer, ids);
+    stream = inside.surprise();
+    receive.next();
+  },
+  look(request) {
+    postMessage({ look: { ...request, ...inside.look(request.at) } });
   },
   next() {
     const steps = [];
