@@ -117,7 +117,6 @@ class CharTokenizer(Encoder):
         return [] if "<UNK>" in self.specials else sorted(set(text) - set(self.chars))
 
     def to_dict(self) -> dict[str, Any]:
-        """The tokenizer as plain data."""
         return {"kind": "char", "chars": self.chars, "specials": list(self.specials)}
 
 
@@ -179,8 +178,7 @@ class BPETokenizer(Encoder):
         return {i: token for token, i in self.ranks.items()} | specials
 
     def unknown(self, text: str) -> list[str]:
-        """The characters that cannot be encoded: none."""
-        return []
+        return []  # every text can be encoded
 
     def to_dict(self) -> dict[str, Any]:
         """The tokenizer as plain data, with byte strings in GPT-2's printable alphabet."""
@@ -219,7 +217,9 @@ def from_dict(data: dict[str, Any]) -> Tokenizer:
         ids = [*ranks.values(), *data["specials"].values()]
         if len({*ids}) < len(ids) or min(ids) < 0 or {bytes([b]) for b in range(256)} - {*ranks}:
             raise UserError("byte pairs need a token for every byte, and different ids from 0 on")
-        return BPETokenizer(ranks, dict(data["specials"]), regex.compile(data["pattern"]).pattern)
+        if regex.match(data["pattern"], ""):
+            raise UserError("the pattern of pieces matches an empty one")
+        return BPETokenizer(ranks, dict(data["specials"]), data["pattern"])
     raise UserError(f"unknown kind of tokenizer {data.get('kind')!r}")
 
 

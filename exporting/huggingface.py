@@ -156,7 +156,7 @@ def export_hf(checkpoint: Path, folder: Path, overwrite: bool = False) -> str:
         card = model_card(model, tokenizer, state, arch)
         texts = {"README.md": card} | (code_files() if arch == hf_model.CUSTOM else {})
         for name, text in texts.items():
-            (tmp_path / name).write_text(text, encoding="utf-8")
+            (tmp_path / name).write_text(text, encoding="utf-8", errors="replace")
     return repr(str(folder)) + (TRUST if arch == hf_model.CUSTOM else "")
 
 

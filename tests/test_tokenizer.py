@@ -73,6 +73,9 @@ def test_an_unknown_or_incomplete_tokenizer_is_rejected():
     for data in (incomplete, doubled, shared, negative):
         with pytest.raises(UserError, match="a token for every byte, and different ids"):
             from_dict(data)
+    for pattern in ("", "a*", "|a"):
+        with pytest.raises(UserError, match="matches an empty one"):
+            from_dict(BPE.to_dict() | {"pattern": pattern})
 
 
 # --- byte pairs: training
