@@ -235,9 +235,6 @@ def test_the_version_is_printed(capsys):
     assert not stop.value.code and capsys.readouterr().out.startswith("TinyLLM 1.")
 
 
-# --- settings of a class made for the test
-
-
 @dataclass
 class Small:
     """One field of each kind."""
@@ -327,9 +324,6 @@ def test_a_model_setting_that_is_not_known_is_beyond_an_export():
     config = GPTConfig(norm="layernorm", dropout=0.5)
     assert config.beyond({f.name for f in fields(GPTConfig)}) == []
     assert "norm" in config.beyond(set()) and "dropout" not in config.beyond(set())
-
-
-# --- derived sizes
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,6 @@ def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
     return list(documents.iter_documents(path, **settings))
 
 
-# --- one text, several documents, records
-
-
 @pytest.mark.parametrize(("kind", "vocab_size"), [("char", 0), ("bpe", 300), ("bpe", 400)])
 def test_one_text_is_split_at_nine_tenths_whatever_the_tokenizer(tmp_path, kind, vocab_size):
     text = make_text() + "\u20ac" * 99  # each of three bytes

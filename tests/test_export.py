@@ -27,8 +27,6 @@ from tokenizer import END_OF_TEXT, CharTokenizer
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-# --- folders
-
 
 def make_checkpoint(tokenizer: str, arch: str, *flags: str) -> Path:
     size = ["--vocab_size=300"] if tokenizer == "bpe" else []
@@ -139,9 +137,6 @@ def test_the_gguf_error_for_a_fast_run_names_the_command_that_trains_an_exportab
     command = re.search(r"python train.py (.*), with", str(e.value))
     assert train.main([*command[1].split(), *TINY_RUN]) == 0
     assert export.main(["checkpoints/qwen3/best.pt", "model.gguf"]) == 0
-
-
-# --- user errors
 
 
 def test_components_that_match_no_architecture_are_named():

@@ -164,9 +164,6 @@ def test_the_code_in_the_folder_is_that_of_this_project(exported):
     assert f"at most {WINDOW} tokens" in card and "tags: [custom_code]" in card
 
 
-# --- generate()
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -315,9 +312,6 @@ def filled_dynamic_cache(config: Any) -> Any:
     return cache
 
 
-# --- training, precision, saving
-
-
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_gives_the_logits_of_generate(exported, precision):
     ours, _, _ = utils.load_checkpoint("model.pt")
@@ -338,9 +332,6 @@ def test_a_saved_model_contains_its_code_again(exported, models):
     assert torch.allclose(load("again")(idx).logits, ours(idx)[0], atol=1e-6, rtol=0)
     names = safetensors_torch.load_file("again/model.safetensors").keys()
     assert "gpt.tok.weight" in names and "gpt.head.weight" not in names  # tied
-
-
-# --- import
 
 
 def test_an_import_restores_the_model_and_never_runs_code(exported, models):
@@ -382,9 +373,6 @@ def test_a_changed_config_is_one_error(exported, changes, message):
     with pytest.raises(UserError, match=message) as error:
         export.main(["--from", "out", "back.pt"])
     assert "\n" not in str(error.value) and not Path("back.pt").exists()
-
-
-# --- adapters
 
 
 def test_an_adapter_of_such_a_model_is_one_of_peft(exported):

@@ -81,9 +81,6 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-# --- tensors
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_tensors_are_those_of_the_model(arch, tied):
@@ -172,9 +169,6 @@ def test_types_round_as_they_should():
             four = q4[name].reshape(-1, 32)  # 16 steps of an eighth of the largest weight
             assert (abs(blocks - four) <= 127 * step * (1 / 8 + 1e-3)).all()
             assert np.array_equal(four, rounded) == name.startswith("token_embd")
-
-
-# --- settings and tokenizers
 
 
 def test_settings_of_a_llama():
@@ -292,9 +286,6 @@ def test_patterns_of_imported_models(pattern, name):
     assert fields["tokenizer.ggml.pre"] == name
 
 
-# --- prompts
-
-
 def rendered(fields: dict[str, Any]) -> str:
     template = jinja2.Template(fields["tokenizer.chat_template"], keep_trailing_newline=True)
     messages = [("user", "Who?"), ("assistant", " me"), ("user", "Why?\n")]
@@ -331,9 +322,6 @@ def test_a_model_that_answers_questions_is_asked_each_message():
     assert f'TEMPLATE """{template}"""\n' in Path("model.Modelfile").read_text()
     fields, _ = exported(model, tokenizer, finetune={"objective": "text"})
     assert rendered(fields) == "Who? meWhy?\n"
-
-
-# --- errors
 
 
 def error_of(*words: str) -> str:

@@ -70,9 +70,6 @@ def assert_equal_logits(ours: GPT, theirs: torch.nn.Module) -> None:
         assert torch.allclose(ours(idx)[0], expected, atol=1e-4)
 
 
-# --- settings that are supported
-
-
 @pytest.mark.parametrize(
     ("arch", "settings"),
     [
@@ -154,9 +151,6 @@ def test_names_and_buffers_of_old_gpt2_files_are_understood(tmp_path, tied):
     assert_equal_logits(imported(tmp_path / "theirs"), theirs)
 
 
-# --- settings that are not
-
-
 @pytest.mark.parametrize(
     ("arch", "values", "message"),
     [
@@ -227,9 +221,6 @@ def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, name):
         imported(tmp_path / "theirs")
 
 
-# --- tensors
-
-
 DOWN = "model.layers.1.mlp.down_proj.weight"
 BIAS = "model.layers.1.self_attn.q_proj.bias"
 
@@ -272,9 +263,6 @@ def test_an_output_layer_that_is_not_the_embedding_is_rejected_if_they_are_tied(
     assert_equal_logits(imported(tmp_path / "theirs"), theirs)
 
 
-# --- what is exported
-
-
 def test_a_llama_whose_heads_do_not_divide_its_channels_is_not_one_of_transformers():
     sizes = {"n_embd": 28, "n_head": 3, "head_size": 10}
     assert matching_arch(GPTConfig(**(ARCHS["qwen3"] | sizes))) == "qwen3"
@@ -288,9 +276,6 @@ def test_the_base_of_rope_is_where_transformers_4_and_5_read_it(arch: str):
     content = config_to_hf(config, arch, {})
     assert content["rope_theta"] == 500.0
     assert content["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
-
-
-# --- a GPT-2 without a tokenizer
 
 
 def fake_gpt2(name: str) -> tiktoken.Encoding:

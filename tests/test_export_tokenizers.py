@@ -121,9 +121,6 @@ def test_a_token_that_no_lower_merge_makes_is_still_found():
         assert theirs.encode(text).ids == ours.encode(text).tolist() == ids
 
 
-# --- characters
-
-
 @pytest.mark.parametrize("specials", [(), (END_OF_TEXT,), QA_SPECIALS])
 def test_an_unknown_character_is_left_out(specials):
     ours = CharTokenizer.train(["ab \n"], specials)
@@ -139,9 +136,6 @@ def test_characters_of_every_script_have_the_same_ids(text):
     content = tokenizer_to_hf(ours)
     assert theirs_of(content).encode(text).ids == ours.encode(text).tolist()
     assert tokenizer_from_hf(content).to_dict() == ours.to_dict()
-
-
-# --- import
 
 
 def byte_level(add_prefix_space: bool = False, use_regex: bool = True) -> dict[str, Any]:

@@ -95,9 +95,6 @@ def test_a_rank_above_the_smaller_side_is_rejected():
         lora.add_lora(make_model(**SIZES), LoRAConfig(lora_rank=33))
 
 
-# --- files
-
-
 def test_an_adapter_file_contains_only_the_trained_matrices(tmp_path: Path, monkeypatch):
     model, adapter = make_adapted(lora_targets="qkv")
     path = tmp_path / "adapter.pt"
@@ -191,9 +188,6 @@ def test_an_adapter_with_invalid_contents_is_rejected(tmp_path: Path, key, value
     with pytest.raises(UserError, match=f"a.pt: its contents do not match .*({message})") as error:
         lora.read_adapter(tmp_path / "a.pt")
     assert "\n" not in str(error.value)
-
-
-# --- peft
 
 
 def test_gradients_equal_pefts_on_an_imported_gpt2():

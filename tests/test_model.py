@@ -24,9 +24,6 @@ def config(**settings: object) -> GPTConfig:
     return GPTConfig(**{**defaults, **settings})
 
 
-# --- parts
-
-
 def test_queries_and_keys_have_the_norm_of_the_model():
     attention, x = parts.Attention(config(norm="layernorm")), torch.randn(3, 8)
     for norm in (attention.q_norm, attention.k_norm):
@@ -148,9 +145,6 @@ def test_attention_follows_the_formula():
     assert torch.allclose(last, (weights @ v)[:, :, 4:], atol=1e-6)
     visible = torch.eye(5, dtype=torch.bool)  # each token attends to itself only
     assert torch.allclose(parts.fused_attention(q, k, v, visible), v, atol=1e-6)
-
-
-# --- the whole
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -71,9 +71,6 @@ def all_texts() -> list[str]:
     return texts("train") + texts("val")
 
 
-# --- sources to a data set
-
-
 def test_the_manifest_records_the_sources(workplace):
     (workplace / "a.txt").write_bytes(b"abc")  # whose hash is known from FIPS 180-2
     manifest = make("a.txt", "--tokenizer=char")
@@ -183,9 +180,6 @@ def test_the_vocabulary_of_a_large_corpus_is_learned_from_a_sample(workplace, mo
     assert 20 < n_read < 120  # a fifth of 400 would be 80
     make("stories.jsonl")
     assert len(all_texts()) == 400
-
-
-# --- cleaning
 
 
 def test_cleaning_removes_and_counts_in_the_order_of_the_steps(workplace, capsys):

@@ -44,9 +44,6 @@ def messages(roles: str) -> dict:
     return {"messages": [{"role": names.get(c, c), "content": c} for c in roles]}
 
 
-# --- ids and masks
-
-
 def test_a_conversation_is_its_turns_and_its_answers_are_scored():
     turns = encode_turns(CHARS, [("a", " b\n"), (" c", "ab")], " d ")
     first = [2, *SYSTEM, 13, 4, *QUESTION, 10, *ANSWER, 5, 11, 3]  # d, a and b
@@ -107,9 +104,6 @@ def test_padding_does_not_change_the_loss():
 def test_encoding_needs_a_tokenizer_with_the_special_tokens():
     with pytest.raises(UserError, match="has no <BOS>"):
         encode_turn(CharTokenizer.train(TEXTS), "Why?", "So.")
-
-
-# --- formats
 
 
 QUESTIONS = json.loads((SAMPLES / "questions.json").read_text())
@@ -185,9 +179,6 @@ def test_an_unknown_format_is_one_line_that_names_the_fields(tmp_path, name, con
             load_corpus(str(path))
 
 
-# --- mistakes
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -244,9 +235,6 @@ def test_files_without_a_valid_record_are_one_line(tmp_path, name, content, mess
     with pytest.raises(UserError, match=message) as error:
         read_records(write(tmp_path / name, content), skip_bad=True)
     assert "\n" not in str(error.value)
-
-
-# --- training from scratch
 
 
 def test_train_py_learns_conversations_turn_by_turn(tmp_path: Path):

@@ -31,9 +31,6 @@ def start(code: str, stdout: object = subprocess.PIPE, **options: object) -> sub
     )
 
 
-# --- errors
-
-
 def status_of(error: BaseException) -> int | None:
     """The exit status of a script in which this error is raised."""
     with pytest.raises(SystemExit) as exit:
@@ -113,9 +110,6 @@ def test_invalid_input_is_read_with_replacement_characters(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), encoding="utf-8"))
     accept_any_text()
     assert input() == "a\ufffdb"
-
-
-# --- folders
 
 
 def test_a_folder_that_cannot_be_written_to_is_a_problem(tmp_path: Path):
@@ -241,9 +235,6 @@ def test_a_folder_on_a_full_disk_is_locked_without_the_name_of_the_holder(tmp_pa
         pass
 
 
-# --- memory
-
-
 def test_what_does_not_fit_in_memory_is_rejected(monkeypatch):
     device = torch.device("cpu")
     size = system_device.memory_size(device)
@@ -253,9 +244,6 @@ def test_what_does_not_fit_in_memory_is_rejected(monkeypatch):
         check_memory(99 * 10**12, device, "the model")
     monkeypatch.setattr(system_device, "memory_size", lambda device: None)  # unknown
     check_memory(99 * 10**12, device, "the model")
-
-
-# --- inputs that are no regular files
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -33,9 +33,6 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-# --- files
-
-
 def test_the_second_run_in_a_folder_is_told_who_holds_it(trained: Path):
     with locked(Path("checkpoints"), "a training run"):
         before = SAVED.read_bytes()
@@ -140,9 +137,6 @@ def test_a_second_signal_ends_the_process_but_not_a_notebook(monkeypatch):
     assert signal.getsignal(signal.SIGINT) == before
 
 
-# --- damaged checkpoints
-
-
 def test_a_flipped_bit_is_detected_or_without_effect(trained: Path):
     original, good = SAVED.read_bytes(), utils.read_checkpoint(SAVED)
     rng, n_rejected = random.Random(0), 0
@@ -164,8 +158,6 @@ def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path):
     rest = {"model": dict(list(state.pop("model").items())[:-1])}  # so that it never trains
     assert n_rejected(state, 40, 0, lambda: train.main(RESUME), SAVED, rest) == 40
 
-
-# --- settings of resumed runs
 
 FIXED = set("separator encoding skip_bad hold_out preset arch tokenizer bpe_vocab_size".split())
 FIXED |= {"seed", "optimizer", "weight_decay", "minutes", "plan"}
@@ -241,9 +233,6 @@ def test_a_restarted_process_resumes_or_starts_over(trained: Path, monkeypatch, 
     assert check_run(GPTConfig(), config) == []
 
 
-# --- memory
-
-
 HUGE = "n_layer=1000000000 n_embd=1000000 n_inner=10000000000 block_size=100000000000"
 HUGE += " batch_size=100000000 grad_accum=1000000000"
 
@@ -253,9 +242,6 @@ def test_sizes_that_cannot_fit_are_rejected_before_the_model_is_made(workplace: 
     with pytest.raises(UserError, match=r"GB: use a lower|too short|too large"):
         train.main([*TINY_RUN, f"--{flag}"])
     assert not Path("checkpoints").exists()
-
-
-# --- float16
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
