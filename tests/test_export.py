@@ -37,9 +37,7 @@ def make_checkpoint(tokenizer: str, arch: str, *flags: str) -> Path:
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_exported_folder_generates_the_same_text_and_is_imported_again(
-    workplace, arch, tokenizer
-):
+def test_an_exported_folder_generates_the_same_and_is_imported_again(workplace, arch, tokenizer):
     path = make_checkpoint(tokenizer, arch)
     assert export.main([str(path), "out"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
@@ -165,9 +163,8 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
         export.main(["--from", "someone/model", "model.pt", "--overwrite"])
     assert asked[2:] == [settings_files]
 
-    monkeypatch.setattr(
-        hub, "snapshot_download", Mock(side_effect=ConnectionError("no route to host"))
-    )
+    fail = Mock(side_effect=ConnectionError("no route to host"))
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"no folder gpt2, and it .*\(ConnectionError"):
         export.main(["--from", "gpt2", "gpt2.pt"])
     assert not Path("gpt2.pt").exists()
@@ -176,10 +173,7 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *(
-            (words, "give a checkpoint and a folder")
-            for words in ("", "a.pt", "--from gpt2", "a b c")
-        ),
+        *((w, "give a checkpoint and a folder") for w in ("", "a.pt", "--from gpt2", "a b c")),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("a.pt out --precision=float32", "--precision is for .html and .gguf files"),
         ("a.pt page.html --precision=int2", "--precision: invalid choice"),

@@ -70,9 +70,8 @@ def save(path: str, **components: Any) -> GPT:
 
 
 def load(folder: str, **settings: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, **settings
-    )
+    loader = transformers.AutoModelForCausalLM
+    return loader.from_pretrained(folder, trust_remote_code=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +119,9 @@ def test_logits_and_text_are_those_of_the_checkpoint(tmp_path, monkeypatch, caps
     idx = torch.randint(CHARS.vocab_size, (3, WINDOW))
     assert torch.allclose(theirs(idx).logits, ours(idx)[0], atol=1e-6, rtol=0)
     n = WINDOW - len(PROMPT) + 1  # the last token is not read
+    settings = {"max_new_tokens": n, "do_sample": False}
     for use_cache in (True, False):
-        text = theirs.generate(
-            torch.tensor([PROMPT.tolist()]), max_new_tokens=n, do_sample=False, use_cache=use_cache
-        )
+        text = theirs.generate(batch("hello"), use_cache=use_cache, **settings)
         assert text[0, len(PROMPT) :].tolist() == greedy(ours, n), f"{use_cache=}"
 
 

@@ -58,17 +58,13 @@ def exported(
     return fields, tensors
 
 
-def tokenizers() -> dict[str, Tokenizer]:
-    counts = count_pieces([TEXT])
-    return {
-        "char": CHARS,
-        "char_qa": CharTokenizer.train([TEXT], QA_SPECIALS),
-        "bpe": train_bpe(counts, 330),
-        "bpe_qa": train_bpe(counts, 330, QA_SPECIALS),
-    }
-
-
-TOKENIZERS = tokenizers()
+COUNTS = count_pieces([TEXT])
+TOKENIZERS: dict[str, Tokenizer] = {
+    "char": CHARS,
+    "char_qa": CharTokenizer.train([TEXT], QA_SPECIALS),
+    "bpe": train_bpe(COUNTS, 330),
+    "bpe_qa": train_bpe(COUNTS, 330, QA_SPECIALS),
+}
 
 
 def model_of(arch: str, tokenizer: Tokenizer, **settings: Any) -> GPT:

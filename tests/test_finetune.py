@@ -33,20 +33,8 @@ from finetuning import lora, records
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
 from finetuning.records import Records, Split, encode_pair, encode_splits, pack_turns
-from finetuning.setup import (
-    check_finetune,
-    help_defaults,
-    load_base,
-    resolve_finetune,
-)
-from finetuning.tasks import (
-    OBJECTIVES,
-    DPOTask,
-    FinetuneConfig,
-    QATask,
-    TextTask,
-    dpo_loss,
-)
+from finetuning.setup import check_finetune, help_defaults, load_base, resolve_finetune
+from finetuning.tasks import OBJECTIVES, DPOTask, FinetuneConfig, QATask, TextTask, dpo_loss
 from model import GPT
 from plots import read_run
 from sampling.text import end_tokens, last_objective
@@ -635,10 +623,7 @@ def test_invalid_records_are_left_out_on_request(place: Path):
         (["--data=other.txt", "--dropout=1"], "dropout must be below 1"),
         (["--data=other.txt", "--lora_rank=2", "--lora_dropout=1"], "lora_dropout must be below 1"),
         (["--data=other.txt", "--lora_rank=2", "--lora_alpha=1e30"], "lora_alpha must be at most"),
-        (
-            ["--data=other.txt", "--teacher_share=1", "--beta=1"],
-            "teacher_share is for .*; --beta is for",
-        ),
+        (["--data=other.txt", "--teacher_share=1", "--beta=1"], "teacher_share is .*; --beta is"),
         (["--objective=qa", "--separator=x"], "--separator is for --objective text or distill"),
         (["--objective=distill", "--teacher=a", "--overfit_batch"], "--overfit_batch is for"),
         (["--objective=qa", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
@@ -973,9 +958,7 @@ def test_pretraining_never_sees_held_out_questions_and_validates_on_them(held_ou
     assert val_ids == encode_turn(tokenizer, *TURNS[4]).ids.tolist()
 
 
-def test_fine_tuning_never_sees_held_out_questions_and_validates_on_them(
-    held_out_first, monkeypatch
-):
+def test_fine_tuning_validates_on_held_out_questions_it_never_sees(held_out_first, monkeypatch):
     seen, get_batch = [], QATask.get_batch
 
     def record(*args):

@@ -254,9 +254,6 @@ def test_the_default_removes_nothing():
     assert all(stats == RemovalStats() for stats in removed.values())
 
 
-# --- invalid input and interrupted runs
-
-
 def write_invalid_files(workplace: Path) -> None:
     (workplace / "empty.txt").write_text("")
     (workplace / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
@@ -475,9 +472,6 @@ def test_an_interrupted_run_leaves_nothing(workplace, number, status):
     assert os.listdir("data") == ["input.txt"]
 
 
-# --- statistics, training
-
-
 def test_statistics_equal_those_calculated_by_hand(workplace, capsys):
     # Characters are tokens, and each document starts with a separator: lengths 11, 21, ..., 1001.
     documents = ["a" * (10 * i) for i in range(1, 101)]
@@ -592,15 +586,11 @@ def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, m
     splits = {"train": Path("data/train.txt"), "val": Path("data/valid.txt")}
     monkeypatch.setattr(sources, "fetch", lambda name: splits)
     found = sources.find_sources(["one.txt", "tinystories", "texts"])
-    assert [(str(path), split) for path, split in found] == [
-        ("one.txt", ""), ("data/train.txt", "train"), ("data/valid.txt", "val"),
-        ("texts/two.txt", ""),
-    ]  # fmt: skip
+    expected = {"one.txt": "", "data/train.txt": "train", "data/valid.txt": "val"}
+    expected["texts/two.txt"] = ""
+    assert [(str(path), split) for path, split in found] == list(expected.items())
     monkeypatch.setattr(sources, "fetch", lambda name: {"all": Path("one.txt")})
     assert sources.find_sources(["plays"]) == [(Path("one.txt"), "")]
-
-
-# --- processes that divide the text
 
 
 def test_batches_are_mapped_in_order_and_few_are_read_ahead(monkeypatch: pytest.MonkeyPatch):

@@ -24,10 +24,8 @@ PAIRS = [
 TURNS = [("What turns?", "Queries and keys."), ("Why?", "So.")]
 RECORDS = [{"question": question, "answer": answer, "id": 1} for question, answer in TURNS]
 TEXTS = [record_text(Record([turn])) for turn in TURNS]
-TOKENIZERS = [
-    CharTokenizer.train(TEXTS, QA_SPECIALS),
-    train_bpe(count_pieces(TEXTS), 280, QA_SPECIALS),
-]
+TOKENIZERS = [CharTokenizer.train(TEXTS, QA_SPECIALS)]
+TOKENIZERS += [train_bpe(count_pieces(TEXTS), 280, QA_SPECIALS)]
 # The ids of the characters of "\n :AQSabcdeimnorstuwy", in this order, follow four special tokens.
 CHARS = CharTokenizer.train(["System: Question: \nAnswer: abcd"], QA_SPECIALS)
 SYSTEM, QUESTION = [9, 24, 20, 21, 14, 16, 6, 5], [8, 22, 14, 20, 21, 15, 18, 17, 6, 5]
@@ -202,9 +200,7 @@ def test_an_unknown_format_is_one_line_that_names_the_fields(tmp_path, name, con
         ({"messages": ["a"]}, "messages is missing or not a list"),
     ],
 )
-def test_invalid_records_are_reported_with_their_position_or_skipped(
-    tmp_path, capsys, bad, message
-):
+def test_invalid_records_are_reported_with_their_number_or_skipped(tmp_path, capsys, bad, message):
     kind = next(iter(bad)) if isinstance(bad, dict) else "question"
     good = {"question": RECORDS, "messages": [messages("sua")] * 2, "prompt": PAIRS}[kind]
     preferences = kind == "prompt"

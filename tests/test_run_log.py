@@ -101,9 +101,7 @@ def test_further_terms_of_the_loss_reach_the_log_and_the_status_line(workplace, 
     assert "| calls 9.500 | lr" in lines[1] and "| calls 19.500 | lr" in lines[2]
 
 
-def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
-    workplace, monkeypatch
-):
+def test_step_times_exclude_the_first_step_evaluations_and_checkpoints(workplace, monkeypatch):
     now = 0.0
 
     def slow(name: str, seconds: float) -> None:
@@ -443,9 +441,8 @@ def test_samples_are_written_whole_and_printed_by_their_first_lines(
 
 def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(
-        run_log, "verdict", lambda records, settings: f"{settings['vocab_size']} is fine"
-    )
+    verdict = lambda records, settings: f"{settings['vocab_size']} is fine"  # noqa: E731
+    monkeypatch.setattr(run_log, "verdict", verdict)
     log = RunLog(TrainConfig(max_steps=9, tag="a"), HEADER)
     for step, loss in enumerate([3.0, 1.5, 2.0]):
         clock.now += 10
