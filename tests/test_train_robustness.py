@@ -157,7 +157,8 @@ def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path):
 
 
 FIXED = set("separator encoding skip_bad hold_out preset arch tokenizer bpe_vocab_size".split())
-FIXED |= {"seed", "optimizer", "weight_decay", "minutes", "plan", "teacher"}
+FIXED |= {"seed", "optimizer", "weight_decay", "minutes", "plan"}
+FIXED |= {"teacher", "teacher_share", "teacher_temperature"}
 FIXED |= {f.name for f in fields(GPTConfig)} - {"dropout"}
 PLACES = {"out_dir", "tag", "resume", "overwrite", "overfit_batch", "device", "data", "vocab_size"}
 
