@@ -114,14 +114,8 @@ def start_chromium(profile: Path) -> Iterator[Chromium]:
         os.dup2(104, 4)
 
     command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={profile}", "about:blank"]
-    process = subprocess.Popen(
-        command,
-        preexec_fn=use_pipes,
-        close_fds=False,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    process = subprocess.Popen(command, preexec_fn=use_pipes, close_fds=False, **quiet)
     os.close(browser_input)
     os.close(browser_output)
     try:

@@ -46,9 +46,6 @@ def read(path: Path, **settings: object) -> list[tuple[str, bool]]:
     return list(documents.iter_documents(path, **settings))
 
 
-# --- one text, several documents, records
-
-
 @pytest.mark.parametrize(("kind", "vocab_size"), [("char", 0), ("bpe", 300), ("bpe", 400)])
 def test_one_text_is_split_at_nine_tenths_whatever_the_tokenizer(tmp_path, kind, vocab_size):
     text = make_text() + "\u20ac" * 99  # each of three bytes
@@ -101,10 +98,7 @@ def test_both_splits_have_at_least_one_document():
     [
         ("nowhere.txt", r"there is no nowhere\.txt"),
         ("tinystories", r"python prepare\.py tinystories"),
-        (
-            "empty",
-            r"there is no text in the folder empty \(3 binary, question or not UTF-8 files\)",
-        ),
+        ("empty", r"no text in the folder empty \(3 binary, question or not UTF-8 files\)"),
     ],
 )
 def test_a_missing_corpus_is_an_error(workplace, data, message):
@@ -223,26 +217,17 @@ def test_a_model_is_trained_resumed_finetuned_and_evaluated_with_a_separator(wor
     assert "also occur in the training split" in capsys.readouterr().err
 
 
-# --- a folder of texts
-
-TEXTS = {
-    name: f"{name} is a story of its own.\n".encode() * 30 for name in ("a.txt", "b/c.md", "B.py")
-}
-OTHERS = {
-    "photo.jpg": b"\xff\xd8\0\1",
-    "latin.txt": b"caf\xe9",
-    ".git/x": b"hidden",
-    "qa.json": b"[]",
-}
+NAMES = ("a.txt", "b/c.md", "B.py")
+TEXTS = {name: f"{name} is a story of its own.\n".encode() * 30 for name in NAMES}
+OTHERS = {"photo.jpg": b"\xff\xd8\0\1", "latin.txt": b"caf\xe9", ".git/x": b"hidden"}
+OTHERS["qa.json"] = b"[]"
 
 
 def test_the_texts_of_a_folder_are_documents_as_in_prepare(workplace, capsys):
     write_folder(workplace / "letters", TEXTS | OTHERS | {"more.jsonl": b'{"text": "a"}\n' * 9})
     tokenizer, corpus = load.load_corpus("letters")
-    skipped = (
-        "letters: skipping 3 binary, question or not UTF-8 files (latin.txt, photo.jpg, qa.json)"
-    )
-    assert capsys.readouterr().err.count(skipped) == 1
+    skipped = "skipping 3 binary, question or not UTF-8 files (latin.txt, photo.jpg, qa.json)"
+    assert capsys.readouterr().err.count(f"letters: {skipped}") == 1
     Path("letters/latin.txt").unlink()
     assert prepare.main(["letters", "--tokenizer=char"]) == 0
     prepared = folder.open_dataset(Path("data/letters"))[1]
@@ -268,9 +253,6 @@ def test_a_folder_of_texts_is_trained_evaluated_resumed_and_verified(workplace):
         evaluate.main(["checkpoints/best.pt"])
 
 
-# --- files to documents
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -284,9 +266,7 @@ def test_a_folder_of_texts_is_trained_evaluated_resumed_and_verified(workplace):
         (b"1234567\x00", r"binary file or UTF-16 text \(byte 7 is 0\)"),
     ],
 )
-def test_a_file_that_is_not_utf8_is_rejected_with_the_position(
-    tmp_path, monkeypatch, content, message
-):
+def test_a_file_not_in_utf8_is_rejected_with_the_position(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(text_module, "READ_SIZE", 4)
     (tmp_path / "text.txt").write_bytes(content)
     for function in (read, text_module.read_text):
@@ -404,9 +384,6 @@ def test_blank_documents_alone_are_an_error(tmp_path):
             load.load_corpus(str(path), hold_out=hold_out)
 
 
-# --- without a validation split
-
-
 def test_without_holding_out_both_splits_are_everything(workplace, capsys):
     write_jsonl(workplace / "stories.jsonl", STORIES)
     records = [{"question": "Who?", "answer": "I.", "held_out": True}] * 2
@@ -472,10 +449,8 @@ def test_a_few_records_are_enough_for_the_default_window(workplace, capsys, n, t
     (workplace / "qa.json").write_text(json.dumps(RECORDS[:n]))
     flags = ["--preset=quick", "--block_size=192", "--max_steps=2", "--data=qa.json"]
     assert train.main([*flags, "--device=cpu", f"--tokenizer={tokenizer}"]) == 0
-    error = capsys.readouterr().err
-    assert re.search(
-        rf"note: [123] of {n} records are held out .*--no-hold_out trains on all", error
-    )
+    note = rf"note: [123] of {n} records are held out .*--no-hold_out trains on all"
+    assert re.search(note, capsys.readouterr().err)
 
 
 def test_notes_are_printed_by_one_process(capsys, monkeypatch):

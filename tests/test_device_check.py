@@ -134,9 +134,7 @@ def test_a_check_is_remembered_unless_its_file_is_damaged_or_cannot_be_written(s
     assert (n_computed(), n_computed()) == (2, 2)
 
 
-def test_a_run_on_a_wrong_gpu_has_the_settings_of_a_cpu_and_resumes_on_it(
-    stub, workplace, monkeypatch, capsys
-):
+def test_a_run_on_a_wrong_gpu_uses_the_cpu_and_resumes_on_it(stub, workplace, monkeypatch, capsys):
     stub.error = ATTENTION
     monkeypatch.setattr(setup, "device_problems", lambda name: [])
     words = [word for word in TINY_RUN if word != "--device=cpu"]

@@ -46,9 +46,8 @@ def commands(page: str) -> list[tuple[str, bool]]:
     """The commands of a page, in their order: the lines of its shell blocks, and commands of this
     program within the text. Whether each is within the text."""
     found = []
-    for block, inline in re.findall(
-        r"^```bash\n(.*?)^```|`(python \w+\.py[^`]*)`", page, re.S | re.M
-    ):
+    pattern = r"^```bash\n(.*?)^```|`(python \w+\.py[^`]*)`"
+    for block, inline in re.findall(pattern, page, re.S | re.M):
         if inline and not SKIPPED.search(inline):
             found.append((inline, True))
         lines = (line for line in block.splitlines() if line)

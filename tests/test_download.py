@@ -161,9 +161,6 @@ def test_each_scene_of_the_plays_becomes_a_document(workplace, monkeypatch, caps
     assert records[1]["text"] == "A:\nHo!"
 
 
-# --- TinyStories, by Hugging Face's library
-
-
 def fake_library(monkeypatch: pytest.MonkeyPatch, result: object) -> list:
     """Replaces the package huggingface_hub; `result` is an error to raise or a path to return."""
     asked = []

@@ -6,20 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMPONENTS, TINY_RUN
+from conftest import COMPONENTS, TINY_RUN, make_model
 
 import train
 from config import GPTConfig
 from corpus.bpe import count_pieces, train_bpe
-from model import GPT
 from system.settings import UserError
 from tokenizer import CharTokenizer
 from training.checks import flops_per_token, params_by_component, print_example
 
-SMALL = GPTConfig(
-    vocab_size=7, block_size=5, n_layer=3, n_embd=8, n_head=2, n_kv_head=1, n_inner=12
-)
-SMALL.pos, SMALL.tie_weights = "learned", False
+SMALL = GPTConfig(vocab_size=7, block_size=5, n_layer=3, n_embd=8, n_head=2, n_inner=12)
+SMALL.n_kv_head, SMALL.pos, SMALL.tie_weights = 1, "learned", False
 GPT2 = GPTConfig(50257, 1024, 12, 12, 768, 12, norm="layernorm", mlp="gelu", pos="learned")
 GPT2.qk_norm, GPT2.bias, GPT2.n_inner = False, True, 3072
 
@@ -41,9 +38,8 @@ def test_the_parameters_of_each_component_by_hand():
 
 @pytest.mark.parametrize("settings", COMPONENTS, ids=str)
 def test_the_components_are_all_of_the_model(settings: dict):
-    defaults = {"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
-    config = GPTConfig(**{**defaults, **settings})
-    assert sum(params_by_component(config).values()) == GPT(config).num_params()
+    model = make_model(**settings)
+    assert sum(params_by_component(model.config).values()) == model.num_params()
 
 
 def test_the_computation_per_token_by_palms_formula():
@@ -65,9 +61,8 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(workplace: Path, capsys)
     flags = [*TINY_RUN, "--data=data/input.txt", "--grad_accum=2", "--dry_run"]
     assert train.main(flags) == 0
     assert not Path("checkpoints").exists()
-    lines = dict(
-        line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line
-    )
+    shown = capsys.readouterr().out.splitlines()
+    lines = dict(line.split(": ", 1) for line in shown if ": " in line)
     n_train = len(text) * 9 // 10
     assert lines["training"].startswith(  # 4 x 2 windows of 16 characters, 20 steps
         f"128 tokens per step, 2,560 in 20 steps, {2560 / n_train:.2f} epochs; "
@@ -80,10 +75,8 @@ def test_a_dry_run_describes_the_run_and_writes_nothing(workplace: Path, capsys)
         capsys.readouterr()
         assert train.main([*TINY_RUN, "--dry_run", *words]) == 0
         assert contents(workplace) == before
-    rows = [
-        ast.literal_eval(line.split(None, 1)[1])
-        for line in capsys.readouterr().out.splitlines()[-5:-3]
-    ]
+    shown = capsys.readouterr().out.splitlines()[-5:-3]
+    rows = [ast.literal_eval(line.split(None, 1)[1]) for line in shown]
     assert len(rows[0]) == 16 and rows[0] in text and rows[1][:-1] == rows[0][1:]
 
 

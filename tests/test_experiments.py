@@ -254,8 +254,6 @@ def test_tables_as_markdown_and_csv():
     assert study.to_markdown([row]).splitlines()[2] == "| +0.5000 | -0.2500 | +1.2500 | 3e-06 |"
 
 
-# --- scaling
-
 # Hoffmann et al. (2022), equation 10: L(N, D) = E + A / N^alpha + B / D^beta. The best size for a
 # budget is G (C / 6)^(beta / (alpha + beta)), equation 4.
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
@@ -334,9 +332,6 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     assert float(check["predicted loss"]) == pytest.approx(best[1] ** 2 / best[0])
 
 
-# --- tokenization
-
-
 def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     times = iter((0.1, 0.2, 0.25))  # per step; a second measurement would fail
     constants = {
@@ -366,9 +361,6 @@ def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
     Path("data/manifest.json").touch()
     with pytest.raises(UserError, match="already has a tokenizer"):
         tokenization.main(["--quick", "--device=cpu", "--data=data"])
-
-
-# --- benchmarks
 
 
 def test_the_tokenizer_benchmark_prints_a_row_for_each(workplace, capsys):
@@ -483,10 +475,8 @@ def test_benchmarks_name_what_is_wrong(main: Any, flag: str, problem: str):
 def test_the_answer_about_a_change_follows_from_the_paired_t_test():
     # differences -0.1, -0.1, -0.09: mean -0.0967, deviation 0.00577, t quantile 4.303, t -29
     found = compare.answer([(2.0, 1.9), (2.1, 2.0), (2.2, 2.11)])
-    expected = (
-        "real: the change lowers the loss from 2.1000 to 2.0033, by -0.0967 with a margin of "
-    )
-    assert found == expected + "0.0143 (95%), p = 0.0012; 3 pairs"
+    expected = "real: the change lowers the loss from 2.1000 to 2.0033, by -0.0967 with a margin "
+    assert found == expected + "of 0.0143 (95%), p = 0.0012; 3 pairs"
     assert compare.answer([(2.0, 2.1), (2.0, 1.95)]).startswith("not clear whether")
     assert "goes from 2.0000 to 2.0000, by +0.0000; 2" in compare.answer([(2.0, 2.0)] * 2)
     assert "0 without and 1 with the change" in compare.answer([(2.0, 2.0), (2.0, math.inf)])
@@ -506,10 +496,8 @@ def test_a_change_is_trained_in_pairs_until_the_time_is_over(workplace, monkeypa
     monkeypatch.setattr(compare.time, "perf_counter", lambda: next(now))
     words = ["--flags=--preset quick", "--change=--lr_max 1", "--minutes=1", "--seeds=9"]
     assert compare.main(words) == 0
-    short = ("--preset", "quick")
-    assert list(losses) == [
-        (f, seed) for seed in (1, 2) for f in (short, (*short, "--lr_max", "1"))
-    ]
+    flags = [("--preset", "quick"), ("--preset", "quick", "--lr_max", "1")]
+    assert list(losses) == [(words, seed) for seed in (1, 2) for words in flags]
     out = capsys.readouterr().out
     assert "2 of 9 pairs fit in 1 minutes" in out and "real: the change lowers" in out
 

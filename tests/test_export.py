@@ -27,8 +27,6 @@ from tokenizer import END_OF_TEXT, CharTokenizer
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-# --- folders
-
 
 def make_checkpoint(tokenizer: str, arch: str, *flags: str) -> Path:
     size = ["--vocab_size=300"] if tokenizer == "bpe" else []
@@ -39,9 +37,7 @@ def make_checkpoint(tokenizer: str, arch: str, *flags: str) -> Path:
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_an_exported_folder_generates_the_same_text_and_is_imported_again(
-    workplace, arch, tokenizer
-):
+def test_an_exported_folder_generates_the_same_and_is_imported_again(workplace, arch, tokenizer):
     path = make_checkpoint(tokenizer, arch)
     assert export.main([str(path), "out"]) == 0
     theirs = transformers.AutoModelForCausalLM.from_pretrained("out").eval()
@@ -141,9 +137,6 @@ def test_the_gguf_error_for_a_fast_run_names_the_command_that_trains_an_exportab
     assert export.main(["checkpoints/qwen3/best.pt", "model.gguf"]) == 0
 
 
-# --- user errors
-
-
 def test_components_that_match_no_architecture_are_named():
     model = make_model(pos="sinusoidal", mlp="relu2", norm="layernorm", bias=True, qk_norm=False)
     with pytest.raises(UserError, match="gpt2 is nearest, but mlp is relu2 and not gelu, pos is"):
@@ -170,9 +163,8 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
         export.main(["--from", "someone/model", "model.pt", "--overwrite"])
     assert asked[2:] == [settings_files]
 
-    monkeypatch.setattr(
-        hub, "snapshot_download", Mock(side_effect=ConnectionError("no route to host"))
-    )
+    fail = Mock(side_effect=ConnectionError("no route to host"))
+    monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(UserError, match=r"no folder gpt2, and it .*\(ConnectionError"):
         export.main(["--from", "gpt2", "gpt2.pt"])
     assert not Path("gpt2.pt").exists()
@@ -181,10 +173,7 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *(
-            (words, "give a checkpoint and a folder")
-            for words in ("", "a.pt", "--from gpt2", "a b c")
-        ),
+        *((w, "give a checkpoint and a folder") for w in ("", "a.pt", "--from gpt2", "a b c")),
         ("--from=gpt2 out.gguf", "--from writes a checkpoint"),
         ("a.pt out --precision=float32", "--precision is for .html and .gguf files"),
         ("a.pt page.html --precision=int2", "--precision: invalid choice"),

@@ -70,11 +70,10 @@ def test_conversations_have_the_ids_of_the_training(exported):
         for add, expected in ((False, ids[: len(ids) - n_unasked]), (True, ids)):
             if add and not n % 2:
                 continue  # a prompt ends with the user
-            found = words.apply_chat_template(
-                messages, add_generation_prompt=add, return_dict=False
-            )
+            settings = {"add_generation_prompt": add}
+            found = words.apply_chat_template(messages, return_dict=False, **settings)
             assert found == expected
-            rendered = template.render(messages=messages, add_generation_prompt=add)
+            rendered = template.render(messages=messages, **settings)
             assert ours.encode(rendered, allowed_special="all").tolist() == expected
 
 

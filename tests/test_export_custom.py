@@ -70,9 +70,8 @@ def save(path: str, **components: Any) -> GPT:
 
 
 def load(folder: str, **settings: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, **settings
-    )
+    loader = transformers.AutoModelForCausalLM
+    return loader.from_pretrained(folder, trust_remote_code=True, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +119,9 @@ def test_logits_and_text_are_those_of_the_checkpoint(tmp_path, monkeypatch, caps
     idx = torch.randint(CHARS.vocab_size, (3, WINDOW))
     assert torch.allclose(theirs(idx).logits, ours(idx)[0], atol=1e-6, rtol=0)
     n = WINDOW - len(PROMPT) + 1  # the last token is not read
+    settings = {"max_new_tokens": n, "do_sample": False}
     for use_cache in (True, False):
-        text = theirs.generate(
-            torch.tensor([PROMPT.tolist()]), max_new_tokens=n, do_sample=False, use_cache=use_cache
-        )
+        text = theirs.generate(batch("hello"), use_cache=use_cache, **settings)
         assert text[0, len(PROMPT) :].tolist() == greedy(ours, n), f"{use_cache=}"
 
 
@@ -162,9 +160,6 @@ def test_the_code_in_the_folder_is_that_of_this_project(exported):
     assert "| mlp | relu2 |\n" in card and "| token_shift | True |\n" in card
     assert "trust_remote_code=True" in card and "all permissions that you have" in card
     assert f"at most {WINDOW} tokens" in card and "tags: [custom_code]" in card
-
-
-# --- generate()
 
 
 @pytest.mark.parametrize(
@@ -315,9 +310,6 @@ def filled_dynamic_cache(config: Any) -> Any:
     return cache
 
 
-# --- training, precision, saving
-
-
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_gives_the_logits_of_generate(exported, precision):
     ours, _, _ = utils.load_checkpoint("model.pt")
@@ -338,9 +330,6 @@ def test_a_saved_model_contains_its_code_again(exported, models):
     assert torch.allclose(load("again")(idx).logits, ours(idx)[0], atol=1e-6, rtol=0)
     names = safetensors_torch.load_file("again/model.safetensors").keys()
     assert "gpt.tok.weight" in names and "gpt.head.weight" not in names  # tied
-
-
-# --- import
 
 
 def test_an_import_restores_the_model_and_never_runs_code(exported, models):
@@ -382,9 +371,6 @@ def test_a_changed_config_is_one_error(exported, changes, message):
     with pytest.raises(UserError, match=message) as error:
         export.main(["--from", "out", "back.pt"])
     assert "\n" not in str(error.value) and not Path("back.pt").exists()
-
-
-# --- adapters
 
 
 def test_an_adapter_of_such_a_model_is_one_of_peft(exported):

@@ -73,8 +73,6 @@ def is_rejected(folder: Path, expected: tuple[torch.Tensor, list[int]]) -> bool:
     return False
 
 
-# --- bytes
-
 WAYS = ("cut", "flip", "zeros", "noise")
 
 
@@ -107,9 +105,6 @@ def test_changed_bytes_of_a_foreign_folder_are_never_a_traceback(tmp_path, expor
         (folder / name).write_bytes(data)
 
 
-# --- values
-
-
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_changed_values_are_rejected_or_do_not_matter(tmp_path, exported, arch, name):
@@ -121,9 +116,6 @@ def test_changed_values_are_rejected_or_do_not_matter(tmp_path, exported, arch, 
     rest = {key: content.pop(key) for key in free}
     use = partial(assert_equal, folder, expected)
     assert n_rejected(content, 240, 0, use, folder / name, rest) > 80
-
-
-# --- files
 
 
 def replace_by_folder(path: Path) -> None:
@@ -162,9 +154,6 @@ def test_files_of_other_kinds_are_errors(tmp_path, exported, name, damage):
             (folder / MARKER).unlink()
         assert is_rejected(folder, expected)
         assert not (tmp_path / "imported.pt").exists()
-
-
-# --- weights in several files
 
 
 def test_all_files_of_the_weights_are_read(tmp_path, exported):

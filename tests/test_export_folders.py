@@ -199,9 +199,6 @@ def test_a_killed_process_leaves_the_old_or_the_new_folder_complete(tmp_path):
     assert outcomes == sorted(outcomes, reverse=True) and set(outcomes) == {"old", "new"}
 
 
-# --- the command
-
-
 def test_nothing_is_loaded_for_a_target_that_cannot_be_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()

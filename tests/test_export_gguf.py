@@ -58,17 +58,13 @@ def exported(
     return fields, tensors
 
 
-def tokenizers() -> dict[str, Tokenizer]:
-    counts = count_pieces([TEXT])
-    return {
-        "char": CHARS,
-        "char_qa": CharTokenizer.train([TEXT], QA_SPECIALS),
-        "bpe": train_bpe(counts, 330),
-        "bpe_qa": train_bpe(counts, 330, QA_SPECIALS),
-    }
-
-
-TOKENIZERS = tokenizers()
+COUNTS = count_pieces([TEXT])
+TOKENIZERS: dict[str, Tokenizer] = {
+    "char": CHARS,
+    "char_qa": CharTokenizer.train([TEXT], QA_SPECIALS),
+    "bpe": train_bpe(COUNTS, 330),
+    "bpe_qa": train_bpe(COUNTS, 330, QA_SPECIALS),
+}
 
 
 def model_of(arch: str, tokenizer: Tokenizer, **settings: Any) -> GPT:
@@ -79,9 +75,6 @@ def model_of(arch: str, tokenizer: Tokenizer, **settings: Any) -> GPT:
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-# --- tensors
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -172,9 +165,6 @@ def test_types_round_as_they_should():
             four = q4[name].reshape(-1, 32)  # 16 steps of an eighth of the largest weight
             assert (abs(blocks - four) <= 127 * step * (1 / 8 + 1e-3)).all()
             assert np.array_equal(four, rounded) == name.startswith("token_embd")
-
-
-# --- settings and tokenizers
 
 
 def test_settings_of_a_llama():
@@ -292,9 +282,6 @@ def test_patterns_of_imported_models(pattern, name):
     assert fields["tokenizer.ggml.pre"] == name
 
 
-# --- prompts
-
-
 def rendered(fields: dict[str, Any]) -> str:
     template = jinja2.Template(fields["tokenizer.chat_template"], keep_trailing_newline=True)
     messages = [("user", "Who?"), ("assistant", " me"), ("user", "Why?\n")]
@@ -331,9 +318,6 @@ def test_a_model_that_answers_questions_is_asked_each_message():
     assert f'TEMPLATE """{template}"""\n' in Path("model.Modelfile").read_text()
     fields, _ = exported(model, tokenizer, finetune={"objective": "text"})
     assert rendered(fields) == "Who? meWhy?\n"
-
-
-# --- errors
 
 
 def error_of(*words: str) -> str:

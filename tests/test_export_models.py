@@ -70,9 +70,6 @@ def assert_equal_logits(ours: GPT, theirs: torch.nn.Module) -> None:
         assert torch.allclose(ours(idx)[0], expected, atol=1e-4)
 
 
-# --- settings that are supported
-
-
 @pytest.mark.parametrize(
     ("arch", "settings"),
     [
@@ -117,8 +114,7 @@ def test_rope_theta_of_earlier_versions_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arch", "settings"),
-    [*((arch, {}) for arch in SMALL), ("qwen3", {"num_attention_heads": 64})],
+    ("arch", "settings"), [*((arch, {}) for arch in SMALL), ("qwen3", {"num_attention_heads": 64})]
 )
 def test_missing_settings_have_the_defaults_of_transformers(arch, settings):
     theirs = transformers.AutoConfig.for_model(arch, **settings).to_dict()
@@ -154,9 +150,6 @@ def test_names_and_buffers_of_old_gpt2_files_are_understood(tmp_path, tied):
     assert_equal_logits(imported(tmp_path / "theirs"), theirs)
 
 
-# --- settings that are not
-
-
 @pytest.mark.parametrize(
     ("arch", "values", "message"),
     [
@@ -176,11 +169,7 @@ def test_names_and_buffers_of_old_gpt2_files_are_understood(tmp_path, tied):
         ("llama", {"rope_parameters": {"factor": 2.0}}, "factor in rope_parameters"),
         ("llama", {"rope_parameters": {"full_attention": {}}}, "full_attention in rope_param"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        (
-            "llama",
-            {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
-            "rope_theta in .* is 6",
-        ),
+        ("llama", {"rope_theta": 5, "rope_parameters": {"rope_theta": 6}}, "rope_theta .* is 6"),
         ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_theta must be a positive"),
         ("llama", {"rope_parameters": [1]}, "rope_parameters must be an object"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
@@ -227,9 +216,6 @@ def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, name):
         imported(tmp_path / "theirs")
 
 
-# --- tensors
-
-
 DOWN = "model.layers.1.mlp.down_proj.weight"
 BIAS = "model.layers.1.self_attn.q_proj.bias"
 
@@ -239,10 +225,7 @@ BIAS = "model.layers.1.self_attn.q_proj.bias"
     [
         (lambda t: t.pop(DOWN), rf"has no tensor {DOWN}"),
         (lambda t: t.update({BIAS: torch.ones(2)}), rf"that llama does not have: {BIAS}"),
-        (
-            lambda t: t.update({DOWN: t[DOWN][:, 1:].contiguous()}),
-            r"\[16, 19\] instead of \[16, 20\]",
-        ),
+        (lambda t: t.update({DOWN: t[DOWN][:, 1:].clone()}), r"\[16, 19\] instead of \[16, 20\]"),
         (lambda t: t.update({DOWN: t[DOWN].T.contiguous()}), r"\[20, 16\] instead of \[16, 20\]"),
         (lambda t: t[DOWN][3].fill_(math.nan), f"{DOWN} contains values that are not finite"),
         (lambda t: t[DOWN][3].fill_(math.inf), f"{DOWN} contains values that are not finite"),
@@ -272,9 +255,6 @@ def test_an_output_layer_that_is_not_the_embedding_is_rejected_if_they_are_tied(
     assert_equal_logits(imported(tmp_path / "theirs"), theirs)
 
 
-# --- what is exported
-
-
 def test_a_llama_whose_heads_do_not_divide_its_channels_is_not_one_of_transformers():
     sizes = {"n_embd": 28, "n_head": 3, "head_size": 10}
     assert matching_arch(GPTConfig(**(ARCHS["qwen3"] | sizes))) == "qwen3"
@@ -288,9 +268,6 @@ def test_the_base_of_rope_is_where_transformers_4_and_5_read_it(arch: str):
     content = config_to_hf(config, arch, {})
     assert content["rope_theta"] == 500.0
     assert content["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
-
-
-# --- a GPT-2 without a tokenizer
 
 
 def fake_gpt2(name: str) -> tiktoken.Encoding:

@@ -121,9 +121,6 @@ def test_a_token_that_no_lower_merge_makes_is_still_found():
         assert theirs.encode(text).ids == ours.encode(text).tolist() == ids
 
 
-# --- characters
-
-
 @pytest.mark.parametrize("specials", [(), (END_OF_TEXT,), QA_SPECIALS])
 def test_an_unknown_character_is_left_out(specials):
     ours = CharTokenizer.train(["ab \n"], specials)
@@ -139,9 +136,6 @@ def test_characters_of_every_script_have_the_same_ids(text):
     content = tokenizer_to_hf(ours)
     assert theirs_of(content).encode(text).ids == ours.encode(text).tolist()
     assert tokenizer_from_hf(content).to_dict() == ours.to_dict()
-
-
-# --- import
 
 
 def byte_level(add_prefix_space: bool = False, use_regex: bool = True) -> dict[str, Any]:
@@ -182,9 +176,8 @@ def as_llama3(content: dict[str, Any]) -> None:
     piece = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     template = {"type": "TemplateProcessing", "single": [piece, text], "pair": [text]}
-    template["special_tokens"] = {
-        END_OF_TEXT: {"id": END_OF_TEXT, "ids": [500], "tokens": [END_OF_TEXT]}
-    }
+    ids = {"id": END_OF_TEXT, "ids": [500], "tokens": [END_OF_TEXT]}
+    template["special_tokens"] = {END_OF_TEXT: ids}
     content["post_processor"] = {"type": "Sequence", "processors": [byte_level(), template]}
 
 
@@ -228,7 +221,8 @@ STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
 LOWER = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
 UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]], "byte_fallback": False}
 WORD_PIECE = {"type": "WordPiece", "unk_token": "a", "vocab": {"a": 0}}
-WORD_PIECE |= {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+HASHES = {"continuing_subword_prefix": "##"}
+WORD_PIECE |= HASHES | {"max_input_chars_per_word": 100}
 Change = Callable[[dict[str, Any]], Any]
 UNSUPPORTED: list[tuple[str, Change]] = [
     ("normalizer .*'NFC'", lambda c: c.update(normalizer={"type": "NFC"})),
@@ -251,10 +245,7 @@ UNSUPPORTED: list[tuple[str, Change]] = [
     ("model.type 'WordPiece'", lambda c: c.update(model=WORD_PIECE, added_tokens=[])),
     ("model.dropout 0.1", lambda c: c["model"].update(dropout=0.1)),
     ("byte_fallback True", lambda c: c["model"].update(byte_fallback=True)),
-    (
-        "continuing_subword_prefix '##'",
-        lambda c: c["model"].update(continuing_subword_prefix="##", merges=[]),
-    ),
+    ("continuing_subword_prefix '##'", lambda c: c["model"].update(HASHES, merges=[])),
     ("end_of_word_suffix '</w>'", lambda c: c["model"].update(end_of_word_suffix="</w>")),
     ("no token for the byte 0x41", lambda c: rename_token(c, "A", "QQQ")),
     ("token '日本' is not one of bytes", lambda c: rename_token(c, "A", "日本")),

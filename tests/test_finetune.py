@@ -33,20 +33,8 @@ from finetuning import lora, records
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
 from finetuning.records import Records, Split, encode_pair, encode_splits, pack_turns
-from finetuning.setup import (
-    check_finetune,
-    help_defaults,
-    load_base,
-    resolve_finetune,
-)
-from finetuning.tasks import (
-    OBJECTIVES,
-    DPOTask,
-    FinetuneConfig,
-    QATask,
-    TextTask,
-    dpo_loss,
-)
+from finetuning.setup import check_finetune, help_defaults, load_base, resolve_finetune
+from finetuning.tasks import OBJECTIVES, DPOTask, FinetuneConfig, QATask, TextTask, dpo_loss
 from model import GPT
 from plots import read_run
 from sampling.text import end_tokens, last_objective
@@ -126,9 +114,6 @@ FLAGS = {
 }
 
 
-# --- formulas
-
-
 def test_dpo_gradient_equals_the_papers():
     """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), Rafailov et al. 2023,
     section 4."""
@@ -200,9 +185,6 @@ def test_preferences_of_a_model_that_answers_questions_are_answers(place: Path, 
         capsys.readouterr()
         assert finetune.main([f"checkpoints/{source}/best.pt", *words]) == 0
         assert ("Question:" in capsys.readouterr().out) == asks
-
-
-# --- a loss is one mean over what a step or an evaluation scores
 
 
 LENGTHS = {"train": [40, 38, 3, 2], "val": [2, 30, 5]}  # of answers, in tokens
@@ -326,9 +308,6 @@ def test_an_evaluation_of_preferences_averages_over_pairs():
     assert metrics["accuracy"] == pytest.approx(np.mean([margin > 0 for margin in margins]))
 
 
-# --- vocabulary
-
-
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_larger_vocabulary_does_not_change_the_old_tokens(kind):
     text = make_text(20)
@@ -372,9 +351,6 @@ def test_new_tokens_replace_rows_of_an_imported_model_that_have_no_token():
     assert new.vocab_size == 274 and after.shape == before.shape
     assert torch.equal(after[:270], before[:270]) and torch.equal(after[274:], before[274:])
     assert (after[270:274] - before[:270].mean(dim=0)).abs().max() < 0.1  # five times the noise
-
-
-# --- runs
 
 
 @pytest.mark.parametrize(
@@ -590,9 +566,6 @@ def test_batches_are_a_pure_function_of_seed_step_and_micro_step(monkeypatch):
     assert sorted(set(few[0] + few[1])) == [0, 1, 2, 3] and len(few[0]) == len(few[1]) == 3
 
 
-# --- mistakes
-
-
 def test_long_records_are_left_out_and_count_as_not_answered(place: Path, capsys):
     tokenizer = CharTokenizer.train([json.dumps(RECORDS) + "\n"], QA_SPECIALS)
     n_ids = len(encode_turn(tokenizer, *TURNS[0]).ids)
@@ -650,10 +623,7 @@ def test_invalid_records_are_left_out_on_request(place: Path):
         (["--data=other.txt", "--dropout=1"], "dropout must be below 1"),
         (["--data=other.txt", "--lora_rank=2", "--lora_dropout=1"], "lora_dropout must be below 1"),
         (["--data=other.txt", "--lora_rank=2", "--lora_alpha=1e30"], "lora_alpha must be at most"),
-        (
-            ["--data=other.txt", "--teacher_share=1", "--beta=1"],
-            "teacher_share is for .*; --beta is for",
-        ),
+        (["--data=other.txt", "--teacher_share=1", "--beta=1"], "teacher_share is .*; --beta is"),
         (["--objective=qa", "--separator=x"], "--separator is for --objective text or distill"),
         (["--objective=distill", "--teacher=a", "--overfit_batch"], "--overfit_batch is for"),
         (["--objective=qa", "--data=other.txt"], r"other\.txt: line 1: invalid JSON"),
@@ -754,9 +724,6 @@ def test_a_run_with_other_data_is_not_resumed(place: Path):
         finetune.main(["--resume", "--tag=qa", "--device=cpu"])
 
 
-# --- damaged files
-
-
 def test_a_damaged_adapter_is_rejected_or_merges_to_the_same_weights(place: Path, adapted: Path):
     merge = ["checkpoints/best.pt", "--overwrite", "--merge"]
     assert finetune.main([*merge, str(adapted)]) == 0
@@ -824,9 +791,6 @@ def test_a_base_of_an_older_version_without_settings_is_fine_tuned(place: Path):
     state["gpt_config"] |= {"token_shift": True, "qk_norm": read("")["gpt_config"]["qk_norm"]}
     torch.save(state, "old.pt")
     assert finetune.main(["old.pt", *QUICK, "--objective=qa"]) == 0
-
-
-# --- settings that follow from the base
 
 
 @pytest.mark.parametrize(
@@ -967,9 +931,6 @@ def test_an_adapter_for_a_data_set_has_no_embeddings(place: Path):
     assert all(name.endswith((".A", ".B")) for name in tensors)
 
 
-# --- questions about this project
-
-
 @pytest.fixture
 def held_out_first(place: Path) -> dict:
     """The held-out record, moved to where a split by number never puts a validation document."""
@@ -997,9 +958,7 @@ def test_pretraining_never_sees_held_out_questions_and_validates_on_them(held_ou
     assert val_ids == encode_turn(tokenizer, *TURNS[4]).ids.tolist()
 
 
-def test_fine_tuning_never_sees_held_out_questions_and_validates_on_them(
-    held_out_first, monkeypatch
-):
+def test_fine_tuning_validates_on_held_out_questions_it_never_sees(held_out_first, monkeypatch):
     seen, get_batch = [], QATask.get_batch
 
     def record(*args):

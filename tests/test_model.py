@@ -24,9 +24,6 @@ def config(**settings: object) -> GPTConfig:
     return GPTConfig(**{**defaults, **settings})
 
 
-# --- parts
-
-
 def test_queries_and_keys_have_the_norm_of_the_model():
     attention, x = parts.Attention(config(norm="layernorm")), torch.randn(3, 8)
     for norm in (attention.q_norm, attention.k_norm):
@@ -59,10 +56,8 @@ def test_sinusoidal_positions_follow_the_paper():
 
 
 def test_rope_turns_by_one_radian_a_position_in_the_fastest_pair():
-    _, rotation = POSITIONS["rope"](config(n_embd=4, n_head=1))(
-        torch.zeros(1, 3, 4), torch.arange(3)
-    )
-    cos, sin = rotation
+    rope = POSITIONS["rope"](config(n_embd=4, n_head=1))
+    _, (cos, sin) = rope(torch.zeros(1, 3, 4), torch.arange(3))
     x = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 3, 4)  # pairs (0, 2) and (1, 3)
     expected = [math.cos(2), math.cos(0.02), math.sin(2), math.sin(0.02)]  # 1 and 1/100 a position
     assert torch.allclose(parts.rotate(x, cos, sin)[0, 0, 2], torch.tensor(expected))
@@ -150,9 +145,6 @@ def test_attention_follows_the_formula():
     assert torch.allclose(parts.fused_attention(q, k, v, visible), v, atol=1e-6)
 
 
-# --- the whole
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("settings", [{"norm_eps": 0.7}, {"rope_theta": 30.0}, {"dropout": 0.4}])
 def test_settings_act_as_in_transformers(arch: str, settings: dict):
@@ -210,16 +202,13 @@ def test_rotations_norms_of_queries_and_the_loss_are_float32(monkeypatch, precis
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-COMBINATIONS = list(
-    itertools.product(NORMS, MLPS, POSITIONS, (True, False), (True, False), (True, False))
-)
+NAMES = ("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias")
+COMBINATIONS = itertools.product(NORMS, MLPS, POSITIONS, *[(True, False)] * 3)
 
 
-@pytest.mark.parametrize(("norm", "mlp", "pos", "qk_norm", "tie_weights", "bias"), COMBINATIONS)
-def test_a_future_token_changes_no_earlier_logit(norm, mlp, pos, qk_norm, tie_weights, bias):
-    model = make_model(
-        norm=norm, mlp=mlp, pos=pos, qk_norm=qk_norm, tie_weights=tie_weights, bias=bias
-    )
+@pytest.mark.parametrize("values", COMBINATIONS)
+def test_a_future_token_changes_no_earlier_logit(values: tuple):
+    model = make_model(**dict(zip(NAMES, values, strict=True)))
     idx = torch.randint(11, (1, 12))
     changed = idx.clone()
     changed[0, 7] = (idx[0, 7] + 1) % 11

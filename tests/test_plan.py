@@ -34,9 +34,6 @@ BIG = Candidate(GPTConfig(), CONFIG, 1_000_000, 256.0, 0.1, 1.0, 5.0)
 SMALL = replace(BIG, n_params=100_000, step=0.01)
 
 
-# --- the law
-
-
 @pytest.mark.parametrize(
     ("run", "unique", "expected"),
     [
@@ -117,9 +114,6 @@ def test_the_study_writes_its_runs_and_their_predictions(fast, monkeypatch, caps
     assert f"LAW = {law}" in capsys.readouterr().out
 
 
-# --- the choice
-
-
 def test_a_run_fills_the_time():
     run = BIG.best_run(100.0, PILOT, {})
     # Evaluations: 5% of 100 s, 5 of 1 s. 100 - 5 at the end - 6 evaluations, one before the run.
@@ -162,9 +156,6 @@ def test_a_small_text_is_not_read_more_often_than_it_helps():
     for regularized in ({"dropout": 0.2}, {"weight_decay": 1.0}):  # more repetitions help
         longer = BIG.best_run(100_000.0, little, fixed | regularized)
         assert longer.config.max_steps > run.config.max_steps
-
-
-# --- the deadline
 
 
 def test_a_shortened_schedule_continues_from_its_learning_rate():
@@ -272,9 +263,6 @@ def test_a_run_out_of_time_does_one_more_step(monkeypatch):
     run.deadline.now = run.now  # which no step is blamed for
     run.train(lambda step: 0.1)
     assert run.step == config.max_steps == 301
-
-
-# --- the command
 
 
 @pytest.fixture
@@ -395,9 +383,6 @@ def test_a_resumed_run_cannot_get_another_plan(fast, capsys):
     for flag in ("--minutes=1", "--max_steps=500", "--plan"):
         with pytest.raises(UserError, match="in the run to resume"):
             train.main(["--resume", "--device=cpu", flag])
-
-
-# --- measuring
 
 
 def test_the_time_of_a_step_is_the_mean_over_the_run_without_the_first_steps(monkeypatch):

@@ -71,9 +71,6 @@ def all_texts() -> list[str]:
     return texts("train") + texts("val")
 
 
-# --- sources to a data set
-
-
 def test_the_manifest_records_the_sources(workplace):
     (workplace / "a.txt").write_bytes(b"abc")  # whose hash is known from FIPS 180-2
     manifest = make("a.txt", "--tokenizer=char")
@@ -185,9 +182,6 @@ def test_the_vocabulary_of_a_large_corpus_is_learned_from_a_sample(workplace, mo
     assert len(all_texts()) == 400
 
 
-# --- cleaning
-
-
 def test_cleaning_removes_and_counts_in_the_order_of_the_steps(workplace, capsys):
     kept = "Call me Ishmael. Some years ago."
     stories = [
@@ -258,9 +252,6 @@ def test_the_default_removes_nothing():
     removed = new_stats()
     assert clean(Chunk(text, True, True, "train"), CleanConfig(), removed) == text
     assert all(stats == RemovalStats() for stats in removed.values())
-
-
-# --- invalid input and interrupted runs
 
 
 def write_invalid_files(workplace: Path) -> None:
@@ -481,9 +472,6 @@ def test_an_interrupted_run_leaves_nothing(workplace, number, status):
     assert os.listdir("data") == ["input.txt"]
 
 
-# --- statistics, training
-
-
 def test_statistics_equal_those_calculated_by_hand(workplace, capsys):
     # Characters are tokens, and each document starts with a separator: lengths 11, 21, ..., 1001.
     documents = ["a" * (10 * i) for i in range(1, 101)]
@@ -598,15 +586,11 @@ def test_files_folders_and_named_data_sets_are_found_in_their_order(workplace, m
     splits = {"train": Path("data/train.txt"), "val": Path("data/valid.txt")}
     monkeypatch.setattr(sources, "fetch", lambda name: splits)
     found = sources.find_sources(["one.txt", "tinystories", "texts"])
-    assert [(str(path), split) for path, split in found] == [
-        ("one.txt", ""), ("data/train.txt", "train"), ("data/valid.txt", "val"),
-        ("texts/two.txt", ""),
-    ]  # fmt: skip
+    expected = {"one.txt": "", "data/train.txt": "train", "data/valid.txt": "val"}
+    expected["texts/two.txt"] = ""
+    assert [(str(path), split) for path, split in found] == list(expected.items())
     monkeypatch.setattr(sources, "fetch", lambda name: {"all": Path("one.txt")})
     assert sources.find_sources(["plays"]) == [(Path("one.txt"), "")]
-
-
-# --- processes that divide the text
 
 
 def test_batches_are_mapped_in_order_and_few_are_read_ahead(monkeypatch: pytest.MonkeyPatch):

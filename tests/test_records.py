@@ -24,10 +24,8 @@ PAIRS = [
 TURNS = [("What turns?", "Queries and keys."), ("Why?", "So.")]
 RECORDS = [{"question": question, "answer": answer, "id": 1} for question, answer in TURNS]
 TEXTS = [record_text(Record([turn])) for turn in TURNS]
-TOKENIZERS = [
-    CharTokenizer.train(TEXTS, QA_SPECIALS),
-    train_bpe(count_pieces(TEXTS), 280, QA_SPECIALS),
-]
+TOKENIZERS = [CharTokenizer.train(TEXTS, QA_SPECIALS)]
+TOKENIZERS += [train_bpe(count_pieces(TEXTS), 280, QA_SPECIALS)]
 # The ids of the characters of "\n :AQSabcdeimnorstuwy", in this order, follow four special tokens.
 CHARS = CharTokenizer.train(["System: Question: \nAnswer: abcd"], QA_SPECIALS)
 SYSTEM, QUESTION = [9, 24, 20, 21, 14, 16, 6, 5], [8, 22, 14, 20, 21, 15, 18, 17, 6, 5]
@@ -42,9 +40,6 @@ def write(path: Path, content: object) -> Path:
 def messages(roles: str) -> dict:
     names = {"s": "system", "u": "user", "a": "assistant"}
     return {"messages": [{"role": names.get(c, c), "content": c} for c in roles]}
-
-
-# --- ids and masks
 
 
 def test_a_conversation_is_its_turns_and_its_answers_are_scored():
@@ -107,9 +102,6 @@ def test_padding_does_not_change_the_loss():
 def test_encoding_needs_a_tokenizer_with_the_special_tokens():
     with pytest.raises(UserError, match="has no <BOS>"):
         encode_turn(CharTokenizer.train(TEXTS), "Why?", "So.")
-
-
-# --- formats
 
 
 QUESTIONS = json.loads((SAMPLES / "questions.json").read_text())
@@ -185,9 +177,6 @@ def test_an_unknown_format_is_one_line_that_names_the_fields(tmp_path, name, con
             load_corpus(str(path))
 
 
-# --- mistakes
-
-
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -211,9 +200,7 @@ def test_an_unknown_format_is_one_line_that_names_the_fields(tmp_path, name, con
         ({"messages": ["a"]}, "messages is missing or not a list"),
     ],
 )
-def test_invalid_records_are_reported_with_their_position_or_skipped(
-    tmp_path, capsys, bad, message
-):
+def test_invalid_records_are_reported_with_their_number_or_skipped(tmp_path, capsys, bad, message):
     kind = next(iter(bad)) if isinstance(bad, dict) else "question"
     good = {"question": RECORDS, "messages": [messages("sua")] * 2, "prompt": PAIRS}[kind]
     preferences = kind == "prompt"
@@ -244,9 +231,6 @@ def test_files_without_a_valid_record_are_one_line(tmp_path, name, content, mess
     with pytest.raises(UserError, match=message) as error:
         read_records(write(tmp_path / name, content), skip_bad=True)
     assert "\n" not in str(error.value)
-
-
-# --- training from scratch
 
 
 def test_train_py_learns_conversations_turn_by_turn(tmp_path: Path):

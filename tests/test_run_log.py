@@ -70,9 +70,6 @@ def files_in(folder: Path) -> set[str]:
     return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
 
 
-# --- status lines
-
-
 def test_the_status_line_does_not_depend_on_the_order_of_the_metrics():
     known = {"step": 10, "val": 1.23456, "lr": 0.001, "grad_norm": 0.5, "seconds": 7.0}
     other = {"margin": 0.5, "ms_per_step": 2.0, "lr": 0.001, "bpb": 2.0, "ppl": None}
@@ -104,12 +101,7 @@ def test_further_terms_of_the_loss_reach_the_log_and_the_status_line(workplace, 
     assert "| calls 9.500 | lr" in lines[1] and "| calls 19.500 | lr" in lines[2]
 
 
-# --- timing
-
-
-def test_the_time_per_step_excludes_the_first_step_evaluations_and_checkpoints(
-    workplace, monkeypatch
-):
+def test_step_times_exclude_the_first_step_evaluations_and_checkpoints(workplace, monkeypatch):
     now = 0.0
 
     def slow(name: str, seconds: float) -> None:
@@ -152,9 +144,6 @@ def test_a_busy_cpu_is_said_once_with_the_times(workplace, monkeypatch, capsys, 
     assert capsys.readouterr().out.count(line) == says
 
 
-# --- patience
-
-
 def test_patience_counts_the_evaluations_without_improvement(workplace):
     """Also those from before a resume. An equal loss is no improvement."""
     log, patient = make_log(patience=2), make_log()
@@ -169,9 +158,6 @@ def test_patience_counts_the_evaluations_without_improvement(workplace):
     assert log.best()["step"] == 7
     log_validation_losses(patient, [1.0, *[2.0] * 20])
     assert not patient.out_of_patience()
-
-
-# --- the files of a run
 
 
 def test_a_resumed_run_has_the_samples_and_the_log_of_an_uninterrupted_one(workplace):
@@ -255,9 +241,6 @@ def test_only_rank_0_writes_and_all_ranks_decide_alike(workplace, monkeypatch):
         shutil.rmtree(run, ignore_errors=True)
     assert decisions[0] == decisions[1] == ([True, True, False, False], 1, True)
     assert files == [{"log.jsonl", "loss_log.json", "loss_curve.png", "samples.txt"}, None]
-
-
-# --- other tools
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
@@ -458,9 +441,8 @@ def test_samples_are_written_whole_and_printed_by_their_first_lines(
 
 def test_the_end_of_a_run_is_reported(workplace, monkeypatch, capsys):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(
-        run_log, "verdict", lambda records, settings: f"{settings['vocab_size']} is fine"
-    )
+    verdict = lambda records, settings: f"{settings['vocab_size']} is fine"  # noqa: E731
+    monkeypatch.setattr(run_log, "verdict", verdict)
     log = RunLog(TrainConfig(max_steps=9, tag="a"), HEADER)
     for step, loss in enumerate([3.0, 1.5, 2.0]):
         clock.now += 10

@@ -103,9 +103,6 @@ def test_no_module_uses_the_search_path():
     assert [m for m, node in attributes if ast.unparse(node) == "sys.path"] == []
 
 
-# --- budgets
-
-
 def test_the_core_is_small():
     lines = {name: LINES[ROOT / f"{name}.py"] for name in CORE}
     assert sum(lines.values()) <= 1800, lines

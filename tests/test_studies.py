@@ -29,9 +29,6 @@ def tiny_trainer(mistake: str = mistakes.BASE, **flags: Any) -> train.Trainer:
         return parse_tiny_study().make_trainer(TINY | MODEL | {"warmup_steps": 0} | flags)
 
 
-# --- statistics
-
-
 def test_differences_without_variance_of_one_seed_and_of_diverged_runs():
     assert comparison.p_value([0.0, 0.0, 0.0]) == 1 and comparison.p_value([0.5, 0.5, 0.5]) == 0
     assert math.isnan(comparison.margin([1.0]))
@@ -78,9 +75,6 @@ def test_differences_are_plotted_with_their_significance():
     assert [label.get_text() for label in axes.get_yticklabels()] == list(losses)
 
 
-# --- records
-
-
 def test_results_are_accompanied_by_a_record(workplace: Path):
     some = parse_tiny_study("--quick", "--data=data/input.txt", "--out_dir=somewhere")
     some.with_seeds("a", TINY)
@@ -125,9 +119,6 @@ def test_the_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert commit() == head and len(head) == 40
     (tmp_path / "code.py").write_text("2")
     assert commit() == f"{head} with changes"
-
-
-# --- the mistakes are made
 
 
 def tiny_gpt(cls: type[GPT] = GPT) -> GPT:
@@ -213,9 +204,6 @@ def test_training_on_validation_data_and_on_shuffled_tokens(workplace: Path):
     assert both.corpus.val_ids.tolist() == val_ids
     for before, after in ((train_ids, shuffled.train_ids), (val_ids, shuffled.corpus.val_ids)):
         assert before != after.tolist() and sorted(before) == sorted(after)
-
-
-# --- the studies
 
 
 def test_the_honest_loss_is_that_of_the_last_token():

@@ -118,10 +118,7 @@ def test_a_student_has_the_text_and_the_tokenizer_of_its_teacher(workplace: Path
         (["--teacher=checkpoints/best.pt", "--tag=", "--overwrite"], "contains .*best.pt"),
         (["--teacher=checkpoints/best.pt", "--overfit_batch"], "leave out --teacher"),
         (["--teacher=checkpoints/best.pt", "--tokenizer=bpe"], "already has a tokenizer"),
-        (
-            ["--teacher=checkpoints/best.pt", "--data=new.txt"],
-            "not among the .* 28 characters: 'é'",
-        ),
+        (["--teacher=checkpoints/best.pt", "--data=new.txt"], "not among .* 28 characters: 'é'"),
         (["--teacher=imported.pt"], "give --data: .* imported teacher .* is unknown"),
         (["--teacher=checkpoints/best.pt", "--teacher_share=1.5"], "teacher_share must be at most"),
     ],

@@ -30,8 +30,6 @@ from tokenizer import (
     from_dict,
 )
 
-# --- characters
-
 
 def test_ids_follow_the_sorted_characters():
     tokenizer = CharTokenizer.train(["hello, wörld\n"])
@@ -76,9 +74,6 @@ def test_an_unknown_or_incomplete_tokenizer_is_rejected():
     for pattern in ("", "a*", "|a"):
         with pytest.raises(UserError, match="matches an empty one"):
             from_dict(BPE.to_dict() | {"pattern": pattern})
-
-
-# --- byte pairs: training
 
 
 def naive_merges(counts: Counter[str], n_merges: int) -> list[tuple[bytes, bytes]]:
@@ -129,9 +124,6 @@ def test_pieces_are_those_of_gpt2():
     counts = count_pieces(["I'll pay  £30, they've said:\n\n ok"])
     pieces = ["I", "'ll", " pay", " ", " £", "30", ",", " they", "'ve", " said", ":", "\n\n", " ok"]
     assert counts == Counter(pieces)
-
-
-# --- byte pairs: text to ids
 
 
 LESSON = "the cat sat on the mat, and that cat's 42 hats — naïve, 日本語 — lay there too.\n" * 3
@@ -193,8 +185,6 @@ def test_a_byte_pair_tokenizer_survives_json():
     assert copy.encode(LESSON).tolist() == BPE.encode(LESSON).tolist()
     assert "Ġthe" in BPE.to_dict()["ranks"]  # and people can read it
 
-
-# --- special tokens and streams
 
 # As in tiktoken 0.14 for GPT-2, GPT-4 and GPT-4o
 R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -324,9 +314,6 @@ def test_special_tokens_are_encoded_only_if_they_are_allowed(tokenizer: Tokenize
 def test_of_several_special_tokens_the_longest_counts():
     ids = CHARS.encode("<s><s><s>", "all").tolist()
     assert ids == [CHARS.specials["<s><s>"], CHARS.specials["<s>"]]
-
-
-# --- tiktoken's encodings
 
 
 def test_gpt2_ids_are_the_published_ones_and_those_of_tiktoken():

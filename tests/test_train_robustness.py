@@ -33,16 +33,12 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-# --- files
-
-
 def test_the_second_run_in_a_folder_is_told_who_holds_it(trained: Path):
     with locked(Path("checkpoints"), "a training run"):
         before = SAVED.read_bytes()
+        message = f"in use by a training run, process {os.getpid()}"
         for flags in (RESUME, [*TINY_RUN, "--overwrite"]):
-            with pytest.raises(
-                UserError, match=rf"in use by a training run, process {os.getpid()}"
-            ):
+            with pytest.raises(UserError, match=message):
                 train.main(flags)
         assert SAVED.read_bytes() == before
 
@@ -58,9 +54,7 @@ def test_a_run_that_another_process_has_changed_meanwhile_is_not_continued(train
         train.main(RESUME)
 
 
-@pytest.mark.parametrize(
-    "name", ["latest.pt", "best.pt", "ckpt_00010.pt", "adapter.pt", "samples.txt"]
-)
+@pytest.mark.parametrize("name", "latest.pt best.pt ckpt_00010.pt adapter.pt samples.txt".split())
 def test_files_of_another_run_are_not_deleted_silently(workplace: Path, name: str):
     Path("checkpoints").mkdir()
     Path("checkpoints", name).write_text("mine")
@@ -140,9 +134,6 @@ def test_a_second_signal_ends_the_process_but_not_a_notebook(monkeypatch):
     assert signal.getsignal(signal.SIGINT) == before
 
 
-# --- damaged checkpoints
-
-
 def test_a_flipped_bit_is_detected_or_without_effect(trained: Path):
     original, good = SAVED.read_bytes(), utils.read_checkpoint(SAVED)
     rng, n_rejected = random.Random(0), 0
@@ -165,10 +156,9 @@ def test_a_run_is_not_resumed_from_unexpected_contents(trained: Path):
     assert n_rejected(state, 40, 0, lambda: train.main(RESUME), SAVED, rest) == 40
 
 
-# --- settings of resumed runs
-
 FIXED = set("separator encoding skip_bad hold_out preset arch tokenizer bpe_vocab_size".split())
 FIXED |= {"seed", "optimizer", "weight_decay", "minutes", "plan"}
+FIXED |= {"teacher", "teacher_share", "teacher_temperature"}
 FIXED |= {f.name for f in fields(GPTConfig)} - {"dropout"}
 PLACES = {"out_dir", "tag", "resume", "overwrite", "overfit_batch", "device", "data", "vocab_size"}
 
@@ -241,9 +231,6 @@ def test_a_restarted_process_resumes_or_starts_over(trained: Path, monkeypatch, 
     assert check_run(GPTConfig(), config) == []
 
 
-# --- memory
-
-
 HUGE = "n_layer=1000000000 n_embd=1000000 n_inner=10000000000 block_size=100000000000"
 HUGE += " batch_size=100000000 grad_accum=1000000000"
 
@@ -253,9 +240,6 @@ def test_sizes_that_cannot_fit_are_rejected_before_the_model_is_made(workplace: 
     with pytest.raises(UserError, match=r"GB: use a lower|too short|too large"):
         train.main([*TINY_RUN, f"--{flag}"])
     assert not Path("checkpoints").exists()
-
-
-# --- float16
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
@@ -284,7 +268,6 @@ def test_a_run_whose_float16_gradients_always_overflow_stops():
         trainer.train_step()
     trainer.check_finite()
     trainer.train_step()
-    with pytest.raises(
-        UserError, match=r"at step 31 .float16 loss scale 3.05.*--precision float32"
-    ):
+    message = r"at step 31 .float16 loss scale 3.05.*--precision float32"
+    with pytest.raises(UserError, match=message):
         trainer.check_finite()

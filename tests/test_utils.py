@@ -27,9 +27,6 @@ from utils import autocast, newest_checkpoint
 TOKENIZER = CharTokenizer.train(["abcdefghijk"])
 
 
-# --- batches
-
-
 def test_windows_of_a_tensor_equal_those_of_the_array():
     ids = np.random.default_rng(0).integers(60000, size=100).astype(np.uint16)
     for pair in zip(
@@ -98,9 +95,6 @@ def test_a_mixed_seed_depends_on_every_number_and_their_order():
     assert utils.mix_seed(1337, 2, 3) == expected[0]
 
 
-# --- devices
-
-
 def test_auto_selects_the_fastest_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -112,9 +106,6 @@ def test_auto_selects_the_fastest_device(monkeypatch):
     assert pick_device("auto").type == "mps" and ones.call_args == call(1, device="mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto").type == "cuda"
-
-
-# --- checkpoints
 
 
 def test_a_checkpoint_restores_model_and_tokenizer(tmp_path: Path):
@@ -243,9 +234,6 @@ def test_the_best_checkpoint_of_the_newest_run_is_found(tmp_path: Path):
     assert newest_checkpoint(tmp_path) == tmp_path / "a/latest.pt"
 
 
-# --- exact positions
-
-
 def reference_starts(n_ids: int, T: int, B: int, seed: int, number: int) -> list[int]:
     """Where the windows of a batch begin, in Python's integers: the i-th window of a run begins at
     the fractional part of offset + i / golden ratio, times the number of possible starts."""
@@ -300,9 +288,6 @@ def test_even_starts_by_hand(n_ids: int, T: int, n: int | None, starts: list[int
     assert found.tolist() == starts and found.dtype == np.int64
 
 
-# --- devices and precisions
-
-
 @pytest.mark.parametrize(
     ("name", "n_gpus", "works"),
     [
@@ -343,9 +328,6 @@ def test_a_product_has_the_precision_that_is_asked_for():
         with autocast(torch.device("cpu"), "float32"):  # also inside another one
             assert (a @ a).dtype == torch.float32
         assert (a @ a).dtype == torch.bfloat16
-
-
-# --- files
 
 
 def test_an_incomplete_checkpoint_is_rejected(tmp_path: Path):

@@ -53,11 +53,15 @@ def case(
 
 
 SLOW = falling(21, end=1.3, half_life=0.3)
+STUCK = [4.2, 3.4, 3.45, 3.3, 3.35, 3.4, 3.3, 3.1, 3.0, 2.93]
+FLAT = [4.17, 2.6, 2.1, 1.9, 1.75, 1.63, 1.56, 1.54, 1.535, 1.534, 1.534]
+MILD = [4.17, 2.2, 1.8, 1.7, 1.71, 1.72, 1.73]
 U_SHAPE = [4.17, 2.2, 1.8, 1.7, 1.75, 1.85, 1.95]
 MEMORIZED = [4.17, 2.1, 1.5, 1.2, 0.9, 0.6, 0.4]
 EXPLODED = [4.1, 144.0, 90.0, 40.0, 12.0, 6.0, 5.0, 4.4]
 DIVERGING = "diverging since step"
 SHORT = "too short to judge"
+FROM_START = "overfitting from the start"
 OVER = "overfitting since step 300, the best checkpoint"
 HEALTHY = "healthy: best at step"
 STOPPED = "; --patience 2 stopped the run at step"
@@ -66,10 +70,7 @@ STOPPED = "; --patience 2 stopped the run at step"
 CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     "healthy": case(same(SLOW), f"{HEALTHY} 2000", "more steps", "text"),
     "stuck at a high rate": case(
-        curve([4.2, 3.4, 3.45, 3.3, 3.35, 3.4, 3.3, 3.1, 3.0, 2.93], lr=cosine),
-        "stuck at 2.93",
-        "lower --lr_max",
-        "healthy",
+        curve(STUCK, lr=cosine), "stuck at 2.93", "lower --lr_max", "healthy"
     ),
     "healthy, slow": case(curve([4.17 - 0.1 * i for i in range(10)], lr=cosine), HEALTHY),
     "one high evaluation": case(
@@ -82,10 +83,7 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         curve(SLOW, SLOW, lr=lambda p: cosine(2 * p % 1)), HEALTHY, lacks="jump"
     ),
     "a schedule that ended flat": case(
-        curve([4.17, 2.6, 2.1, 1.9, 1.75, 1.63, 1.56, 1.54, 1.535, 1.534, 1.534], lr=cosine),
-        HEALTHY,
-        "learning rate has decayed|--max_steps",
-        "plateau|--lr_max",
+        curve(FLAT, lr=cosine), HEALTHY, "learning rate has decayed|--max_steps", "plateau|--lr_max"
     ),
     "10 steps at 3.27": case(curve([4.2, 3.9, 3.27], every=5), SHORT, "falling", "healthy"),
     "step 0 only": case(same([4.17]), SHORT, "more steps", "falling"),
@@ -97,19 +95,13 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         curve([5.6, 5.37, 5.41], [5.6, 4.8, 4.1], 25), SHORT, "more steps", "falling"
     ),
     "300 characters": case(
-        curve([3.5, 4.85], [3.5, 0.146], 120),
-        "overfitting from the start",
-        "more text",
-        "--lr_max",
-        vocab_size=33,
+        curve([3.5, 4.85], [3.5, 0.146], 120), FROM_START, "more text", "--lr_max", vocab_size=33
     ),
     "2000 characters": case(curve([3.6, 2.9], [3.6, 0.2], 120), "memorized", "0.20|2.90|more text"),
     "flat": case(curve([4.2, 4.17, 4.17, 4.16]), "not moving from ln(V) = 4.17", "--overfit_batch"),
     "flat, noisy": case(same(noisy([LN65] * 20, 0.03)), "not moving", lacks="diverg"),
     "flat DPO at ln 2": case(
-        curve([0.693, 0.692, 0.693, 0.692], [0.693] * 4),
-        "not moving from its first loss, 0.69",
-        lacks="ln(V)",
+        same([0.693, 0.692, 0.693, 0.692]), "not moving from its first loss, 0.69", lacks="ln(V)"
     ),
     "DPO": case(same([0.693, 0.5, 0.4, 0.33]), HEALTHY),
     "exploding": case(same(EXPLODED), f"{DIVERGING} 0", "lower --lr_max", "raise --lr_max|higher"),
@@ -135,16 +127,10 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         curve(U_SHAPE, MEMORIZED), OVER, "more text|--weight_decay 1,|--patience 3", "dropout"
     ),
     "overfitted, mild": case(
-        curve([4.17, 2.2, 1.8, 1.7, 1.71, 1.72, 1.73], MEMORIZED),
-        OVER,
-        "a smaller model",
-        "weight_decay",
-        weight_decay=1.0,
+        curve(MILD, MEMORIZED), OVER, "a smaller model", "weight_decay", weight_decay=1.0
     ),
     "overfitted, strong": case(
-        curve([4.17, 2.2, 1.8, 1.7, 2.5, 4.0, 6.0], [*MEMORIZED[:5], 0.2, 0.02]),
-        OVER,
-        lacks="diverg",
+        curve([4.17, 2.2, 1.8, 1.7, 2.5, 4, 6], [*MEMORIZED[:5], 0.2, 0.02]), OVER, lacks="diverg"
     ),
     "overfitted, late": case(
         curve([*falling(15), 1.5, 1.55], falling(17, end=1.0)), "overfitting since step 1400"
@@ -155,10 +141,7 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         lacks="jump",
     ),
     "fine-tuning that only got worse": case(
-        curve([1.5, 1.6, 1.7, 1.9], [1.4, 1.0, 0.7, 0.4]),
-        "overfitting from the start",
-        "lower --lr_max",
-        "--patience",
+        curve([1.5, 1.6, 1.7, 1.9], [1.4, 1, 0.7, 0.4]), FROM_START, "lower --lr_max", "--patience"
     ),
     "validation only, rising": case(curve(U_SHAPE), OVER, "no training loss to tell"),
     "plateaued, early": case(
