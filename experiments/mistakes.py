@@ -58,19 +58,21 @@ class UnshiftedGPT(GPT):
         return super().forward(idx, None if targets is None else idx, *args, **kwargs)
 
 
-class GPTWithoutZeroGrad(GPT):
-    """The gradients of all earlier steps are added up."""
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        pass
-
-
 class ResidualFreeBlock(Block):
     """Each sublayer replaces its input instead of adding to it."""
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         x = self.drop(self.attn(self.sublayer_input(x, 0, context), context)).to(x.dtype)
         return self.drop(self.mlp(self.sublayer_input(x, 1, context))).to(x.dtype)
+
+
+class NoZeroGrad(train.Trainer):
+    """The gradients of all earlier steps are added up."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        for optimizer in self.optimizers.values():
+            vars(optimizer)["zero_grad"] = lambda: None
 
 
 class LateClipping(train.Trainer):
@@ -135,7 +137,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "no zero_grad": Mistake(
         "the gradient norm never falls below the clipping threshold: old gradients are in it",
-        replacement=(studies, "GPT", GPTWithoutZeroGrad),
+        replacement=(train, "Trainer", NoZeroGrad),
     ),
     "clipping after the step": Mistake(
         "not the losses: nothing limits a step after a peak of the gradient norm",
