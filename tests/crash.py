@@ -31,6 +31,7 @@ from system.start import run
 import torch
 
 from system.command_line import parse_args
+from system.folders import restore_folder
 from system.settings import setting
 from tests.fuzz import fork, redirect, run_script, temporary_folder
 from tests.fuzz_cases import BPE, LLAMA, make_fixtures
@@ -271,6 +272,7 @@ class Trials:
         it again. Returns whether that succeeds."""
         argv = JOBS[name].argv
         self.kill(name, argv, folder)
+        restore_folder(folder / JOBS[name].folder)  # as the next command does
         wrong = [self.differences(name, folder, expected) for expected in ("old", name)]
         if all(wrong):
             self.report(name, "neither the old nor the new folder", str(wrong))

@@ -102,14 +102,18 @@ def temporary_folder(keep: bool = False) -> Iterator[Path]:
 def fork(function: Callable[..., int], *args: Any) -> int:
     """Call a function in a child process, which exits with the status that it returns. Returns the
     id of the process."""
+    # Ctrl-C before `try` would run the ends of this process's context managers in the child.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pid = os.fork()
     if pid == 0:
         status = 99
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
             status = function(*args)
         except BaseException:
             traceback.print_exc()
         os._exit(status)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return pid
 
 
