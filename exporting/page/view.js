@@ -120,9 +120,9 @@ function showLook() {
   const title = element("p", { class: "title" }, `${quoted(token.label)} ${text}`);
   const [answer] = lens.at(-1).alternatives;
   const first = lens.findIndex(({ alternatives: [best] }) => best.id === answer.id);
-  const place = `(framed), first the most likely after layer ${first}.`;
-  const own = isLast ? "" : " Bold: the token of the text.";
-  const note = `Final answer: ${quoted(answer.label)} ${place}${own}`;
+  const best = `The model's first choice is ${quoted(answer.label)} (framed)`;
+  const own = () => ` The text has ${quoted(token.label)} (bold), ${percent(token.probability)}.`;
+  const note = `${best}, which leads for the first time after layer ${first}.${isLast ? "" : own()}`;
   $("details").replaceChildren(title, lensTable(lens, answer), element("p", {}, note));
   $("details").append(attentionLine());
 }
