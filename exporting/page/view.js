@@ -122,7 +122,7 @@ function showLook() {
   const first = lens.findIndex(({ alternatives: [best] }) => best.id === answer.id);
   const best = `The model's first choice is ${quoted(answer.label)} (framed)`;
   const own = () => ` The text has ${quoted(token.label)} (bold), ${percent(token.probability)}.`;
-  const note = `${best}, which leads for the first time after layer ${first}.${isLast ? "" : own()}`;
+  const note = `${best}, first in the lead after layer ${first}.${isLast ? "" : own()}`;
   $("details").replaceChildren(title, lensTable(lens, answer), element("p", {}, note));
   $("details").append(attentionLine());
 }
