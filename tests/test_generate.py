@@ -81,6 +81,7 @@ def test_ties_go_to_the_lower_id():
         assert shares([0.25] * 4, top_p=top_p) == pytest.approx([0.5, 0.5, 0, 0], abs=2e-3)
     assert shares([0.2, 0.4, 0.4], temperature=0) == [0, 1, 0]
     assert shares([0.2, 0.4, 0.4], top_k=1) == [0, 1, 0]
+    assert shares([0.5, 0.5], min_p=1.0) == pytest.approx([0.5, 0.5], abs=2e-3)
 
 
 def test_a_temperature_near_0_still_divides():
