@@ -1,6 +1,6 @@
 """A pytest plugin: this system without what others lack.
 
-    TINYLLM_SYSTEM=windows PYTHONPATH=.ci python -m pytest -p other_systems tests/test_train.py
+    TINYLLM_SYSTEM=windows python -m pytest -p tests.other_systems tests/test_train.py
 
 windows: no fork, mkfifo, SIGKILL, fcntl, resource, /proc, /dev/zero; files whose encoding is not
 given are in cp1252, with line ends of Windows; files that are open or mapped cannot be replaced,
