@@ -98,12 +98,11 @@ def configure_optimizers(model: nn.Module, config: TrainConfig) -> dict[str, tor
         spec, matrices = OPTIMIZERS[name], [p for p in own if p.dim() >= 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}]
         if not spec.matrices_only:
-            vectors = [p for p in own if p.dim() < 2]
-            groups.append({"params": vectors, "weight_decay": 0.0})
+            groups.append({"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0})
         if own:
-            optimizers[name] = pkgutil.resolve_name(spec.path)(
-                groups, config.lr_max, **spec.options
-            )
+            optimizer = pkgutil.resolve_name(spec.path)
+            precision = {"precision": config.precision} if spec.matrices_only else {}
+            optimizers[name] = optimizer(groups, config.lr_max, **spec.options, **precision)
     return optimizers
 
 
