@@ -34,9 +34,8 @@ from finetuning.tasks import OBJECTIVES, FinetuneConfig, Setup
 from model import GPT
 from sampling.text import answers_questions, last_trained_on_text
 from system.command_line import parse_args
-from system.errors import quote_path
 from system.files import locked, save_checkpoint
-from system.settings import UserError, raise_problems
+from system.settings import UserError, quote_path, raise_problems
 from tokenizer import END_OF_TEXT, Tokenizer
 from train import Trainer, run_training
 from training import distributed

@@ -19,9 +19,8 @@ from typing import Any
 from system.start import run
 
 from system.command_line import parse_args
-from system.errors import first_line
 from system.files import file_problems
-from system.settings import UserError, setting
+from system.settings import UserError, first_line, setting
 from utils import newest_checkpoint, read_checkpoint
 from viz import curve
 from viz.curve import Record, Run, is_number

@@ -16,8 +16,7 @@ from torch import Tensor
 import tokenizer as tokenizers
 from config import GPTConfig
 from model import GPT
-from system.errors import first_line
-from system.settings import UserError, all_problems, raise_problems
+from system.settings import UserError, all_problems, first_line, raise_problems
 
 # --- batches: windows of a stream of token ids
 

@@ -21,9 +21,8 @@ import zipfile
 from pathlib import Path
 
 from corpus.text import REBUILT_SHA256, SHAKESPEARE_SHA256
-from system.errors import first_line
 from system.files import atomic_write, locked_file
-from system.settings import UserError
+from system.settings import UserError, first_line
 
 DATASETS = ("shakespeare", "plays", "tinystories")
 TIMEOUT = 20  # seconds without data

@@ -18,8 +18,7 @@ import tokenizer as tokenizers
 from corpus.corpus import Corpus
 from corpus.documents import note_shared
 from corpus.text import file_sha256, read_blocks
-from system.errors import first_line
-from system.settings import UserError
+from system.settings import UserError, first_line
 from tokenizer import END_OF_TEXT, Tokenizer
 
 TOKENS = ("train.bin", "val.bin")

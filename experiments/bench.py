@@ -39,8 +39,7 @@ from experiments.baselines import Functions
 from experiments.timing import ROOT, Row, Training, git_commit, make_trainer, sample
 from system.command_line import parse_args
 from system.device import device_problems, pick_device
-from system.errors import first_line
-from system.settings import UserError, setting
+from system.settings import UserError, first_line, setting
 from train import Trainer
 from training.setup import Flags, pick_precision
 from utils import count_params, get_batch, read_checkpoint

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from corpus.text import file_sha256
-from system.errors import first_line
 from system.files import file_problems
 from system.folders import check_replaceable, replacing
-from system.settings import VERSION, UserError, raise_problems
+from system.settings import VERSION, UserError, first_line, raise_problems
 
 MARKER = "tinyllm.json"
 

@@ -23,9 +23,8 @@ from exporting.folders import check_file, import_optional
 from exporting.hf_model import matching_arch, split_rows, tensor_names
 from exporting.huggingface import origin, source_name, special_token_ids, with_end_token
 from model import GPT
-from system.errors import quote_path
 from system.files import atomic_write, locked_file
-from system.settings import VERSION, UserError
+from system.settings import VERSION, UserError, quote_path
 from tokenizer import GPT2_PATTERN, BPETokenizer, Tokenizer, to_printable
 
 # precision -> llama.cpp's name

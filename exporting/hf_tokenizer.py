@@ -15,8 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from exporting.folders import import_optional
-from system.errors import first_line
-from system.settings import UserError
+from system.settings import UserError, first_line
 from tokenizer import (
     END_OF_TEXT,
     GPT2_PATTERN,

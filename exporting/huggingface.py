@@ -23,9 +23,8 @@ from exporting.hf_tokenizer import tokenizer_from_hf, tokenizer_to_hf
 from finetuning.new_tokens import EMBEDDINGS
 from model import GPT
 from sampling.text import checkpoint_line, end_tokens, last_trained_on_text
-from system.errors import first_line, quote_path
 from system.files import folder_problems, locked_file, save_checkpoint
-from system.settings import VERSION, UserError, raise_problems
+from system.settings import VERSION, UserError, first_line, quote_path, raise_problems
 from tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 from training.task import sample_from_newline
 

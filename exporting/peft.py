@@ -11,8 +11,7 @@ from exporting.folders import new_folder, write_json
 from exporting.hf_model import arch_or_custom, split_rows, tensor_names
 from exporting.huggingface import save_tensors
 from finetuning import lora
-from system.errors import quote_path
-from system.settings import UserError
+from system.settings import UserError, quote_path
 
 
 def export_adapter(path: Path, folder: Path, overwrite: bool = False) -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from config import SampleConfig
 from model import GPT
-from system.errors import quote_path
-from system.settings import UserError
+from system.settings import UserError, quote_path
 from tokenizer import END_OF_TEXT, QA_SPECIALS, Tokenizer, prompt_text
 
 START_TOKENS = ("<BOS>", END_OF_TEXT)  # the first that the tokenizer has starts a text

@@ -7,8 +7,7 @@ import sys
 
 import torch
 
-from system.errors import first_line
-from system.settings import UserError
+from system.settings import UserError, first_line
 
 
 def has_mps() -> bool:

@@ -14,8 +14,7 @@ from typing import Any, BinaryIO
 
 import filelock
 
-from system.errors import first_line
-from system.settings import UserError
+from system.settings import UserError, first_line
 
 
 @contextlib.contextmanager

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from system.errors import error_reason
-from system.settings import UserError
+from system.settings import UserError, error_reason
 
 # At the end of each operation, threads of GNU's OpenMP spin until the next one begins: by default
 # 300,000 times, which takes the core from other threads. Beside another program a training step

@@ -21,9 +21,8 @@ from torch import Tensor
 from config import GPTConfig, SampleConfig, TrainConfig
 from generate import generate
 from model import GPT
-from system.errors import first_line
 from system.files import atomic_write
-from system.settings import UserError
+from system.settings import UserError, first_line
 from utils import autocast, count_params
 
 CACHE_DIR = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"

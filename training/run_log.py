@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import TrainConfig
-from system.errors import quote_path
 from system.files import atomic_write
-from system.settings import UserError
+from system.settings import UserError, quote_path
 from training.distributed import BUSY, CpuClock, rank, world_size
 from viz.curve import Run, best_record, plot_runs, read_records, save_figure, training_steps
 from viz.verdict import verdict
