@@ -1,4 +1,4 @@
-"""Settings as dataclasses: a field is one line with its default, its help and its limits; and errors
+"""Settings as dataclasses: a field is one line with its default, its help and its limits. Errors
 that a user can correct.
 
 system/command_line.py makes the flags and --help from these lines, all_problems the validation.
