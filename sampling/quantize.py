@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # The largest weight of a row becomes this integer. It is below 127, the largest int8, as a margin:
 # rounding the scale to bfloat16, which has 8 significant bits, can enlarge quotients by 2^-8.
 MAX_INT = 126
-# With at least this many tokens per text, the weights are converted to bfloat16 before the product:
+# With at least this many tokens per text, the weights are converted to floats before the product:
 # the tokens share the cost. With fewer, a kernel reads the int8 weights directly: for one token, it
 # takes a tenth of the time. The number of texts must not decide, because the two ways round
 # differently, and a sample would depend on how many are generated.
@@ -43,7 +43,9 @@ class Int8Linear(nn.Module):
             # torch has no public name for this kernel.
             y = torch._weight_int8pack_mm(flat, self.weight, self.scale)
         else:
-            y = nn.functional.linear(flat, self.weight.bfloat16()) * self.scale
+            # Many CPUs only emulate bfloat16: there 200 tokens took six times as long.
+            dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+            y = nn.functional.linear(flat.to(dtype), self.weight.to(dtype)).to(x.dtype) * self.scale
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
