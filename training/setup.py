@@ -354,6 +354,7 @@ def print_summary(
         )
     memory = memory_estimate(gpt, config)
     uses = ", ".join(f"{name} {size / 1e6:,.0f}" for name, size in memory.items())
+    share = f"teachers: {config.teacher}, {config.teacher_share:.0%} of the loss\n"
     print(
         f"corpus: {corpus.info['name']}, {corpus.info['bytes']:,} bytes; {len(corpus.train_ids):,} "
         f"training tokens, {len(corpus.val_ids):,} validation tokens, vocabulary {gpt.vocab_size}, "
@@ -364,6 +365,7 @@ def print_summary(
         f"memory: about {sum(memory.values()) / 1e6:,.0f} MB ({uses})\n"
         f"run: preset {config.preset}, {config.max_steps} steps of {config.batch_size} x "
         f"{config.grad_accum} sequences, learning rate {config.lr_max:g} to {config.lr_min:g}\n"
+        f"{share * bool(config.teacher)}"
         f"uniform guessing would give a loss of ln({gpt.vocab_size}) = "
         f"{math.log(gpt.vocab_size):.4f}",
         flush=True,
