@@ -77,7 +77,7 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
         same([4.17, 2.5, 2.6]), HEALTHY, "--patience 1 stopped", "diverging", patience=1
     ),
     "healthy, noisy": case(same(noisy(SLOW, 0.02)), HEALTHY, lacks="jump"),
-    "healthy, gap": case(curve(SLOW, [0.85 * x for x in SLOW]), HEALTHY, "more text", "dropout"),
+    "healthy, gap": case(curve(SLOW, [0.85 * x for x in SLOW]), HEALTHY, "--teacher", "dropout"),
     "healthy, GPT-2": case(curve(falling(21, LN50257, 4, 0.3)), HEALTHY, vocab_size=50257),
     "healthy, resumed with a second schedule": case(
         curve(SLOW, SLOW, lr=lambda p: cosine(2 * p % 1)), HEALTHY, lacks="jump"

@@ -277,7 +277,7 @@ def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
     rest = [run for run in runs if run is not best and run.loss < math.inf]
     steps, every = best.config.max_steps, best.config.eval_every
     if best.seconds(round(1.05 * steps), math.ceil(steps / every)) < seconds:
-        why = "more steps would overfit this text"
+        why = "more steps would overfit this text; a second run with --teacher can use the rest"
     elif not rest:
         why = "the only size that is fast enough"
     elif best.n_params < max(run.n_params for run in runs):

@@ -220,6 +220,7 @@ def healthy(curve: Curve) -> str:
         advice = TRAINED_ON
     elif gap > LARGE_GAP * curve.val[-1]:
         advice = "validation loss is well above training loss: more text would help most"
+        advice += ", then a student of this model (--teacher)" * (not curve.pretrained)
     elif curve.decayed:
         advice = "the learning rate has decayed: a new run with more --max_steps may improve it"
     return f"healthy: best at step {curve.steps[curve.best]}; {advice}"
