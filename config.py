@@ -226,6 +226,7 @@ class TrainConfig:
                             pretrain=True)  # fmt: skip
     lr_scale: float = setting(1.0, "of a schedule that --minutes changed", above=0, flag=False)
     planned_steps: int = setting(0, "max_steps before --minutes changed it", low=0, flag=False)
+    student_minutes: float = setting(0.0, "when its student must end, with --minutes", flag=False)
     precision_for: str = setting("", "type of device that auto chose it for", flag=False)
 
     def __post_init__(self) -> None:

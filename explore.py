@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import SampleConfig
-from corpus.chat import Turn, encode_turns
+from corpus.records import Turn, encode_turns
 from generate import adjust_logits, generate, load_for_sampling, sampling_settings, stream_texts
 from model import GPT
 from sampling.checks import sampling_problems

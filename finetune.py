@@ -20,10 +20,10 @@ from typing import Any
 from system.start import run
 
 from config import GPTConfig, TrainConfig
-from corpus.chat import record_text, split_records
 from corpus.corpus import MAX_IN_MEMORY, Corpus
 from corpus.documents import check_known, has_records, iter_documents, read_folder
 from corpus.load import find_corpus, is_dataset
+from corpus.records import read_records, record_text, split_records
 from corpus.text import file_info
 from finetuning import lora
 from finetuning.lora import AdapterFormat, LoRAConfig
@@ -56,8 +56,6 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
         path = find_corpus(config.data)
     encode, specials, records = objective.records, objective.specials, []
     if encode or has_records(path, config.encoding):
-        from corpus.records import read_records  # only for questions and answers
-
         records = read_records(path, encode is encode_pair, config.skip_bad, config.encoding)
         if settings.objective == "text":
             raise UserError(f"{path} contains questions and answers: use --objective chat")

@@ -44,11 +44,7 @@ SEPARATOR = "\n" + "-" * 40 + "\n"  # between several samples
 
 
 def adjust_logits(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The distribution that the next tokens are sampled from: logits (B, V) -> probabilities and
     the token ids that they belong to, most likely first, both (B, V), or (B, k) with top-k.

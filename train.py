@@ -280,9 +280,6 @@ class Trainer:
         self.step = state["step"]
 
 
-# --- runs
-
-
 def run_training(
     trainer: Trainer, state: dict[str, Any] | None = None, started: float | None = None
 ) -> tuple[int, RunLog]:
@@ -315,18 +312,26 @@ def warn_if_rate_jumps(step: int, config: TrainConfig, saved: dict[str, Any]) ->
 
 
 def new_trainer(
-    task_type: type[Pretraining],
-    data: Data,
-    device: torch.device,
-    gpt_config: GPTConfig,
-    config: TrainConfig,
+    task_type: type[Pretraining], device: Any, gpt: GPTConfig, config: TrainConfig, data: Data
 ) -> Trainer:
-    """A trainer of a new model."""
     torch.manual_seed(config.seed)
-    task: Task = task_type(data.corpus, data.tokenizer, gpt_config.block_size, config, device)
+    task: Task = task_type(data.corpus, data.tokenizer, gpt.block_size, config, device)
     if data.teachers:
         task = data.teachers.task(task)
-    return Trainer(GPT(gpt_config), task, config, device)
+    return Trainer(GPT(gpt), task, config, device)
+
+
+def run_both(
+    make_trainer: Any, gpt: GPTConfig, config: TrainConfig, data: Data, state: Any, started: float
+) -> int:
+    """A run, and if --minutes has planned it, a second one that learns from it."""
+    status, log = run_training(make_trainer(gpt, config), state, started)
+    if config.student_minutes and not status:
+        from training.plan import second_run  # only after a run of --minutes
+
+        config, data, state = second_run(gpt, config, data, bool(state))
+        status, _ = run_training(make_trainer(gpt, config, data=data), state, log.started)
+    return status
 
 
 def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraining) -> int:
@@ -338,7 +343,7 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
     data = load_data(gpt_config, config, state)
     setup_machine(config, device, state)
     gpt_config = replace(gpt_config, vocab_size=data.tokenizer.vocab_size)
-    make_trainer = partial(new_trainer, task_type, data, device)
+    make_trainer = partial(new_trainer, task_type, device, data=data)
     if config.plan or (config.minutes and not state):
         from training.plan import plan_run  # only with these flags
 
@@ -351,7 +356,7 @@ def main(argv: list[str] | None = None, task_type: type[Pretraining] = Pretraini
 
         status = run_check(gpt_config, config, data, device, make_trainer)
     else:
-        status, _ = run_training(make_trainer(gpt_config, config), state, started)
+        status = run_both(make_trainer, gpt_config, config, data, state, started)
     destroy_process_group()
     return status
 

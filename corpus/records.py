@@ -1,22 +1,27 @@
-"""Reads conversations and preferences from files, in the formats that are in common use.
+r"""Reads conversations and preferences from files, in the formats that are in common use.
 
 A file is a JSON list (.json), a table (.csv), or has one JSON object per line (all others). The
 first record that has all fields of a format decides which format the file has. Other fields are
-ignored, except "held_out": true marks a record for validation.
+ignored, except "held_out": true marks a record for validation. As tokens, a conversation is a
+sequence of turns, after a system text if there is one:
+
+<BOS>System: Be brief.\nQuestion: Why?\nAnswer: So.<EOS><BOS>Question: How?\nAnswer: Well.<EOS>
 """
 
 import csv
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from corpus.chat import Record, encode_turns, join_turns, record_text, split_records
+import numpy as np
+
 from corpus.corpus import Corpus, make_tokenizer
-from corpus.documents import build_corpus, json_text, parse_json
+from corpus.documents import build_corpus, json_text, parse_json, special_id, split_documents
 from corpus.text import file_info, note, read_text
 from system.settings import UserError
-from tokenizer import QA_SPECIALS, Tokenizer
+from tokenizer import QA_SPECIALS, Tokenizer, prompt_text
 
 Fields = tuple[str, ...]  # of a format
 
@@ -32,6 +37,67 @@ LISTS = ("messages", "conversations")  # the other fields are texts
 ANSWERS = ("answer", "output", "completion", "chosen", "rejected")  # the other texts are the user's
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of OpenAI's roles
 MAX_PROBLEMS = 5  # shown; a file with a wrong key has one problem per record
+
+
+Turn = tuple[str, str]  # a question and its answer
+
+
+class Record(NamedTuple):
+    """A conversation, or a preference: a conversation with another answer to its last question."""
+
+    turns: list[Turn]
+    system: str = ""
+    held_out: bool = False  # for validation
+    rejected: str = ""  # of a preference: the answer that is worse than the one in `turns`
+    is_text: bool = False  # of a preference: its prompt is a text, which may be no question
+
+
+class Example(NamedTuple):
+    """What is trained as one row of a batch."""
+
+    ids: np.ndarray  # (T,)
+    scored: np.ndarray  # (T,) bool: the ids that count in the loss, those of answers
+
+
+def record_text(record: Record) -> str:
+    """A record as text, without <BOS> and <EOS>: what the tokenizer must be able to encode."""
+    if record.is_text:
+        return "".join([*record.turns[0], record.rejected])
+    texts = [
+        f"{prompt_text(question, '' if i else record.system)} {answer.strip()}"
+        for i, (question, answer) in enumerate(record.turns)
+    ]
+    return "\n".join([*texts, record.rejected] if record.rejected else texts)
+
+
+def encode_turn(tokenizer: Tokenizer, question: str, answer: str, system: str = "") -> Example:
+    """A question and its answer, with <BOS> and <EOS>. Raises UserError if they do not exist."""
+    bos, eos = (special_id(tokenizer, text) for text in ("<BOS>", "<EOS>"))
+    prompt = np.append(bos, tokenizer.encode(prompt_text(question, system)))
+    # A BPE piece starts at the space before the answer, so encoding both separately gives the same
+    # ids as encoding the full text.
+    reply = np.append(tokenizer.encode(f" {answer.strip()}"), eos)
+    scored = np.arange(len(prompt) + len(reply)) >= len(prompt)
+    return Example(np.concatenate([prompt, reply]), scored)
+
+
+def encode_turns(tokenizer: Tokenizer, turns: list[Turn], system: str = "") -> list[Example]:
+    """The turns of a conversation, the first with the system text."""
+    return [encode_turn(tokenizer, *turn, "" if i else system) for i, turn in enumerate(turns)]
+
+
+def join_turns(turns: Iterable[Example]) -> Example:
+    ids, scored = zip(*turns, strict=True)
+    return Example(np.concatenate(ids), np.concatenate(scored))
+
+
+def split_records(records: list[Record]) -> tuple[list[Record], list[Record]]:
+    """The training and the validation records: those marked as held out are for validation; if none
+    or all are marked, they are split as documents are."""
+    val = [record for record in records if record.held_out]
+    if not 0 < len(val) < len(records):
+        return split_documents(records)
+    return [record for record in records if not record.held_out], val
 
 
 def read_objects(path: Path, encoding: str) -> list[tuple[str, Any]]:

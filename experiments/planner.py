@@ -5,7 +5,7 @@
 Trains models of the sizes of training/plan.py for different times on several texts, and fits the
 constants of the law to the runs marked `fit`. All that the law knows about a text is the loss of a
 pilot, a short run of the smallest model. It must then predict the runs marked `check`, which are
-not used for the fit. Copy the constants that this prints to LAW in training/law.py.
+not used for the fit. Copy the constants that this prints to LAW in training/plan.py.
 """
 
 import itertools
@@ -21,8 +21,7 @@ from scipy import optimize
 from corpus.sources import find_sources
 from experiments.comparison import Row, margin, mean
 from experiments.study import Study, parse_study
-from training.law import Law, Pilot, Run
-from training.plan import SIZES, block_params, settings, size_flags, step_tokens
+from training.plan import SIZES, Law, Pilot, Run, block_params, settings, size_flags, step_tokens
 from training.setup import Flags
 from viz.curve import BLACK, COLORS, new_figure
 

@@ -43,11 +43,7 @@ QUICK = Plan(
     FLAGS
     | {"n_layer": 2, "n_head": 2, "block_size": 64, "batch_size": 24, "lr_max": 2e-2}
     | {"compile": False},  # compiling takes longer than it saves
-    {
-        0.1e12: (16, 20, 24, 32, 48),
-        0.2e12: (20, 24, 32, 40, 56),
-        0.4e12: (24, 32, 40, 56, 72),
-    },
+    {0.1e12: (16, 20, 24, 32, 48), 0.2e12: (20, 24, 32, 40, 56), 0.4e12: (24, 32, 40, 56, 72)},
 )
 # Larger budgets would repeat the plays, 4 million characters, too often: they need a larger text.
 FULL = Plan(

@@ -139,7 +139,7 @@ def make_trainer(flags: Flags, device: torch.device) -> Trainer:
     ids = (np.arange(1_000_000) ** 2 // 7 % VOCAB_SIZE).astype(np.uint8)
     corpus = Corpus(ids, ids, {"name": "numbers"}, len(ids), len(ids))
     tokenizer = CharTokenizer([chr(i) for i in range(VOCAB_SIZE)])
-    return new_trainer(Pretraining, Data(tokenizer, corpus), device, gpt, config)
+    return new_trainer(Pretraining, device, gpt, config, Data(tokenizer, corpus))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from config import TrainConfig
-from corpus.chat import Example, Record, encode_turn, encode_turns, join_turns
+from corpus.records import Example, Record, encode_turn, encode_turns, join_turns
 from corpus.text import note
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
@@ -76,11 +76,7 @@ def encode_pair(tokenizer: Tokenizer, record: Record, block_size: int, ask: bool
 
 
 def encode_splits(
-    encode: Encode,
-    splits: Sequence[list[Record]],
-    tokenizer: Tokenizer,
-    block_size: int,
-    ask: bool,
+    encode: Encode, splits: Sequence[list[Record]], tokenizer: Tokenizer, block_size: int, ask: bool
 ) -> Splits:
     """The records of both splits as examples; ask: see `encode_pair`. Those longer than the window,
     whose prompts generate.py would cut, are left out. Raises UserError if a split is empty then."""

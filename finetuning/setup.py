@@ -12,12 +12,7 @@ from finetuning.lora import LoRAConfig
 from finetuning.tasks import OBJECTIVES, Base, FinetuneConfig, Setup
 from system.settings import UserError, all_problems, from_dict, raise_problems
 from training.distributed import is_torchrun, world_size
-from training.resume import (
-    checkpoint_to_resume,
-    resumed_flags,
-    saved_settings,
-    weights_sha256,
-)
+from training.resume import checkpoint_to_resume, resumed_flags, saved_settings, weights_sha256
 from training.run_log import run_files
 from training.setup import check_run
 from training.teachers import OWN_CORPUS, load_teachers

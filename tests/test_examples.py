@@ -17,9 +17,8 @@ import generate
 import plots
 import prepare
 import train
-from corpus.chat import record_text
 from corpus.load import load_corpus
-from corpus.records import read_records
+from corpus.records import read_records, record_text
 from finetuning.records import encode_pair
 from tokenizer import CharTokenizer
 from utils import load_checkpoint

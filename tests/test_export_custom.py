@@ -256,7 +256,6 @@ def test_the_calls_of_a_standard_class_give_its_results(models):
 
 
 def test_two_steps_of_training_are_those_of_pytorch(exported):
-    """With gradient checkpointing, and with the number of targets that Trainer gives."""
     model, theirs = utils.load_checkpoint("model.pt")[0], load("out", attn_implementation="sdpa")
     theirs.train().gradient_checkpointing_enable()
     ids = batch("hello wor", "again wor")

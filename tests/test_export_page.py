@@ -32,14 +32,7 @@ from model import GPT
 from sampling.text import TextWriter, encode_prompt
 from system.files import locked_file
 from system.settings import UserError
-from tokenizer import (
-    GPT2_PATTERN,
-    QA_SPECIALS,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    prompt_text,
-)
+from tokenizer import GPT2_PATTERN, QA_SPECIALS, BPETokenizer, CharTokenizer, Tokenizer, prompt_text
 from viz import internals
 
 LETTERS = CharTokenizer.train(["abcdefghij\n"])  # 11 tokens, as the models of make_model have

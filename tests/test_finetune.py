@@ -27,8 +27,8 @@ import train
 import utils
 from config import ARCHS, GPTConfig, SampleConfig, TrainConfig
 from corpus.bpe import count_pieces, train_bpe
-from corpus.chat import Record, encode_turn, encode_turns, join_turns, record_text
 from corpus.corpus import Corpus
+from corpus.records import Record, encode_turn, encode_turns, join_turns, record_text
 from finetuning import lora, records
 from finetuning.lora import LoRAConfig
 from finetuning.new_tokens import extend_tokenizer, extend_weights
@@ -916,7 +916,6 @@ def test_few_records_can_be_trained_with_none_held_out(place: Path, n_records):
 
 @pytest.mark.parametrize(("objective", "n"), [("qa", 5), ("dpo", 6)])
 def test_all_records_are_trained_on_if_none_are_held_out(place: Path, capsys, objective, n):
-    """Even those that are marked."""
     assert tune(*FLAGS[objective], "--no-hold_out", "--dry_run") == 0
     assert f"{n} training records, {n} validation records" in capsys.readouterr().out
 

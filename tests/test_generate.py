@@ -26,7 +26,7 @@ import generate
 import train
 from config import ARCHS, GPTConfig, SampleConfig
 from corpus.bpe import train_bpe
-from corpus.chat import encode_turn
+from corpus.records import encode_turn
 from generate import sample_logits
 from model import GPT, KVCache
 from sampling import output
@@ -85,7 +85,6 @@ def test_ties_go_to_the_lower_id():
 
 
 def test_a_temperature_near_0_still_divides():
-    """The logits differ by 0.0001."""
     for temperature, ratio in ((1e-4, math.e), (1e-5, math.exp(10))):
         expected = [ratio / (1 + ratio), 1 / (1 + ratio)]
         found = shares([1.0, math.exp(-1e-4)], temperature=temperature)

@@ -156,7 +156,6 @@ TRAININGS += [
 
 @pytest.mark.parametrize(("components", "settings"), TRAININGS, ids=str)
 def test_training_on_a_gpu(gpu, monkeypatch, components, settings):
-    """A step with each size of growing windows."""
     default = "bfloat16" if gpu.type == "cuda" else "float32"
     trainer = fake_trainer(gpu, components, **{"precision": default} | settings)
     precision = trainer.config.precision
@@ -191,7 +190,6 @@ SAMPLINGS += [
 
 @pytest.mark.parametrize(("components", "settings"), SAMPLINGS, ids=str)
 def test_sampling_on_a_gpu(gpu, monkeypatch, components, settings):
-    """Three texts, beyond the window."""
     monkeypatch.setattr("sampling.compiled.compile_step", lambda step, device: step)
     model = make_fake(gpu, components).eval()
     config = SampleConfig(num_samples=3, max_new_tokens=11, seed=0, **settings)
@@ -269,7 +267,6 @@ def test_a_step_does_little_besides_the_model(monkeypatch, optimizer, limit):
 
 
 def test_the_compiler_pads_odd_vocabularies():
-    """So that the model does not have to."""
     assert torch._inductor.config.shape_padding
     assert bench.MODELS["124 M"]["vocab_size"] == 50257  # as GPT-2's tokenizer has
 

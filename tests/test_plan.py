@@ -21,8 +21,7 @@ from experiments import planner
 from system.settings import UserError, from_dict
 from training import deadline, plan
 from training.deadline import Deadline, end_schedule_at
-from training.law import LAW, Law, Pilot, Run
-from training.plan import Candidate
+from training.plan import LAW, Candidate, Law, Pilot, Run
 
 ROOT = Path(__file__).parent.parent
 # One of everything, so that each term can be worked out by hand.
@@ -321,6 +320,27 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
     resumed = torch.load("checkpoints/b/latest.pt", weights_only=True)
     assert resumed["train_config"]["max_steps"] == whole["train_config"]["max_steps"]
     assert all(torch.equal(resumed["model"][k], v) for k, v in whole["model"].items())
+
+
+def test_time_that_is_left_trains_a_second_model(fast, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "STUDENT_TIME", -0.99)  # so that there is enough
+    words, resume = [*FAST, "--minutes=0.5", "--tag=a"], ["--resume", "--device=cpu", "--tag=a"]
+    for stopped_in in ("a", "a_second"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "StopSignal", stop_after(12))
+            assert train.main(words if stopped_in == "a" else resume) == 128 + 15
+        assert torch.load(Path("checkpoints", stopped_in, "latest.pt"))["step"] == 12
+        assert train.main(resume) == 0
+        if stopped_in == "a":
+            Path("checkpoints/a_second").rename("whole")
+    assert "then a second model, in checkpoints/a_second/" in capsys.readouterr().out
+    whole, resumed = (torch.load(f"{d}/latest.pt") for d in ("whole", "checkpoints/a_second"))
+    assert all(torch.equal(resumed["model"][k], v) for k, v in whole["model"].items())
+    config = whole["train_config"]
+    assert config["teacher"] == str(Path("checkpoints/a/best.pt")) and config["minutes"] == 0.5
+    Path("checkpoints/a").rename("first")
+    with pytest.raises(UserError, match="a_second/ is for a second run"):
+        train.main(words)
 
 
 def test_a_plan_prints_a_line_per_budget_and_writes_nothing(fast, capsys):

@@ -45,8 +45,7 @@ def log(train: list[float], val: list[float]) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("x", "at"),
-    [("step", [0, 100, 200]), ("tokens", [0, 0.1, 0.2]), ("time", [0, 0.5, 1.0])],
+    ("x", "at"), [("step", [0, 100, 200]), ("tokens", [0, 0.1, 0.2]), ("time", [0, 0.5, 1.0])]
 )
 def test_several_runs_share_their_axes_and_have_a_verdict_each(x, at):
     """100 steps of 5 x 2 windows of 100 tokens are 100,000 tokens."""

@@ -9,9 +9,8 @@ import torch
 from conftest import make_model
 
 from corpus.bpe import count_pieces, train_bpe
-from corpus.chat import Record, encode_turn, encode_turns, join_turns, record_text
 from corpus.load import load_corpus
-from corpus.records import read_records
+from corpus.records import Record, encode_turn, encode_turns, join_turns, read_records, record_text
 from finetuning.records import encode_pair, pack_turns, pad_batch
 from system.settings import UserError
 from tokenizer import QA_SPECIALS, CharTokenizer

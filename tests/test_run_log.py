@@ -377,7 +377,6 @@ def test_the_progress_bar_counts_from_the_resumed_step_and_shows_the_loss(workpl
 
 
 def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace, monkeypatch):
-    """All of a step at once."""
     read, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: (read.append(step), tolist(t))[1])
     log = make_log(eval_every=7, max_steps=24)
@@ -390,7 +389,6 @@ def test_metrics_are_read_every_ten_steps_and_before_evaluations(workplace, monk
 
 
 def test_the_curve_is_redrawn_every_few_seconds_but_not_at_the_last_step(workplace, monkeypatch):
-    """And one that takes long to draw is drawn rarely."""
     clock, plots = Clock(monkeypatch), []
     monkeypatch.setattr(run_log, "plot_runs", lambda runs: None)
     monkeypatch.setattr(run_log, "save_figure", lambda _, file: plots.append((clock.now, file)))
@@ -480,7 +478,6 @@ def test_a_checkpoint_has_the_size_of_its_samples_and_may_lack_files(workplace):
 
 
 def test_wandb_receives_the_records_without_their_empty_values(workplace, monkeypatch):
-    """Also the records from before a resume."""
     init = mock.Mock()
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     log = RunLog(TrainConfig(wandb=True, tag="a"), HEADER)

@@ -5,9 +5,10 @@
 
 1. Measure: a pilot run of the smallest model shows how difficult the text is, and a few steps of
    each size how fast this machine is.
-2. Predict: a scaling law (law.py) gives the loss of each size after the steps that fit.
+2. Predict: a scaling law gives the loss of each size after the steps that fit.
 3. Choose the size, the number of steps, dropout and weight decay with the lowest predicted loss.
-4. While training, shorten the schedule if the run is too slow (deadline.py).
+4. If more steps would overfit, and there is time: let a second model learn from the first.
+5. While training, shorten the schedule if the run is too slow (deadline.py).
 """
 
 import itertools
@@ -17,14 +18,14 @@ import time
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from config import GPTConfig, TrainConfig, train_settings
 from system.device import pick_device
 from system.settings import UserError, all_problems, raise_problems
 from training.distributed import BUSY, CpuClock, is_torchrun
-from training.law import Pilot, Run
-from utils import autocast, count_params, even_starts
+from utils import autocast, count_params, even_starts, read_checkpoint
 
 Flags = dict[str, Any]  # given on the command line, by name
 MakeTrainer = Callable[[GPTConfig, TrainConfig], Any]  # makes a Trainer of train.py
@@ -41,6 +42,7 @@ SIZES = (
 )
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
 CHOICES = {"dropout": (0.0, 0.2), "weight_decay": (0.1, 1.0)}  # the values to choose from
+STUDENT_TIME = 1.4  # of a step of a student, relative to one of its teacher
 DROPOUT_TIME = 1.25  # of a step on a CPU, relative to one without dropout
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
 PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
@@ -52,6 +54,74 @@ EVAL_SHARE = 0.05  # of the time
 MARGIN = 0.03  # of the time, for what takes longer than measured
 DISK_SPEED = 2e8  # bytes per second, for checkpoints
 END_SECONDS = 2.0  # for the plot at the end, with the import of matplotlib
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the law knows about a run."""
+
+    n_params: float  # without embeddings
+    steps: float
+    epochs: float  # how often each token of the text is read
+    window: float  # in bytes
+    dropout: float = 0.0
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True)
+class Law:
+    """The constants of the scaling law, fitted by experiments/planner.py."""
+
+    size: float
+    size_power: float
+    steps: float
+    steps_power: float
+    window: float
+    overfit: float
+    overfit_power: float
+    dropout_cost: float
+    dropout_power: float
+    decay_cost: float
+    decay_power: float
+
+    def __call__(self, run: Run, unique: float) -> float:
+        """The loss of a run up to a constant, as a multiple of the pilot's, on a text with this
+        number of training tokens.
+
+        More parameters and steps are better, with diminishing returns (Hoffmann et al. 2022), and
+        so is a longer window. (Steps predict the loss better than tokens.) Reading the text several
+        times has a cost, which is higher for models that are large for it. Dropout and weight decay
+        reduce this cost (Kim et al. 2025), and slow down learning. (Muennighoff et al. 2023 let
+        repeated tokens count less, so that the loss cannot rise. For these small texts it does.)
+        """
+        overfit = self.overfit * (run.n_params / unique) ** self.overfit_power * run.epochs
+        strength = self.dropout_power * run.dropout + self.decay_power * run.weight_decay
+        return (
+            self.size * (run.n_params / 1e6) ** -self.size_power
+            + self.steps * (run.steps / 1000) ** -self.steps_power
+            + self.window * 100 / run.window
+            + overfit * math.exp(-strength)
+            + self.dropout_cost * run.dropout
+            + self.decay_cost * run.weight_decay
+        )
+
+
+LAW = Law(0.1916, 0.1515, 0.2016, 0.311, 0.04538, 0.01163, 0.3694, 0.3313, 5.346, 0.01793, 0.4707)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A short run of the smallest model. Its loss shows how difficult the text is."""
+
+    run: Run
+    unique: float  # tokens of the training split
+    loss: float  # of the validation split, in nats per token
+
+    def predict(self, run: Run, law: Law = LAW) -> float:
+        """The validation loss at the end of another run on this text. On a text on which the
+        pilot's loss is twice as high, so are the differences between runs."""
+        change = law(run, self.unique) - law(self.run, self.unique)
+        return max(0.0, self.loss * (1 + change))  # below 0 only for a text without information
 
 
 def plan_flags(flags: Flags) -> Flags:
@@ -267,9 +337,18 @@ def plan_run(
             f"{minutes:g} minutes are too short to measure, train and evaluate on "
             f"{config.data}: give at least --minutes {math.ceil(10 * needed) / 10:g}"
         )
+    config = replace(best.config, tokenizer=config.tokenizer)  # a data set has its own
     if config.minutes:
         print(f"chosen: {reason(best, runs, seconds)}", flush=True)
-    return best.gpt, replace(best.config, tokenizer=config.tokenizer)  # a data set has its own
+        steps, every = config.max_steps, config.eval_every
+        first = best.seconds(steps, math.ceil(steps / every)) / (1 - MARGIN)
+        if first * (1 + STUDENT_TIME) < seconds:
+            if (folder := student_dir(config)).exists() and not config.overwrite:
+                raise UserError(f"{folder}/ is for a second run: give another --tag")
+            print(f"then a second model, in {folder}/, learns from this one", flush=True)
+            minutes = (used + first) / 60
+            config = replace(config, minutes=minutes, student_minutes=config.minutes)
+    return best.gpt, config
 
 
 def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
@@ -277,7 +356,7 @@ def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
     rest = [run for run in runs if run is not best and run.loss < math.inf]
     steps, every = best.config.max_steps, best.config.eval_every
     if best.seconds(round(1.05 * steps), math.ceil(steps / every)) < seconds:
-        why = "more steps would overfit this text; a second run with --teacher can use the rest"
+        why = "more steps would overfit this text"
     elif not rest:
         why = "the only size that is fast enough"
     elif best.n_params < max(run.n_params for run in runs):
@@ -285,3 +364,25 @@ def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
     else:
         why = "the time is enough for the largest size"
     return f"{size}, {steps:,} steps: {why}"
+
+
+def student_dir(config: TrainConfig) -> Path:
+    return Path(config.out_dir, f"{config.tag}_second".strip("_"))
+
+
+def second_run(
+    gpt: GPTConfig, config: TrainConfig, data: Any, resumed: bool
+) -> tuple[TrainConfig, Any, dict[str, Any] | None]:
+    """The settings and the data of the run that learns from a finished one, and its checkpoint if
+    it was interrupted."""
+    from training.teachers import load_teachers  # only after a run with a student
+
+    folder, teacher = student_dir(config), Path(config.out_dir, config.tag, "best.pt")
+    latest = folder / "latest.pt"
+    state = read_checkpoint(latest) if resumed and latest.exists() else None
+    steps = config.planned_steps or config.max_steps
+    schedule: Flags = {"max_steps": steps, "planned_steps": 0, "lr_scale": 1.0}
+    schedule = {name: (state["train_config"] if state else schedule)[name] for name in schedule}
+    schedule |= {"minutes": config.student_minutes, "student_minutes": 0.0, "overwrite": True}
+    config = replace(config, tag=folder.name, teacher=str(teacher), **schedule)
+    return config, data._replace(teachers=load_teachers(gpt, config, state)), state

@@ -106,6 +106,7 @@ class DistillationTask:
         self.format, self.tokens_per_step = text.format, text.tokens_per_step
         self.format.entries["teachers"] = teachers.sha256
         self.get_batch, self.evaluate, self.sample = text.get_batch, text.evaluate, text.sample
+        self.corpus, self.mean_loss = text.corpus, text.mean_loss  # for --minutes
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         docs, config = self.text.document_numbers(x), self.config
