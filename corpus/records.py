@@ -38,7 +38,6 @@ ANSWERS = ("answer", "output", "completion", "chosen", "rejected")  # the other 
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names of OpenAI's roles
 MAX_PROBLEMS = 5  # shown; a file with a wrong key has one problem per record
 
-
 Turn = tuple[str, str]  # a question and its answer
 
 
