@@ -1,6 +1,6 @@
 """What each part of the fast preset contributes: it is trained without one part at a time.
 
-python -m experiments.ablation --quick
+python -m experiments.ablation
 
 AdamW has the learning rate of the laptop preset, all other variants that of the fast preset. A rate
 that is tuned for the variant could make a difference smaller.
@@ -27,13 +27,12 @@ VARIANTS: dict[str, Flags] = {
     "weight decay 0 instead of 0.1": {"weight_decay": 0.0},
     "weight decay 0.3": {"weight_decay": 0.3},
 }
-QUICK: Flags = {"max_steps": 500, "eval_every": 500}
+SHARED: Flags = {"preset": "fast", "max_steps": 500, "eval_every": 500}
 
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("ablation", argv, __doc__)
-    base = {"preset": "fast"} | (QUICK if study.config.quick else {})
-    return run_variants(study, base, VARIANTS, "Without one part of the fast preset")
+    return run_variants(study, SHARED, VARIANTS, "Without one part of the fast preset")
 
 
 if __name__ == "__main__":

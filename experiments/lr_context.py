@@ -1,7 +1,7 @@
 """The learning rate: its peak for each window length, and its schedule; and gradient accumulation
 compared with large batches.
 
-    python -m experiments.lr_context --quick
+    python -m experiments.lr_context
 """
 
 import itertools
@@ -15,11 +15,10 @@ from experiments.study import Runs, compare, loss_columns, parse_study, val_loss
 from training.setup import Flags
 from viz.curve import BLUE, COLORS, new_figure
 
-QUICK: Flags = {"preset": "tiny", "batch_size": 12, "max_steps": 300, "eval_every": 50}
-QUICK |= {"compile": False}
-FULL: Flags = {"preset": "medium"}
-RATES = {True: (1e-3, 3e-3, 1e-2, 3e-2), False: (3e-4, 1e-3, 2e-3, 4e-3)}  # by --quick
-WINDOWS = {True: (32, 128, 256), False: (64, 256, 1024)}
+SHARED: Flags = {"preset": "tiny", "batch_size": 12, "max_steps": 300, "eval_every": 50}
+SHARED |= {"compile": False}
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+WINDOWS = (32, 128, 256)
 MICRO_BATCHES = (1, 2, 4)
 SCHEDULES: dict[str, Flags] = {
     "cosine to 0": {"schedule": "cosine"},
@@ -52,21 +51,19 @@ def plot(rates: Runs, schedules: Runs, accumulation: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("lr_context", argv, __doc__)
-    base = QUICK if study.config.quick else FULL
-    gpt, config = train_settings(base, study.device.type)
-    windows, peaks = WINDOWS[study.config.quick], RATES[study.config.quick]
-    n_variants = len(windows) * len(peaks) + len(SCHEDULES) + len(MICRO_BATCHES)
+    gpt, config = train_settings(SHARED, study.device.type)
+    n_variants = len(WINDOWS) * len(RATES) + len(SCHEDULES) + len(MICRO_BATCHES)
     study.n_runs = n_variants * study.config.seeds
 
     rates: Runs = {}  # each peak rate with each window, with equal tokens per step
-    for window, rate in itertools.product(windows, peaks):
+    for window, rate in itertools.product(WINDOWS, RATES):
         batch_size = config.batch_size * gpt.block_size // window
-        flags = base | {"block_size": window, "batch_size": batch_size, "lr_max": rate}
+        flags = SHARED | {"block_size": window, "batch_size": batch_size, "lr_max": rate}
         rates[window, rate] = study.with_seeds(f"window{window}-rate{rate:g}", flags)
     # the peak rate with the lowest mean loss over all windows, all with equally many seeds
-    sums = {p: sum(sum(val_losses(rates[window, p])) for window in windows) for p in peaks}
+    sums = {p: sum(sum(val_losses(rates[window, p])) for window in WINDOWS) for p in RATES}
     peak = min(sums, key=sums.__getitem__)
-    base = base | {"lr_max": peak, "block_size": gpt.block_size, "batch_size": config.batch_size}
+    base = SHARED | {"lr_max": peak, "block_size": gpt.block_size, "batch_size": config.batch_size}
     schedules: Runs = {}
     for name, schedule in SCHEDULES.items():
         flags = base | schedule | {"lr_min": schedule.get("lr_min", 0.0) * peak}

@@ -1,6 +1,6 @@
 """Classic mistakes, one at a time: what they do to the losses, the samples and the verdict.
 
-    python -m experiments.mistakes --quick
+    python -m experiments.mistakes
 
 Each mistake is a subclass or a function that replaces one part of the correct code while a run
 trains, or settings. Some mistakes make the losses too good. The honest loss is that of the last
@@ -28,7 +28,7 @@ import train
 from corpus.corpus import Corpus
 from experiments import study as studies
 from experiments.comparison import Row, add_differences, mean, mean_columns
-from experiments.optimizers import FULL, QUICK
+from experiments.optimizers import SHARED
 from experiments.study import Result, Runs, Study, kept, parse_study
 from model import GPT, AttentionContext, Block, Mask, fused_attention, plain_attention
 from training.setup import Flags
@@ -274,7 +274,7 @@ def plot(runs: Runs, honest: dict[str, list[float]], top: float) -> Figure:
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("mistakes", argv, __doc__)
     study.n_runs = len(MISTAKES) * study.config.seeds
-    base = COMMON | (QUICK if study.config.quick else FULL)
+    base = COMMON | SHARED
     runs: Runs = {}
     honest: dict[str, list[float]] = {}
     for name, mistake in MISTAKES.items():

@@ -1,6 +1,6 @@
 """SGD, SGD with momentum, AdamW and Muon, each at its tuned learning rate; gradient clipping.
 
-    python -m experiments.optimizers --quick
+    python -m experiments.optimizers
 
 The learning rate is tuned for each optimizer with a seed that is not used afterwards, on a grid
 that is extended until the best rate is inside. All else is equal: warmup, a cosine schedule to 0,
@@ -40,16 +40,14 @@ THRESHOLDS = (0.0, CLIP, 0.3, 0.1)  # 0: no clipping
 CLIPPED = (BASE, MOMENTUM)  # optimizers with which thresholds are compared
 
 # The preset for laptops, smaller.
-QUICK: Flags = {"preset": "laptop", "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 16}
-QUICK |= {"max_steps": 300, "eval_every": 25, "eval_windows": 32}
-FULL: Flags = {"preset": "medium", "max_steps": 1000, "eval_every": 50}
+SHARED: Flags = {"preset": "laptop", "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 16}
+SHARED |= {"max_steps": 300, "eval_every": 25, "eval_windows": 32}
 COMMON: Flags = {"weight_decay": 0.0, "log_every": 1}
 
 
 def named_flags(study: Study, name: str, rate: float, clip: float) -> tuple[str, Flags]:
     """The folder and the flags of an optimizer's runs at a learning rate and a threshold."""
-    size = QUICK if study.config.quick else FULL
-    flags = COMMON | size | FLAGS[name] | {"lr_max": rate, "grad_clip": clip}
+    flags = COMMON | SHARED | FLAGS[name] | {"lr_max": rate, "grad_clip": clip}
     return f"{name}-rate{rate:g}-clip{clip:g}", flags
 
 

@@ -1,6 +1,6 @@
 """How large a model for how much compute? Loss against compute for a family of sizes.
 
-    python -m experiments.scaling --quick
+    python -m experiments.scaling
 
 Approach 2 of Hoffmann et al. (2022), the IsoFLOP profile: several sizes are trained with the same
 compute, a large one on few tokens, a small one on many. The minimum of a parabola through their
@@ -30,31 +30,17 @@ Profile = dict[int, list[float]]  # weights -> the validation loss of each seed
 Law = tuple[float, float]  # factor k and exponent a of y = k x^a
 
 
-class Plan(NamedTuple):
-    flags: Flags  # of all runs
-    # FLOP -> the widths trained with this budget. The best one should not be the first or the last.
-    widths: dict[float, tuple[int, ...]]
-
-
-# Muon suits all sizes with one learning rate: 0.02 and 0.04 differ little in the quick study.
-# AdamW's best learning rate differs between sizes, and a profile should compare only the sizes.
-FLAGS: Flags = {"optimizer": "muon", "schedule": "linear", "dropout": 0.0, "token_shift": False}
-QUICK = Plan(
-    FLAGS
-    | {"n_layer": 2, "n_head": 2, "block_size": 64, "batch_size": 24, "lr_max": 2e-2}
-    | {"compile": False},  # compiling takes longer than it saves
-    {0.1e12: (16, 20, 24, 32, 48), 0.2e12: (20, 24, 32, 40, 56), 0.4e12: (24, 32, 40, 56, 72)},
-)
-# Larger budgets would repeat the plays, 4 million characters, too often: they need a larger text.
-FULL = Plan(
-    FLAGS | {"n_layer": 4, "n_head": 4, "block_size": 256, "batch_size": 32, "lr_max": 1e-2},
-    {
-        1e13: (32, 48, 64, 96, 128),
-        2e13: (48, 64, 80, 96, 128),
-        4e13: (48, 64, 96, 128, 160),
-        8e13: (64, 96, 112, 128, 192),
-    },
-)
+# Muon suits all sizes with one learning rate: 0.02 and 0.04 differ little in this study. AdamW's
+# best learning rate differs between sizes, and a profile should compare only the sizes.
+SHARED: Flags = {"optimizer": "muon", "schedule": "linear", "lr_max": 2e-2, "token_shift": False}
+SHARED |= {"n_layer": 2, "n_head": 2, "block_size": 64, "batch_size": 24, "dropout": 0.0}
+SHARED |= {"compile": False}  # it takes longer than it saves
+# FLOP -> the widths trained with this budget. The best one should not be the first or the last.
+WIDTHS: dict[float, tuple[int, ...]] = {
+    0.1e12: (16, 20, 24, 32, 48),
+    0.2e12: (20, 24, 32, 40, 56),
+    0.4e12: (24, 32, 40, 56, 72),
+}
 
 
 class Best(NamedTuple):
@@ -108,20 +94,20 @@ def fit_laws(best: dict[float, Best]) -> dict[str, Law]:
     return {name: (math.exp(height), float(slope)) for name, (slope, height) in lines.items()}
 
 
-def weights_of_width(study: Study, plan: Plan, width: int) -> int:
+def weights_of_width(study: Study, width: int) -> int:
     """N of the model of this width: the weights of the matrices that a token is multiplied with."""
-    vocab_size = study.corpus(plan.flags)[0].vocab_size
-    settings = plan.flags | {"n_embd": width, "vocab_size": vocab_size}
+    vocab_size = study.corpus(SHARED)[0].vocab_size
+    settings = SHARED | {"n_embd": width, "vocab_size": vocab_size}
     counts = params_by_component(from_dict(GPTConfig, settings))
     return counts["attention"] + counts["MLP"] + vocab_size * width
 
 
-def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Row, list[float]]:
+def train_width(study: Study, budget: float, width: int) -> tuple[Row, list[float]]:
     """Spend a budget on the model of this width: the row in the table of all runs, the losses."""
-    n = weights_of_width(study, plan, width)
-    tokens_per_step = plan.flags["batch_size"] * plan.flags["block_size"]
+    n = weights_of_width(study, width)
+    tokens_per_step = SHARED["batch_size"] * SHARED["block_size"]
     steps = max(1, round(budget / (6 * n * tokens_per_step)))
-    flags = plan.flags | {"n_embd": width, "max_steps": steps, "eval_every": steps}
+    flags = SHARED | {"n_embd": width, "max_steps": steps, "eval_every": steps}
     runs = study.with_seeds(f"{budget:.1e}-{width}", flags)
     row = {
         "TFLOP": budget / 1e12,
@@ -134,11 +120,11 @@ def train_width(study: Study, plan: Plan, budget: float, width: int) -> tuple[Ro
     return row, val_losses(runs)
 
 
-def nearest_width(study: Study, plan: Plan, n: float) -> int:
+def nearest_width(study: Study, n: float) -> int:
     """The width whose model has about n weights."""
-    step = 2 * plan.flags["n_head"]  # RoPE needs heads of an even size
-    widths = range(step, 2 * max(map(max, plan.widths.values())), step)
-    return min(widths, key=lambda width: abs(weights_of_width(study, plan, width) - n))
+    step = 2 * SHARED["n_head"]  # RoPE needs heads of an even size
+    widths = range(step, 2 * max(map(max, WIDTHS.values())), step)
+    return min(widths, key=lambda width: abs(weights_of_width(study, width) - n))
 
 
 def result_tables(
@@ -223,13 +209,12 @@ def plot(
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("scaling", argv, __doc__, data="plays")
-    plan = QUICK if study.config.quick else FULL
-    study.n_runs = (sum(map(len, plan.widths.values())) + 1) * study.config.seeds
+    study.n_runs = (sum(map(len, WIDTHS.values())) + 1) * study.config.seeds
     rows = []
-    profiles: dict[float, Profile] = {budget: {} for budget in plan.widths}
-    for budget, widths in plan.widths.items():
+    profiles: dict[float, Profile] = {budget: {} for budget in WIDTHS}
+    for budget, widths in WIDTHS.items():
         for width in widths:
-            row, losses = train_width(study, plan, budget, width)
+            row, losses = train_width(study, budget, width)
             rows.append(row)
             profiles[budget][row["weights"]] = losses
     best = best_sizes(profiles, mean)
@@ -237,9 +222,9 @@ def main(argv: list[str] | None = None) -> int:
     laws_by_seed = [
         fit_laws(best_sizes(profiles, itemgetter(i))) for i in range(study.config.seeds)
     ]
-    budget = 2 * max(plan.widths)  # of the run that checks the prediction
-    width = nearest_width(study, plan, evaluate_law(laws["weights"], budget))
-    row, measured = train_width(study, plan, budget, width)
+    budget = 2 * max(WIDTHS)  # of the run that checks the prediction
+    width = nearest_width(study, evaluate_law(laws["weights"], budget))
+    row, measured = train_width(study, budget, width)
     tables = result_tables(best, laws_by_seed, row, measured) | {"Runs": [*rows, row]}
     study.write_results(tables, plot(profiles, best, laws, budget, measured))
     return 0

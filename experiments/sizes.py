@@ -1,6 +1,6 @@
 """Model sizes at equal tokens and at equal time, and large models on little text.
 
-python -m experiments.sizes --quick
+python -m experiments.sizes
 """
 
 import itertools
@@ -13,17 +13,13 @@ from experiments.study import Runs, compare, kept, loss_columns, parse_study, va
 from training.setup import Flags
 from viz.curve import BLUE, ORANGE, new_figure
 
-SIZES: dict[bool, dict[str, Flags]] = {  # by --quick; the second size is the reference
-    True: {
-        "2 x 64": {"n_layer": 2, "n_embd": 64},
-        "3 x 128": {"n_layer": 3, "n_embd": 128},
-        "4 x 192": {"n_layer": 4, "n_embd": 192},
-    },
-    False: {name: {"preset": name} for name in ("tiny", "small", "medium")},
+SIZES: dict[str, Flags] = {  # the second size is the reference
+    "2 x 64": {"n_layer": 2, "n_embd": 64},
+    "3 x 128": {"n_layer": 3, "n_embd": 128},
+    "4 x 192": {"n_layer": 4, "n_embd": 192},
 }
-QUICK: Flags = {"preset": "tiny", "block_size": 96, "batch_size": 16, "max_steps": 300}
-QUICK |= {"lr_max": 3e-3, "compile": False}
-FULL: Flags = {"block_size": 256, "batch_size": 64, "max_steps": 5000, "dropout": 0.1}
+SHARED: Flags = {"preset": "tiny", "block_size": 96, "batch_size": 16, "max_steps": 300}
+SHARED |= {"lr_max": 3e-3, "compile": False}
 SHARES = {"a tenth": 0.1, "a third": 1 / 3, "all": 1.0}  # of the training text
 DROPOUTS = (0.0, 0.2)
 EVALUATIONS = 9  # per run
@@ -84,25 +80,23 @@ def plot(tokens: Runs, time: Runs, text_runs: Runs) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("sizes", argv, __doc__)
-    sizes = SIZES[study.config.quick]
-    study.n_runs = (2 * len(sizes) + len(DROPOUTS) * len(SHARES)) * study.config.seeds
-    base = QUICK if study.config.quick else FULL
-    n_steps = base["max_steps"]
-    base = with_evaluations(base, n_steps)
-    tokens = {n: study.with_seeds(f"{n}-tokens", base | size) for n, size in sizes.items()}
+    study.n_runs = (2 * len(SIZES) + len(DROPOUTS) * len(SHARES)) * study.config.seeds
+    n_steps = SHARED["max_steps"]
+    base = with_evaluations(SHARED, n_steps)
+    tokens = {n: study.with_seeds(f"{n}-tokens", base | size) for n, size in SIZES.items()}
 
     ms = {name: min(result["ms_per_step"] for result in runs) for name, runs in tokens.items()}
-    _, middle, *_ = sizes  # all sizes get the time that it took
+    _, middle, *_ = SIZES  # all sizes get the time that it took
     steps = kept(
         study.folder / "steps.json",
         lambda: {n: max(MIN_STEPS, round(n_steps * ms[middle] / m)) for n, m in ms.items()},
     )
     time = {
         name: study.with_seeds(f"{name}-time", with_evaluations(base | size, steps[name]))
-        for name, size in sizes.items()
+        for name, size in SIZES.items()
     }
 
-    long = with_evaluations(base | sizes[middle], 3 * n_steps)
+    long = with_evaluations(base | SIZES[middle], 3 * n_steps)
     text_runs: Runs = {}  # by amount of text and dropout
     for (name, share), dropout in itertools.product(SHARES.items(), DROPOUTS):
         flags = long | {"dropout": dropout}

@@ -53,7 +53,6 @@ paired t-test, corrected for all comparisons of its table (Holm). Below 0.05 it 
 
 @dataclass
 class StudyConfig:
-    quick: bool = setting(False, "minutes on two CPU cores; off: the full size, for a GPU")
     seeds: int = setting(3, "runs per setting, to tell effects from noise", low=1)
     data: str = setting("shakespeare", "text, as for train.py")
     out_dir: str = setting("checkpoints/studies", "folder of the runs, which are kept")
@@ -162,7 +161,7 @@ class Study:
     @property
     def folder(self) -> Path:
         """The folder of its runs; its results have the same name."""
-        return Path(self.config.out_dir, self.name + "_quick" * self.config.quick)
+        return Path(self.config.out_dir, self.name)
 
     def progress(self) -> str:
         """Which run is next, and how long the rest takes if its runs take as long as the others."""
@@ -291,7 +290,7 @@ def parse_study(name: str, argv: list[str] | None, doc: str, data: str = StudyCo
         resolve=lambda flags: (from_dict(StudyConfig, {"data": data} | flags),),
         check=lambda config: device_problems(config.device),
     )
-    command = f"python -m experiments.{name}{' --quick' * config.quick} --seeds {config.seeds}"
+    command = f"python -m experiments.{name} --seeds {config.seeds}"
     if config.data != data:  # only the name of a file, which is published
         command += f" --data {shlex.quote(Path(config.data).name)}"
     return Study(name, config, pick_device(config.device), command)

@@ -1,6 +1,6 @@
 """From GPT-2's architecture to today's, one component at a time: what does each one gain?
 
-python -m experiments.swaps --quick
+python -m experiments.swaps
 """
 
 from system.start import run
@@ -26,16 +26,13 @@ SWAPS: dict[str, Flags] = {
     "Qwen3's architecture": {"arch": "qwen3"},
     "Qwen3's architecture, token shift": {"arch": "qwen3", "token_shift": True},
 }
-# The quick model trains in less than a minute; the full one is the preset for a GPU.
-QUICK: Flags = {"preset": "tiny", "n_layer": 3, "n_head": 4, "block_size": 96, "batch_size": 16}
-QUICK |= {"max_steps": 400, "lr_max": 2e-3, "eval_every": 200, "compile": False}
-FULL: Flags = {"preset": "medium"}
+SHARED: Flags = {"arch": "gpt2", "preset": "tiny", "n_layer": 3, "n_head": 4, "block_size": 96}
+SHARED |= {"batch_size": 16, "max_steps": 400, "lr_max": 2e-3, "eval_every": 200, "compile": False}
 
 
 def main(argv: list[str] | None = None) -> int:
     study = parse_study("swaps", argv, __doc__)
-    base = {"arch": "gpt2"} | (QUICK if study.config.quick else FULL)
-    return run_variants(study, base, SWAPS, "One component at a time")
+    return run_variants(study, SHARED, SWAPS, "One component at a time")
 
 
 if __name__ == "__main__":

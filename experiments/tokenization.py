@@ -1,6 +1,6 @@
 """Characters, byte pairs or GPT-2's tokens? Bits per byte of models trained for the same time.
 
-    python -m experiments.tokenization --quick
+    python -m experiments.tokenization
 
 A token of a larger vocabulary covers more text, so a window reaches further and a step reads more;
 but the output layer grows with the vocabulary, and a step takes longer. The time per step is
@@ -19,18 +19,17 @@ from training.plan import seconds_per_step
 from training.setup import Flags
 from viz.curve import COLORS, new_figure
 
-QUICK: Flags = {"preset": "quick", "eval_windows": 32}
-FULL: Flags = {"preset": "medium"}
-BPE_VOCAB_SIZES = {True: (500, 2000), False: (500, 2000, 8000)}  # by --quick
-SECONDS = {True: 20.0, False: 600.0}  # of training per run
+SHARED: Flags = {"preset": "quick", "eval_windows": 32}
+BPE_VOCAB_SIZES = (500, 2000)
+SECONDS = 20.0  # of training per run
 BASE = "characters"
 EVALUATIONS = 6  # per run
 
 
-def tokenizer_flags(bpe_vocab_sizes: tuple[int, ...]) -> dict[str, Flags]:
+def tokenizer_flags() -> dict[str, Flags]:
     """The flags of each tokenizer, by its name in the table; GPT-2's only if it can be loaded."""
     found: dict[str, Flags] = {BASE: {"tokenizer": "char"}}
-    for size in bpe_vocab_sizes:
+    for size in BPE_VOCAB_SIZES:
         found[f"byte pairs, {size:,}"] = {"tokenizer": "bpe", "bpe_vocab_size": size}
     try:
         from_tiktoken("gpt2")
@@ -45,7 +44,7 @@ def steps_within(study: Study, name: str, flags: Flags) -> int:
 
     def measure() -> int:
         seconds = seconds_per_step(study.make_trainer(flags))
-        return max(1, round(SECONDS[study.config.quick] / seconds))
+        return max(1, round(SECONDS / seconds))
 
     steps: int = kept(study.folder / f"{name}-steps.json", measure)
     return steps
@@ -55,15 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     study = parse_study("tokenization", argv, __doc__, data="plays")
     if is_dataset(study.config.data):
         raise UserError(f"{study.config.data} already has a tokenizer: give --data a text")
-    quick = study.config.quick
-    choices = tokenizer_flags(BPE_VOCAB_SIZES[quick])
+    choices = tokenizer_flags()
     study.n_runs = len(choices) * study.config.seeds
     rows: list[Row] = []
     bits: dict[str, list[float]] = {}
     for name, choice in choices.items():
         tokenizer, corpus = study.corpus(choice)
-        folder = f"{'-'.join(map(str, choice.values()))}-{SECONDS[quick]:g}s"
-        flags = (QUICK if quick else FULL) | choice
+        folder = f"{'-'.join(map(str, choice.values()))}-{SECONDS:g}s"
+        flags = SHARED | choice
         steps = steps_within(study, folder, flags)
         flags |= {"max_steps": steps, "eval_every": math.ceil(steps / EVALUATIONS)}
         runs = study.with_seeds(folder, flags)

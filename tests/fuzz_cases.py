@@ -78,7 +78,7 @@ COMMANDS = (
     f"plots --picture=embeddings {CHAR}",
     f"plots --picture=temperatures {CHAR} --text=the",
     f"demo {CHAR}",
-    "experiments.swaps --quick --data=data/input.txt --results=out",
+    "experiments.swaps --data=data/input.txt --results=out",
     "experiments.bench data --data=data/input.txt --steps=1",
 )
 SCRIPTS = tuple(dict.fromkeys(command.split()[0] for command in COMMANDS))

@@ -53,11 +53,11 @@ def parse_tiny_study(*words: str) -> study.Study:
 
 
 def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **constants: Any) -> Any:
-    """Run a quick study with two seeds and these constants, then again with training forbidden.
+    """Run a tiny study with two seeds and these constants, then again with training forbidden.
     Returns the rows of its first table."""
-    for name, value in ({"QUICK": TINY} | constants).items():
+    for name, value in ({"SHARED": module.SHARED | TINY} | constants).items():
         monkeypatch.setattr(module, name, value)
-    words = ("--quick", "--seeds=2", "--device=cpu", *words)
+    words = ("--seeds=2", "--device=cpu", *words)
     progress: list[str] = []
     with monkeypatch.context() as patch:
         line = study.Study.progress
@@ -66,7 +66,7 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **const
     n_runs = len(list(Path("checkpoints/studies").glob("*/*/study.json")))
     assert len(progress) == n_runs
     assert progress[0] == f"run 1 of {n_runs}"  # nothing to estimate from
-    slug = module.__name__.removeprefix("experiments.") + "_quick"
+    slug = module.__name__.removeprefix("experiments.")
     name = Path("checkpoints/studies/results", slug)
     rows = table(slug)
     assert name.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -75,7 +75,7 @@ def run_twice(module: Any, monkeypatch: pytest.MonkeyPatch, *words: str, **const
         assert module.main(list(words)) == 0
     assert table(slug) == rows
     text = name.with_suffix(".md").read_text()
-    assert f"`python -m {module.__name__} --quick --seeds 2" in text and "; cpu, " in text
+    assert f"`python -m {module.__name__} --seeds 2" in text and "; cpu, " in text
     return rows
 
 
@@ -118,7 +118,7 @@ def test_the_swaps_cover_every_component():
 def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     some = ("GPT-2's architecture", "learned positions to RoPE", "post-norm")
     rows = run_twice(swaps, monkeypatch, SWAPS={name: swaps.SWAPS[name] for name in some})
-    runs = results("swaps_quick")
+    runs = results("swaps")
     assert len(runs) == 2 * len(rows) == 2 * len(swaps.SWAPS)
     base, rope = ([runs[f"{slug}-{seed}"] for seed in (1, 2)] for slug in (
         "GPT-2-s-architecture", "learned-positions-to-RoPE"))  # fmt: skip
@@ -137,7 +137,7 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 def test_ablation(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     some = {name: ablation.VARIANTS[name] for name in ("fast", "no token shift")}
     rows = run_twice(ablation, monkeypatch, VARIANTS=some)
-    flags = [run["flags"] for run in results("ablation_quick").values()]
+    flags = [run["flags"] for run in results("ablation").values()]
     assert len(rows) == 2 and {f["preset"] for f in flags} == {"fast"}
     assert sorted(str(f.get("token_shift")) for f in flags) == ["False", "False", "None", "None"]
 
@@ -151,19 +151,18 @@ def test_every_variant_of_the_ablation_differs_from_the_preset():
 
 def test_sizes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     small = {name: {"n_layer": 1, "n_embd": n} for name, n in (("a", 8), ("b", 16), ("c", 24))}
-    rows = run_twice(sizes, monkeypatch, EVALUATIONS=2, SIZES={True: small})
+    rows = run_twice(sizes, monkeypatch, EVALUATIONS=2, SIZES=small)
     assert [row["size"] for row in rows] == [*"abcabc"]
     assert [row["steps"] for row in rows[:3]] == ["6"] * 3
-    shares = {run["flags"]["share"] for run in results("sizes_quick").values()}
+    shares = {run["flags"]["share"] for run in results("sizes").values()}
     assert shares == {0.1, 1 / 3, 1.0}
 
 
 def test_lr_context(workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    constants = {"WINDOWS": {True: (8, 16)}, "RATES": {True: (1e-3, 1e-2)}}
-    rows = run_twice(lr_context, monkeypatch, **constants)
+    rows = run_twice(lr_context, monkeypatch, WINDOWS=(8, 16), RATES=(1e-3, 1e-2))
     found = [(row["window"], row["peak rate"]) for row in rows]
     assert found == [("8", "0.001"), ("8", "0.01"), ("16", "0.001"), ("16", "0.01")]
-    runs = results("lr_context_quick")
+    runs = results("lr_context")
     one, four = runs["accumulate1-1"], runs["accumulate4-1"]  # the same windows per step
     assert (one["flags"]["batch_size"], four["flags"]["batch_size"]) == (4, 1)
     tokens = {run["flags"]["batch_size"] * run["flags"]["block_size"] for run in runs.values()}
@@ -299,21 +298,21 @@ def test_parabola_minimum():
 
 
 @pytest.mark.parametrize("tie_weights", [False, True])
-def test_matrix_weights_of_gpt2(workplace: Path, tie_weights: bool):
+def test_matrix_weights_of_gpt2(workplace: Path, monkeypatch: Any, tie_weights: bool):
     """12 L C^2 in the blocks and V C in the output layer, without tables and gains."""
     flags = {"n_layer": 3, "n_head": 2, "mlp": "gelu", "pos": "learned", "tie_weights": tie_weights}
     some = parse_tiny_study()
-    n = scaling.weights_of_width(some, scaling.Plan(flags, {}), 32)
+    monkeypatch.setattr(scaling, "SHARED", flags)
+    n = scaling.weights_of_width(some, 32)
     assert n == 12 * 3 * 32**2 + some.corpus({})[0].vocab_size * 32
 
 
 def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     flags = {key: value for key, value in TINY.items() if key not in ("max_steps", "eval_every")}
-    widths = {4e6: (8, 12, 16), 8e6: (8, 12, 16)}
-    plan = scaling.Plan(flags | {"lr_max": 1e-2}, widths)
-    run_twice(scaling, monkeypatch, "--data=data/input.txt", QUICK=plan)
-    runs = results("scaling_quick")
-    *rows, check_run = table("scaling_quick_runs")
+    constants = {"WIDTHS": {4e6: (8, 12, 16), 8e6: (8, 12, 16)}, "SHARED": flags | {"lr_max": 1e-2}}
+    run_twice(scaling, monkeypatch, "--data=data/input.txt", **constants)
+    runs = results("scaling")
+    *rows, check_run = table("scaling_runs")
     assert len(runs) == 2 * (len(rows) + 1) == 14
     for row in (*rows, check_run):
         budget = 1e12 * float(row["TFLOP"])
@@ -324,10 +323,10 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
         flops_per_step = 6 * int(row["weights"]) * 4 * 16  # batch_size x block_size tokens
         assert abs(int(row["steps"]) * flops_per_step - budget) <= flops_per_step / 2
         assert {one["flags"]["max_steps"] for one in pair} == {int(row["steps"])}
-    (check,) = table("scaling_quick_check")
+    (check,) = table("scaling_check")
     assert float(check["measured loss"]) == float(check_run["validation loss"])
     assert check["trained size"] == check_run["weights"]
-    best = [float(row["validation loss"]) for row in table("scaling_quick")]
+    best = [float(row["validation loss"]) for row in table("scaling")]
     # the line through log a and log b, extrapolated by one more step: b (b / a)
     assert float(check["predicted loss"]) == pytest.approx(best[1] ** 2 / best[0])
 
@@ -335,15 +334,15 @@ def test_scaling(workplace: Path, monkeypatch: pytest.MonkeyPatch):
 def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     times = iter((0.1, 0.2, 0.25))  # per step; a second measurement would fail
     constants = {
-        "BPE_VOCAB_SIZES": {True: (260, 300)},
-        "SECONDS": {True: 1.0},
+        "BPE_VOCAB_SIZES": (260, 300),
+        "SECONDS": 1.0,
         "seconds_per_step": lambda trainer: next(times),
         "from_tiktoken": Mock(side_effect=UserError("no network")),
     }
     rows = run_twice(tokenization, monkeypatch, "--data=data/input.txt", **constants)
     assert "without GPT-2's tokenizer: no network" in capsys.readouterr().out
     assert [row["steps"] for row in rows] == ["10", "5", "4"]
-    runs = results("tokenization_quick")
+    runs = results("tokenization")
     names = ("char-1s", "bpe-260-1s", "bpe-300-1s")
     for row, name in zip(rows, names, strict=True):
         pair = [runs[f"{name}-{seed}"] for seed in (1, 2)]
@@ -360,7 +359,7 @@ def test_tokenization(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_tokenization_refuses_a_prepared_data_set(workplace: Path):
     Path("data/manifest.json").touch()
     with pytest.raises(UserError, match="already has a tokenizer"):
-        tokenization.main(["--quick", "--device=cpu", "--data=data"])
+        tokenization.main(["--device=cpu", "--data=data"])
 
 
 def test_the_tokenizer_benchmark_prints_a_row_for_each(workplace, capsys):

@@ -76,11 +76,11 @@ def test_differences_are_plotted_with_their_significance():
 
 
 def test_results_are_accompanied_by_a_record(workplace: Path):
-    some = parse_tiny_study("--quick", "--data=data/input.txt", "--out_dir=somewhere")
+    some = parse_tiny_study("--data=data/input.txt", "--out_dir=somewhere")
     some.with_seeds("a", TINY)
     some.write_results({"Numbers": [{"n": 1}]}, new_figure(2, 2))
-    record = json.loads(Path("checkpoints/studies/results/some_quick.json").read_text())
-    assert record["command"] == "python -m experiments.some --quick --seeds 3 --data input.txt"
+    record = json.loads(Path("checkpoints/studies/results/some.json").read_text())
+    assert record["command"] == "python -m experiments.some --seeds 3 --data input.txt"
     (made,) = record["made by"]
     text = Path("data/input.txt").read_bytes()
     sha256 = hashlib.sha256(text).hexdigest()
@@ -88,7 +88,7 @@ def test_results_are_accompanied_by_a_record(workplace: Path):
     assert made["runs"] == 3 and made["precision"] == "float32"
     assert re.match(rf"cpu, {torch.get_num_threads()} threads?, ", made["machine"])
     assert torch.__version__ in made["versions"]
-    summary = Path("checkpoints/studies/results/some_quick.md").read_text()
+    summary = Path("checkpoints/studies/results/some.md").read_text()
     assert made["commit"] in summary and made["corpus"]["sha256"][:12] in summary
 
 
@@ -221,19 +221,19 @@ def test_mistakes(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     chosen = {name: mistakes.MISTAKES[name] for name in some}
     chosen["high learning rate"] = mistakes.Mistake("", {"lr_max": 1e9, "arch": "gpt2"})
     rows = run_twice(mistakes, monkeypatch, MISTAKES=chosen)
-    runs = results("mistakes_quick")
+    runs = results("mistakes")
     assert [row["mistake"] for row in rows] == list(some)
     finals = [runs[f"no-causal-mask-{seed}"]["log"][-1] for seed in (1, 2)]
     for column, split in (("training loss", "train"), ("validation loss", "val")):
         mean = (finals[0][split] + finals[1][split]) / 2
         assert float(rows[1][column]) == pytest.approx(mean)
     assert rows[3]["difference"] == "diverged"
-    honest = table("mistakes_quick_honest")
+    honest = table("mistakes_honest")
     assert float(honest[0]["honest loss"]) > 1 and honest[3]["honest loss"] == "inf"
-    signs = table("mistakes_quick_signs")
+    signs = table("mistakes_signs")
     assert signs[0]["verdict"].startswith("too short to judge")  # of 6 steps
     assert signs[3]["verdict"].startswith("stopped")
-    folder = Path("checkpoints/studies/mistakes_quick/correct-1/samples.txt")
+    folder = Path("checkpoints/studies/mistakes/correct-1/samples.txt")
     assert folder.read_text().rsplit("---", 1)[1].split("\n")[1][:5] in signs[0]["sample"]
 
 
@@ -242,15 +242,15 @@ def test_optimizers(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     constants = {"GRID": 1, "EXTENSIONS": 0, "THRESHOLDS": (0.0, 1.0), "CLIPPED": some}
     constants["FLAGS"] = {name: optimizers.FLAGS[name] for name in some}
     rows = run_twice(optimizers, monkeypatch, **constants)
-    tuning = table("optimizers_quick_tuning")
+    tuning = table("optimizers_tuning")
     assert len(tuning) == 2 * 3
     for row, name in zip(rows, some, strict=True):
         losses = {r["learning rate"]: float(r["validation loss"]) for r in tuning
                   if r["optimizer"] == name}  # fmt: skip
         assert row["learning rate"] == min(losses, key=losses.__getitem__)
-    runs = results("optimizers_quick")
+    runs = results("optimizers")
     assert len(runs) == 6 + 2 * 2 + 2 * 2  # tuning, with each seed, without clipping
-    clipping = table("optimizers_quick_clipping")
+    clipping = table("optimizers_clipping")
     assert [row["threshold"] for row in clipping] == ["none", "1", "none", "1"]
     assert clipping[0]["clipped steps"] == "0%"
     assert clipping[1]["validation loss"] == rows[0]["validation loss"]
