@@ -94,7 +94,6 @@ class Chromium:
         self.send("page", "Input.dispatchMouseEvent", type=kind, x=x, y=y, **params)
 
     def touch(self, x: float, y: float) -> None:
-        """Tap at a place of the window."""
         points = {"touchStart": [{"x": x, "y": y}], "touchEnd": []}
         for kind, places in points.items():
             self.send("page", "Input.dispatchTouchEvent", type=kind, touchPoints=places)
@@ -102,7 +101,6 @@ class Chromium:
 
 @contextmanager
 def start_chromium(profile: Path) -> Iterator[Chromium]:
-    """A browser whose profile is in this folder."""
     assert CHROMIUM
     browser_input, to_browser = os.pipe()
     from_browser, browser_output = os.pipe()

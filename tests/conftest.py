@@ -143,7 +143,6 @@ TINY_RUN = (
 
 @pytest.fixture
 def trained(workplace: Path, capsys: pytest.CaptureFixture) -> Path:
-    """A folder with a trained run in it."""
     assert train.main(TINY_RUN) == 0
     capsys.readouterr()
     return workplace

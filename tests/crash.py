@@ -139,7 +139,6 @@ def run_command(
 
 
 def content(path: Path) -> Any:
-    """The content of a file, to be compared."""
     if path.suffix == ".pt":
         return torch.load(path, weights_only=True)
     if path.suffix == ".jsonl":
@@ -194,7 +193,6 @@ class Trials:
         self.started = time.monotonic()
 
     def run(self) -> None:
-        """All trials."""
         make_fixtures(self.top / "old")
         names = [self.settings.only] if self.settings.only else list(JOBS)
         for name in names:  # what each makes if it is not killed

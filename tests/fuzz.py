@@ -78,7 +78,6 @@ class FuzzConfig:
     case: int = setting(-1, "run only this case, show its output and keep its folder", low=-1)
 
     def problems(self) -> list[str]:
-        """Unknown scripts."""
         unknown = [name for name in self.only.split(",") if name and name not in SCRIPTS]
         return [f"no script {', '.join(unknown)}: use {', '.join(SCRIPTS)}"] if unknown else []
 

@@ -47,7 +47,6 @@ def test_the_notebook_runs_and_resumes(workplace, monkeypatch):
 
 
 def run_first_cell(folder: Path, repo: str = "") -> None:
-    """Run the notebook's first cell, with the address of the repository, in this folder."""
     notebook = json.loads((ROOT / "colab.ipynb").read_text(encoding="utf-8"))
     code = next(cell["source"] for cell in notebook["cells"] if cell["cell_type"] == "code")
     script = folder / "first_cell.py"

@@ -11,13 +11,11 @@ from system.settings import UserError, all_problems, setting
 
 
 def read(line: str, device: str = "cpu") -> tuple[GPTConfig, TrainConfig]:
-    """The settings of a train.py command line."""
     classes = (GPTConfig, TrainConfig)
     return parse_args(classes, line.split(), "", lambda flags: train_settings(flags, device))
 
 
 def problems_of(line: str) -> str:
-    """The error message of a train.py command line."""
     with pytest.raises(UserError) as error:
         read(line)
     assert "\n" not in str(error.value)

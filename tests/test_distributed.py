@@ -142,7 +142,6 @@ def run_two(folder: Path, script: str, *words: str) -> None:
 
 
 def train_two(folder: Path, *flags: str) -> list[float]:
-    """The loss of each step of train.py in two processes."""
     run_two(folder, TRAIN, *SETTINGS, *flags)
     return json.loads((folder / "losses.json").read_text())
 
@@ -179,7 +178,6 @@ def rewind(tag: str) -> None:
 
 
 def assert_equal(state: Any, expected: Any) -> None:
-    """The same tensors in the same dicts and lists."""
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
 
 

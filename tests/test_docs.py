@@ -56,7 +56,6 @@ def commands(page: str) -> list[tuple[str, bool]]:
 
 
 def run_command(line: str, inline: bool) -> None:
-    """Run a command at a tiny size."""
     for file in re.findall(r"-r (\S+)|--with-requirements (\S+)", line):
         assert (ROOT / "".join(file)).exists(), line
     if line.startswith(SETUP):

@@ -61,7 +61,6 @@ def fake_pip(wheel: bytes, status: int = 0):
 
 @pytest.fixture
 def place(workplace: Path) -> Path:
-    """A folder without a text."""
     (workplace / "data" / "input.txt").unlink()
     return workplace
 

@@ -86,7 +86,6 @@ def results(name: str) -> list[dict[str, Any]]:
 
 
 def table(name: str) -> list[dict[str, str]]:
-    """The rows of a table that a study wrote."""
     text = Path(f"checkpoints/studies/results/{name}.csv").read_text()
     return list(csv.DictReader(text.splitlines()))
 

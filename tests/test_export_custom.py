@@ -61,7 +61,6 @@ def code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def save(path: str, **components: Any) -> GPT:
-    """A checkpoint of a small model with random weights."""
     model = make_model(vocab_size=CHARS.vocab_size, block_size=WINDOW, **components)
     head = model.head.weight.data
     head[0] = head[1:3].mean(dim=0)  # the end token is never the most likely one

@@ -29,7 +29,6 @@ READ = ("config.json", "tokenizer.json", "model.safetensors")
 
 
 def make_folder(folder: Path, arch: str, tokenizer: Tokenizer) -> Path:
-    """The export of a small random model."""
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_inner": 8, "block_size": 8}
     config = GPTConfig(**(ARCHS[arch] | sizes | {"vocab_size": tokenizer.vocab_size}))
     torch.manual_seed(0)
@@ -48,7 +47,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def result(folder: Path) -> tuple[torch.Tensor, list[int]]:
-    """The logits of an imported model, and the ids of a text."""
     path = folder.parent / "imported.pt"
     path.unlink(missing_ok=True)
     import_hf(str(folder), path)
@@ -57,7 +55,6 @@ def result(folder: Path) -> tuple[torch.Tensor, list[int]]:
 
 
 def assert_equal(folder: Path, expected: tuple[torch.Tensor, list[int]]) -> None:
-    """The import of a folder is as expected."""
     logits, ids = result(folder)
     assert logits.shape == expected[0].shape and torch.equal(logits, expected[0])
     assert ids == expected[1]

@@ -41,7 +41,6 @@ BYTES = BPETokenizer({bytes([b]): b for b in range(256)} | {b" fox": 256}, {}, G
 
 
 def write_page(path: Path, model: GPT, tokenizer: Tokenizer, precision: str, **state: Any) -> Path:
-    """The page of a model, by way of a checkpoint."""
     save_model(path.with_suffix(".pt"), model, tokenizer, **state)
     target = str(path.with_suffix(".html"))
     words = [str(path.with_suffix(".pt")), target, f"--precision={precision}", "--overwrite"]
@@ -50,7 +49,6 @@ def write_page(path: Path, model: GPT, tokenizer: Tokenizer, precision: str, **s
 
 
 def tags(path: Path) -> list[str]:
-    """The tags of a page, with what could begin one."""
     return re.findall(r"<[\w/!]+", path.read_text("ascii"))
 
 
@@ -457,7 +455,6 @@ def trained_page(chromium, trained) -> tuple[GPT, Tokenizer]:
 
 
 def fill(chromium: Chromium, **values: object) -> None:
-    """Set the inputs of the page."""
     for name, value in values.items():
         chromium.evaluate(f"$('{name}').value = {json.dumps(str(value))}")
         chromium.evaluate(f"$('{name}').dispatchEvent(new Event('input'))")

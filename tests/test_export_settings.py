@@ -28,7 +28,6 @@ NewConfig: Any = make_dataclass("NewConfig", [MADE_UP], bases=(GPTConfig,))
 
 
 def other_values(f: Field, value: Any) -> list[Any]:
-    """The other values of a setting; of a number, one."""
     if f.type is bool:
         return [not value]
     choices = f.metadata.get("choices")
@@ -36,7 +35,6 @@ def other_values(f: Field, value: Any) -> list[Any]:
 
 
 def gguf_file(model: GPT) -> bytes:
-    """The content of a GGUF file."""
     tokenizer = CharTokenizer.train(["abcdefghijklm"[: model.config.vocab_size]])
     write_gguf(gguf_writer(model, tokenizer, "float32"), Path("model.gguf"))
     return Path("model.gguf").read_bytes()

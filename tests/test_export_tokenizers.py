@@ -144,7 +144,6 @@ def byte_level(add_prefix_space: bool = False, use_regex: bool = True) -> dict[s
 
 
 def steps_of(content: dict[str, Any]) -> list[Any]:
-    """The steps of the pre-tokenizer."""
     return content["pre_tokenizer"]["pretokenizers"]
 
 

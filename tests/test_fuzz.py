@@ -23,7 +23,6 @@ def test_random_commands_and_damaged_files_never_end_in_a_traceback():
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The folder of a case that has a file."""
     (tmp_path / "work").mkdir()
     (tmp_path / "neighbor.txt").write_text("a")
     (tmp_path / "work" / "photo.jpg").write_text("b")

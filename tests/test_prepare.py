@@ -61,7 +61,6 @@ def stories(workplace: Path) -> dict:
 
 
 def texts(split: str) -> list[str]:
-    """The documents in a split of the data set."""
     tokenizer, corpus = folder.open_dataset(Path("data/set"))
     ids = corpus.train_ids if split == "train" else corpus.val_ids
     return tokenizer.decode(ids.tolist()).split(END_OF_TEXT)[1:]
@@ -526,7 +525,6 @@ def test_a_data_set_has_its_own_tokenizer(stories, flag):
 
 
 def read_all(path: Path) -> tuple[object, ...]:
-    """All that a data set contains."""
     tokenizer, corpus = folder.open_dataset(path)
     ids = [corpus.train_ids[:].tolist(), corpus.val_ids[:].tolist(), corpus.train_docs.tolist()]
     sizes = corpus.train_bytes, corpus.val_bytes, corpus.separator

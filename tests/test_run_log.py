@@ -29,7 +29,6 @@ CONSTANT_RATE = ["--lr_max=1e-2", "--lr_min=1e-2", "--warmup_steps=2"]
 
 
 def make_log(**settings: object) -> RunLog:
-    """A new log, in the current folder."""
     return RunLog(TrainConfig(**{"max_steps": 1000, **settings}), HEADER)
 
 
@@ -43,7 +42,6 @@ def log_validation_losses(log: RunLog, losses: list[float]) -> list[bool]:
 
 
 def read_lines(run: Path) -> list[dict]:
-    """The lines of log.jsonl."""
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 

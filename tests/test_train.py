@@ -51,7 +51,6 @@ def final_state(run_dir: str | Path = "checkpoints") -> dict:
 
 
 def assert_same(one: object, other: object, where: str = "state") -> None:
-    """Equal to the last bit, in all nested dicts, lists and tensors."""
     assert type(one) is type(other), where
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
@@ -505,7 +504,6 @@ LONGER_RUN = [*TINY_RUN, "--dropout=0.2", "--max_steps=400", "--eval_every=50"]
 
 
 def start_run(*flags: str) -> subprocess.Popen:
-    """A training run in a process of its own, in the current folder."""
     command = [sys.executable, str(ROOT / "train.py"), *LONGER_RUN, *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

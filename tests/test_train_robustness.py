@@ -164,7 +164,6 @@ PLACES = {"out_dir", "tag", "resume", "overwrite", "overfit_batch", "device", "d
 
 
 def other_value(field: Field, value: Any) -> Any:
-    """A valid value of a setting that is not this one."""
     if choices := field.metadata.get("choices"):
         return next(choice for choice in choices if choice and choice != value)
     if kind_of(field) is str:

@@ -24,7 +24,6 @@ def curve(
 
 
 def same(losses: list[float], every: int = 100) -> list[dict]:
-    """Records of evaluations with the same loss on both splits."""
     return curve(losses, losses, every)
 
 
@@ -34,13 +33,11 @@ def falling(n: int, start: float = LN65, end: float = 1.4, half_life: float = 0.
 
 
 def noisy(losses: list[float], spread: float) -> list[float]:
-    """With normal noise."""
     noise = np.random.default_rng(5).normal(0, spread, len(losses))
     return [loss + e for loss, e in zip(losses, noise.tolist(), strict=True)]
 
 
 def cosine(progress: float) -> float:
-    """A learning rate that decays to 0."""
     return 5e-4 * (1 + math.cos(math.pi * progress))
 
 
