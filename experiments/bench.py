@@ -202,8 +202,8 @@ def check_sampling(device: torch.device) -> list[Row]:
 
 def check_runs(device: torch.device) -> list[Row]:
     """A run with train.py; the same resumed in the middle; the same with DDP in one process."""
-    flags = "--preset quick --max_steps 20 --eval_every 10 --save_every 10 --sample_tokens 0 "
-    flags += f"--device {device} --precision float32 --no-compile"
+    flags = "--preset quick --max_steps 20 --eval_every 10 --save_every 10 --eval_windows 8 "
+    flags += f"--sample_tokens 0 --device {device} --precision float32 --no-compile"
     words = [*flags.split(), f"--data={ROOT / 'data/example.txt'}"]
     torchrun = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "1"}
     torchrun |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
