@@ -637,8 +637,16 @@ def test_the_page_shows_the_inside_of_the_text(chromium, trained_page):
     weights = internals.attention_weights(model, ids[:5])[0, 1, -1]  # (5,)
     for i, weight in enumerate(weights / weights.max()):
         assert chromium.evaluate(tint % i) == pytest.approx(weight.item(), abs=1e-4)
+    head = chromium.evaluate("$('head').options[2].text")
+    assert head == f"1 ({percent_of(weights.max())})"
+    nearest = " (itself)" if weights.argmax() == 4 else f" ({4 - weights.argmax()} before)"
+    assert f"{percent_of(weights.max())}{nearest}" in chromium.evaluate(details)
     chromium.mouse("mouseMoved", 1, 1)
     assert "Most surprising" in chromium.evaluate(details)
+    place = 1 + int(probability.argmin())
+    label = tokenizer.decode(ids[: place + 1].tolist())[-12:].translate(VISIBLE)
+    button = chromium.evaluate("$('details').querySelector('button').textContent")
+    assert button == f"{label} {percent_of(probability.min())}"
     chromium.touch(x, y)
     look(5)
     for key, at in {"ArrowRight": 6, "ArrowLeft": 5}.items():

@@ -64,8 +64,9 @@ function showSummary() {
   const means = `Mean: surprise ${loss} (the loss on this text), entropy ${expected}.`;
   const least = [...known].sort((a, b) => a.probability - b.probability).slice(0, N_LISTED);
   const list = element("p", {}, "Most surprising: ");
-  for (const { span, label, probability } of least) {
-    const name = `${visible(label)} ${percent(probability)}`;
+  for (const { span, probability } of least) {
+    const before = view.tokens.slice(0, span.at + 1).map(({ label }) => label).join("");
+    const name = `${visible(before.slice(-12))} ${percent(probability)}`;
     const button = element("button", { type: "button" }, name);
     button.addEventListener("click", () => {
       span.scrollIntoView({ block: "nearest" });
@@ -156,6 +157,9 @@ function attentionLine() {
   const weights = view.tokens.map(() => 0);
   for (const row of heads) row.forEach((w, s) => (weights[begin + s] += w / heads.length));
   const highest = Math.max(...weights);
+  for (const [i, row] of attention[layer].entries()) {
+    $("head").options[i + 1].text = `${i} (${percent(Math.max(...row))})`;
+  }
   for (const [i, token] of view.tokens.entries()) shade(token, weights[i] / highest);
   $("tokens").classList.add("attention");
   view.tokens[at - 1].span.classList.add("query");
@@ -163,7 +167,8 @@ function attentionLine() {
   $("scale-end").textContent = end;
   const order = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, N_LISTED);
   const items = order.filter((i) => weights[i]).map((i) => {
-    return `${quoted(view.tokens[i].label)} ${percent(weights[i])} (${at - i} before)`;
+    const place = i === at - 1 ? "itself" : `${at - 1 - i} before`;
+    return `${quoted(view.tokens[i].label)} ${percent(weights[i])} (${place})`;
   });
   const who = head === "mean" ? "the heads, on average, attend" : `head ${head} attends`;
   return element("p", {}, `In layer ${layer}, ${who} to ${items.join(", ")}.`);
@@ -171,7 +176,7 @@ function attentionLine() {
 
 // --- events
 for (const [id, n] of [["layer", data.config.n_layer], ["head", data.config.n_head]]) {
-  for (let i = 0; i < n; i++) $(id).append(element("option", {}, i));
+  for (let i = 0; i < n; i++) $(id).append(element("option", { value: i }, i));
 }
 $("inside").addEventListener("click", () => {
   const open = $("inside").getAttribute("aria-pressed") !== "true";
