@@ -39,6 +39,7 @@ from system.settings import UserError, all_problems, from_dict, raise_problems, 
 from tokenizer import Tokenizer
 from training.setup import Flags, setup_machine
 from training.task import Pretraining
+from training.teachers import load_teachers
 from utils import read_checkpoint
 from viz.curve import new_figure, save_figure
 
@@ -192,7 +193,8 @@ class Study:
         with contextlib.redirect_stdout(io.StringIO()):
             setup_machine(config, self.device)
         model = GPT(replace(gpt, vocab_size=tokenizer.vocab_size))
-        task = Pretraining(corpus, tokenizer, gpt.block_size, config, self.device)
+        text = Pretraining(corpus, tokenizer, gpt.block_size, config, self.device)
+        task = load_teachers(gpt, config, None).task(text) if config.teacher else text
         return train.Trainer(model, task, config, self.device)
 
     def make_run(self, name: str, flags: Flags, share: float = 1.0) -> Result:
@@ -301,9 +303,15 @@ def run_variants(study: Study, base: Flags, variants: dict[str, Flags], title: s
     study.n_runs = len(variants) * study.config.seeds
     runs: Runs = {name: study.with_seeds(name, base | flags) for name, flags in variants.items()}
     params = {name: some[0]["params"] for name, some in runs.items()}
-    rows = compare(runs, lambda name: {"variant": name, "parameters": params[name]}, timed=True)
-    losses = {name: val_losses(some) for name, some in runs.items()}
+    columns = lambda name: {"variant": name, "parameters": params[name]}  # noqa: E731
+    return write_variants(study, runs, columns, title)
+
+
+def write_variants(study: Study, runs: Runs, columns: Callable[[Any], Row], title: str) -> int:
+    """Write the table and the figure of variants that are compared with the first one."""
+    rows = compare(runs, columns, timed=True)
     figure = new_figure(8, 5)
+    losses = {name: val_losses(some) for name, some in runs.items()}
     plot_differences(figure.subplots(), rows, losses, title)
     study.write_results({title: rows}, figure)
     return 0
