@@ -149,7 +149,6 @@ class GPTConfig:
                 if f.name not in known and getattr(self, f.name) != f.default]  # fmt: skip
 
     def problems(self) -> list[str]:
-        """Invalid combinations of settings."""
         if self.n_embd < 1 or self.n_head < 1:
             return []  # reported already, as values outside their limits
         found = []
@@ -234,7 +233,6 @@ class TrainConfig:
             self.warmup_steps = min(100, self.max_steps // 10)
 
     def problems(self) -> list[str]:
-        """Invalid combinations of settings."""
         found = []
         if 0 < self.lr_max < self.lr_min:
             found.append(f"lr_min {self.lr_min:g} is above lr_max {self.lr_max:g}")

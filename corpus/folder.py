@@ -41,13 +41,11 @@ def read_tokens(folder: Path, dtype: str) -> tuple[str, int]:
 
 
 def checksum(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of a manifest without its checksum."""
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a data set whose other files are complete."""
     manifest["sha256"], _ = read_tokens(folder, manifest["dtype"])
     manifest["files"] = {name: file_sha256(folder / name) for name in HASHED}
     manifest["checksum"] = checksum(manifest)

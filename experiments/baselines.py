@@ -123,7 +123,6 @@ def llama_cpp_samplers(n: int, gpt: GPTConfig) -> Functions:
 
 
 def ask(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
-    """The answer of llama_cpp.mjs to a question."""
     assert process.stdin and process.stdout
     process.stdin.write(json.dumps(question) + "\n")
     process.stdin.flush()
@@ -131,7 +130,6 @@ def ask(process: subprocess.Popen[str], question: dict[str, Any]) -> Any:
 
 
 def hf_samplers(n: int, gpt: GPTConfig, device: torch.device) -> Functions:
-    """Hugging Face's samplers of n tokens, with models of the same sizes."""
     import transformers  # optional package
 
     transformers.logging.set_verbosity_error()

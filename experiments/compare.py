@@ -33,8 +33,6 @@ from system.settings import UserError, setting
 
 @dataclass
 class CompareConfig:
-    """What is compared."""
-
     flags: str = setting("--preset quick", "flags of train.py for all runs")
     change: str = setting("", "flags that the second run of each pair has too")
     revision: str = setting("", "git revision of the first run's code; default: as it is now")
@@ -42,7 +40,6 @@ class CompareConfig:
     minutes: float = setting(60.0, "begin no pair that would end after this time", above=0)
 
     def problems(self) -> list[str]:
-        """Nothing to compare."""
         same = not (self.change or self.revision)
         return ["give --change, --revision, or both: what is compared?"] * same
 

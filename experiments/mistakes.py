@@ -205,7 +205,6 @@ def last_token_loss(model: GPT, text: np.ndarray, device: torch.device) -> float
 
 
 def last_sample(result: Result) -> str:
-    """The text that a run sampled at its last evaluation, in one line."""
     text = Path(result["flags"]["out_dir"], "samples.txt").read_text(encoding="utf-8")
     *_, step, sample = re.split(r"^--- step (\d+).*\n", text, flags=re.MULTILINE)
     if int(step) < result["log"][-1]["step"]:  # such texts are not in the file

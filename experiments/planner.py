@@ -145,7 +145,6 @@ def pairs(rows: list[Row], use: str) -> list[tuple[Pilot, Row]]:
 
 
 def error(pilot: Pilot, row: Row, law: Law) -> float:
-    """The predicted loss minus the measured one."""
     return pilot.predict(run_of(row), law) - row["loss"]
 
 

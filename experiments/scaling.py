@@ -121,7 +121,6 @@ def train_width(study: Study, budget: float, width: int) -> tuple[Row, list[floa
 
 
 def nearest_width(study: Study, n: float) -> int:
-    """The width whose model has about n weights."""
     step = 2 * SHARED["n_head"]  # RoPE needs heads of an even size
     widths = range(step, 2 * max(map(max, WIDTHS.values())), step)
     return min(widths, key=lambda width: abs(weights_of_width(study, width) - n))

@@ -118,7 +118,6 @@ def to_markdown(rows: list[Row]) -> str:
 
 
 def to_csv(rows: list[Row]) -> str:
-    """Rows as CSV, with all digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([list(rows[0]), *(row.values() for row in rows)])
@@ -303,8 +302,7 @@ def run_variants(study: Study, base: Flags, variants: dict[str, Flags], title: s
     study.n_runs = len(variants) * study.config.seeds
     runs: Runs = {name: study.with_seeds(name, base | flags) for name, flags in variants.items()}
     params = {name: some[0]["params"] for name, some in runs.items()}
-    columns = lambda name: {"variant": name, "parameters": params[name]}  # noqa: E731
-    return write_variants(study, runs, columns, title)
+    return write_variants(study, runs, lambda n: {"variant": n, "parameters": params[n]}, title)
 
 
 def write_variants(study: Study, runs: Runs, columns: Callable[[Any], Row], title: str) -> int:

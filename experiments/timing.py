@@ -79,7 +79,6 @@ def git(*words: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The hardware that the numbers were measured on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")  # on Linux

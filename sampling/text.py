@@ -19,7 +19,6 @@ START_TOKENS = ("<BOS>", END_OF_TEXT)  # the first that the tokenizer has starts
 
 
 def end_tokens(tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text."""
     return [i for text, i in tokenizer.specials.items() if text in (END_OF_TEXT, "<EOS>")]
 
 

@@ -76,7 +76,6 @@ class Chromium:
         return reply["result"].get("value")
 
     def wait_for(self, condition: str) -> None:
-        """Wait until a JavaScript expression is true in the page."""
         end = time.monotonic() + SECONDS
         while not self.evaluate(condition):
             assert time.monotonic() < end, f"never true: {condition}"
@@ -90,7 +89,6 @@ class Chromium:
             self.read()
 
     def mouse(self, kind: str, x: float, y: float, **params: Any) -> None:
-        """Move the mouse or press a button, at a place of the window."""
         self.send("page", "Input.dispatchMouseEvent", type=kind, x=x, y=y, **params)
 
     def touch(self, x: float, y: float) -> None:

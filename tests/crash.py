@@ -147,7 +147,6 @@ def content(path: Path) -> Any:
 
 
 def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """The values in nested dicts and lists except times, each with its place."""
     if isinstance(value, dict):
         for key in value.keys() - NOT_COMPARED:
             yield from leaves(value[key], f"{place}[{key!r}]")
@@ -171,7 +170,6 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def compare(folder: Path, expected: Path) -> list[str]:
-    """How the files of a folder differ from the expected ones, at most three differences."""
     ours, theirs = contents(folder), contents(expected)
     places = [p for p in sorted(ours.keys() | theirs.keys()) if ours.get(p) != theirs.get(p)]
     return [f"{p}: {str(ours.get(p))[:60]}, not {str(theirs.get(p))[:60]}" for p in places[:3]]
@@ -217,12 +215,9 @@ class Trials:
             shutil.rmtree(folder)
 
     def differences(self, name: str, folder: Path, expected: str = "") -> list[str]:
-        """How what a command has written differs from what it writes if it is not killed, or from
-        what is in another folder."""
         return compare(*(f / JOBS[name].folder for f in (folder, self.top / (expected or name))))
 
     def done(self) -> bool:
-        """Whether there were enough kills, or no time is left."""
         late = time.monotonic() - self.started > 60 * (self.settings.minutes or 1e9)
         return late or self.kills.total() >= self.settings.kills
 

@@ -87,7 +87,6 @@ class FuzzConfig:
 
 @contextlib.contextmanager
 def temporary_folder(keep: bool = False) -> Iterator[Path]:
-    """A folder that other users can read."""
     top = Path(tempfile.mkdtemp(prefix="fuzz"))
     top.chmod(0o755)
     try:
@@ -183,7 +182,6 @@ def run_child(case: Case, base: Path, folder: Path, seed: int) -> int:
 
 
 def set_limits(cpu_seconds: int) -> None:
-    """Limit the memory, files and time of this process."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 28,) * 2)

@@ -31,13 +31,15 @@ from experiments import (
     speedrun,
     study,
     swaps,
+    teachers,
     timing,
     tokenization,
 )
 from system.command_line import parse_args
 from system.settings import UserError
 from train import Trainer
-from utils import load_checkpoint
+from training.resume import weights_sha256
+from utils import load_checkpoint, read_checkpoint
 from viz.curve import new_figure
 
 EXPERIMENTS = Path(study.__file__).parent
@@ -131,6 +133,19 @@ def test_swaps(workplace: Path, monkeypatch: pytest.MonkeyPatch):
     assert float(rows[1]["ms per step"]) == pytest.approx(sum(times) / 2, abs=0.051)
     assert int(rows[0]["parameters"]) - int(rows[1]["parameters"]) == 16 * 16  # the positions
     assert [run["flags"]["seed"] for run in base] == [1, 2] and base[0]["flags"]["arch"] == "gpt2"
+
+
+def test_teachers(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = run_twice(teachers, monkeypatch, GENERATIONS=2, LONGER={"max_steps": 9})
+    assert [(row["model"], row["steps"]) for row in rows] == [
+        ("one longer run", "9"), ("generation 1", "6"), ("generation 2", "6")]  # fmt: skip
+    runs = results("teachers")
+    for seed in (1, 2):
+        first, second = (runs[f"{n}-{seed}"]["flags"] for n in (1, 2))
+        assert second["teacher"] == f"{first['out_dir']}/best.pt"
+        assert (second["seed"], "teacher" in first) == (seed, False)
+        sha256 = weights_sha256(read_checkpoint(Path(second["teacher"]))["model"])
+        assert read_checkpoint(Path(second["out_dir"], "best.pt"))["teachers"] == [sha256]
 
 
 def test_ablation(workplace: Path, monkeypatch: pytest.MonkeyPatch):

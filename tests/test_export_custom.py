@@ -92,7 +92,6 @@ def models(shared: Path) -> tuple[GPT, Any]:
 
 @pytest.fixture
 def exported(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of model.pt and out/ in the working folder."""
     shutil.copytree(shared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 

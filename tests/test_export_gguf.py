@@ -321,7 +321,6 @@ def test_a_model_that_answers_questions_is_asked_each_message():
 
 
 def error_of(*words: str) -> str:
-    """The message of an export that fails and writes nothing."""
     before = {path: path.read_bytes() for path in Path().iterdir()}
     with pytest.raises(UserError) as caught:
         export.main(list(words))

@@ -82,7 +82,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapted(trained: Path) -> Path:
-    """The adapter of a run with new tokens in that folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained)
         flags = ["--lora_rank=2", "--lora_targets=all", "--tag=adapted", "--lr_max=1e-2"]

@@ -27,7 +27,6 @@ TOKENIZER = CharTokenizer([chr(ord("a") + i) for i in range(31)])
 
 
 def make_adapted(arch: str = "gpt2", **settings: object) -> tuple[GPT, dict]:
-    """A small model with an adapter that changes its outputs, and the contents of its file."""
     model = make_model(**SIZES, **ARCHS[arch])
     config = LoRAConfig(**{"lora_rank": 3, "lora_targets": "all", **settings})
     return model, make_adapter(model, TOKENIZER, config)

@@ -60,7 +60,6 @@ def test_a_prediction_is_relative_to_the_pilot():
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """The table of runs that the study wrote."""
     rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
     words = ("use", "text", "size")
     return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]

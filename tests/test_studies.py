@@ -24,7 +24,6 @@ Y = torch.tensor([[1, 4, 1, 5, 2, 6, 5, 3]])
 
 
 def tiny_trainer(mistake: str = mistakes.BASE, **flags: Any) -> train.Trainer:
-    """A trainer that makes a mistake."""
     with mistakes.MISTAKES[mistake].context():
         return parse_tiny_study().make_trainer(TINY | MODEL | {"warmup_steps": 0} | flags)
 

@@ -43,7 +43,6 @@ def flops_per_token(gpt: GPTConfig) -> int:
 
 
 def print_parameters(gpt: GPTConfig) -> None:
-    """Print the parameters of each component."""
     counts = params_by_component(gpt)
     tied = " (uses the embeddings: --tie_weights)" if gpt.tie_weights else ""
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())

@@ -163,7 +163,6 @@ class RunLog:
         return last < step and self.is_evaluation_step(step)
 
     def restart_clock(self, step: int) -> None:
-        """Time the steps after this one."""
         self.clock_time, self.clock_step = time.perf_counter(), step
         if self.cpu_clock:
             self.cpu_clock.restart()
@@ -211,11 +210,9 @@ class RunLog:
         return time.perf_counter() - self.started
 
     def best(self) -> Record:
-        """The record with the lowest validation loss."""
         return best_record(self.records)
 
     def out_of_patience(self) -> bool:
-        """Whether none of the last `patience` evaluations improved the validation loss."""
         since_best = len(self.records) - 1 - self.records.index(self.best())
         return 0 < self.config.patience <= since_best
 
@@ -238,7 +235,6 @@ class RunLog:
             file.write(json_line(record))
 
     def write_evaluations(self) -> None:
-        """Write loss_log.json, the list of the evaluations."""
         lines = ",\n".join(json_line(record).strip() for record in self.records)
         with atomic_write(self.run_dir / "loss_log.json") as file:
             file.write(f"[\n{lines}\n]\n".encode())

@@ -33,7 +33,6 @@ class Teachers(NamedTuple):
     sha256: list[str]  # of their weights
 
     def task(self, text: Pretraining) -> Task:
-        """What their student learns from a text."""
         return DistillationTask(text, self)
 
 

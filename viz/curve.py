@@ -60,7 +60,6 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def best_record(log: list[Record]) -> Record:
-    """The evaluation with the lowest validation loss."""
     return min(log, key=lambda record: record["val"])
 
 
