@@ -16,7 +16,7 @@ from config import ARCHS, GPTConfig
 from corpus.text import note
 from exporting.hf_model import config_to_hf, weights_to_hf
 from model import GPT, MLPS, NORMS, POSITIONS
-from training import run_log
+from training import run_log, setup
 
 # While mutmut records which functions a test calls, child processes must run the plain code: they
 # cannot record, and would not find mutmut's settings. Later they run the same mutant.
@@ -112,11 +112,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_loss_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty picture instead of the loss curve of a run, which takes longer than tiny runs. The
-    tests of the log draw the real one."""
+def quick_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes longer than tiny runs is left out, except where it is tested: the loss curve at the
+    end, and timing float32 and bfloat16 to select one, which is float32 then."""
     if request.module.__name__ != "test_run_log":
         monkeypatch.setattr(run_log, "plot_runs", lambda runs: Figure(figsize=(1, 1)))
+    if request.module.__name__ != "test_machine":
+        monkeypatch.setattr(setup, "matmul_seconds", lambda dtype: 1.0)
 
 
 def stop_after(steps: int) -> type[train.StopSignal]:
