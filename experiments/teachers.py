@@ -1,5 +1,5 @@
 """Generations: each model learns a short text and the predictions of the model before it. Compared
-with one model that trains as long as two of them.
+with one model that trains longer than two of them together.
 
 python -m experiments.teachers
 """

@@ -113,8 +113,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes longer than tiny runs is left out, except where it is tested: the loss curve at the
-    end, and timing float32 and bfloat16 to select one, which is float32 then."""
+    """What takes longer than tiny runs is left out, except where it is tested: the loss curve, and
+    timing float32 and bfloat16 to select one, which is float32 then."""
     if request.module.__name__ != "test_run_log":
         monkeypatch.setattr(run_log, "plot_runs", lambda runs: Figure(figsize=(1, 1)))
     if request.module.__name__ != "test_machine":

@@ -644,9 +644,11 @@ def test_the_page_shows_the_inside_of_the_text(chromium, trained_page):
     chromium.mouse("mouseMoved", 1, 1)
     assert "Most surprising" in chromium.evaluate(details)
     place = 1 + int(probability.argmin())
-    label = tokenizer.decode(ids[: place + 1].tolist())[-12:].translate(VISIBLE)
+    before, own = tokenizer.decode(ids[:place].tolist()), tokenizer.decode([int(ids[place])])
     button = chromium.evaluate("$('details').querySelector('button').textContent")
+    label = (before[-9:] + own).translate(VISIBLE)
     assert button == f"{label} {percent_of(probability.min())}"
+    assert chromium.evaluate("$('head').options[2].text") == "1"
     chromium.touch(x, y)
     look(5)
     for key, at in {"ArrowRight": 6, "ArrowLeft": 5}.items():

@@ -64,9 +64,9 @@ function showSummary() {
   const means = `Mean: surprise ${loss} (the loss on this text), entropy ${expected}.`;
   const least = [...known].sort((a, b) => a.probability - b.probability).slice(0, N_LISTED);
   const list = element("p", {}, "Most surprising: ");
-  for (const { span, probability } of least) {
-    const before = view.tokens.slice(0, span.at + 1).map(({ label }) => label).join("");
-    const name = `${visible(before.slice(-12))} ${percent(probability)}`;
+  for (const { span, label, probability } of least) {
+    const before = view.tokens.slice(Math.max(0, span.at - 9), span.at).map((t) => t.label);
+    const name = `${visible([...before.join("")].slice(-9).join("") + label)} ${percent(probability)}`;
     const button = element("button", { type: "button" }, name);
     button.addEventListener("click", () => {
       span.scrollIntoView({ block: "nearest" });
@@ -78,9 +78,11 @@ function showSummary() {
   $("details").replaceChildren(element("p", {}, means), list);
 }
 
+const nameHeads = (name) => [...$("head").options].slice(1).forEach((o, i) => (o.text = name(i)));
 const shade = ({ span }, share) => span.style.setProperty("--p", Math.min(share, 1));
 
 function unmark() {
+  nameHeads((i) => i);
   for (const span of document.querySelectorAll("#tokens .shown, #tokens .query"))
     span.classList.remove("shown", "query");
 }
@@ -157,9 +159,7 @@ function attentionLine() {
   const weights = view.tokens.map(() => 0);
   for (const row of heads) row.forEach((w, s) => (weights[begin + s] += w / heads.length));
   const highest = Math.max(...weights);
-  for (const [i, row] of attention[layer].entries()) {
-    $("head").options[i + 1].text = `${i} (${percent(Math.max(...row))})`;
-  }
+  nameHeads((i) => `${i} (${percent(Math.max(...attention[layer][i]))})`);
   for (const [i, token] of view.tokens.entries()) shade(token, weights[i] / highest);
   $("tokens").classList.add("attention");
   view.tokens[at - 1].span.classList.add("query");
