@@ -47,7 +47,7 @@ def checksum(manifest: dict[str, Any]) -> str:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     manifest["sha256"], _ = read_tokens(folder, manifest["dtype"])
-    manifest["files"] = {name: file_sha256(folder / name) for name in HASHED}
+    manifest["files"] = {name: file_sha256(folder / name) for name in HASHED}  # they are complete
     manifest["checksum"] = checksum(manifest)
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     (folder / "manifest.json").write_text(text, encoding="utf-8")

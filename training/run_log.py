@@ -163,7 +163,7 @@ class RunLog:
         return last < step and self.is_evaluation_step(step)
 
     def restart_clock(self, step: int) -> None:
-        self.clock_time, self.clock_step = time.perf_counter(), step
+        self.clock_time, self.clock_step = time.perf_counter(), step  # times the steps after this
         if self.cpu_clock:
             self.cpu_clock.restart()
 
