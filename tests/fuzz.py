@@ -88,7 +88,7 @@ class FuzzConfig:
 @contextlib.contextmanager
 def temporary_folder(keep: bool = False) -> Iterator[Path]:
     top = Path(tempfile.mkdtemp(prefix="fuzz"))
-    top.chmod(0o755)
+    top.chmod(0o755)  # cases run as another user
     try:
         yield top
     finally:
