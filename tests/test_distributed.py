@@ -124,13 +124,14 @@ def run_rank(rank: int, port: int, folder: Path, script: str, words: tuple[str, 
 
 
 def run_two(folder: Path, script: str, *words: str) -> None:
-    """Run a script in two processes without torchrun: as forks of a process that has imported
-    PyTorch, which takes seconds."""
+    """Run a script in two forks of a process that has imported PyTorch: torchrun takes seconds."""
     if sys.platform == "win32":
         pytest.skip("no fork on Windows")
     if "MUTANT_UNDER_TEST" in os.environ:  # forks would import mutmut
         process = start_two(folder, script, *words)
-        return print(*process.communicate(timeout=300))
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"])
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -373,7 +374,6 @@ def test_sharded_models_equal_replicated_ones(workplace):
 
 
 def check_sharded_weights() -> None:
-    """`check_weights` of a model under FSDP."""
     for tied in (True, False):
         model = make_model(tie_weights=tied)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
