@@ -121,9 +121,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     state = read_data(path)
     state = state if isinstance(state, dict) else {}
     if "base_sha256" in state:
-        raise UserError(
-            f"{path} is a LoRA adapter: merge it into its base with finetune.py --merge"
-        )
+        raise UserError(f"{path} is a LoRA adapter: first merge it with finetune.py --merge")
     if missing := CHECKPOINT_TYPES.keys() - state.keys():
         raise UserError(f"{path} is not a checkpoint of this program: no {sorted(missing)[0]!r}")
     with matching_contents(path):
@@ -192,8 +190,11 @@ def load_checkpoint(
         config = GPTConfig(**state["gpt_config"])  # raises TypeError for an unknown setting
         raise_problems(all_problems(config))
         n_weights = sum(weight.numel() for weight in state["model"].values())
+    rows = config.vocab_size + config.block_size * (config.pos == "learned")
+    rows += 2 * config.n_layer * (config.n_head * config.head_size + config.n_inner)
+    # At least rows * n_embd weights. count_params would import torch._dynamo, which takes seconds.
     # Not within matching_contents: an error of GPT for valid settings is a bug, not damage.
-    model = GPT(config) if count_params(config)[0] <= n_weights else None
+    model = GPT(config) if rows * config.n_embd <= n_weights else None
     with matching_contents(path):
         if model is None:
             raise ValueError("fewer weights than its settings say")

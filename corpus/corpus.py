@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 import tokenizer as tokenizers
 from config import ENCODINGS
@@ -33,7 +32,7 @@ class Corpus:
         """Bytes of text per token, in the validation split."""
         return self.val_bytes / len(self.val_ids)
 
-    def document_numbers(self, x: Tensor) -> Tensor | None:
+    def document_numbers(self, x: Any) -> Any:  # tensors: not imported, which takes seconds
         """Each token's document within its window, (B, T), for a mask; None for one document."""
         return None if self.separator is None else (x == self.separator).cumsum(dim=1)
 

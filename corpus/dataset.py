@@ -28,7 +28,6 @@ from corpus.sources import DatasetConfig, SourceReader
 from corpus.text import token_dtype
 from system.settings import UserError
 from tokenizer import END_OF_TEXT, Tokenizer
-from utils import matching_contents, read_checkpoint
 
 SAMPLE_SIZE = 1 << 27  # bytes: a BPE vocabulary is learned from a sample of about this size
 MIN_PARALLEL = 1 << 24  # bytes: smaller sources take less time than starting worker processes
@@ -63,6 +62,8 @@ def count_text(text: str) -> Counter[str]:
 
 
 def checkpoint_tokenizer(path: Path) -> Tokenizer:
+    from utils import matching_contents, read_checkpoint  # only here: PyTorch is slow to import
+
     state = read_checkpoint(path)
     with matching_contents(path):
         return tokenizers.from_dict(state["tokenizer"])

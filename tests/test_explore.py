@@ -231,6 +231,5 @@ def test_statistics_end_with_the_text_at_a_stop_string():
     ],
 )
 def test_user_errors_are_reported_before_a_model_is_loaded(workplace, flags, message):
-    """There is no checkpoint here, which would be reported otherwise."""
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message):  # otherwise that there is no checkpoint here
         explore.main(flags)

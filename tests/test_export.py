@@ -184,8 +184,8 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
         ("a.pt folder.html", "folder.html is a folder"),
         *((f"a.pt {name}", "there is no checkpoint a.pt") for name in ("out", "a.html", "a.gguf")),
         ("text.pt page.html", "text.pt is not a checkpoint"),
-        ("adapter.pt page.html", "merge it into its base"),
-        ("adapter.pt model.gguf", "merge it into its base"),
+        ("adapter.pt page.html", "first merge it"),
+        ("adapter.pt model.gguf", "first merge it"),
     ],
 )
 def test_mistakes_are_errors_before_anything_is_written(tmp_path, monkeypatch, words, message):

@@ -485,7 +485,7 @@ def test_a_merge_replaces_nothing_but_a_merged_checkpoint(place: Path, adapted: 
         ([], "name the checkpoint to fine-tune"),
         (["checkpoints/best.pt", "--merge="], "name the base and the adapter"),
         (["--merge=ADAPTER"], "name the base and the adapter"),
-        (["ADAPTER", "--data=other.txt"], "is a LoRA adapter: merge it into its base"),
+        (["ADAPTER", "--data=other.txt"], "is a LoRA adapter: first merge it"),
         (["ADAPTER", "--merge=ADAPTER"], "is a LoRA adapter"),
         (["checkpoints/best.pt", "--merge=checkpoints/best.pt"], "is not the adapter.pt"),
         (["checkpoints/best.pt", "--merge=none.pt"], r"there is no adapter none\.pt"),

@@ -32,6 +32,7 @@ FUNCTIONS = [(m, n) for m, n in NODES if isinstance(n, ast.FunctionDef | ast.Asy
 # The modules that a function imports because a default run does not need them.
 OPTIONAL = {
     "corpus.corpus.make_tokenizer": "corpus.bpe",
+    "corpus.dataset.checkpoint_tokenizer": "utils",
     "corpus.load.find_corpus": "corpus.download system.folders",
     "corpus.load.load_corpus": "corpus.documents corpus.folder corpus.records",
     "generate.generate": "sampling.compiled",

@@ -500,7 +500,7 @@ def test_losses_are_checked_every_log_every_steps_and_before_evaluations(workpla
 
 # --- stopped, killed, resumed
 
-LONGER_RUN = [*TINY_RUN, "--dropout=0.2", "--max_steps=400", "--eval_every=50"]
+LONGER_RUN = [*TINY_RUN, "--dropout=0.2", "--max_steps=240", "--eval_every=30"]
 
 
 def start_run(*flags: str) -> subprocess.Popen:
@@ -522,16 +522,16 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 def test_a_stopped_run_resumes_bit_for_bit(workplace, name):
     process = start_run("--tag=stopped")
     log = Path("checkpoints/stopped/log.jsonl")
-    wait_for(lambda: log.exists() and log.read_text().count('"val":') >= 3, process)  # at step 100
+    wait_for(lambda: log.exists() and log.read_text().count('"val":') >= 3, process)  # at step 60
     process.send_signal(getattr(signal, name))
     assert process.wait(timeout=300) == {"SIGKILL": -9, "SIGINT": 130}[name]
     stopped_at = final_state("checkpoints/stopped")["step"]
-    assert 50 <= stopped_at < 400
+    assert 30 <= stopped_at < 240
     assert train.main(["--resume", "--tag=stopped", "--device=cpu"]) == 0
     assert train.main([*LONGER_RUN, "--tag=whole"]) == 0
     assert_same_run(final_state("checkpoints/stopped"), final_state("checkpoints/whole"))
     texts = [Path("checkpoints", tag, "samples.txt").read_text() for tag in ("stopped", "whole")]
-    assert texts[0].split("--- step 400")[1] == texts[1].split("--- step 400")[1]
+    assert texts[0].split("--- step 240")[1] == texts[1].split("--- step 240")[1]
 
 
 @pytest.mark.parametrize(
