@@ -1,7 +1,9 @@
 """What the tests share: a small text, small models, a place to train in."""
 
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ if os.environ.get("MUTANT_UNDER_TEST") == "stats":
 # threads each wait for each other, and take three times as long on two cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+SLOW_IMPORTS = ["torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"]
+multiprocessing.set_forkserver_preload(SLOW_IMPORTS)
 
 WORDS = "the quick brown fox jumps over a lazy dog and then it sleeps until some other day".split()
 
@@ -143,8 +147,18 @@ TINY_RUN = (
 ).split()
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("data").mkdir()
+        Path("data/input.txt").write_text(make_text(), encoding="utf-8")
+        assert train.main(TINY_RUN) == 0
+    return folder / "checkpoints"
+
+
 @pytest.fixture
-def trained(workplace: Path, capsys: pytest.CaptureFixture) -> Path:
-    assert train.main(TINY_RUN) == 0
-    capsys.readouterr()
+def trained(workplace: Path, tiny_run: Path) -> Path:
+    shutil.copytree(tiny_run, "checkpoints")
     return workplace

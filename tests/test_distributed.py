@@ -133,7 +133,6 @@ def run_two(folder: Path, script: str, *words: str) -> None:
         assert process.returncode == 0, errors
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ranks = [(rank, port, folder, script, words) for rank in (0, 1)]

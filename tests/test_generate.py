@@ -125,7 +125,7 @@ def test_cached_generation_matches_uncached(settings: dict, block_size: int, n_p
     prompt = torch.randint(11, (n_prompt,))
     runs = []
     for cache in (True, False):
-        config = SampleConfig(max_new_tokens=30, num_samples=3, cache=cache, seed=1)
+        config = SampleConfig(max_new_tokens=20, num_samples=3, cache=cache, seed=1)
         runs.append(list(generate.generate(model, prompt, config)))
     for one, other in zip(*runs, strict=True):
         assert torch.equal(one.ids, other.ids)
@@ -428,9 +428,9 @@ def test_a_sample_does_not_depend_on_the_number_of_samples(precision: str, setti
     lower_precision(model, precision)
 
     for prompt in ([1], [1, 2, 3], [4] * 9):
-        texts = sampled(model, prompt, max_new_tokens=30, num_samples=20)
-        for n in (1, 2, 3, 4, 7, 8, 9):
-            assert sampled(model, prompt, max_new_tokens=30, num_samples=n) == texts[:n]
+        texts = sampled(model, prompt, max_new_tokens=20, num_samples=9)
+        for n in (1, 3, 4, 7, 8):
+            assert sampled(model, prompt, max_new_tokens=20, num_samples=n) == texts[:n]
 
 
 def test_the_random_numbers_of_a_sample_are_those_of_its_seed_and_number():

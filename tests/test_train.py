@@ -2,13 +2,16 @@
 
 import json
 import math
+import multiprocessing
+import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from system.start import run as run_script
 
 import numpy as np
 import pytest
@@ -29,7 +32,6 @@ from training import setup, task
 from training.muon import Muon, orthogonalize
 from training.task import Pretraining
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -503,28 +505,19 @@ def test_losses_are_checked_every_log_every_steps_and_before_evaluations(workpla
 LONGER_RUN = [*TINY_RUN, "--dropout=0.2", "--max_steps=240", "--eval_every=30"]
 
 
-def start_run(*flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *LONGER_RUN, *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    for _ in range(6000):
-        if condition():
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    raise TimeoutError
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="sends POSIX signals")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_a_stopped_run_resumes_bit_for_bit(workplace, name):
-    process = start_run("--tag=stopped")
+    main = partial(train.main, [*LONGER_RUN, "--tag=stopped"])
+    process = multiprocessing.get_context("forkserver").Process(target=run_script, args=(main,))
+    process.start()
     log = Path("checkpoints/stopped/log.jsonl")
-    wait_for(lambda: log.exists() and log.read_text().count('"val":') >= 3, process)  # at step 60
-    process.send_signal(getattr(signal, name))
-    assert process.wait(timeout=300) == {"SIGKILL": -9, "SIGINT": 130}[name]
+    while not (log.exists() and log.read_text().count('"val":') >= 3):  # at step 60
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, getattr(signal, name))
+    process.join()
+    assert process.exitcode == {"SIGKILL": -9, "SIGINT": 130}[name]
     stopped_at = final_state("checkpoints/stopped")["step"]
     assert 30 <= stopped_at < 240
     assert train.main(["--resume", "--tag=stopped", "--device=cpu"]) == 0
