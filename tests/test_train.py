@@ -516,7 +516,7 @@ def test_a_stopped_run_resumes_bit_for_bit(workplace, name):
         assert process.is_alive()
         time.sleep(0.01)
     os.kill(process.pid, getattr(signal, name))
-    process.join()
+    process.join(timeout=300)
     assert process.exitcode == {"SIGKILL": -9, "SIGINT": 130}[name]
     stopped_at = final_state("checkpoints/stopped")["step"]
     assert 30 <= stopped_at < 240
