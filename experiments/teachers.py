@@ -31,12 +31,8 @@ def main(argv: list[str] | None = None) -> int:
         flags = [own | {"teacher": f"{f}/best.pt"} for own, f in zip(flags, folders, strict=True)]
 
     def columns(name: str) -> Row:
-        steps = runs[name][0]["flags"]["max_steps"]
-        return {
-            "model": name,
-            "steps": steps,
-            "seconds": round(mean([r["seconds"] for r in runs[name]])),
-        }
+        seconds = round(mean([result["seconds"] for result in runs[name]]))
+        return {"model": name, "steps": runs[name][0]["flags"]["max_steps"], "seconds": seconds}
 
     return write_variants(study, runs, columns, "Generations")
 

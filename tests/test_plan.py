@@ -46,6 +46,7 @@ SMALL = replace(BIG, n_params=100_000, step=0.01)
         (Run(1e6, 4000, 8, 100, 1, 0), 5e5, 0.1 + 0.1 + 0.05 + 0.016 + 0.3),
         # a hundredth, and the cost of weight decay
         (Run(1e6, 4000, 8, 100, 0, 1), 5e5, 0.1 + 0.1 + 0.05 + 0.0016 + 0.04),
+        (Run(1e6, 4000, 8, 100, 0, 0, True), 5e5, 0.1 + 0.1 + 0.05 + 0.16 * 0.778801),  # exp(-1/4)
     ],
 )
 def test_the_law_by_hand(run: Run, unique: float, expected: float):
@@ -322,7 +323,8 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
 
 
 def test_time_that_is_left_trains_a_second_model(fast, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "STUDENT_TIME", -0.99)  # so that there is enough
+    monkeypatch.setattr(plan, "FIRST_SHARE", math.nextafter(1, 0))  # enough for both
+    monkeypatch.setattr(plan, "TAUGHT", 99.0)
     words, resume = [*FAST, "--minutes=0.5", "--tag=a"], ["--resume", "--device=cpu", "--tag=a"]
     for stopped_in in ("a", "a_second"):
         with monkeypatch.context() as patch:

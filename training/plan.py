@@ -6,9 +6,9 @@
 1. Measure: a pilot run of the smallest model shows how difficult the text is, and a few steps of
    each size how fast this machine is.
 2. Predict: a scaling law gives the loss of each size after the steps that fit.
-3. Choose the size, the number of steps, dropout and weight decay with the lowest predicted loss.
-4. If more steps would overfit, and there is time: let a second model learn from the first.
-5. While training, shorten the schedule if the run is too slow (deadline.py).
+3. Choose the size, the number of steps, dropout and weight decay with the lowest predicted loss,
+   and whether to divide the time between two models, of which the second learns from the first.
+4. While training, shorten the schedule if the run is too slow (deadline.py).
 """
 
 import itertools
@@ -37,12 +37,13 @@ SIZES = (
     (2, 128, 64, 24),
     (4, 128, 256, 9),
     (4, 192, 256, 9),
-    (6, 256, 256, 12),
-    (6, 384, 256, 12),
+    (6, 256, 256, 9),
+    (6, 384, 256, 9),
 )
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
-CHOICES = {"dropout": (0.0, 0.2), "weight_decay": (0.1, 1.0)}  # the values to choose from
-STUDENT_TIME = 1.4  # of a step of a student, relative to one of its teacher
+CHOICES = {"dropout": (0.0, 0.2), "weight_decay": (0.1, 1.0, 2.0)}  # the values to choose from
+FIRST_SHARE = 0.42  # of the time, for the first of two models: a step of the second takes 1.4 times
+TAUGHT = 0.25  # the second overfits by exp(-TAUGHT) times as much (experiments/records.md)
 DROPOUT_TIME = 1.25  # of a step on a CPU, relative to one without dropout
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
 PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
@@ -66,6 +67,7 @@ class Run:
     window: float  # in bytes
     dropout: float = 0.0
     weight_decay: float = 0.1
+    taught: bool = False  # learns from an earlier run with these settings
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,13 @@ class Law:
 
         More parameters and steps are better, with diminishing returns (Hoffmann et al. 2022), and
         so is a longer window. (Steps predict the loss better than tokens.) Reading the text several
-        times has a cost, which is higher for models that are large for it. Dropout and weight decay
-        reduce this cost (Kim et al. 2025), and slow down learning. (Muennighoff et al. 2023 let
-        repeated tokens count less, so that the loss cannot rise. For these small texts it does.)
+        times has a cost, higher for models that are large for it. Dropout, weight decay (Kim et al.
+        2025) and a teacher reduce it; the first two slow down learning. (Muennighoff et al. 2023
+        let repeated tokens count less, so that the loss cannot rise. For small texts it does.)
         """
         overfit = self.overfit * (run.n_params / unique) ** self.overfit_power * run.epochs
         strength = self.dropout_power * run.dropout + self.decay_power * run.weight_decay
+        strength += TAUGHT * run.taught
         return (
             self.size * (run.n_params / 1e6) ** -self.size_power
             + self.steps * (run.steps / 1000) ** -self.steps_power
@@ -258,7 +261,8 @@ class Candidate:
     step: float
     evaluation: float  # one during training, with its sample and checkpoints
     final: float  # after the last step
-    loss: float = math.inf  # predicted
+    share: float = 1.0  # of the time: below 1, a second run follows
+    loss: float = math.inf  # predicted, of the last run
 
     def seconds(self, steps: int, evaluations: int) -> float:
         """What a run takes. There is one more evaluation before it."""
@@ -270,21 +274,22 @@ class Candidate:
         evaluations = min(10, max(2, int(EVAL_SHARE * seconds / self.evaluation)))
         best, least = self, least_steps(flags)
         choices = [(flags[name],) if name in flags else CHOICES[name] for name in CHOICES]
-        for dropout, decay in itertools.product(*choices):
+        choices.append((1.0,) if "teacher" in flags else (1.0, FIRST_SHARE))
+        for dropout, decay, share in itertools.product(*choices):
             slower = DROPOUT_TIME if dropout > self.gpt.dropout else 1  # unless timed with dropout
             size = replace(self, step=self.step * slower)
-            most = int((seconds - self.seconds(0, evaluations)) / size.step)
+            most = int((share * seconds - self.seconds(0, evaluations)) / size.step)
             if most < least:
                 continue
             for steps in {round(most * (least / most) ** (i / 50)) for i in range(51)}:
                 epochs = self.epochs(steps, pilot)
-                run = Run(self.n_params, steps, epochs, self.window, dropout, decay)
+                run = Run(self.n_params, steps, epochs, self.window, dropout, decay, share < 1)
                 if (loss := pilot.predict(run)) < best.loss:
                     own: Flags = {"max_steps": steps, "warmup_steps": flags.get("warmup_steps")}
                     own["eval_every"] = flags.get("eval_every", math.ceil(steps / evaluations))
                     config = replace(self.config, weight_decay=decay, **own)
                     gpt = replace(self.gpt, dropout=dropout)
-                    best = replace(size, gpt=gpt, config=config, loss=loss)
+                    best = replace(size, gpt=gpt, config=config, share=share, loss=loss)
         return best
 
     def epochs(self, steps: int, pilot: Pilot) -> float:
@@ -297,12 +302,12 @@ class Candidate:
         return (
             f"{mark:1}{minutes:8g}  {size:8}{count_params(gpt)[0]:12,}{1000 * self.step:9.1f}"
             f"{steps:10,}{self.epochs(steps, pilot):8.1f}{gpt.dropout:9g}"
-            f"{self.config.weight_decay:14g}{self.loss:16.3f}"
+            f"{self.config.weight_decay:14g}{1 + (self.share < 1):8}{self.loss:16.3f}"
         )
 
 
 HEADER = "  minutes  size      parameters  ms/step     steps  epochs  dropout"
-HEADER += "  weight decay  predicted loss"
+HEADER += "  weight decay  models  predicted loss"
 
 
 def plan_run(
@@ -340,13 +345,11 @@ def plan_run(
     config = replace(best.config, tokenizer=config.tokenizer)  # a data set has its own
     if config.minutes:
         print(f"chosen: {reason(best, runs, seconds)}", flush=True)
-        steps, every = config.max_steps, config.eval_every
-        first = best.seconds(steps, math.ceil(steps / every)) / (1 - MARGIN)
-        if first * (1 + STUDENT_TIME) < seconds:
+        if best.share < 1:
             if (folder := student_dir(config)).exists() and not config.overwrite:
                 raise UserError(f"{folder}/ is for a second run: give another --tag")
             print(f"then a second model, in {folder}/, learns from this one", flush=True)
-            minutes = (used + first) / 60
+            minutes = (used + best.share * seconds) / 60
             config = replace(config, minutes=minutes, student_minutes=config.minutes)
     return best.gpt, config
 
@@ -355,7 +358,7 @@ def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
     size = f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels"
     rest = [run for run in runs if run is not best and run.loss < math.inf]
     steps, every = best.config.max_steps, best.config.eval_every
-    if best.seconds(round(1.05 * steps), math.ceil(steps / every)) < seconds:
+    if best.seconds(round(1.05 * steps), math.ceil(steps / every)) < best.share * seconds:
         why = "more steps would overfit this text"
     elif not rest:
         why = "the only size that is fast enough"
