@@ -144,17 +144,19 @@ def test_with_little_time_the_small_model_is_best_and_with_much_time_the_large_o
 
 
 def test_a_small_text_is_not_read_more_often_than_it_helps():
-    little, fixed = replace(PILOT, unique=1e6), {"dropout": 0.0, "weight_decay": 0.1}
+    little, chosen = replace(PILOT, unique=1e6), {"dropout": 0.0, "weight_decay": 0.1}
+    fixed = chosen | {"teacher": "a.pt"}  # so that no second run follows
     run = BIG.best_run(100_000.0, little, fixed)
     most = BIG.best_run(100_000.0, PILOT, fixed).config.max_steps
     assert run.config.max_steps < most / 10
     for factor in (0.7, 1.4):  # both sides of the minimum
         steps = factor * run.config.max_steps
-        epochs = steps * 40 * 256 / 1e6
-        assert little.predict(Run(1_000_000, steps, epochs, 256.0)) > run.loss
+        assert little.predict(Run(1e6, steps, steps * 40 * 256 / 1e6, 256.0)) > run.loss
     for regularized in ({"dropout": 0.2}, {"weight_decay": 1.0}):  # more repetitions help
         longer = BIG.best_run(100_000.0, little, fixed | regularized)
         assert longer.config.max_steps > run.config.max_steps
+    pair = BIG.best_run(100_000.0, little, chosen)
+    assert run.share == 1 > pair.share and pair.loss < run.loss
 
 
 def test_a_shortened_schedule_continues_from_its_learning_rate():
