@@ -41,7 +41,7 @@ SIZES = (
     (6, 384, 256, 9),
 )
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
-CHOICES = ((0.0, 0.1), (0.0, 1.0), (0.0, 2.0), (0.2, 0.1), (0.2, 1.0))  # dropout, weight decay
+CHOICES = {"dropout": (0.0, 0.2), "weight_decay": (0.1, 1.0)}  # the values to choose from
 FIRST_SHARE = 0.42  # of the time, for the first of two models: a step of the second takes 1.4 times
 TAUGHT = 0.25  # the second overfits by exp(-TAUGHT) times as much (experiments/records.md)
 DROPOUT_TIME = 1.25  # of a step on a CPU, relative to one without dropout
@@ -273,16 +273,15 @@ class Candidate:
         little time. Fewer steps than possible are better if more would overfit."""
         evaluations = min(10, max(2, int(EVAL_SHARE * seconds / self.evaluation)))
         best, least = self, least_steps(flags)
-        shares = (1.0,) if "teacher" in flags else (1.0, FIRST_SHARE)
-        for regularized, share in itertools.product(CHOICES, shares):
-            dropout = flags.get("dropout", regularized[0])
-            decay = flags.get("weight_decay", regularized[1])
+        choices = [(flags[name],) if name in flags else CHOICES[name] for name in CHOICES]
+        choices.append((1.0,) if "teacher" in flags else (1.0, FIRST_SHARE))
+        for dropout, decay, share in itertools.product(*choices):
             slower = DROPOUT_TIME if dropout > self.gpt.dropout else 1  # unless timed with dropout
             gpt, step = replace(self.gpt, dropout=dropout), self.step * slower
             most = int((share * seconds - self.seconds(0, evaluations)) / step)
             if most < least:
                 continue
-            for steps in {round(most * (least / most) ** (i / 50)) for i in range(51)}:
+            for steps in {round(most * (least / most) ** (i / 200)) for i in range(201)}:
                 epochs = self.epochs(steps, pilot)
                 run = Run(self.n_params, steps, epochs, self.window, dropout, decay, share < 1)
                 if (loss := pilot.predict(run)) < best.loss:
