@@ -42,8 +42,8 @@ SIZES = (
 )
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
 CHOICES = {"dropout": (0.0, 0.2), "weight_decay": (0.1, 1.0)}  # the values to choose from
-FIRST_SHARE = 0.42  # of the time, for the first of two models: a step of the second takes 1.4 times
-TAUGHT = 0.25  # the second overfits by exp(-TAUGHT) times as much (experiments/records.md)
+FIRST_SHARE = 0.42  # of the time, for the first of two models: steps of the second are slower
+TAUGHT = 0.25  # the second's cost of overfitting is exp(-TAUGHT) times as high (records.md)
 DROPOUT_TIME = 1.25  # of a step on a CPU, relative to one without dropout
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
 PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
@@ -129,8 +129,7 @@ class Pilot:
 
 def plan_flags(flags: Flags) -> Flags:
     """The flags of the smallest size, for now. Raises UserError for flags that a plan chooses."""
-    chosen = ", ".join(f"--{name}" for name in PLANNED if name in flags)
-    if chosen:
+    if chosen := ", ".join(f"--{name}" for name in PLANNED if name in flags):
         raise UserError(f"--minutes and --plan choose {chosen}: leave it out")
     if is_torchrun():
         raise UserError("--minutes and --plan are for one process: start them without torchrun")
@@ -182,8 +181,7 @@ def seconds_per_window(trainer: Any) -> float:
 def evaluate(trainer: Any, n_windows: int) -> float:
     """The validation loss over evenly spaced windows."""
     with trainer.eval_mode(), autocast(trainer.device, trainer.config.precision):
-        ids = trainer.task.corpus.val_ids
-        return trainer.task.mean_loss(trainer.model, ids, n_windows)
+        return trainer.task.mean_loss(trainer.model, trainer.task.corpus.val_ids, n_windows)
 
 
 def final_seconds(trainer: Any) -> float:
@@ -217,7 +215,7 @@ def measure_sizes(
     make_trainer: MakeTrainer, flags: Flags, limit: float, sample: float
 ) -> "list[Candidate]":
     """Time all sizes, except those for which MIN_STEPS would take a quarter of the limit, or the
-    text is too short. A flag that fixes a part of the size applies to all of them."""
+    text or a teacher's window is too short. A flag that fixes a part of the size applies to all."""
     found: list[Candidate] = []
     for size in SIZES:
         try:
@@ -234,14 +232,15 @@ def measure_sizes(
                 break
         trainer = make_trainer(gpt, config)
         corpus = trainer.task.corpus
-        if corpus.train_docs is None and len(corpus.train_ids) <= gpt.block_size:
+        windows = [model.config.block_size for model in getattr(trainer.task, "teachers", ())]
+        short = corpus.train_docs is None and len(corpus.train_ids) <= gpt.block_size
+        if short or min(windows, default=gpt.block_size) < gpt.block_size:
             break
         evaluation = 2 * config.eval_windows * seconds_per_window(trainer) + sample * gpt.n_layer
         evaluation += 2 * 12 * count_params(gpt)[0] / DISK_SPEED  # best.pt and latest.pt
         step, final = seconds_per_step(trainer), final_seconds(trainer)
         window = gpt.block_size * corpus.bytes_per_token
-        costs = (step, evaluation, final)
-        found.append(Candidate(gpt, config, block_params(gpt), window, *costs))
+        found.append(Candidate(gpt, config, block_params(gpt), window, step, evaluation, final))
     return found
 
 
@@ -269,16 +268,16 @@ class Candidate:
         return steps * self.step + (evaluations + 1) * self.evaluation + self.final
 
     def best_run(self, seconds: float, pilot: Pilot, flags: Flags) -> "Candidate":
-        """The run with the lowest predicted loss in this time; without a loss if there is too
-        little time. Fewer steps than possible are better if more would overfit."""
-        evaluations = min(10, max(2, int(EVAL_SHARE * seconds / self.evaluation)))
-        best, least = self, least_steps(flags)
+        """The run, or the first of two, with the lowest predicted loss in this time; without a loss
+        if there is too little time. Fewer steps than possible are better if more would overfit."""
+        best, least, every = self, least_steps(flags), flags.get("eval_every", math.inf)
         choices = [(flags[name],) if name in flags else CHOICES[name] for name in CHOICES]
         choices.append((1.0,) if "teacher" in flags else (1.0, FIRST_SHARE))
         for dropout, decay, share in itertools.product(*choices):
             slower = DROPOUT_TIME if dropout > self.gpt.dropout else 1  # unless timed with dropout
             gpt, step = replace(self.gpt, dropout=dropout), self.step * slower
-            most = int((share * seconds - self.seconds(0, evaluations)) / step)
+            n = min(10, max(2, int(EVAL_SHARE * share * seconds / self.evaluation)))  # evaluations
+            most = int((share * seconds - self.seconds(0, n)) / (step + self.evaluation / every))
             if most < least:
                 continue
             for steps in {round(most * (least / most) ** (i / 200)) for i in range(201)}:
@@ -286,13 +285,12 @@ class Candidate:
                 run = Run(self.n_params, steps, epochs, self.window, dropout, decay, share < 1)
                 if (loss := pilot.predict(run)) < best.loss:
                     own: Flags = {"max_steps": steps, "warmup_steps": flags.get("warmup_steps")}
-                    own["eval_every"] = flags.get("eval_every", math.ceil(steps / evaluations))
+                    own["eval_every"] = flags.get("eval_every", math.ceil(steps / n))
                     config = replace(self.config, weight_decay=decay, **own)
                     best = replace(self, gpt=gpt, config=config, step=step, share=share, loss=loss)
         return best
 
     def epochs(self, steps: int, pilot: Pilot) -> float:
-        """How often a run with this number of steps reads each token of the text."""
         return steps * step_tokens(self.gpt, self.config) / pilot.unique
 
     def line(self, minutes: float, pilot: Pilot, mark: str = "") -> str:
@@ -341,31 +339,31 @@ def plan_run(
             f"{minutes:g} minutes are too short to measure, train and evaluate on "
             f"{config.data}: give at least --minutes {math.ceil(10 * needed) / 10:g}"
         )
-    config = replace(best.config, tokenizer=config.tokenizer)  # a data set has its own
+    # What did not come from the flags: a teacher, a data set and the machine have their own.
+    own = ("data", "separator", "hold_out", "encoding", "skip_bad", "tokenizer", "precision_for")
+    config = replace(best.config, **{name: getattr(config, name) for name in own})
     if config.minutes:
         print(f"chosen: {reason(best, runs, seconds)}", flush=True)
         if best.share < 1:
-            if (folder := student_dir(config)).exists() and not config.overwrite:
-                raise UserError(f"{folder}/ is for a second run: give another --tag")
+            if (folder := student_dir(config)).exists() and not (config.overwrite or config.plan):
+                raise UserError(f"{folder}/ is for a second run: --overwrite it, or give a --tag")
             print(f"then a second model, in {folder}/, learns from this one", flush=True)
-            minutes = (used + best.share * seconds) / 60
+            minutes = round(minutes + (best.share - 1) * (60 * minutes - used) / 60, 2)
             config = replace(config, minutes=minutes, student_minutes=config.minutes)
     return best.gpt, config
 
 
 def reason(best: Candidate, runs: list[Candidate], seconds: float) -> str:
-    size = f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels"
-    rest = [run for run in runs if run is not best and run.loss < math.inf]
     steps, every = best.config.max_steps, best.config.eval_every
     if best.seconds(round(1.05 * steps), math.ceil(steps / every)) < best.share * seconds:
         why = "more steps would overfit this text"
-    elif not rest:
+    elif sum(run.loss < math.inf for run in runs) == 1:
         why = "the only size that is fast enough"
     elif best.n_params < max(run.n_params for run in runs):
         why = "larger models would get too few steps"
     else:
         why = "the time is enough for the largest size"
-    return f"{size}, {steps:,} steps: {why}"
+    return f"{best.gpt.n_layer} layers of {best.gpt.n_embd} channels, {steps:,} steps: {why}"
 
 
 def student_dir(config: TrainConfig) -> Path:
@@ -380,11 +378,13 @@ def second_run(
     from training.teachers import load_teachers  # only after a run with a student
 
     folder, teacher = student_dir(config), Path(config.out_dir, config.tag, "best.pt")
-    latest = folder / "latest.pt"
-    state = read_checkpoint(latest) if resumed and latest.exists() else None
-    steps = config.planned_steps or config.max_steps
+    steps, minutes = config.planned_steps or config.max_steps, config.student_minutes
     schedule: Flags = {"max_steps": steps, "planned_steps": 0, "lr_scale": 1.0}
-    schedule = {name: (state["train_config"] if state else schedule)[name] for name in schedule}
-    schedule |= {"minutes": config.student_minutes, "student_minutes": 0.0, "overwrite": True}
-    config = replace(config, tag=folder.name, teacher=str(teacher), **schedule)
-    return config, data._replace(teachers=load_teachers(gpt, config, state)), state
+    config = replace(config, tag=folder.name, teacher=str(teacher), minutes=minutes, **schedule)
+    config = replace(config, student_minutes=0.0, overwrite=True)
+    teachers, latest = load_teachers(gpt, config, None), folder / "latest.pt"
+    state = read_checkpoint(latest) if resumed and latest.exists() else None
+    if state and state["teachers"] != teachers.sha256:
+        state = None  # it learned from an earlier run in this folder
+    saved = {name: state["train_config"][name] for name in schedule} if state else {}
+    return replace(config, **saved), data._replace(teachers=teachers), state

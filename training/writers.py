@@ -31,6 +31,7 @@ def open_writers(config: TrainConfig, run_dir: Path, settings: dict[str, Any]) -
     if config.wandb:
         import wandb  # optional package
 
-        run = wandb.init(project="tinyllm", name=config.tag or None, dir=run_dir, config=settings)
+        own = {"name": config.tag or None, "dir": run_dir, "config": settings}
+        run = wandb.init(project="tinyllm", reinit=True, **own)  # with --minutes, a second run
         writers.append(lambda record: run.log(record, step=record["step"]))
     return writers
