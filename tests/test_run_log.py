@@ -482,11 +482,11 @@ def test_wandb_receives_the_records_without_their_empty_values(workplace, monkey
     log.evaluation(3, {"val": 2.0}, 0.5, "")
     sent = {"step": 3, "val": 2.0, "lr": 0.5, "seconds": log.records[0]["seconds"]}
     settings = {"project": "tinyllm", "name": "a", "dir": log.run_dir, "config": HEADER}
-    assert init.mock_calls == [mock.call(**settings), mock.call().log(sent, step=3)]
+    assert init.mock_calls == [mock.call(**settings, reinit=True), mock.call().log(sent, step=3)]
     init.reset_mock()
     RunLog(TrainConfig(wandb=True), HEADER, state=checkpoint(log))
     settings |= {"name": None, "dir": Path("checkpoints")}
-    assert init.mock_calls == [mock.call(**settings), mock.call().log(sent, step=3)]
+    assert init.mock_calls == [mock.call(**settings, reinit=True), mock.call().log(sent, step=3)]
 
 
 def test_tensorboard_is_written_again_from_the_first_record(workplace, monkeypatch):
