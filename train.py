@@ -330,7 +330,7 @@ def run_both(
         from training.plan import second_run  # only after a run of --minutes
 
         config, data, state = second_run(gpt, config, data, bool(state))
-        started = started if state else log.started  # a checkpoint has the seconds before it
+        started = started if state else log.started  # a checkpoint contains the seconds before it
         status, _ = run_training(make_trainer(gpt, config, data=data), state, started)
     return status
 

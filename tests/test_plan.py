@@ -126,7 +126,7 @@ def test_what_the_user_fixes_is_kept():
     flags = {"eval_every": 10, "warmup_steps": 7, "dropout": 0.3}
     run = BIG.best_run(100.0, PILOT, flags)
     assert (run.config.eval_every, run.config.warmup_steps, run.gpt.dropout) == (10, 7, 0.3)
-    assert run.step == 0.1 * plan.DROPOUT_TIME
+    assert run.config.max_steps == 395 and run.step == 0.125  # 89 s / (0.125 s + 1 s / 10)
     timed = replace(BIG, gpt=replace(BIG.gpt, dropout=0.3))
     assert timed.best_run(100.0, PILOT, flags).step == 0.1  # its dropout was timed
     run = BIG.best_run(100.0, PILOT, {"warmup_steps": 400})  # as many steps after it as during it

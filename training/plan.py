@@ -42,8 +42,8 @@ SIZES = (
 )
 PLANNED = ("max_steps", "preset", "optimizer", "schedule", "compile", "overfit_batch", "dry_run")
 CHOICES = {"dropout": (0.0, 0.2), "weight_decay": (0.1, 1.0)}  # the values to choose from
-FIRST_SHARE = 0.42  # of the time, for the first of two models: steps of the second are slower
-TAUGHT = 0.25  # the second's cost of overfitting is exp(-TAUGHT) times as high (records.md)
+FIRST_SHARE = 0.42  # of the time, for the first of two models: the second takes 1.4 times as long
+TAUGHT = 0.25  # the second overfits less, by exp(-TAUGHT) (experiments/records.md)
 DROPOUT_TIME = 1.25  # of a step on a CPU, relative to one without dropout
 BUDGETS = (1, 5, 20, 60, 240)  # minutes, of --plan
 PILOT_SHARE, PILOT_SECONDS = 0.08, 15.0  # of the time, and at most
@@ -272,7 +272,7 @@ class Candidate:
         if there is too little time. Fewer steps than possible are better if more would overfit."""
         best, least, every = self, least_steps(flags), flags.get("eval_every", math.inf)
         choices = [(flags[name],) if name in flags else CHOICES[name] for name in CHOICES]
-        choices.append((1.0,) if "teacher" in flags else (1.0, FIRST_SHARE))
+        choices.append((1.0,) if flags.get("teacher") else (1.0, FIRST_SHARE))
         for dropout, decay, share in itertools.product(*choices):
             slower = DROPOUT_TIME if dropout > self.gpt.dropout else 1  # unless timed with dropout
             gpt, step = replace(self.gpt, dropout=dropout), self.step * slower
@@ -348,7 +348,7 @@ def plan_run(
             if (folder := student_dir(config)).exists() and not (config.overwrite or config.plan):
                 raise UserError(f"{folder}/ is for a second run: --overwrite it, or give a --tag")
             print(f"then a second model, in {folder}/, learns from this one", flush=True)
-            minutes = round(minutes + (best.share - 1) * (60 * minutes - used) / 60, 2)
+            minutes = round((used + best.share * (60 * config.minutes - used)) / 60, 2)
             config = replace(config, minutes=minutes, student_minutes=config.minutes)
     return best.gpt, config
 
@@ -384,7 +384,7 @@ def second_run(
     config = replace(config, student_minutes=0.0, overwrite=True)
     teachers, latest = load_teachers(gpt, config, None), folder / "latest.pt"
     state = read_checkpoint(latest) if resumed and latest.exists() else None
-    if state and state["teachers"] != teachers.sha256:
-        state = None  # it learned from an earlier run in this folder
+    if state and state.get("teachers") != teachers.sha256:
+        state = None  # another run, or one that learned from an earlier first model
     saved = {name: state["train_config"][name] for name in schedule} if state else {}
     return replace(config, **saved), data._replace(teachers=teachers), state
