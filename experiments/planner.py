@@ -33,8 +33,7 @@ TEXTS: dict[str, Flags] = {
     "plays, BPE": BPE | {"data": "plays"},
     "100 kB": {},  # the first 100 kB of shakespeare, in the folder of the study
 }
-# text, size (its number in SIZES), dropout, weight decay: steps of the runs for the fit, and of
-# those for the check
+# text, size (its number in SIZES), dropout, weight decay: steps of the runs to fit and to check
 RUNS: dict[tuple[str, int, float, float], tuple[tuple[int, ...], tuple[int, ...]]] = {
     ("shakespeare", 0, 0, 0.1): ((150, 600), (2400,)),
     ("shakespeare", 1, 0, 0.1): ((100, 1600), (400,)),

@@ -132,8 +132,7 @@ def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for text in (f"\n{script}", style)
     ]
-    # Only this script, this style and a worker that the script makes can run, and nothing can be
-    # fetched.
+    # Only this script, this style and a worker that the script makes can run; nothing is fetched.
     policy = f"default-src 'none'; script-src {hashes[0]}; style-src {hashes[1]}; "
     policy += "worker-src blob:; base-uri 'none'; form-action 'none'"
     parts = {

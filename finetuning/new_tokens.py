@@ -15,8 +15,7 @@ def extend_tokenizer(
     tokenizer: Tokenizer, specials: Sequence[str], texts: Iterable[str]
 ) -> Tokenizer:
     """The tokenizer with the special tokens that are missing in it and, if it is a character
-    tokenizer, the missing characters of the texts. Returns the same object if nothing is
-    missing."""
+    tokenizer, the missing characters of the texts; the same object if nothing is missing."""
     missing = [text for text in specials if text not in tokenizer.specials]
     if isinstance(tokenizer, BPETokenizer):
         if not missing:

@@ -1,5 +1,4 @@
-"""Compiled sampling: one graph per step, and a KV cache with fixed shapes, so that it serves all
-steps."""
+"""Compiled sampling: one graph for all steps of one token, and a KV cache with fixed shapes."""
 
 import itertools
 from collections.abc import Callable

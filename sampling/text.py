@@ -134,8 +134,7 @@ def warn_if_cut(what: str, n_tokens: int, block_size: int) -> None:
 
 
 def checkpoint_line(path: str | Path, state: dict[str, Any]) -> str:
-    """A checkpoint in one line: its path, its step, and the validation loss there if it was
-    measured."""
+    """A checkpoint in one line: path, step, and the validation loss if it was measured."""
     if not state["corpus"]["sha256"]:
         return f"{path}: an imported model"
     if not state["step"] and "finetune" not in state:

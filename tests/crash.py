@@ -125,8 +125,7 @@ def run_command(
     name: str, argv: str, folder: Path, number: int = 0, at: int = 0, delay: float = 0.0
 ) -> tuple[int, str]:
     """Run a command in a child process. If `number` is given, send it this signal, at a file
-    operation or after a delay. Returns its exit status, negative if a signal ended it, and what it
-    wrote to stderr."""
+    operation or after a delay. Returns its exit status, negative after a signal, and its stderr."""
     pid = fork(run_child, name, argv, folder, number, at)
     if delay:
         time.sleep(delay)

@@ -98,8 +98,7 @@ def temporary_folder(keep: bool = False) -> Iterator[Path]:
 
 
 def fork(function: Callable[..., int], *args: Any) -> int:
-    """Call a function in a child process, which exits with the status that it returns. Returns the
-    id of the process."""
+    """Call a function in a child process, which exits with the status that it returns. Its id."""
     # Ctrl-C before `try` would run the ends of this process's context managers in the child.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pid = os.fork()
@@ -193,8 +192,7 @@ def set_limits(cpu_seconds: int) -> None:
 
 
 def redirect(folder: Path, stdin: bytes | None = b"", stdout: str = "file") -> None:
-    """Set the standard input, output and error of this process: to files in a folder, or the
-    output to one of STDOUTS."""
+    """Set this process's standard streams to files in a folder, or the output to one of STDOUTS."""
     (folder / "stdin").write_bytes(stdin or b"")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     out = os.open("/dev/full" if stdout == "/dev/full" else folder / "stdout", flags)

@@ -188,8 +188,7 @@ def values_of(argv: list[str]) -> dict[str, str]:
 
 
 def input_files(argv: list[str], base: Path) -> list[list[Path]]:
-    """The files that a command reads: a list for each of its arguments, files in it if it is a
-    folder."""
+    """The files that a command reads: a list for each of its arguments; of a folder, its files."""
     flags = values_of(argv)
     names = [*flags.values(), *(word for word in argv if not word.startswith("--"))]
     names += [f"checkpoints/{flags['tag']}"] if "--resume" in argv else []

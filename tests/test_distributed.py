@@ -261,8 +261,7 @@ def test_two_processes_fine_tune_like_one_with_the_same_micro_batches(workplace)
 
 
 def save_step_gradients() -> None:
-    """In each of two processes: evaluations and one step on answers of different lengths, under DDP
-    and FSDP."""
+    """In both processes: evaluations, and one step on answers of different lengths (DDP, FSDP)."""
     init_process_group("cpu")
     Records.random_batch = records_in_order
     for parallel in ("ddp", "fsdp"):

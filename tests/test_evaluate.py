@@ -32,8 +32,7 @@ def evaluate_val(model: GPT, corpus: Corpus, batch_size: int = 16, **settings: o
 
 
 def check_contexts(model: GPT, corpus: Corpus, first: Callable[[int], int], **settings) -> None:
-    """The result is that of each token t but the first, predicted from the tokens first(t) to t - 1
-    alone."""
+    """The result is that of each token t but the first, predicted from tokens first(t) to t - 1."""
     ids, losses, right = corpus.val_ids, [], 0
     for t in range(1, len(ids)):
         probs = model(torch.from_numpy(ids[first(t) : t])[None])[0][0, -1].softmax(dim=-1)

@@ -1,5 +1,4 @@
-"""A model that no standard architecture can represent is exported with its code: same logits, same
-text, without this project."""
+"""Models of no standard architecture, exported with their code: same logits and text without us."""
 
 import inspect
 import json

@@ -113,8 +113,7 @@ FLAGS = {
 
 
 def test_dpo_gradient_equals_the_papers():
-    """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), Rafailov et al. 2023,
-    section 4."""
+    """-beta sigmoid(r_l - r_w) (grad log pi(y_w) - grad log pi(y_l)), Rafailov et al. 2023"""
     model, reference, beta = make_model(0), make_model(1), 0.3
     x, y = torch.randint(11, (2, 6)), torch.randint(11, (2, 6))  # one pair: chosen, rejected
     found = DPOTask.rewards(SimpleNamespace(reference=reference, beta=beta), model, x, y)

@@ -37,8 +37,7 @@ SIZES = {"vocab_size": 11, "block_size": 12, "n_layer": 2, "n_head": 2, "n_embd"
 SOME = [{}, {"token_shift": True}, {"pos": "learned"}]
 CPU = torch.device("cpu")
 READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"}
-# PyTorch has a guard, which selects the current device, for each kind that it was built for. This
-# one does nothing.
+# PyTorch has a guard, which selects the current device, for each kind. This one does nothing.
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 using namespace c10::impl;
@@ -275,8 +274,7 @@ def test_the_compiler_pads_odd_vocabularies():
 
 
 def train_as_with_cuda_graphs(grad_accum: int) -> Tensor:
-    """The losses of some steps, of which each forward pass overwrites the results and gradients of
-    the one before with NaN."""
+    """The losses of steps whose forward passes overwrite earlier results and gradients with NaN."""
     torch.manual_seed(0)
     trainer = cpu_trainer(optimizer="muon", grow_windows=True, grad_accum=grad_accum)
     results: list[Tensor] = []

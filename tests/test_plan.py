@@ -322,7 +322,8 @@ def test_an_interrupted_run_keeps_its_plan_and_its_time(fast, monkeypatch, capsy
 def test_a_divided_time_trains_a_second_model(fast, monkeypatch, capsys):
     monkeypatch.setattr(plan, "FIRST_SHARE", math.nextafter(1, 0))  # so that two models are best
     monkeypatch.setattr(plan, "TAUGHT", 99.0)
-    words, resume = [*FAST, "--minutes=0.5", "--tag=a"], ["--resume", "--device=cpu", "--tag=a"]
+    minutes = "--minutes=0.504"  # the first model's share is rounded to 0.5
+    words, resume = [*FAST, minutes, "--tag=a"], ["--resume", minutes, "--tag=a"]
     other = [*words, "--overwrite", "--seed=2"]  # another first model
     start, states = time.perf_counter(), []
     for stopped_in, command in (("a", words), ("a_second", resume), ("a", other)):
@@ -339,7 +340,7 @@ def test_a_divided_time_trains_a_second_model(fast, monkeypatch, capsys):
     whole, resumed, config = *states[:2], states[0]["train_config"]
     assert all(torch.equal(resumed["model"][k], v) for k, v in whole["model"].items())
     assert resumed["seconds"] < resumed["passed"]  # the first run's time counts once
-    assert config["teacher"] == str(Path("checkpoints/a/best.pt")) and config["minutes"] == 0.5
+    assert config["teacher"] == str(Path("checkpoints/a/best.pt")) and config["minutes"] == 0.504
     assert states[2]["train_config"]["seed"] == 2
     Path("checkpoints/a").rename("first")
     assert train.main([*words, "--plan"]) == 0

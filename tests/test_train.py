@@ -786,8 +786,7 @@ def test_windows_grow_from_a_quarter_to_the_whole_and_batches_keep_their_tokens(
     assert shapes == [(8, 2), (8, 2), (4, 4), (4, 4), (2, 8), (2, 8)]  # at 50% and at 80%
     assert [int(trainer.task.get_batch(step, 0)[1]) for step in (0, 10, 19)] == [16, 16, 16]
     trainer.task.train_ids = np.arange(500)  # tokens are their positions
-    # Windows of step 4 and of step 16 would be at the same places with one seed: those of sequences
-    # 32 and 33 of the run.
+    # With one seed, windows of steps 4 and 16 would be the same: those of sequences 32 and 33.
     early, late = (trainer.task.get_batch(step, 0)[0][0][:, 0] for step in (4, 16))
     assert (early[:2] - late).abs().min() > 20
     shortest = make_trainer(make_model(block_size=1), grow_windows=True, max_steps=20)

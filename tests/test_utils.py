@@ -44,9 +44,8 @@ def test_all_parts_of_a_text_are_read_about_equally_often(seed: int):
     for number in range(2 * n // (T * B)):  # two epochs
         x, _ = utils.get_batch(np.arange(n), T, B, seed, number)
         np.add.at(counts, x.numpy(), 1)
-    # Random windows would leave out e^-2 = 0.135 of the tokens. The points of the golden ratio
-    # are never further apart than 1.9 times their mean distance (three-gap theorem, Sos 1958), 48
-    # here.
+    # Random windows would leave out e^-2 = 0.135 of the tokens. The golden ratio's points are never
+    # further apart than 1.9 times their mean distance (three-gap theorem, Sos 1958), 48 here.
     inside = counts[T:-T]
     assert inside.min() >= 1 and inside.max() <= 4
     assert x[:, 0].sort().values.diff().min() > n / B / 2  # a batch's windows are far apart

@@ -137,8 +137,7 @@ def plan_flags(flags: Flags) -> Flags:
 
 
 def size_flags(size: tuple[int, ...], fixed: Flags) -> Flags:
-    """The flags of a size, with those that the user fixed. The wider the model, the lower its best
-    learning rate."""
+    """The flags of a size, with the user's. A wider model has a lower best learning rate."""
     flags: Flags = dict(zip(("n_layer", "n_embd", "block_size", "batch_size"), size, strict=True))
     flags |= {"preset": RECIPE, "dropout": 0.0, "compile": False} | fixed
     flags = {"grow_windows": flags["block_size"] > SIZES[0][2]} | flags
