@@ -47,7 +47,7 @@ def is_dataset(data: str) -> bool:
 
 def find_corpus(data: str) -> Path:
     """The path of a corpus, downloaded if it has a name. Raises UserError if there is none."""
-    path = local_path(data)
+    path = local_path(data or "''")  # Path("") is the current folder
     if path.is_file() or path.is_dir():
         return path
     from corpus.download import DATASETS, fetch  # only for data that are not on disk

@@ -30,6 +30,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str, qa: bool = True) -> Tensor:
     An empty prompt, or a blank question, becomes the token that starts a text: <BOS> for questions
     and answers, or <|endoftext|>; without special tokens, a newline or else the first token.
     """
+    text = "" if text == "\n" and tokenizer.unknown(text) else text  # the default
     unk = tokenizer.specials.get("<UNK>")  # never trained: all characters of a corpus are known
     chars = sorted(set(text))
     unknown = [c for c in chars if tokenizer.unknown(c) or unk in tokenizer.encode(c).tolist()]

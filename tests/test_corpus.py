@@ -97,6 +97,7 @@ def test_both_splits_have_at_least_one_document():
     ("data", "message"),
     [
         ("nowhere.txt", r"there is no nowhere\.txt"),
+        ("", "there is no ''"),
         ("tinystories", r"python prepare\.py tinystories"),
         ("empty", r"no text in the folder empty \(3 binary, question or not UTF-8 files\)"),
     ],

@@ -459,6 +459,8 @@ def test_unknown_characters_are_dropped_with_a_warning(capsys):
     assert "'é'" in capsys.readouterr().err
     assert encode_prompt(tokenizer, "é").tolist() == [0]  # a newline
     assert encode_prompt(CharTokenizer.train(["ab"]), "").tolist() == [0]
+    assert encode_prompt(CharTokenizer.train(["ab"]), "\n").tolist() == [0]
+    assert "'\\n'" not in capsys.readouterr().err
     asked = CharTokenizer.train(["Question: Who?\nAnswer:"], QA_SPECIALS)  # has <UNK>
     prompt = encode_prompt(asked, "Wh\u00e9o?")
     assert decode_prompt(asked, prompt) == "Question: Who?\nAnswer:"

@@ -226,6 +226,10 @@ def test_a_slow_run_ends_in_time_with_its_schedule_complete(monkeypatch, seconds
     assert steepest < 0.01 / 20  # no jump
 
 
+def test_a_run_that_evaluates_after_every_step_ends_in_time(monkeypatch):
+    assert 95 < FakeRun(monkeypatch, make_config(eval_every=1)).train(lambda step: 0.2, 0.2) <= 120
+
+
 def test_a_run_that_was_slow_for_a_while_gets_its_steps_back(monkeypatch):
     config = make_config(minutes=4.0)
     run = FakeRun(monkeypatch, config)
@@ -342,6 +346,9 @@ def test_a_divided_time_trains_a_second_model(fast, monkeypatch, capsys):
     assert resumed["seconds"] < resumed["passed"]  # the first run's time counts once
     assert config["teacher"] == str(Path("checkpoints/a/best.pt")) and config["minutes"] == 0.504
     assert states[2]["train_config"]["seed"] == 2
+    torch.save(states[2] | {"teachers": [], "train_config": {}}, "checkpoints/a_second/latest.pt")
+    with pytest.raises(UserError, match="a_second/ contains another run: move it"):
+        train.main(resume)
     Path("checkpoints/a").rename("first")
     assert train.main([*words, "--plan"]) == 0
     with pytest.raises(UserError, match="a_second/ is for a second run"):

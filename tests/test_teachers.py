@@ -15,7 +15,7 @@ from config import TrainConfig
 from corpus.corpus import Corpus
 from system.files import save_checkpoint
 from system.settings import UserError
-from tokenizer import CharTokenizer
+from tokenizer import QA_SPECIALS, CharTokenizer
 from training.task import Pretraining
 from training.teachers import Teachers, distillation_loss
 
@@ -119,6 +119,7 @@ def test_a_student_has_the_text_and_the_tokenizer_of_its_teacher(workplace: Path
         (["--teacher=checkpoints/best.pt", "--overfit_batch"], "leave out --teacher"),
         (["--teacher=checkpoints/best.pt", "--tokenizer=bpe"], "already has a tokenizer"),
         (["--teacher=checkpoints/best.pt", "--data=new.txt"], "not among .* 28 characters: 'é'"),
+        (["--teacher=asked.pt", "--data=new.txt"], "asked.pt answers questions, and new.txt is a"),
         (["--teacher=imported.pt"], "give --data: .* imported teacher .* is unknown"),
         (["--teacher=checkpoints/best.pt", "--teacher_share=1.5"], "teacher_share must be at most"),
     ],
@@ -128,6 +129,8 @@ def test_teachers_that_do_not_fit_are_an_error(trained: Path, words, message):
     state = read("best.pt")
     chars = {"chars": ["\x00", *state["tokenizer"]["chars"][1:]]}
     save_checkpoint(Path("other.pt"), state | {"tokenizer": state["tokenizer"] | chars})
+    asked = {"chars": state["tokenizer"]["chars"][4:], "specials": list(QA_SPECIALS)}
+    save_checkpoint(Path("asked.pt"), state | {"tokenizer": state["tokenizer"] | asked})
     unknown = {"corpus": state["corpus"] | {"sha256": ""}}
     save_checkpoint(Path("imported.pt"), state | unknown)
     before = sorted(Path().rglob("*"))

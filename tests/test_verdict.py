@@ -75,13 +75,10 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     ),
     "healthy, noisy": case(same(noisy(SLOW, 0.02)), HEALTHY, lacks="jump"),
     "healthy, gap": case(curve(SLOW, [0.85 * x for x in SLOW]), HEALTHY, "--teacher", "dropout"),
+    "student": case(curve(SLOW, [0.85 * x for x in SLOW]), HEALTHY, lacks="--teach", teacher="a"),
     "healthy, GPT-2": case(curve(falling(21, LN50257, 4, 0.3)), HEALTHY, vocab_size=50257),
-    "healthy, resumed with a second schedule": case(
-        curve(SLOW, SLOW, lr=lambda p: cosine(2 * p % 1)), HEALTHY, lacks="jump"
-    ),
-    "a schedule that ended flat": case(
-        curve(FLAT, lr=cosine), HEALTHY, "learning rate has decayed|--max_steps", "plateau|--lr_max"
-    ),
+    "two schedules": case(curve(SLOW, SLOW, lr=lambda p: cosine(2 * p % 1)), HEALTHY, lacks="jump"),
+    "ended flat": case(curve(FLAT, lr=cosine), HEALTHY, "decayed: a longer", "plateau|--lr_max"),
     "10 steps at 3.27": case(curve([4.2, 3.9, 3.27], every=5), SHORT, "falling", "healthy"),
     "step 0 only": case(same([4.17]), SHORT, "more steps", "falling"),
     "quick: 2 evaluations in 120 steps": case(

@@ -61,7 +61,8 @@ class Deadline:
         """Average the times of steps and evaluations since the last call."""
         n_steps, took = step - self.step, self.log.seconds() - self.now
         self.step, self.now = step, self.now + took
-        if self.log.is_evaluation_step(step) and (n_steps or not step):
+        separate = self.config.eval_every > 1  # otherwise steps include evaluations
+        if separate and self.log.is_evaluation_step(step) and (n_steps or not step):
             self.n_evaluations += 1
             took -= n_steps * self.step_seconds
             self.evaluation += (took - self.evaluation) / self.n_evaluations

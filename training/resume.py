@@ -33,9 +33,8 @@ def resume_pretraining(flags: Flags) -> tuple[Flags, dict[str, Any] | None]:
         saved = saved_settings(state)
         tokenizers.from_dict(state["tokenizer"])
     planned = {"max_steps"} if saved["minutes"] else set()
-    if flags.get("minutes") == saved["student_minutes"]:  # of the two runs; the first has a share
-        del flags["minutes"]
-    return resumed_flags(flags, saved, planned), state
+    share, minutes = saved["minutes"], saved["student_minutes"] or saved["minutes"]  # of both runs
+    return resumed_flags(flags, saved | {"minutes": minutes}, planned) | {"minutes": share}, state
 
 
 def saved_settings(state: dict[str, Any]) -> Flags:

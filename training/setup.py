@@ -180,6 +180,8 @@ def load_data(
         tokenizer, corpus = load_corpus(config.data, *new, known, *own)
     check_length(corpus, gpt_config.block_size)
     check_unchanged(corpus.info, config, state)
+    if teachers and "<UNK>" in tokenizer.specials and "questions" not in corpus.info:
+        raise UserError(f"{config.teacher} answers questions, and {config.data} is a text")
     if config.doc_mask and corpus.separator is None:
         raise UserError(f"{config.data} is one document (or chats): --doc_mask is for several")
     if teachers or is_dataset(config.data):  # they have their own tokenizer

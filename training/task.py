@@ -165,9 +165,7 @@ def losses(
 
 
 def sample_from_newline(model: GPT, tokenizer: Tokenizer, n_tokens: int, qa: bool = True) -> str:
-    """n_tokens tokens after a newline, or after an empty prompt if the tokenizer has no newline."""
-    prompt = "" if tokenizer.unknown("\n") else "\n"
-    config = SampleConfig(prompt=prompt, max_new_tokens=n_tokens, seed=1337, qa=qa)
+    config = SampleConfig(prompt="\n", max_new_tokens=n_tokens, seed=1337, qa=qa)
     return sample_text(model, tokenizer, config)[0]
 
 

@@ -52,6 +52,7 @@ class Curve:
         self.exact = log[-1].get("exact")  # share of exact answers, if the data are questions
         self.held_out = settings.get("hold_out", True)
         self.pretrained = self.val[0] < PRETRAINED * self.uniform
+        self.no_student = self.pretrained or bool(settings.get("teacher"))  # it would gain nothing
         self.level = min(self.val)  # the lowest loss, at evaluation `best`
         self.best = self.val.index(self.level)
         rates = [record.get("lr") or 0.0 for record in log]
@@ -220,9 +221,9 @@ def healthy(curve: Curve) -> str:
         advice = TRAINED_ON
     elif gap > LARGE_GAP * curve.val[-1]:
         advice = "validation loss is well above training loss: more text would help most"
-        advice += ", then a student of this model (--teacher)" * (not curve.pretrained)
+        advice += ", then a student of this model (--teacher)" * (not curve.no_student)
     elif curve.decayed:
-        advice = "the learning rate has decayed: a new run with more --max_steps may improve it"
+        advice = "the learning rate has decayed: a longer run may improve it"
     return f"healthy: best at step {curve.steps[curve.best]}; {advice}"
 
 
