@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             server = ThreadingHTTPServer(("127.0.0.1", config.port), handler)
         except OSError as error:
-            raise UserError(f"port {config.port} is in use: choose another --port") from error
+            raise UserError(f"port {config.port}: {error.strerror}; try another --port") from error
         with server, contextlib.suppress(KeyboardInterrupt):
             export_page(checkpoint, Path(folder, "index.html"), "auto")
             print(f"open http://127.0.0.1:{server.server_port}/ ; Ctrl-C ends the demo", flush=True)

@@ -125,7 +125,7 @@ def evaluate_checkpoints(
     objective = "" if config.data else last_objective(state)
     if objective == "dpo":
         raise UserError(f"{path} was trained on pairs of answers: choose a text with --data")
-    if objective in ("chat", "qa"):
+    if objective in ("chat", "qa") and "questions" in state["corpus"]:
         print(f"note: {path} was trained on answers only; this loss includes the questions")
     if config.data:
         _, corpus = load_corpus(

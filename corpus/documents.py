@@ -243,7 +243,7 @@ def special_id(tokenizer: Tokenizer, text: str) -> int:
     if text not in tokenizer.specials:
         raise UserError(
             f"the tokenizer has no {text} token, which separates documents or records: a new model "
-            "with --tokenizer bpe or char has it, and finetune.py adds it"
+            "with --tokenizer bpe or char has it, and finetune.py --objective text or chat adds it"
         )
     return tokenizer.specials[text]
 

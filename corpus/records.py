@@ -160,7 +160,7 @@ def parse_record(record: Any, fields: Fields, blank: str | None) -> Record:
         raise record
     if not isinstance(record, dict):
         raise ValueError(f"not an object with {', '.join(fields)}: {json.dumps(record)[:40]}")
-    if "input" in fields and record.get("input"):  # the second part of the question
+    if "input" in fields and str(record.get("input") or "").strip():  # continues the question
         parts = [text for field in fields[:2] for _, text in messages_in(record, field, blank)]
         record = record | {"instruction": "\n".join(parts)}
     messages = {field: messages_in(record, field, blank) for field in fields if field != "input"}

@@ -80,7 +80,7 @@ class DatasetConfig:
         return found + [
             f"{source} contains question/answer records: use it with train.py directly"
             for source in self.sources
-            if source.lower().endswith(".json")
+            if source.lower().endswith((".json", ".csv"))
         ]
 
 

@@ -114,8 +114,9 @@ def origin(state: dict[str, Any]) -> str:
     """Where a model comes from, and its loss."""
     if not state["corpus"]["sha256"]:
         return f"Imported from {source_name(state)} with TinyLLM."
-    how = "Fine-tuned" if state.keys() & {"finetune", "merged"} else "Trained from scratch"
-    return f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}."
+    how = "Fine-tuned" if "finetune" in state else "Trained from scratch"
+    adapter = ", with a LoRA adapter" * ("merged" in state)
+    return f"{how} with TinyLLM on {checkpoint_line(source_name(state), state)}{adapter}."
 
 
 def model_card(model: GPT, tokenizer: Tokenizer, state: dict[str, Any], arch: str) -> str:

@@ -109,9 +109,11 @@ def last_objective(state: dict[str, Any]) -> str:
 
 
 def last_trained_on_text(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint was fine-tuned on text last. If it was trained on questions before, its
-    tokenizer still has their special tokens."""
-    return last_objective(state) == "text"
+    """Whether a checkpoint was trained on text last, if that is known. If it was trained on
+    questions before, its tokenizer still has their special tokens."""
+    objective, corpus = last_objective(state), state["corpus"]
+    asked = "questions" in corpus or not corpus["sha256"]  # an imported model may be asked
+    return objective == "text" or not (asked or objective in ("chat", "qa"))
 
 
 def check_question(config: SampleConfig, tokenizer: Tokenizer) -> None:

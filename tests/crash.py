@@ -287,9 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{n:5} {problem}")
     n_kills, n_problems = trials.kills.total(), trials.problems.total()
     by_signal = ", ".join(f"{name}: {n}" for name, n in trials.kills.items())
-    print(
-        f"{n_problems} problems in {n_kills} kills ({by_signal}), {n_kills / minutes:.0f} a minute"
-    )
+    print(f"{n_problems} problems in {n_kills} kills ({by_signal}), {n_kills / minutes:.0f}/min")
     return 1 if n_problems else 0
 
 

@@ -247,6 +247,9 @@ def test_a_folder_of_texts_is_trained_evaluated_resumed_and_verified(workplace):
     assert train.main(["--resume", "--max_steps=25"]) == 0
     short = ["--max_steps=2", "--eval_every=2", "--sample_tokens=0", "--device=cpu", "--no-compile"]
     assert finetune.main(["checkpoints/best.pt", *short, *flags]) == 0
+    _, tokenizer, state = load_checkpoint("checkpoints/best.pt")
+    with pytest.raises(UserError, match="is not what the checkpoint was trained on"):
+        load.training_corpus(tokenizer, state | {"corpus": state["corpus"] | {"questions": 9}})
     Path("letters/a.txt").write_text("a.txt is a story")
     with pytest.raises(UserError, match="letters has changed since this run began"):
         train.main(["--resume", "--max_steps=30"])

@@ -34,5 +34,5 @@ def test_a_port_in_use_is_an_error_before_the_export(workplace):
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} is in use: choose another --port"):
+        with pytest.raises(UserError, match=f"port {port}: .*in use; try another --port"):
             demo.main(["missing.pt", f"--port={port}"])

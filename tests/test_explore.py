@@ -131,7 +131,7 @@ def test_the_lens_has_the_prediction_of_each_layer_for_the_sampled_tokens(traine
 
 def test_probabilities_after_a_question_are_those_of_the_answer(monkeypatch, capsys):
     model, tokenizer = question_model()
-    state = {"corpus": {"name": "qa.json", "sha256": "0"}, "step": 20, "log": []}
+    state = {"corpus": {"name": "qa.json", "sha256": "0", "questions": 9}, "step": 20, "log": []}
     monkeypatch.setattr(generate, "load_checkpoint", lambda path, device: (model, tokenizer, state))
     flags = ["qa.pt", "--max_tokens=1"]
     explore.main(["probs", *flags, "--prompt=Who?", "--temperature=1", "--seed=1"])

@@ -37,7 +37,7 @@ from finetuning.setup import check_finetune, help_defaults, load_base, resolve_f
 from finetuning.tasks import OBJECTIVES, DPOTask, FinetuneConfig, QATask, TextTask, dpo_loss
 from model import GPT
 from plots import read_run
-from sampling.text import end_tokens, last_objective
+from sampling.text import end_tokens, last_objective, last_trained_on_text
 from system.command_line import parse_args
 from system.files import save_checkpoint
 from system.settings import UserError
@@ -182,6 +182,8 @@ def test_preferences_of_a_model_that_answers_questions_are_answers(place: Path, 
         capsys.readouterr()
         assert finetune.main([f"checkpoints/{source}/best.pt", *words]) == 0
         assert ("Question:" in capsys.readouterr().out) == asks
+    assert finetune.main(["checkpoints/text/best.pt", *QUICK, *FLAGS["dpo"], "--max_steps=1"]) == 0
+    assert [last_trained_on_text(read(name)) for name in ("qa", "text", "dpo")] == [False, 1, 1]
 
 
 LENGTHS = {"train": [40, 38, 3, 2], "val": [2, 30, 5]}  # of answers, in tokens

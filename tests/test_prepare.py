@@ -282,6 +282,7 @@ def write_invalid_files(workplace: Path) -> None:
         (["mixed/a.txt", "--vocab_size=5"], "vocab_size must be at least 258"),
         (["mixed/a.txt", "--text_field=body"], "--text_field is for .jsonl files, not mixed/a.txt"),
         (["qa.json"], "qa.json contains question/answer records: use it with train.py"),
+        (["qa.csv"], "qa.csv contains question/answer records"),
         (["mixed/a.txt", "--max_chars=9999999"], "max_chars must be at most 4194304"),
         ([], "give files, folders, or the name of a data set"),
         *[(["/dev/zero"], "zero is a device or a pipe")] * Path("/dev/zero").exists(),

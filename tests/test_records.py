@@ -146,6 +146,7 @@ def test_the_same_records_in_all_formats_are_the_same(path: Path, tmp_path: Path
         ({"conversations": [{"role": "system", "content": ""}, *messages("ua")["messages"]]},
          False, Record([("u", "a")])),
         ({"instruction": "a", "input": None, "output": "b"}, False, Record([("a", "b")])),
+        ({"instruction": "a", "input": " ", "output": "b"}, False, Record([("a", "b")])),
         ({"question": "a\r\nb", "answer": "c\rd \ud800"}, False, Record([("a\nb", "c\nd ?")])),
         ({"prompt": "\n", "chosen": "\n", "rejected": "b"}, True,
          Record([("\n", "\n")], rejected="b", is_text=True)),

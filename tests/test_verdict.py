@@ -66,9 +66,7 @@ STOPPED = "; --patience 2 stopped the run at step"
 # name: records, words that start the verdict, that it contains and does not, settings
 CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     "healthy": case(same(SLOW), f"{HEALTHY} 2000", "more steps", "text"),
-    "stuck at a high rate": case(
-        curve(STUCK, lr=cosine), "stuck at 2.93", "lower --lr_max", "healthy"
-    ),
+    "stuck, high rate": case(curve(STUCK, lr=cosine), "stuck at 2.93", "lower --lr_max", "healthy"),
     "healthy, slow": case(curve([4.17 - 0.1 * i for i in range(10)], lr=cosine), HEALTHY),
     "one high evaluation": case(
         same([4.17, 2.5, 2.6]), HEALTHY, "--patience 1 stopped", "diverging", patience=1
@@ -180,9 +178,7 @@ CASES: dict[str, tuple[list[dict], str, list[str], list[str], dict]] = {
     "memorized on purpose": case(
         same([4.17, 0.06]), "healthy:", "trained on", "larger model|more steps", hold_out=False
     ),
-    "half of the answers": case(
-        [r | {"exact": r["step"] / 160} for r in same([4.17, 0.6], 80)], SHORT
-    ),
+    "half of answers": case([r | {"exact": r["step"] / 160} for r in same([4.17, 0.6], 80)], SHORT),
     "zero, then one high evaluation": case(curve([4.17, 0, 0, 0, 0, 0.5]), "plateaued"),
     "zero": case(same([4.17, 0.5, 0.0, 0.0]), "solved"),
 }
