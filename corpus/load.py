@@ -127,7 +127,7 @@ def training_corpus(tokenizer: Tokenizer, state: dict[str, Any]) -> Corpus:
         raise UserError("the checkpoint does not name its corpus")
     own = {"separator", "hold_out", "encoding", "skip_bad"} & settings.keys()
     _, corpus = load_corpus(data, tokenizer=tokenizer, **{n: settings[n] for n in own})
-    found, named = corpus.info, state["corpus"]  # text, or questions, in both
+    found, named = corpus.info, state["corpus"]  # questions must not load as text
     if found["sha256"] != named["sha256"] or "questions" in named.keys() - found.keys():
         raise UserError(f"{data} is not what the checkpoint was trained on")
     return corpus

@@ -98,7 +98,7 @@ def temporary_folder(keep: bool = False) -> Iterator[Path]:
 
 
 def fork(function: Callable[..., int], *args: Any) -> int:
-    """Call a function in a child process, which exits with the status that it returns. Its id."""
+    """Call a function in a child process, whose exit status it returns. Returns the process id."""
     # Ctrl-C before `try` would run the ends of this process's context managers in the child.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pid = os.fork()

@@ -1,4 +1,4 @@
-"""Models of no standard architecture, exported with their code: same logits and text without us."""
+"""A model of no standard architecture, exported with its code, works without this project."""
 
 import inspect
 import json

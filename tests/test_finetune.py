@@ -183,7 +183,7 @@ def test_preferences_of_a_model_that_answers_questions_are_answers(place: Path, 
         assert finetune.main([f"checkpoints/{source}/best.pt", *words]) == 0
         assert ("Question:" in capsys.readouterr().out) == asks
     assert finetune.main(["checkpoints/text/best.pt", *QUICK, *FLAGS["dpo"], "--max_steps=1"]) == 0
-    assert [last_trained_on_text(read(name)) for name in ("qa", "text", "dpo")] == [False, 1, 1]
+    assert [last_trained_on_text(read(name)) for name in ("qa", "text", "dpo")] == [0, 1, 1]
 
 
 LENGTHS = {"train": [40, 38, 3, 2], "val": [2, 30, 5]}  # of answers, in tokens

@@ -46,7 +46,7 @@ def compute(gpt: GPTConfig, batch_size: int, device: Any, precision: str) -> tup
             p.mul_(4 if p.dim() == 2 else 1)
     ids = torch.randint(gpt.vocab_size, (1 + batch_size, gpt.block_size + 1)).to(device)
     weights = dict(model.to(device).named_parameters())
-    for batch in (ids[:1], ids[1:]):  # the first is slow, and issue 177116 needs two sizes
+    for batch in (ids[:1], ids[1:]):  # the first is slow, and pytorch issue 177116 needs two sizes
         start = time.perf_counter()
         with autocast(device, precision):
             loss = model(batch[:, :-1], batch[:, 1:], loss_only=True)[1]

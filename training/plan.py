@@ -379,7 +379,6 @@ def second_run(
     folder, teacher = student_dir(config), Path(config.out_dir, config.tag, "best.pt")
     steps, minutes = config.planned_steps or config.max_steps, config.student_minutes
     schedule: Flags = {"max_steps": steps, "planned_steps": 0, "lr_scale": 1.0}
-    schedule["student_minutes"] = 0.0
     config = replace(config, tag=folder.name, teacher=str(teacher), minutes=minutes, **schedule)
     teachers, latest = load_teachers(gpt, config, None), folder / "latest.pt"
     state = read_checkpoint(latest) if latest.exists() else None
@@ -389,4 +388,5 @@ def second_run(
         state = None  # it learned from an earlier first model
     state = state if resumed else None
     saved = {name: state["train_config"][name] for name in schedule} if state else {}
-    return replace(config, overwrite=True, **saved), data._replace(teachers=teachers), state
+    config = replace(config, student_minutes=0.0, overwrite=True, **saved)
+    return config, data._replace(teachers=teachers), state

@@ -52,7 +52,7 @@ class Curve:
         self.exact = log[-1].get("exact")  # share of exact answers, if the data are questions
         self.held_out = settings.get("hold_out", True)
         self.pretrained = self.val[0] < PRETRAINED * self.uniform
-        self.no_student = self.pretrained or bool(settings.get("teacher"))  # it would gain nothing
+        self.no_student = self.pretrained or bool(settings.get("teacher"))  # do not advise one
         self.level = min(self.val)  # the lowest loss, at evaluation `best`
         self.best = self.val.index(self.level)
         rates = [record.get("lr") or 0.0 for record in log]
