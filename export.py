@@ -3,7 +3,7 @@
     python export.py checkpoints/best.pt out/              to a folder that `transformers` loads
     python export.py --from gpt2 checkpoints/gpt2.pt       import a GPT-2, Llama or Qwen3 model from
     python export.py --from folder/ checkpoints/mine.pt    the hub or a folder as a checkpoint
-    python export.py checkpoints/qa/adapter.pt out/        a LoRA adapter as a folder for `peft`
+    python export.py checkpoints/chat/adapter.pt out/      a LoRA adapter as a folder for `peft`
     python export.py checkpoints/best.pt model.html        one file: open it in a browser and sample
     python export.py checkpoints/best.pt model.gguf        a file for llama.cpp, Ollama, LM Studio
 

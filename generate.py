@@ -2,7 +2,7 @@
 
     python generate.py                          500 tokens from best.pt of the newest run
     python generate.py checkpoints/best.pt --prompt "ROMEO:" --temperature 0.9 --top_k 50 --seed 42
-    python generate.py checkpoints/qa/best.pt --prompt "Who are you?"        asks a question
+    python generate.py checkpoints/chat/best.pt --prompt "Who are you?"      asks a question
     python generate.py --num_samples 3 --output_file samples.txt
 
 A model that was trained on questions and answers takes the prompt as a question. For a chat, token
