@@ -9,6 +9,7 @@ to others, send them that file.
 """
 
 import contextlib
+import os
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = Path(config.checkpoint or newest_checkpoint(Path("checkpoints")))
     with tempfile.TemporaryDirectory() as folder:
         handler = partial(SimpleHTTPRequestHandler, directory=folder)
+        ThreadingHTTPServer.allow_reuse_address = os.name == "posix"  # Windows would share the port
         try:
             server = ThreadingHTTPServer(("127.0.0.1", config.port), handler)
         except OSError as error:

@@ -119,7 +119,7 @@ def evaluate_checkpoints(
     path, (model, tokenizer, state) = paths[0], loaded[0]
     if len(paths) > 1:
         same_text = ["corpus", "separator", "hold_out"] * (not config.data)
-        names = ["tokenizer", "block_size", "doc_mask", *same_text]
+        names = ["tokenizer", "vocab_size", "block_size", "doc_mask", *same_text]
         check_alike([state for _, _, state in loaded], names)
         model = cast(GPT, Ensemble(models))
     objective = "" if config.data else last_objective(state)
@@ -167,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse_args(
         EvaluateConfig, argv, __doc__, check=lambda config: device_problems(config.device)
     )
-    if config.separator and not config.data:
-        raise UserError("--separator is for the text of --data: leave it out, or give both")
+    if (config.separator or config.encoding != "utf-8") and not config.data:
+        raise UserError("--separator and --encoding are for --data: leave them out, or give both")
     paths = [Path(name) for name in config.checkpoints]
     paths = paths or [newest_checkpoint(Path("checkpoints"))]
     if config.ensemble and len(set(paths)) < 2:

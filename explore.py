@@ -247,8 +247,7 @@ def run_sweep(
 
 
 def explore_problems(explore: ExploreConfig, config: SampleConfig) -> list[str]:
-    """Flags that the action would ignore, invalid settings of a sweep, and what is invalid in
-    generate.py too."""
+    """Flags that the action would ignore, invalid sweeps, and what is invalid in generate.py."""
     found = sampling_problems(config)
     given = vars(config) | vars(explore)
     defaults = vars(SampleConfig()) | vars(ExploreConfig())

@@ -48,8 +48,7 @@ from utils import read_checkpoint
 
 
 def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Splits]:
-    """The tokenizer of a run, with new tokens if the data need them, a description of the data, and
-    the data."""
+    """The tokenizer of a run (perhaps with new tokens), a description of its data, the data."""
     settings, config, base = setup.settings, setup.config, setup.base
     objective, tokenizer = OBJECTIVES[settings.objective], base.tokenizer
     with distributed.local_rank_zero_first():  # it may be downloaded
@@ -59,7 +58,7 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
         records = read_records(path, encode is encode_pair, config.skip_bad, config.encoding)
         if settings.objective == "text":
             raise UserError(f"{path} contains questions and answers: use --objective chat")
-    texts = map(record_text, records) if records else texts_of(path, config)
+    texts = map(record_text, records) if records else texts_of(path, config, tokenizer)
     if specials is None:
         check_known(tokenizer, texts, str(path))
     else:
@@ -82,12 +81,12 @@ def prepare_data(setup: Setup) -> tuple[Tokenizer, dict[str, Any], Corpus | Spli
     return tokenizer, info, encode_splits(encode, splits, tokenizer, block_size, ask)
 
 
-def texts_of(path: Path, config: TrainConfig) -> Iterable[str]:
+def texts_of(path: Path, config: TrainConfig, tokenizer: Tokenizer) -> Iterable[str]:
     """The texts in a corpus; none if it is a data set or too large, which load_corpus rejects."""
     if is_dataset(config.data) or path.stat().st_size > MAX_IN_MEMORY:
         return []
     if path.is_dir():
-        return read_folder(path, config.encoding)
+        return read_folder(path, config.encoding, tokenizer)
     found = iter_documents(path, separator=config.separator, encoding=config.encoding)
     return (text for text, _ in found)
 

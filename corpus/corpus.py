@@ -45,7 +45,8 @@ def check_length(corpus: Corpus, block_size: int) -> None:
     if too_short or min(n_train, n_val) < 2:
         raise UserError(
             f"the corpus is too short: {n_train} tokens to train and {n_val} to validate on, and a "
-            f"window needs {block_size + 1}: use a longer text or a smaller --block_size"
+            f"window needs {block_size + 1}: use a longer text, --separator for documents, or in "
+            "train.py a smaller --block_size"
         )
 
 

@@ -136,8 +136,7 @@ class DatasetWriter:
 
 
 def make_dataset(folder: Path, config: DatasetConfig, cleaning: CleanConfig) -> dict[str, Any]:
-    """Write a data set into an empty folder. Returns its manifest. Raises UserError if a source is
-    invalid or no text remains."""
+    """Write a data set into an empty folder. Returns its manifest, or raises UserError."""
     reader = SourceReader(config, cleaning)
     hold_out(reader)  # mostly reads one batch: not worth starting worker processes
     if reader.n_bytes >= MIN_PARALLEL:

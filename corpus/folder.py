@@ -54,8 +54,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a data set. Raises ValueError unless the files have the hashes in it and all
-    ids are in the vocabulary."""
+    """The manifest of a data set. Raises ValueError if a hash differs or an id is not a token."""
     if devices := [path for path in folder.iterdir() if not (path.is_file() or path.is_dir())]:
         raise ValueError(f"{devices[0].name} is not a file")  # reading one may never end
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -290,8 +290,7 @@ def import_hf(source: str, checkpoint: Path, overwrite: bool = False) -> None:
 
 
 def read_tokenizer(folder: Path, config: GPTConfig, arch: str) -> Tokenizer:
-    """The tokenizer of a model. A GPT-2 saved without it has OpenAI's if the vocabularies have the
-    same size."""
+    """The tokenizer of a model. A GPT-2 saved without one has OpenAI's if the sizes are equal."""
     if (folder / "tokenizer.json").exists():
         return tokenizer_from_hf(read_json(folder / "tokenizer.json"))
     if arch != "gpt2" or config.vocab_size != GPT2_VOCAB_SIZE or (folder / "vocab.json").exists():

@@ -124,7 +124,7 @@ def to_javascript(pattern: str) -> str:
 def page_parts(model: GPT, data: dict[str, Any], precision: str) -> Iterator[str]:
     """The text of the page, in parts. Each placeholder of page.html is replaced once, so that no
     data is taken for one."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.iterdir()}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in PAGE.glob("[!.]*")}
     style, script = sources["page.css"], "".join(sources[name] for name in INTERFACE)
     title = html.escape(f"{data['name']}: a language model")
     content = json.dumps(data, allow_nan=False)  # in which < occurs only in strings

@@ -119,8 +119,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def read_adapter(path: Path) -> dict[str, Any]:
-    """The contents of an adapter file, on the CPU. Raises UserError if it is missing, damaged or
-    not an adapter."""
+    """The contents of an adapter file, on the CPU. Raises UserError if it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"there is no adapter {path}: name the adapter.pt of a --lora_rank run")
     adapter = utils.read_data(path)
@@ -131,8 +130,7 @@ def read_adapter(path: Path) -> dict[str, Any]:
 
 
 def check_contents(adapter: dict[str, Any], path: Path) -> None:
-    """Raise UserError unless the settings of an adapter are valid, and its tensors those of a model
-    with these settings."""
+    """Raise UserError unless an adapter's settings are valid and its tensors fit the model."""
     with utils.matching_contents(path):
         utils.check_types(adapter, ADAPTER_TYPES)
         lora, tensors = adapter["lora"], adapter["tensors"]

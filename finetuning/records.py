@@ -34,8 +34,7 @@ Encode = Callable[[Tokenizer, Record, int, bool], list[Row]]
 
 def pack_turns(tokenizer: Tokenizer, record: Record, block_size: int, ask: bool) -> list[Row]:
     """A conversation, in one row if it fits the window; otherwise as many whole turns as fit, the
-    next ones in a second row, and so on, each with the system text. A turn that does not fit is
-    alone."""
+    next ones in a second row, and so on, each with the system text. Too long turns are alone."""
     packed: list[Example] = []
     for question, answer in record.turns:
         turn = encode_turn(tokenizer, question, answer)
@@ -115,8 +114,7 @@ def pad_batch(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Records:
-    """The records of both splits, in batches of x and y (B, T). Those of pairs have the chosen
-    texts first, (2B, T)."""
+    """The records of both splits, in batches x, y (B, T); of pairs, chosen texts first (2B, T)."""
 
     splits: Splits
     tokenizer: Tokenizer

@@ -56,8 +56,7 @@ class Setup(NamedTuple):
 
 
 class TextTask:
-    """Next-token prediction on another corpus. Also logs the loss on the old one, as "old", if it
-    is a text that can be read."""
+    """Learning another corpus. Also logs the loss on the old one, if its text can be read."""
 
     def __init__(self, text: Pretraining, setup: Setup, model: GPT):
         self.text, self.old = text, None
@@ -120,9 +119,8 @@ class QATask:
     def score(self, model: GPT, split: str, n: int | None) -> tuple[float, float]:
         """The mean loss per scored token, and the fraction of exact answers, over n evenly spaced
         records of a split, or all (None). Greedy generation gives an answer exactly if each of its
-        tokens is the most likely one after the correct tokens before it. So each answer of a
-        conversation counts by itself, after the true turns before it. Those longer than the window
-        are not exact."""
+        tokens is the most likely one after the correct tokens before it. Each answer of a
+        conversation counts by itself, after the true turns before it, too long ones as wrong."""
 
         def measure(x: Tensor, y: Tensor) -> list[Tensor]:
             logits, scored = model(x)[0], y != -100
@@ -186,8 +184,7 @@ class DPOTask:
         return (x, y), torch.tensor(len(x) // 2)  # the loss is a mean over pairs
 
     def rewards(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        """The implicit rewards beta log(pi(y|x) / pi_ref(y|x)) (equation 5) of the chosen and the
-        rejected texts, (B,) each."""
+        """The implicit rewards (equation 5) of the chosen and the rejected texts, (B,) each."""
         with torch.no_grad():
             before = log_probability(self.reference(x)[0], y)  # (2B,)
         return (self.beta * (log_probability(model(x)[0], y) - before)).chunk(2)

@@ -12,8 +12,7 @@ from model import KVCache
 
 
 class StaticCache(KVCache):
-    """Its length is a tensor. Attention reads the memory of all block_size tokens, with a mask for
-    those that are filled."""
+    """Its length is a tensor: attention reads all block_size tokens, with a mask of the filled."""
 
     length: Tensor  # ()
 

@@ -10,8 +10,7 @@ from system.settings import UserError, escape
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file. If that fails, for example because the disk is full, the text is printed
-    before the UserError."""
+    """Write a text file. If that fails (a full disk, say), print the text and raise UserError."""
     try:
         with atomic_write(path) as file:
             file.write(text.encode())

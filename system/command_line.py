@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if "--temperature: invalid" in message:
             message += "; explore.py sweep --settings temperature=0.5,1 compares several values"
+        if "invalid boolean value" in message:
+            message += "; give file names before the flags"
         raise UserError(message)
 
 

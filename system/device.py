@@ -19,8 +19,7 @@ def has_mps() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA, else MPS, else the CPU. Raises UserError if it does
-    not exist."""
+    """The device of that name (`auto`: CUDA, else MPS, else the CPU), or a UserError."""
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * has_mps() + ["cpu"]
     if name == "auto":
         return torch.device(available[0])
@@ -77,8 +76,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def compiler_problem(device: torch.device) -> str:
-    """Why torch.compile does not work here; empty if a small function can be compiled. On a CPU, it
-    needs a C++ compiler."""
+    """Why torch.compile does not work here; empty if it does. On a CPU, it needs a C++ compiler."""
     # On a machine with CUDA but without a GPU, PyTorch logs this even if it compiles for the CPU.
     log = logging.getLogger("torch.utils.cpp_extension")
     log.addFilter(lambda record: not record.msg.startswith("No CUDA runtime is found"))

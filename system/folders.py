@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from system.files import locked
+from system.files import locked, replace_file
 from system.settings import UserError
 
 
@@ -65,10 +65,10 @@ def replacing(folder: Path, what: str, check: Callable[[], None]) -> Iterator[Pa
             for path in (*new.iterdir(), new):
                 sync(path)
             check()
-            if target.exists():
-                target.rename(old)
             try:
-                new.rename(target)
+                if target.exists():
+                    replace_file(target, old)
+                replace_file(new, target)
             finally:
                 restore_folder(folder)
             sync(target.parent)
@@ -85,7 +85,7 @@ def restore_folder(folder: Path) -> None:
     target = Path(os.path.realpath(folder))
     old = target.parent / f".{target.name}.part" / "old"
     if old.exists() and not target.exists():
-        old.rename(target)
+        replace_file(old, target)
 
 
 def sync(path: Path) -> None:

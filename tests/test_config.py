@@ -128,7 +128,7 @@ def test_the_rate_and_decay_of_sgd_are_not_those_of_adamw():
         ("--n_layers x", "argument --n_layer/--n_layers: invalid int value: 'x'"),
         ("--n_layer", "expected one argument"),
         ("--n_layer --resume", "expected one argument"),
-        ("--resume=yes", "argument --resume/--no-resume: invalid boolean value: 'yes'"),
+        ("--resume=yes", "argument --resume/--no-resume: invalid boolean value: 'yes'; give file"),
         ("a.txt b.txt", "unrecognized arguments: b.txt"),
         ("--resume --overwrite", "give one of them"),
     ],

@@ -92,8 +92,7 @@ def test_shakespeare_is_downloaded_and_its_hash_checked(place, monkeypatch, caps
         return io.BytesIO(text)
 
     monkeypatch.setattr(download.urllib.request, "urlopen", urlopen)
-    path = download.fetch("shakespeare")["all"]
-    assert path.read_bytes() == text
+    assert download.fetch("shakespeare")["all"].read_bytes() == text
     assert "downloaded" in capsys.readouterr().out
 
 

@@ -127,8 +127,9 @@ def test_user_errors_are_reported(workplace):
     assert train.main(TINY_RUN) == 0
     with pytest.raises(UserError, match=r"there is no checkpoint nowhere\.pt"):
         evaluate.main(["checkpoints/best.pt", "nowhere.pt"])
-    with pytest.raises(UserError, match="--separator is for the text of --data"):
-        evaluate.main(["--separator=fox"])  # which would split the training text again, differently
+    for flag in ("--separator=fox", "--encoding=cp1252"):  # would read the old text differently
+        with pytest.raises(UserError, match="--separator and --encoding are for --data"):
+            evaluate.main([flag])
     with open("data/input.txt", "a") as file:
         file.write("more")
     with pytest.raises(UserError, match=r"best\.pt: shakespeare is not what the .* --data"):

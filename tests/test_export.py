@@ -152,8 +152,7 @@ def test_weights_are_downloaded_after_the_settings_are_accepted(workplace, monke
         return "hub"
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    path = make_checkpoint("char", "llama")
-    assert export.main([str(path), "hub"]) == 0
+    assert export.main([str(make_checkpoint("char", "llama")), "hub"]) == 0
     Path("hub/README.md").unlink()  # not downloaded
     assert export.main(["--from", "someone/model", "model.pt"]) == 0
     settings_files = ["*.json"]

@@ -136,15 +136,14 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path, error):
 
 
 def test_a_failure_while_the_folders_are_exchanged_is_undone(tmp_path, monkeypatch):
-    folder = write_export(tmp_path / "out")
-    rename = Path.rename
+    folder, replace = write_export(tmp_path / "out"), os.replace
 
-    def fail(self: Path, target: Path) -> Path:
-        if self.name == "new":
+    def fail(source: Path, target: Path) -> None:
+        if source.name == "new":
             raise OSError(5, "Input/output error")
-        return rename(self, target)
+        replace(source, target)
 
-    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(UserError, match="out could not be written: Input/output error"):
         write_export(folder, "new", overwrite=True)
     assert (folder / "a.txt").read_text() == "old" and os.listdir(tmp_path) == ["out"]

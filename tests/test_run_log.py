@@ -210,11 +210,11 @@ def test_a_new_run_deletes_the_files_of_the_old_one_and_no_others(workplace, mon
     written |= {"lock", "best.pt", "ckpt_00010.pt", "ckpt_00020.pt", "tensorboard/events"}
     assert files_in(run) == written
     own = {"notes.txt", "samples_notes.txt", "my_best.pt", "log.jsonl.txt", "figures/a.png"}
-    own |= {"other_run/latest.pt", "other_run/log.jsonl"}
+    own |= {"other_run/latest.pt", "tensorboard/latest.pt"}  # a run may have this name
     for name in own:
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(f"my own {name}")
-
+    (run / "latest.pt").write_text("damaged")
     # before the new run writes anything
     monkeypatch.setattr(Trainer, "train", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -495,9 +495,10 @@ def test_tensorboard_is_written_again_from_the_first_record(workplace, monkeypat
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     folder = Path("checkpoints/tensorboard")
     folder.mkdir(parents=True)
+    (folder / "events").touch()
     record = {"step": 4, "val": 2.0, "ppl": None, "seconds": 1.0}
     RunLog(TrainConfig(tensorboard=True), {"a": 1, "b": "x"}, state={"step": 4, "log": [record]})
-    assert not folder.exists()
+    assert not (folder / "events").exists()
     assert writer.mock_calls == [
         mock.call(folder),
         call.add_text("settings", "    a: 1\n    b: x"),

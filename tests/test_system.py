@@ -188,9 +188,9 @@ def test_what_a_killed_replacement_moved_away_returns_before_the_next_one(tmp_pa
 
 
 def test_a_replaced_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    calls, fsync, rename = [], os.fsync, Path.rename
+    calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(Path, "rename", lambda *paths: (calls.append("rename"), rename(*paths)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("rename"), replace(*paths)))
     with replacing(tmp_path / "set", "a test", lambda: None) as new:
         (new / "a.txt").write_text("text")
     assert calls == ["fsync", "fsync", "rename", "fsync"]  # the file, its folder; the parent

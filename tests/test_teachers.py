@@ -102,9 +102,9 @@ def test_a_student_that_was_stopped_equals_one_that_was_not(trained: Path, monke
 def test_a_student_has_the_text_and_the_tokenizer_of_its_teacher(workplace: Path):
     Path("stories.txt").write_text("|".join(make_text(20 + i) for i in range(12)))
     words = [*TINY_RUN, "--data=stories.txt", "--separator=|", "--tokenizer=bpe"]
-    assert train.main([*words, "--vocab_size=260", "--tag=old"]) == 0
-    assert train.main([*WORDS, "--teacher=checkpoints/old"]) == 0
-    old, new = read("old/best.pt"), read("student/best.pt")
+    assert train.main([*words, "--vocab_size=260", "--tag=a,b"]) == 0
+    assert train.main([*WORDS, "--teacher=checkpoints/a,b"]) == 0
+    old, new = read("a,b/best.pt"), read("student/best.pt")
     assert new["corpus"] == old["corpus"] and new["tokenizer"] == old["tokenizer"]
     assert new["train_config"]["tokenizer"] == "bpe"
 
@@ -117,6 +117,7 @@ def test_a_student_has_the_text_and_the_tokenizer_of_its_teacher(workplace: Path
         (["--teacher=checkpoints/best.pt", "--block_size=17"], "16 tokens, is shorter"),
         (["--teacher=checkpoints/best.pt", "--tag=", "--overwrite"], "contains .*best.pt"),
         (["--teacher=checkpoints/best.pt", "--overfit_batch"], "leave out --teacher"),
+        (["--teacher_share=0.9"], "--teacher_temperature need --teacher"),
         (["--teacher=checkpoints/best.pt", "--tokenizer=bpe"], "already has a tokenizer"),
         (["--teacher=checkpoints/best.pt", "--data=new.txt"], "not among .* 28 characters: 'é'"),
         (["--teacher=asked.pt", "--data=new.txt"], "asked.pt answers questions, and new.txt is a"),
@@ -131,8 +132,7 @@ def test_teachers_that_do_not_fit_are_an_error(trained: Path, words, message):
     save_checkpoint(Path("other.pt"), state | {"tokenizer": state["tokenizer"] | chars})
     asked = {"chars": state["tokenizer"]["chars"][4:], "specials": list(QA_SPECIALS)}
     save_checkpoint(Path("asked.pt"), state | {"tokenizer": state["tokenizer"] | asked})
-    unknown = {"corpus": state["corpus"] | {"sha256": ""}}
-    save_checkpoint(Path("imported.pt"), state | unknown)
+    save_checkpoint(Path("imported.pt"), state | {"corpus": state["corpus"] | {"sha256": ""}})
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError, match=message):
         train.main([*WORDS, *words])

@@ -157,8 +157,7 @@ class Replica:
             self.net = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Accumulate the gradients of backward passes locally: all but the last one of a step need
-        no communication."""
+        """Accumulate gradients locally: only a step's last backward pass needs communication."""
         return contextlib.nullcontext() if self.net is self.model else self.net.no_sync()
 
     def weights(self) -> dict[str, Tensor]:

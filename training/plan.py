@@ -372,8 +372,7 @@ def student_dir(config: TrainConfig) -> Path:
 def second_run(
     gpt: GPTConfig, config: TrainConfig, data: Any, resumed: bool
 ) -> tuple[TrainConfig, Any, dict[str, Any] | None]:
-    """The settings and the data of the run that learns from a finished one, and its checkpoint if
-    it was interrupted."""
+    """The settings, data and checkpoint (if interrupted) of a finished run's student."""
     from training.teachers import load_teachers  # only after a run with a student
 
     folder, teacher = student_dir(config), Path(config.out_dir, config.tag, "best.pt")
@@ -381,7 +380,8 @@ def second_run(
     schedule: Flags = {"max_steps": steps, "planned_steps": 0, "lr_scale": 1.0}
     config = replace(config, tag=folder.name, teacher=str(teacher), minutes=minutes, **schedule)
     teachers, latest = load_teachers(gpt, config, None), folder / "latest.pt"
-    state = read_checkpoint(latest) if latest.exists() else None
+    read = latest.exists() and (resumed or not config.overwrite)
+    state = read_checkpoint(latest) if read else None
     if state and state.get("teachers") != teachers.sha256:
         if state["train_config"].get("teacher") != str(teacher) and not config.overwrite:
             raise UserError(f"{folder}/ contains another run: move it, then --resume this one")

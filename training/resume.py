@@ -84,10 +84,14 @@ def resumed_flags(flags: Flags, saved: Flags, fixed: Collection[str] = ()) -> Fl
 
 def resumed_precision(flags: Flags, saved: Flags) -> Flags:
     """A precision that was chosen automatically is chosen again, so that a run can move to another
-    machine: except on a CPU, where it is measured and could change between runs of one machine."""
-    if "precision" in flags:
-        return {"precision_for": ""}
-    name = (saved | flags)["device"]
+    machine: except on a CPU, where it is measured and could change between runs of one machine. On
+    another kind of device, whether to compile is chosen again too."""
+    name, chosen_for, found = (saved | flags)["device"], saved["precision_for"], Flags()
     device_type = "" if device_problems(name) else pick_device(name).type  # reported later
-    measured_here = saved["precision_for"] == device_type == "cpu"
-    return {"precision": "auto"} if saved["precision_for"] and not measured_here else {}
+    if saved["compile"] and chosen_for not in ("", device_type):
+        found["compile"] = None
+    if "precision" in flags:
+        found["precision_for"] = ""
+    elif chosen_for and not chosen_for == device_type == "cpu":
+        found["precision"] = "auto"
+    return found

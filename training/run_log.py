@@ -1,5 +1,6 @@
 """The record of a training run: its files, what it prints, its best step."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -95,10 +96,11 @@ class RunLog:
     def prepare_files(self, state: dict[str, Any] | None) -> None:
         """Delete the files of an earlier run, or cut the samples back to the checkpoint. What a
         killed process was writing is deleted in any case, and what TensorBoard will write again."""
-        for file in run_files(self.run_dir, ".part") + ([] if state else run_files(self.run_dir)):
-            file.unlink()
+        files = run_files(self.run_dir, ".part") + ([] if state else run_files(self.run_dir))
         if self.config.tensorboard or not state:
-            shutil.rmtree(self.run_dir / "tensorboard", ignore_errors=True)
+            files += (self.run_dir / "tensorboard").glob("events*")
+        for file in files:
+            file.unlink()
         file, size = self.run_dir / SAMPLES, (state or {}).get("files", {}).get(SAMPLES)
         if size is not None and file.exists() and file.stat().st_size > size:
             os.truncate(file, size)
@@ -202,7 +204,8 @@ class RunLog:
             self.write_evaluations()
             self.forward(record)
             if time.perf_counter() > self.next_plot and step < self.config.max_steps:
-                self.plot()
+                with contextlib.suppress(UserError):  # on Windows, an open picture is locked
+                    self.plot()
         return record is self.best()
 
     def seconds(self) -> float:

@@ -87,6 +87,8 @@ def resolve_train(flags: Flags) -> tuple[GPTConfig, TrainConfig, State | None, F
             from training.teachers import corpus_settings  # only with --teacher
 
             flags = corpus_settings(flags) | flags
+        elif "minutes" not in flags and flags.keys() & {"teacher_share", "teacher_temperature"}:
+            raise UserError("--teacher_share and --teacher_temperature need --teacher")
         if "bpe_vocab_size" in flags and flags.get("tokenizer") != "bpe":
             raise UserError("--vocab_size is for --tokenizer bpe; others have a fixed size")
         flags = {"grad_accum": world_size()} | flags  # one micro-batch per process
@@ -128,8 +130,10 @@ def check_current(run_dir: Path, config: TrainConfig, state: State | None) -> No
     """Raise UserError if another process has changed the run since this one read its checkpoint.
     Called with the folder locked."""
     latest = run_dir / "latest.pt"
+    if config.overwrite:
+        return
     now = read_checkpoint(latest)["step"] if latest.exists() else None
-    if now != (state and state["step"]) and not config.overwrite:
+    if now != (state and state["step"]):
         raise UserError(f"another process has changed the run in {run_dir}/: run the command again")
 
 
@@ -224,8 +228,7 @@ def setup_machine(config: TrainConfig, device: torch.device, state: State | None
 
 
 def pick_precision(name: str, device: torch.device) -> tuple[str, str]:
-    """The precision of matrix products, and the reason: `auto` is the fastest one on the device
-    that trains well."""
+    """The precision of matrix products, and why. `auto`: the fastest that trains well here."""
     if name != "auto":
         return name, "as requested"
     if device.type == "cuda":
@@ -347,8 +350,7 @@ def memory_estimate(gpt: GPTConfig, config: TrainConfig) -> dict[str, int]:
 def print_summary(
     gpt: GPTConfig, config: TrainConfig, corpus: Corpus, device: torch.device
 ) -> None:
-    """Print what will be trained, and on what, before anything slow starts. Raises UserError if it
-    does not fit in memory."""
+    """Print what will be trained, before anything slow. Raises UserError if memory is too small."""
     if corpus.train_bytes < SMALL_TEXT:
         note(
             f"{corpus.train_bytes:,} bytes of training text are few, a new model will memorize "

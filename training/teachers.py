@@ -36,12 +36,17 @@ class Teachers(NamedTuple):
         return DistillationTask(text, self)
 
 
+def teacher_paths(text: str) -> list[Path]:
+    """Checkpoints separated by commas, or one whose path contains a comma."""
+    return [Path(text)] if Path(text).exists() else list(map(Path, text.split(",")))
+
+
 def load_teachers(
     gpt_config: GPTConfig, config: TrainConfig, state: dict[str, Any] | None
 ) -> Teachers:
     """The teachers of a student with these settings. `state` is the checkpoint of the run that is
     resumed. Raises UserError if they do not fit."""
-    paths, run_dir = list(map(Path, config.teacher.split(","))), Path(config.out_dir, config.tag)
+    paths, run_dir = teacher_paths(config.teacher), Path(config.out_dir, config.tag)
     loaded = [load_checkpoint(path, torch.device("cpu")) for path in paths]
     models, tokenizers, states = zip(*loaded, strict=True)
     sha256 = [weights_sha256(own["model"]) for own in states]
@@ -65,7 +70,7 @@ def corpus_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """The settings of the text that the first teacher was trained on, unless the flags name one."""
     if "data" in flags:
         return {}
-    state = read_checkpoint(Path(flags["teacher"].split(",")[0]))
+    state = read_checkpoint(teacher_paths(flags["teacher"])[0])
     if not state["corpus"]["sha256"]:
         raise UserError("give --data: the text that an imported teacher was trained on is unknown")
     saved = state["train_config"]

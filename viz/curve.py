@@ -121,8 +121,7 @@ def points(run: Run, records: list[Record], name: str, x: str) -> tuple[list[flo
 
 def plot_losses(axes: "Axes", run: Run, x: str, color: str, highest: float, only_run: bool) -> None:
     """The training loss of single steps (thin) and of the evaluations (dashed), the validation
-    loss, and a star at its best step. The legend names the losses of a run plotted alone, otherwise
-    the runs."""
+    loss, and a star at its best step. The legend names the runs, or the losses of one run."""
     best, log = best_record(run.log), run.log
     if run.steps:  # no straight lines from the first evaluations, which are above the plot
         log = list(itertools.dropwhile(lambda record: record["val"] > highest, log)) or log
