@@ -133,7 +133,7 @@ def char_rules(chars: Iterable[bytes]) -> tuple[str, list[str]]:
 
 
 def add_tokenizer(writer: Any, tokenizer: Tokenizer, specials: dict[str, int], n_rows: int) -> None:
-    """Write a tokenizer, with other special tokens. n_rows: embeddings, at least one a token."""
+    """Write a tokenizer, with other special tokens. n_rows: number of embeddings."""
     own = hf_tokenizer.token_ids(tokenizer)
     if isinstance(tokenizer, BPETokenizer):
         pre, merges = bpe_rules(tokenizer)

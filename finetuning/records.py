@@ -34,7 +34,7 @@ Encode = Callable[[Tokenizer, Record, int, bool], list[Row]]
 
 def pack_turns(tokenizer: Tokenizer, record: Record, block_size: int, ask: bool) -> list[Row]:
     """A conversation, in one row if it fits the window; otherwise as many whole turns as fit, the
-    next ones in a second row, and so on, each with the system text. Too long turns are alone."""
+    next ones in a second row, and so on, each with the system text. A longer turn is alone."""
     packed: list[Example] = []
     for question, answer in record.turns:
         turn = encode_turn(tokenizer, question, answer)

@@ -120,7 +120,7 @@ class QATask:
         """The mean loss per scored token, and the fraction of exact answers, over n evenly spaced
         records of a split, or all (None). Greedy generation gives an answer exactly if each of its
         tokens is the most likely one after the correct tokens before it. Each answer of a
-        conversation counts by itself, after the true turns before it, too long ones as wrong."""
+        conversation counts by itself, after the true turns before it; too long ones are wrong."""
 
         def measure(x: Tensor, y: Tensor) -> list[Tensor]:
             logits, scored = model(x)[0], y != -100

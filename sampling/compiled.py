@@ -12,7 +12,7 @@ from model import KVCache
 
 
 class StaticCache(KVCache):
-    """Its length is a tensor: attention reads all block_size tokens, with a mask of the filled."""
+    """Its length is a tensor: attention reads block_size tokens and masks the unused ones."""
 
     length: Tensor  # ()
 

@@ -19,7 +19,7 @@ def has_mps() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name (`auto`: CUDA, else MPS, else the CPU), or a UserError."""
+    """The device of that name; `auto`: CUDA, else MPS, else CPU. Raises UserError if missing."""
     available = ["cuda"] * torch.cuda.is_available() + ["mps"] * has_mps() + ["cpu"]
     if name == "auto":
         return torch.device(available[0])

@@ -215,6 +215,7 @@ def test_a_new_run_deletes_the_files_of_the_old_one_and_no_others(workplace, mon
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text(f"my own {name}")
     (run / "latest.pt").write_text("damaged")
+
     # before the new run writes anything
     monkeypatch.setattr(Trainer, "train", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):

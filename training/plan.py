@@ -383,7 +383,7 @@ def second_run(
     read = latest.exists() and (resumed or not config.overwrite)
     state = read_checkpoint(latest) if read else None
     if state and state.get("teachers") != teachers.sha256:
-        if state["train_config"].get("teacher") != str(teacher) and not config.overwrite:
+        if state["train_config"].get("teacher") != str(teacher):
             raise UserError(f"{folder}/ contains another run: move it, then --resume this one")
         state = None  # it learned from an earlier first model
     state = state if resumed else None
